@@ -1,0 +1,45 @@
+# Every target sets up what it needs: python3 (3.11 or newer) with its venv module is enough.
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+# Two busy processes whose OpenMP threads spin are seven times slower than two that sleep (docs/log.md).
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+# Nothing here needs the hub; without this a missing file is retried for half a minute.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo check format slow docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/installed  ## .venv with everything; runs again only when pyproject.toml or constraints.txt changed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,speech,train]" -c constraints.txt
+	touch $@
+
+demo: setup  ## align a new zip on the built-in corpus and report to runs/demo
+	$(BIN)/zipper demo
+
+check: setup  ## the one gate: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+format: setup  ## rewrite the files as the gate wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+slow: setup  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+docs: setup  ## write docs/cli.md from the command line's own parser
+	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
+
+clean:  ## remove the environment and the tools' caches; runs/ and .cache/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
