@@ -1,0 +1,1 @@
+"""Zipper: pre-trained decoders of single modalities, fused by gated cross-attention."""

@@ -1,0 +1,169 @@
+"""Generation: read what is given, then produce segment after segment in a given order (paper, sec. 3.2).
+
+One tower runs at a time; the others wait in the state. A batch may be ragged: rows that have ended are padding until the rest has.
+Nothing here knows how the model works inside, only `start`, `step` and `unembed`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from zipper.errors import ZipperError
+from zipper.sampling import Sampling, choose
+from zipper.sequence import PADDING, Ends, Segment, collate
+from zipper.tower import Strand
+
+#: {tower: most tokens of a segment, without begin and end}.
+Limits = Mapping[str, int]
+
+
+class Model(Protocol):
+    """What generation needs of a model."""
+
+    def start(self, towers: Sequence[str], outputs: Sequence[str]) -> Any:
+        """An empty state for a plan."""
+
+    def step(self, strands: Mapping[str, Strand], state: Any) -> tuple[dict[str, Tensor], Any]:
+        """Read tokens: states before the head, and the new state (which offers `compact(tower)`)."""
+
+    def unembed(self, tower: str, hidden: Tensor) -> Tensor:
+        """Logits."""
+
+    def ends(self) -> Mapping[str, Ends]:
+        """Begin and end ids of each tower."""
+
+    def limit(self, tower: str, given: Mapping[str, int]) -> int:
+        """Most tokens of a segment of `tower`, from the number of tokens of each tower so far."""
+
+    def check(self, segment: Segment) -> None:
+        """Raise a ZipperError for ids out of range or a segment longer than the tower can read."""
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[Segment]],
+    outputs: Sequence[str | Segment],
+    sampling: Sampling,
+    limits: Limits | None = None,
+) -> list[list[Segment]]:
+    """Produce one segment per item of `outputs` for every prompt of a batch.
+
+    prompts: given segments, contents are ids without begin and end; all rows of a batch follow the same plan. outputs: tower
+    names in order; a Segment instead of a name forces its ids as the beginning of what is produced. limits: most tokens per
+    segment, default `model.limit`. A segment that hits its limit is closed and returned with ended=False.
+    """
+    plan = [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
+    if not plan or not prompts:
+        raise ZipperError(f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at least one of each.")
+    shape = [segment.tower for segment in prompts[0]]
+    for prompt in prompts:
+        if [segment.tower for segment in prompt] != shape:
+            raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
+        for segment in prompt:
+            model.check(segment)
+    for segment in plan:
+        model.check(segment)
+    produced = [segment.tower for segment in plan]
+    state = model.start(tuple(dict.fromkeys(shape + produced)), tuple(dict.fromkeys(produced)))
+    clock = _Clock(len(prompts), model.ends())
+    if shape:
+        _, state = model.step(clock.read(prompts), state)
+
+    generators = sampling.generators(len(prompts))
+    results: list[list[Segment]] = [[] for _ in prompts]
+    for number, forced in enumerate(plan):
+        tower, last = forced.tower, number == len(plan) - 1
+        caps = torch.tensor([(limits or {}).get(tower) or model.limit(tower, seen) for seen in clock.seen()])
+        state = state.compact(tower)
+        ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last)
+        for row, result in enumerate(results):
+            result.append(Segment(tower, ids[row], ended=ended[row], score=scores[row]))
+    return results
+
+
+def _segment(
+    model: Model,
+    state: Any,
+    clock: "_Clock",
+    forced: Segment,
+    caps: Int[Tensor, " batch"],
+    sampling: Sampling,
+    generators: list[torch.Generator],
+    last: bool,
+) -> tuple[list[list[int]], list[float], list[bool], Any]:
+    """One segment for every row: (ids without begin and end, log-probability, ended by itself, state)."""
+    tower, (begin, end) = forced.tower, model.ends()[forced.tower]
+    rows = len(caps)
+    ids: list[list[int]] = [list(forced.content) for _ in range(rows)]
+    scores, ended = [0.0] * rows, [False] * rows
+    alive = torch.ones(rows, dtype=torch.bool)
+    hidden, state = model.step({tower: clock.say(tower, torch.tensor([[begin, *forced.content]] * rows), alive)}, state)
+    while True:
+        logits = model.unembed(tower, hidden[tower][:, -1:])[:, 0].float()
+        if begin != end:
+            logits[:, begin] = -torch.inf  # a segment begins once
+        token = choose(logits, sampling, generators).cpu()
+        logprob = logits.log_softmax(-1).cpu().gather(-1, token[:, None])[:, 0]
+        for row in alive.nonzero().flatten().tolist():
+            if token[row] == end or len(ids[row]) >= caps[row]:
+                ended[row] = bool(token[row] == end)
+                token[row] = end
+            else:
+                ids[row].append(int(token[row]))
+            scores[row] += float(logprob[row])
+        going = alive & (token != end)
+        if last and not going.any():
+            break
+        # Rows that end here still read their end token, so that the segments after them can see it.
+        hidden, state = model.step({tower: clock.say(tower, token[:, None], alive)}, state)
+        alive = going
+        if not alive.any():
+            break
+    return ids, scores, ended, state
+
+
+class _Clock:
+    """Positions and times of every row: how many tokens each tower, and the whole sequence, has had."""
+
+    def __init__(self, rows: int, ends: Mapping[str, Ends]) -> None:
+        self.ends = ends
+        self.time = torch.zeros(rows, dtype=torch.long)
+        self.position: dict[str, Int[Tensor, " batch"]] = {}
+
+    def read(self, prompts: Sequence[Sequence[Segment]]) -> dict[str, Strand]:
+        """The given segments as left-padded strands."""
+        strands = collate([[replace(s, weight=0.0) for s in prompt] for prompt in prompts], self.ends, left=True).strands
+        for tower, strand in strands.items():
+            self.position[tower] = (strand.document >= 0).sum(1)
+            self.time += self.position[tower]
+        return strands
+
+    def say(self, tower: str, ids: Int[Tensor, "batch length"], alive: Tensor) -> Strand:
+        """The next tokens of `tower` in the rows that are alive, padding in the others."""
+        step = torch.arange(ids.shape[1])
+        position = self.position.setdefault(tower, torch.zeros_like(self.time))
+        document = torch.where(alive, 0, PADDING)[:, None].expand_as(ids)
+        strand = Strand(ids, position[:, None] + step, self.time[:, None] + step, document)
+        self.position[tower] = position + alive * ids.shape[1]
+        self.time = self.time + alive * ids.shape[1]
+        return strand
+
+    def seen(self) -> list[dict[str, int]]:
+        """Per row, the number of tokens of each tower so far."""
+        return [{tower: int(n[row]) for tower, n in self.position.items()} for row in range(len(self.time))]
+
+
+def default_limit(own: float, given: Mapping[str, tuple[int, float]], room: int) -> int:
+    """A cap for a segment from what was given: three times the length that the usual token rates make likely, plus 16.
+
+    own: usual tokens of a segment of this tower. given: {tower: (tokens so far, usual tokens of its segment)}; 0 = unknown.
+    room: what the tower can still read.
+    """
+    ratios = [tokens * own / usual if own and usual else tokens for tokens, usual in given.values()]
+    return max(1, min(math.ceil(3 * max(ratios, default=own or 64)) + 16, room))

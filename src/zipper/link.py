@@ -1,0 +1,193 @@
+"""Links: how one tower reads another, and the projections that stand before them.
+
+A link is gated cross-attention from a source tower's hidden states into a target tower's stream, then a gated feed-forward
+(Zipper, arXiv:2405.18669, sec. 3; the gates are Flamingo's, arXiv:2204.14198). It sees tensors and a mask; it knows nothing of
+modalities, tokens or time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from zipper.errors import ZipperError
+
+InputKind = Literal["residual", "paper", "none"]
+
+
+@dataclass(frozen=True)
+class LinkConfig:
+    """What every link of a zip looks like. The defaults are what trained best on small data (docs/log.md).
+
+    width: attention width of a link; None = the target tower's width.
+    head_width: width of one attention head; the number of heads is width // head_width.
+    feedforward: width of the gated feed-forward as a multiple of the target's width; 0 leaves it out.
+    projection_depth: linear layers of the cross projection (source width -> target width); 0 = none, keys and values read the
+        source directly. The paper's text says a linear map, its appendix a 3-layer MLP (sec. 3 against A.3).
+    projection_relu: a ReLU after the cross projection, as in the paper's formula h = ReLU(g(m)); without it the source is
+        layer-normalised before the projection.
+    rotary: rotary positions on queries and keys, the target's positions scaled to the source's rate. A diagonal prior that is
+        ours, not the paper's (Flamingo has no positions here).
+    gate_init: both gates at birth, before the tanh. 0 = the new model is exactly its towers (Flamingo).
+    dropout: on both branches, in training.
+    """
+
+    width: int | None = None
+    head_width: int = 32
+    feedforward: float = 1.0
+    projection_depth: int = 1
+    projection_relu: bool = False
+    rotary: bool = True
+    gate_init: float = 0.0
+    dropout: float = 0.0
+
+
+#: The paper to the letter: 3-layer projections with a final ReLU (A.3), no positions, Flamingo's feed-forward of factor 4.
+PAPER_LINK = LinkConfig(head_width=64, feedforward=4.0, projection_depth=3, projection_relu=True, rotary=False, gate_init=0.0)
+
+
+class Memory(NamedTuple):
+    """Keys and values of the source tokens that a link has read so far."""
+
+    keys: Float[Tensor, "batch heads source head_width"]
+    values: Float[Tensor, "batch heads source head_width"]
+
+
+def mlp(width_in: int, width_out: int, depth: int, hidden: int) -> nn.Sequential:
+    """`depth` linear layers with ReLU between them: width_in -> hidden -> ... -> width_out."""
+    widths = [width_in, *[hidden] * (depth - 1), width_out]
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Linear(widths[i], widths[i + 1])] + ([nn.ReLU()] if i < depth - 1 else [])
+    return nn.Sequential(*layers)
+
+
+class InputProjection(nn.Module):
+    """Stands between a tower's embeddings and its first block, on multi-modal input only (sec. 3, h^0 = ReLU(MLP(embed))).
+
+    `paper` is that formula, which replaces the embeddings; `residual` is h + MLP(h) with a last layer of zeros, so that the
+    model starts as its towers.
+    """
+
+    def __init__(self, width: int, kind: InputKind, depth: int = 3) -> None:
+        super().__init__()
+        if kind not in ("residual", "paper"):
+            raise ZipperError(f"Input projection {kind!r} is unknown; it must be 'residual', 'paper' or 'none'.")
+        self.kind = kind
+        self.mlp = mlp(width, width, depth, width)
+        if kind == "residual":
+            last = self.mlp[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, h: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+        """Project embeddings; same shape out. Runs in its own dtype, returns the input's."""
+        out = self.mlp(h.to(next(self.mlp.parameters()).dtype)).to(h.dtype)
+        return h + out if self.kind == "residual" else F.relu(out)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads length head_width"], position: Float[Tensor, "batch length"]
+) -> Float[Tensor, "batch heads length head_width"]:
+    """Rotary embedding (RoFormer, arXiv:2104.09864) at real-valued positions, base 10,000, halves paired."""
+    half = x.shape[-1] // 2
+    inverse = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = position[:, None, :, None].float() * inverse
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Link(nn.Module):
+    """One direction of one junction: `target` reads `source`. Both gates are `gate_init` at birth; only they may be zero,
+    for two zeros in series pass no gradient.
+    """
+
+    def __init__(self, width: int, source_width: int, config: LinkConfig, position_scale: float = 1.0) -> None:
+        """`position_scale`: source tokens per target token, the rate that rotary positions of the target are scaled to."""
+        super().__init__()
+        inner = config.width or width
+        if inner % config.head_width or (config.rotary and config.head_width % 2):
+            raise ZipperError(
+                f"A link of width {inner} cannot be cut into heads of {config.head_width}"
+                f"{' (rotary needs an even width)' if config.rotary else ''}. Set LinkConfig(head_width=...) to a divisor."
+            )
+        self.config = config
+        self.heads = inner // config.head_width
+        self.position_scale = position_scale
+        projected = width if config.projection_depth else source_width
+        self.source_norm = nn.Identity() if config.projection_relu else nn.LayerNorm(source_width)
+        self.projection = mlp(source_width, width, config.projection_depth, width) if config.projection_depth else nn.Identity()
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(projected, inner, bias=False)
+        self.value = nn.Linear(projected, inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+        self.gate = nn.Parameter(torch.tensor([float(config.gate_init)]))
+        self.feedforward: nn.Sequential | None = None
+        if config.feedforward:
+            hidden = round(config.feedforward * width)
+            self.feedforward = nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, hidden, bias=False),
+                nn.GELU(),
+                nn.Linear(hidden, width, bias=False),
+            )
+            self.feedforward_gate = nn.Parameter(torch.tensor([float(config.gate_init)]))
+
+    def read(self, source: Float[Tensor, "batch source source_width"], position: Int[Tensor, "batch source"]) -> Memory:
+        """Keys and values of source states; computed once per source token (sec. 3: h = ReLU(g(m)), K = V = h)."""
+        h = self.projection(self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype)))
+        if self.config.projection_relu:
+            h = F.relu(h)
+        keys, values = self._heads(self.key(h)), self._heads(self.value(h))
+        if self.config.rotary:
+            keys = rotate(keys, position.to(keys.device).float())
+        return Memory(keys, values)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch target width"],
+        memory: Memory,
+        mask: Bool[Tensor, "batch target source"],
+        position: Int[Tensor, "batch target"],
+    ) -> Float[Tensor, "batch target width"]:
+        """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of the mask with nothing
+        visible gets exactly 0 from both, forwards and backwards."""
+        visible = mask.any(-1, keepdim=True)
+        query_in = x.to(self.query.weight.dtype)
+        query = self._heads(self.query(self.norm(query_in)))
+        if self.config.rotary:
+            query = rotate(query, position.float() * self.position_scale)
+        # An empty row attends to everything and is then discarded: finite on every kernel, where a fully masked softmax may be
+        # NaN and poison the gradients of the whole batch (pytorch #103963).
+        attended = F.scaled_dot_product_attention(query, memory.keys, memory.values, (mask | ~visible)[:, None])
+        added = torch.tanh(self.gate) * self._drop(self.out(attended.transpose(1, 2).flatten(2)))
+        if self.feedforward is not None:
+            added = added + torch.tanh(self.feedforward_gate) * self._drop(self.feedforward(query_in + added))
+        return torch.where(visible, added, torch.zeros_like(added)).to(x.dtype)
+
+    def attention(
+        self,
+        x: Float[Tensor, "batch target width"],
+        memory: Memory,
+        mask: Bool[Tensor, "batch target source"],
+        position: Int[Tensor, "batch target"],
+    ) -> Float[Tensor, "batch target source"]:
+        """The attention weights that `forward` uses, averaged over heads; rows with nothing visible are 0. For looking at."""
+        query = self._heads(self.query(self.norm(x.to(self.query.weight.dtype))))
+        if self.config.rotary:
+            query = rotate(query, position.float() * self.position_scale)
+        scores = query @ memory.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
+        return torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)

@@ -1,0 +1,498 @@
+"""Zipper: towers and links, one forward.
+
+The core is one explicit lock-step loop: every tower runs its blocks up to a junction, then the towers exchange, all of them
+reading the states from before the exchange (Zipper, arXiv:2405.18669, sec. 3). Input that names a single tower takes the
+unimodal path: the bare tower, no projection, no link.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zipper import checkpoint
+from zipper.errors import ZipperError
+from zipper.generation import Limits, default_limit, generate
+from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory
+from zipper.sampling import Sampling
+from zipper.sequence import Ends, Segment
+from zipper.tower import Past, Strand, Tower
+
+Junction = dict[str, int]
+TowerSource = str | Path | PreTrainedModel | Tower
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What a zip knows of one tower.
+
+    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of its parameters and buffers in `dtype`.
+    train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use only as a ratio
+    between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
+    """
+
+    source: str
+    width: int
+    layers: int
+    vocabulary: int
+    begin: int
+    end: int
+    train: bool = False
+    input_projection: InputKind = "residual"
+    tokens: float = 0.0
+    dtype: str = "float32"
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ZipperConfig:
+    """The whole shape of a zip. junctions: for each, {tower: number of its blocks that run before the exchange}."""
+
+    towers: dict[str, TowerConfig]
+    junctions: tuple[Junction, ...]
+    link: LinkConfig = field(default_factory=LinkConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ZipperConfig":
+        """The inverse of `to_dict`; unknown or missing keys are a ZipperError."""
+        try:
+            return cls(
+                {name: TowerConfig(**tower) for name, tower in data["towers"].items()},
+                tuple(dict(junction) for junction in data["junctions"]),
+                LinkConfig(**data["link"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ZipperError(f"This is not the configuration of a zip: {error}.") from error
+
+    def link_names(self) -> list[tuple[int, str, str]]:
+        """(junction, source, target) of every link, in order."""
+        return [(n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a zipped model has read so far; a value that `Zipper.step` takes and returns.
+
+    towers: those the plan names, read or written. outputs: those that will produce. past: self-attention caches. read: every
+    token read. memory: keys and values per link. unread: source states that a link has not turned into keys and values yet; it
+    does so in one batch when its target next reads.
+    """
+
+    towers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    past: dict[str, Past] = field(default_factory=dict)
+    read: dict[str, Strand] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    unread: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def compact(self, tower: str) -> "State":
+        """Close the gaps that rows which ended early left in a tower's self-attention cache."""
+        if tower in self.past:
+            self.past[tower].compact()
+        return self
+
+    def select(self, rows: Tensor) -> "State":
+        """Keep, reorder or repeat rows of the batch; `rows` are indices."""
+        for past in self.past.values():
+            past.select(rows)
+        return dataclasses.replace(
+            self,
+            read={name: Strand(*(getattr(s, f.name)[rows] for f in dataclasses.fields(Strand))) for name, s in self.read.items()},
+            memory={name: Memory(m.keys[rows], m.values[rows]) for name, m in self.memory.items()},
+            unread={name: tuple(h[rows] for h in parts) for name, parts in self.unread.items()},
+        )
+
+
+class Zipper(nn.Module):
+    """Towers zipped by links. Build it with `from_towers`, load it with `from_pretrained`."""
+
+    def __init__(self, towers: Mapping[str, Tower], config: ZipperConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.towers = nn.ModuleDict(towers)
+        self.inputs = nn.ModuleDict(
+            {
+                name: InputProjection(tower.width, tower.input_projection)
+                for name, tower in config.towers.items()
+                if tower.input_projection != "none" and len(config.towers) > 1
+            }
+        )
+        self.links = nn.ModuleDict()
+        for n, source, target in config.link_names():
+            a, b = config.towers[target], config.towers[source]
+            scale = b.tokens / a.tokens if a.tokens and b.tokens else 1.0
+            self.links[f"{n}:{source}>{target}"] = Link(a.width, b.width, config.link, scale)
+        for name, tower in config.towers.items():
+            self.towers[name].requires_grad_(tower.train)
+        self.train(False)
+
+    @classmethod
+    def from_towers(
+        cls,
+        towers: Mapping[str, TowerSource],
+        every: Mapping[str, int] | None = None,
+        junctions: Sequence[Mapping[str, int]] | None = None,
+        train: Sequence[str] = (),
+        preset: Literal["default", "paper"] = "default",
+        link: LinkConfig | None = None,
+        input_projection: InputKind | Mapping[str, InputKind] | None = None,
+        ends: Mapping[str, tuple[int, int]] | None = None,
+        tokens: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> "Zipper":
+        """Zip towers that were pre-trained alone.
+
+        towers: name -> hub id, folder or loaded causal LM. every: name -> interval i; the n-th junction stands after block n * i
+        of each tower (paper, sec. 3: k = n i_A, l = n i_B), never after the last block. junctions: the same as an explicit list of
+        {name: blocks before the exchange}. train: the towers that learn, all others are frozen. preset: "default" is what trained
+        best, "paper" follows the paper to the letter (link and input projection). ends: name -> (begin id, end id) where the
+        tower's own configuration does not say. tokens: name -> mean tokens per segment. seed: of the new parameters.
+
+        Raises ZipperError: unknown names, junctions that do not fit, a tower that cannot be run part way.
+        """
+        if preset not in ("default", "paper"):
+            raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
+        for option, given in {"every": every, "ends": ends, "tokens": tokens, "train": train}.items():
+            _known(option, given or (), towers)
+        if isinstance(input_projection, Mapping):
+            _known("input_projection", input_projection, towers)
+        loaded = {name: source if isinstance(source, Tower) else Tower.load(source) for name, source in towers.items()}
+        for name, tower in loaded.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ZipperError(f"{name!r} cannot name a tower; use lower-case letters, digits and _, e.g. 'speech'.")
+            tower.check()
+        kind = input_projection or ("paper" if preset == "paper" else "residual")
+        configs = {}
+        for name, tower in loaded.items():
+            begin, end = (ends or {}).get(name, (tower.begin, tower.end))
+            if begin is None or end is None:
+                raise ZipperError(
+                    f"The tower {name!r} has no begin and end token in its configuration. Pass ends={{{name!r}: (begin, end)}}."
+                )
+            for token in (begin, end):
+                if not 0 <= token < tower.vocabulary:
+                    raise ZipperError(f"The end token {token} of {name!r} is outside its vocabulary of {tower.vocabulary}.")
+            source = towers[name]
+            configs[name] = TowerConfig(
+                source=str(source) if isinstance(source, str | Path) else "",
+                width=tower.width,
+                layers=tower.layers,
+                vocabulary=tower.vocabulary,
+                begin=begin,
+                end=end,
+                train=name in train,
+                input_projection=kind if isinstance(kind, str) else kind.get(name, "none"),
+                tokens=(tokens or {}).get(name, 0.0),
+                dtype=_dtype(tower),
+                digest=tower.digest(),
+            )
+        config = ZipperConfig(
+            configs,
+            _junctions({name: tower.layers for name, tower in loaded.items()}, every, junctions),
+            link or (PAPER_LINK if preset == "paper" else LinkConfig()),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(loaded, config)
+
+    def train(self, mode: bool = True) -> "Zipper":
+        """Training mode for links, projections and trained towers; frozen towers stay in eval mode for ever."""
+        super().train(mode)
+        for name, tower in self.config.towers.items():
+            if not tower.train:
+                self.towers[name].eval()
+        return self
+
+    def forward(
+        self, strands: Mapping[str, Strand], outputs: Sequence[str] | None = None
+    ) -> dict[str, Float[Tensor, "batch length vocabulary"]]:
+        """Logits of every tower in `outputs` (default: all that take part); softmax over its own vocabulary each (sec. 3)."""
+        return {name: self.unembed(name, h) for name, h in self.hidden(strands, outputs).items()}
+
+    def hidden(
+        self, strands: Mapping[str, Strand], outputs: Sequence[str] | None = None
+    ) -> dict[str, Float[Tensor, "batch length width"]]:
+        """States after the last block, before the head. Towers not in `outputs` run no further than their last junction."""
+        for name in strands:
+            self._tower(name)
+        names = tuple(strands)
+        return self._advance(strands, State(names, names if outputs is None else tuple(outputs)), cached=False)[0]
+
+    def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
+        """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
+        for name in (*towers, *outputs):
+            self._tower(name)
+        return State(tuple(towers), tuple(outputs))
+
+    def step(self, strands: Mapping[str, Strand], state: State) -> tuple[dict[str, Float[Tensor, "batch length width"]], State]:
+        """Read more tokens: states after the last block of each tower in the plan's outputs, and the new state.
+
+        The self-attention caches in `state` are extended in place, so a state is stepped from once.
+        """
+        return self._advance(strands, state, cached=True)
+
+    def unembed(self, tower: str, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
+        """Logits of one tower's states."""
+        return self._tower(tower).unembed(hidden)
+
+    def ends(self) -> dict[str, Ends]:
+        """Begin and end ids of every tower."""
+        return {name: Ends(tower.begin, tower.end) for name, tower in self.config.towers.items()}
+
+    def limit(self, tower: str, given: Mapping[str, int]) -> int:
+        """The default cap on a produced segment, from the tokens that each tower has had so far (DESIGN: derived from the input)."""
+        usual = {name: (count, self.config.towers[name].tokens) for name, count in given.items() if name != tower}
+        return default_limit(self.config.towers[tower].tokens, usual, self._room(tower) - given.get(tower, 0) - 2)
+
+    def check(self, segment: Segment) -> None:
+        """Raises ZipperError for a segment this model cannot read: unknown tower, ids out of range, longer than its positions."""
+        self._tower(segment.tower)
+        vocabulary, room = self.config.towers[segment.tower].vocabulary, self._room(segment.tower)
+        wrong = [i for i in segment.content if not 0 <= i < vocabulary]
+        if wrong:
+            raise ZipperError(f"A segment of {segment.tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
+        if len(segment.content) + 2 > room:
+            raise ZipperError(
+                f"A segment of {segment.tower!r} has {len(segment.content)} tokens; this tower reads at most {room - 2}. "
+                "Cut it into shorter pieces."
+            )
+
+    def tower(self, name: str) -> PreTrainedModel:
+        """The bare tower as the transformers model it is."""
+        return self._tower(name).model
+
+    def generate(
+        self,
+        segments: Sequence[Segment],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+    ) -> list[Segment]:
+        """Read `segments`, then produce one segment per name in `outputs`, in that order (sec. 3.2).
+
+        segments: contents are ids without begin and end. limits: {tower: most tokens per segment}; default from the input.
+        For batches see `zipper.generation.generate`.
+        """
+        return generate(self, [segments], outputs, sampling or Sampling(), limits)[0]
+
+    def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
+        """Save the zip: links, projections and trained towers; frozen towers are named and pinned by their hash.
+
+        include: frozen towers to copy into the folder as well. record: anything JSON to keep beside it (how it was trained).
+        The folder appears whole or not at all; an older zip in its place is replaced.
+        """
+        with checkpoint.whole(Path(folder)) as temporary:
+            self.write(temporary, include, record)
+
+    def write(self, folder: Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
+        """The files of `save_pretrained`, written into an existing folder."""
+        _known("include", include, self.config.towers)
+        inside = {name: self.tower(name) for name, t in self.config.towers.items() if t.train or name in include}
+        towers = {}
+        for name, tower in self.config.towers.items():
+            if name in inside:
+                towers[name] = dataclasses.replace(
+                    tower, source=f"towers/{name}", digest=self._tower(name).digest(), dtype=_dtype(self._tower(name))
+                )
+            elif tower.source:
+                towers[name] = dataclasses.replace(tower, source=_absolute(tower.source))
+            else:
+                raise ZipperError(
+                    f"The frozen tower {name!r} was given as an object, so the zip has no place to name for it. "
+                    f"Pass include=[{name!r}], or build the zip from a folder or hub id."
+                )
+        config = dataclasses.replace(self.config, towers=towers)
+        checkpoint.save(folder, config.to_dict(), self.new_parameters(), inside, dict(record or {}))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, towers: Mapping[str, TowerSource] | None = None, dtype: torch.dtype | None = None
+    ) -> "Zipper":
+        """Load a zip. towers: where a base lies now, for those that moved. dtype: of all parts; default as saved.
+
+        Raises ZipperError when a file is damaged or a base is not the one that the zip was trained on (hashes are compared).
+        """
+        folder = Path(folder)
+        config = ZipperConfig.from_dict(checkpoint.load(folder)[0])
+        _known("towers", towers or (), config.towers)
+        loaded = {}
+        for name, pin in config.towers.items():
+            inside = folder / pin.source if pin.source == f"towers/{name}" else pin.source
+            source = (towers or {}).get(name, inside)
+            tower = source if isinstance(source, Tower) else Tower.load(source, dtype=getattr(torch, pin.dtype))
+            found = tower.digest()
+            if found != pin.digest:
+                raise ZipperError(
+                    f"The tower {name!r} from {source} is not the one this zip was trained on: its content hash is {found[:16]}, "
+                    f"the zip wants {pin.digest[:16]}. Pass towers={{{name!r}: ...}} with the right base."
+                )
+            loaded[name] = tower
+        model = cls(loaded, config)
+        model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
+        return model if dtype is None else model.to(dtype)
+
+    def new_parameters(self) -> dict[str, Tensor]:
+        """Links and input projections by name: what zipping added."""
+        return {
+            name: p for part in ("inputs", "links") for name, p in self.state_dict(keep_vars=True).items() if name.startswith(part)
+        }
+
+    def _tower(self, name: str) -> Tower:
+        if name not in self.towers:
+            raise ZipperError(f"This model has no tower {name!r}; it has {sorted(self.towers)}.")
+        tower = self.towers[name]
+        assert isinstance(tower, Tower)
+        return tower
+
+    def _room(self, name: str) -> int:
+        """Positions a tower was made for; models without a limit say so by a large number."""
+        return int(getattr(self.tower(name).config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+    def _advance(self, strands: Mapping[str, Strand], state: State, cached: bool) -> tuple[dict[str, Tensor], State]:
+        """The lock-step loop. Towers that are not in `strands` do not run; what they said before is in `state`."""
+        towers = {name: self._tower(name) for name in strands}
+        past = {name: state.past.get(name) or towers[name].new_past() for name in strands} if cached else {}
+        read = {**state.read, **{n: _append(state.read.get(n), s) for n, s in strands.items()}}
+        masks = {
+            (source, target): mask
+            for target in strands
+            for source in read
+            if source != target and (mask := visible(strands[target], read[source])).any()
+        }
+        state = dataclasses.replace(
+            state, read=read, past={**state.past, **past}, memory=dict(state.memory), unread=dict(state.unread)
+        )
+
+        hidden, passes, done = {}, {}, {}
+        for name, strand in strands.items():
+            h = towers[name].embed(strand)
+            if name in self.inputs and len(state.towers) > 1:
+                fused = torch.ones_like(strand.ids, dtype=torch.bool) if cached else _shared(name, strands)
+                h = torch.where(fused[..., None], self.inputs[name](h), h)
+            hidden[name], passes[name], done[name] = h, towers[name].start(strand, h, past.get(name)), 0
+        for n, junction in enumerate(self.config.junctions if len(state.towers) > 1 else ()):
+            for name in junction.keys() & strands.keys():
+                hidden[name] = towers[name].run(hidden[name], range(done[name], junction[name]), passes[name])
+                done[name] = junction[name]
+            hidden = self._exchange(n, hidden, strands, state, masks)
+        for name in [name for name in strands if name in state.outputs]:
+            hidden[name] = towers[name].run(hidden[name], range(done[name], towers[name].layers), passes[name])
+        return {name: h for name, h in hidden.items() if name in state.outputs}, state
+
+    def _exchange(
+        self,
+        n: int,
+        hidden: dict[str, Tensor],
+        strands: Mapping[str, Strand],
+        state: State,
+        masks: Mapping[tuple[str, str], Bool[Tensor, "batch target source"]],
+    ) -> dict[str, Tensor]:
+        """One junction: every target reads the states that its sources had before it; the new dict is made from the old one.
+
+        Several sources add up. A pair in which nothing is visible is skipped, which is exact: it would add 0 everywhere.
+        """
+        new = dict(hidden)
+        for target in self.config.junctions[n]:
+            for source in self.config.junctions[n]:
+                if source == target:
+                    continue
+                name = f"{n}:{source}>{target}"
+                if source in strands and target in state.towers:
+                    state.unread[name] = (*state.unread.get(name, ()), hidden[source])
+                if (source, target) in masks:
+                    link = self.links[name]
+                    assert isinstance(link, Link)
+                    state.memory[name] = _read(link, state.read[source], state.memory.get(name), state.unread.pop(name, ()))
+                    strand = strands[target]
+                    new[target] = new[target] + link(hidden[target], state.memory[name], masks[source, target], strand.position)
+        return new
+
+
+def visible(target: Strand, source: Strand) -> Bool[Tensor, "batch target source"]:
+    """The one mask rule (sec. 3.1): source.time < target.time and same document. Padding (document -1) sees and shows nothing."""
+    same = (target.document[:, :, None] == source.document[:, None, :]) & (source.document >= 0)[:, None, :]
+    return same & (source.time[:, None, :] < target.time[:, :, None])
+
+
+def _shared(name: str, strands: Mapping[str, Strand]) -> Bool[Tensor, "batch length"]:
+    """Which tokens belong to a document that other towers read too; the others take the unimodal path."""
+    mine = strands[name].document
+    shared = torch.zeros_like(mine, dtype=torch.bool)
+    for other, strand in strands.items():
+        if other != name:
+            shared |= (mine[:, :, None] == strand.document[:, None, :]).any(-1)
+    return shared
+
+
+def _append(before: Strand | None, new: Strand) -> Strand:
+    if before is None:
+        return new
+    fields = (f.name for f in dataclasses.fields(Strand))
+    return Strand(*(torch.cat([getattr(before, name), getattr(new, name)], dim=1) for name in fields))
+
+
+def _read(link: Link, read: Strand, memory: Memory | None, unread: tuple[Tensor, ...]) -> Memory:
+    """A link's memory, extended by the source states it had not read yet."""
+    if unread:
+        states = torch.cat(unread, dim=1)
+        fresh = link.read(states, read.position[:, read.position.shape[1] - states.shape[1] :])
+        memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
+    assert memory is not None
+    return memory
+
+
+def _dtype(tower: Tower) -> str:
+    return str(next(tower.parameters()).dtype).removeprefix("torch.")
+
+
+def _absolute(source: str) -> str:
+    """A folder as an absolute path, a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _known(option: str, given: Mapping[str, Any] | Sequence[str], towers: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in towers:
+            raise ZipperError(f"{option} names the tower {name!r}; this model has {sorted(towers)}.")
+
+
+def _junctions(
+    layers: Mapping[str, int], every: Mapping[str, int] | None, explicit: Sequence[Mapping[str, int]] | None
+) -> tuple[Junction, ...]:
+    """Junctions from intervals or from an explicit list, checked: two towers at least, rising, after a block and never after the last."""
+    if explicit is not None and every is not None:
+        raise ZipperError("Give either every=... or junctions=..., not both.")
+    if explicit is None:
+        intervals = {name: (every or {}).get(name, 1) for name in layers}
+        for name, interval in intervals.items():
+            if interval < 1:
+                raise ZipperError(f"every[{name!r}] is {interval}; an interval is a number of blocks, at least 1.")
+        most = max(layers.values())
+        paired = [{x: n * i for x, i in intervals.items() if n * i < layers[x]} for n in range(1, most)]
+        explicit = [junction for junction in paired if len(junction) > 1]
+        if not explicit and len(layers) > 1:
+            raise ZipperError(f"every={intervals} gives no junction inside towers of {dict(layers)} blocks. Use smaller intervals.")
+    before = dict.fromkeys(layers, 0)
+    for junction in explicit:
+        if len(junction) < 2:
+            raise ZipperError(f"The junction {dict(junction)} names fewer than two towers.")
+        _known("junctions", junction, layers)
+        for name, layer in junction.items():
+            if not before[name] < layer < layers[name]:
+                raise ZipperError(
+                    f"The junction {dict(junction)} stands after block {layer} of {name!r}; it must come after block "
+                    f"{before[name]} and before block {layers[name]}, the last."
+                )
+            before[name] = layer
+    return tuple(dict(junction) for junction in explicit)
