@@ -1,0 +1,189 @@
+"""Speech as units: sound to a row of codes and back.
+
+A code names the nearest of K centroids of stacked log-mel frames (25 codes a second), found by k-means. Back, the centroids are the
+frames of a log-mel picture. The codebook is the whole definition; nothing here knows of towers or text.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from zipper.audio import Audio, Mel, read
+from zipper.errors import ZipperError
+
+BATCH = 8_192  # points per step of the k-means
+
+
+@dataclass(frozen=True)
+class UnitsConfig:
+    """What the codes are made of. `stack` mel frames make one unit: 4 frames of 10 ms are 25 units a second."""
+
+    mel: Mel = field(default_factory=Mel)
+    stack: int = 4
+    voices: tuple[str, ...] = ()
+    fitted_on: str = ""
+
+    @property
+    def units_per_s(self) -> float:
+        """25 by default."""
+        return self.mel.rate_hz / self.mel.hop / self.stack
+
+
+class SpeechUnits:
+    """Sound <-> codes. Ids 0 .. K-1 are codes, K begins and K+1 ends a segment, K+2 .. name the voices in `voices`."""
+
+    name = "speech"
+    CODEBOOK, CONFIG = "codebook.safetensors", "units.json"
+
+    def __init__(self, codebook: Float32[np.ndarray, "codes stacked_bins"], config: UnitsConfig) -> None:
+        width = config.stack * config.mel.bins
+        if codebook.ndim != 2 or codebook.shape[1] != width or not np.isfinite(codebook).all():
+            raise ZipperError(
+                f"a codebook of shape {codebook.shape} was given, (codes, {width}) of finite numbers was wanted. Fit the units anew."
+            )
+        self.codebook, self.config, self.voices = codebook, config, config.voices
+        self.codes = len(codebook)
+        self.begin, self.end = self.codes, self.codes + 1
+        self.vocabulary = self.codes + 2 + len(self.voices)
+
+    @classmethod
+    def fit(
+        cls,
+        pictures: Sequence[Float32[np.ndarray, "frames bins"]],
+        codes: int = 256,
+        config: UnitsConfig | None = None,
+        seed: int = 0,
+        steps: int = 150,
+    ) -> "SpeechUnits":
+        """Units for sound like this: `pictures` are log-mels by `config.mel`. Raises ZipperError if there are fewer frames than codes."""
+        config = config or UnitsConfig()
+        points = (
+            np.concatenate([stacked(picture, config.stack) for picture in pictures])
+            if len(pictures)
+            else np.zeros((0, 1), np.float32)
+        )
+        return cls(kmeans(points, codes, seed, steps), config)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the codebook and of what it is made of and fitted on."""
+        return hashlib.sha256(self.codebook.tobytes() + json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+
+    def log_mel(self, audio: Audio) -> Float32[np.ndarray, "frames bins"]:
+        """The picture that these units are codes of; sound of any rate and loudness."""
+        return self.config.mel.picture(audio)
+
+    def encode(self, raw: Audio | str | Path) -> list[int]:
+        """Codes of a sound or sound file, one per started 40 ms; nothing but codes."""
+        audio = raw if isinstance(raw, Audio) else read(raw)
+        codes: list[int] = nearest(stacked(self.log_mel(audio), self.config.stack), self.codebook).tolist()
+        return codes
+
+    def decode(self, ids: Sequence[int]) -> Audio:
+        """Sound of the codes, about 30 ms of work a second of sound; ids that are no codes are passed over."""
+        codes = [code for code in ids if 0 <= code < self.codes]
+        return self.config.mel.sound(self.codebook[codes].reshape(-1, self.config.mel.bins))
+
+    def voice_id(self, name: str) -> int:
+        """The id that stands for a voice. Raises ZipperError for a name that is none."""
+        if name not in self.voices:
+            raise ZipperError(
+                f"these units have no voice {name!r}. "
+                + (f"Take one of {', '.join(self.voices)}." if self.voices else "They have none.")
+            )
+        return self.codes + 2 + self.voices.index(name)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes codebook.safetensors and units.json; the second pins the first by its hash."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"codebook": self.codebook}, folder / self.CODEBOOK)
+        described = {**asdict(self.config), "codes": self.codes, "codebook_sha256": _sha256(self.codebook)}
+        (folder / self.CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SpeechUnits":
+        """Reads what `save` wrote. Raises ZipperError for anything else, and for a codebook that the description does not pin."""
+        folder = Path(folder)
+        try:
+            described = json.loads((folder / cls.CONFIG).read_text())
+            codebook = load_file(folder / cls.CODEBOOK)["codebook"]
+            config = UnitsConfig(Mel(**described["mel"]), described["stack"], tuple(described["voices"]), described["fitted_on"])
+            pinned = described["codebook_sha256"]
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ZipperError(
+                f"{folder} holds no speech units: {error}. It needs {cls.CONFIG} and {cls.CODEBOOK}, written by save."
+            ) from error
+        if _sha256(codebook) != pinned:
+            raise ZipperError(
+                f"{folder} holds a foreign codebook: not the one that its {cls.CONFIG} describes, so codes would mean other sounds. "
+                "Restore both files from the run that made them, or fit the units anew."
+            )
+        return cls(codebook, config)
+
+
+def stacked(picture: Float32[np.ndarray, "frames bins"], stack: int) -> Float32[np.ndarray, "units stacked_bins"]:
+    """`stack` frames side by side; the last unit is filled up by repeating the last frame."""
+    if not len(picture):
+        return np.zeros((0, stack * picture.shape[1]), np.float32)
+    return np.pad(picture, ((0, -len(picture) % stack), (0, 0)), mode="edge").reshape(-1, stack * picture.shape[1])
+
+
+def nearest(points: Float32[np.ndarray, "points dim"], centroids: Float32[np.ndarray, "codes dim"]) -> Int64[np.ndarray, " points"]:
+    """Index of the nearest centroid (Euclid) of each point; the lowest of equals."""
+    return (np.square(centroids).sum(axis=1) / 2 - points @ centroids.T).argmin(axis=1)
+
+
+def kmeans(points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int) -> Float32[np.ndarray, "codes dim"]:
+    """Mini-batch k-means (Sculley 2010) from a k-means++ start (Arthur and Vassilvitskii 2007), finished by three full rounds.
+
+    The same centroids for the same arguments. Raises ZipperError if there are fewer different points than codes.
+    """
+    chance = np.random.default_rng(seed)
+    sample = points[chance.permutation(len(points))[: 20 * codes]]
+    if len(np.unique(sample, axis=0)) < codes:
+        raise ZipperError(
+            f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give more sound or ask for fewer codes."
+        )
+    centroids = _spread(sample, codes, chance)
+    counts = np.ones(codes, np.float32)
+    for _ in range(steps):
+        batch = points[chance.integers(len(points), size=BATCH)]
+        total, size = _sums(batch, nearest(batch, centroids), codes)
+        counts += size
+        centroids = centroids + (total - size[:, None] * centroids) / counts[:, None]
+    for _ in range(3):
+        total, size = _sums(points, nearest(points, centroids), codes)
+        centroids = np.where(size[:, None] > 0, total / np.maximum(size, 1)[:, None], centroids)
+    return centroids
+
+
+def _spread(points: Float32[np.ndarray, "points dim"], codes: int, chance: np.random.Generator) -> Float32[np.ndarray, "codes dim"]:
+    """k-means++: each next centroid is a point drawn by its squared distance to the nearest one so far."""
+    chosen = [points[chance.integers(len(points))]]
+    distance = np.square(points - chosen[0]).sum(axis=1)
+    while len(chosen) < codes:
+        chosen.append(points[chance.choice(len(points), p=distance / distance.sum(dtype=np.float64))])
+        distance = np.minimum(distance, np.square(points - chosen[-1]).sum(axis=1))
+    return np.stack(chosen)
+
+
+def _sums(
+    points: Float32[np.ndarray, "points dim"], owner: Int64[np.ndarray, " points"], codes: int
+) -> tuple[Float32[np.ndarray, "codes dim"], Float32[np.ndarray, " codes"]]:
+    """Sum and number of each code's points."""
+    size = np.bincount(owner, minlength=codes)
+    ends = np.cumsum(size)
+    running = np.concatenate([np.zeros((1, points.shape[1])), np.cumsum(points[np.argsort(owner)], axis=0, dtype=np.float64)])
+    return (running[ends] - running[ends - size]).astype(np.float32), size.astype(np.float32)
+
+
+def _sha256(codebook: Float32[np.ndarray, "codes stacked_bins"]) -> str:
+    return hashlib.sha256(codebook.tobytes()).hexdigest()

@@ -1,0 +1,135 @@
+"""Text: strings to tokens and back, by any fast tokenizer of Hugging Face or by a small one trained here.
+
+A folder holds the usual two files (tokenizer.json, tokenizer_config.json), so transformers reads ours and this reads theirs.
+Nothing here knows of towers or speech.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from zipper.errors import ZipperError
+
+BEGIN, END = "<s>", "</s>"
+LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
+
+
+class Text:
+    """Strings <-> token ids. Markup in a string stays text: "</s>" never becomes the end token."""
+
+    name = "text"
+    DEFINITION, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+    def __init__(self, definition: str, begin: str | None, end: str | None) -> None:
+        """definition: the content of a tokenizer.json. begin, end: tokens; without a begin token the end token takes its place."""
+        try:
+            self.tokenizer = Tokenizer.from_str(definition)
+            model = json.loads(definition)["model"]
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ZipperError(
+                f"this is not the definition of a fast tokenizer: {error}. Give the content of a tokenizer.json."
+            ) from error
+        if end is None:
+            raise ZipperError("this tokenizer names no end token (eos_token). Set one before use: a segment needs an end.")
+        self.definition, self.tokens = definition, (begin or end, end)
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.begin, self.end = (self._id(token) for token in self.tokens)
+        self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        unknown = model.get("unk_token")
+        self._unknown = model.get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
+
+    @classmethod
+    def train(cls, lines: Iterable[str], merges: int = 150) -> "Text":
+        """Byte-pair encoding of lower-case words (a space belongs to the word behind it), without an unknown token.
+
+        merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line)) == line` for every lower-case line
+        in the alphabet (a to z, apostrophe, space and what `lines` hold); capitals are read as small letters, tabs as spaces.
+        """
+        lines = [line.lower() for line in lines]
+        if not lines:
+            raise ZipperError("no lines to train a tokenizer on. Give some text.")
+        alphabet = sorted(set(LETTERS).union(*lines) - set("\t\r\n"))
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[\t\r\n]"), " ")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| +"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        size = 2 + len(alphabet) + merges
+        special = {"special_tokens": [BEGIN, END], "initial_alphabet": alphabet}
+        tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False, **special))
+        return cls(tokenizer.to_str(), BEGIN, END)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "Text":
+        """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a slow one."""
+        if (Path(source) / cls.DEFINITION).is_file():
+            return cls.load(source)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(source))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ZipperError(f"no tokenizer at {source}: {error}. Give a folder with a {cls.DEFINITION} or a hub id.") from error
+        if not isinstance(loaded, PreTrainedTokenizerFast):
+            raise ZipperError(
+                f"{source} has only a slow tokenizer ({type(loaded).__name__}). Save it as a fast one ({cls.DEFINITION}) first."
+            )
+        return cls(loaded.backend_tokenizer.to_str(), loaded.bos_token, loaded.eos_token)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the definition and the two tokens."""
+        return hashlib.sha256("\0".join([self.definition, *self.tokens]).encode()).hexdigest()
+
+    def encode(self, raw: str) -> list[int]:
+        """Token ids. Raises ZipperError naming the characters that this tokenizer cannot write."""
+        ids: list[int] = self.tokenizer.encode(raw, add_special_tokens=False).ids
+        if self.decode(ids) != raw:  # seldom, and mostly harmless: capitals, white space
+            lost = sorted({character for character in raw if not character.isspace() and not self._writes(character)})
+            if lost:
+                raise ZipperError(f"this tokenizer cannot write {' '.join(lost)} in {raw!r}. Spell it in letters or leave it out.")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The string, without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.DEFINITION).write_text(self.definition, encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.tokens[0], "eos_token": self.tokens[1]}
+        (folder / self.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Text":
+        """From a folder with a tokenizer.json, ours or another's; transformers is not imported."""
+        folder = Path(folder)
+        try:
+            definition = (folder / cls.DEFINITION).read_text(encoding="utf-8")
+            config = json.loads((folder / cls.CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ZipperError(f"{folder} holds no tokenizer: {error}. It needs {cls.DEFINITION} and {cls.CONFIG}.") from error
+        return cls(definition, _token(config.get("bos_token")), _token(config.get("eos_token")))
+
+    def _id(self, token: str) -> int:
+        number: int | None = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise ZipperError(f"this tokenizer has no token {token!r}, which should begin or end a segment. Name one that it has.")
+        return number
+
+    def _writes(self, character: str) -> bool:
+        ids = self.tokenizer.encode(character, add_special_tokens=False).ids
+        return bool(ids) and self._unknown not in ids
+
+
+def _token(entry: Any) -> str | None:
+    """A token as tokenizer_config.json names it: a string, or an object around it in older files."""
+    return entry["content"] if isinstance(entry, dict) else entry
