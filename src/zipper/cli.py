@@ -1,0 +1,276 @@
+"""The command line. Every command is a few lines over the library; exit codes are 0 done, 1 failed, 2 wrong usage or input.
+
+Heavy imports stand inside the commands, so that `zipper --help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from zipper.errors import ZipperError
+
+Command = Callable[[argparse.Namespace], Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    # Waiting threads that spin starve each other on small machines; must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    given = parser().parse_args(arguments)
+    try:
+        given.command(given)
+    except ZipperError as error:
+        print(f"zipper {given.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"zipper {given.name}: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line as argparse knows it."""
+    top = argparse.ArgumentParser(prog="zipper", description="Zip decoders that were pre-trained alone into one model.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Command, about: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(command=command, name=name)
+        return sub
+
+    p = add("demo", demo, "Align a new zip on spoken commands, evaluate it, write a report.", "zipper demo")
+    p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default runs/demo)")
+    p.add_argument("--from-scratch", action="store_true", help="pre-train both towers too, instead of taking the shipped ones")
+    p.add_argument("--pairs", type=int, default=6000, help="aligned pairs to render and train on (default 6000)")
+    p.add_argument("--steps", type=int, help="alignment steps (default: what fits ten minutes on two cores)")
+    p.add_argument("--test", type=int, default=200, help="test utterances (default 200)")
+    p.add_argument("--json", action="store_true", help="print report.json at the end")
+
+    p = add("transcribe", transcribe, "Speech to text.", "zipper transcribe hello.wav")
+    p.add_argument("audio", nargs="+", type=Path, help="sound files (wav, flac, ogg, mp3)")
+    _model_option(p)
+    p.add_argument("--json", action="store_true", help="one JSON object per file")
+
+    p = add("speak", speak, "Text to speech.", 'zipper speak "send forty two oranges to vienna" -o out.wav')
+    p.add_argument("text", help="what to say")
+    p.add_argument("-o", "--output", type=Path, required=True, help="sound file to write; its ending gives the format")
+    p.add_argument("--voice", help="one of the model's voices (see zipper show); default: the model chooses")
+    _sampling_options(p)
+    _model_option(p)
+    p.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+    p = add("run", run, "Any order of modalities in and out.", 'zipper run --given speech=hello.wav --outputs text,speech -o out')
+    p.add_argument("--given", action="append", default=[], metavar="NAME=CONTENT", help="a segment: text, or the path of a sound file; in order")
+    p.add_argument("--outputs", required=True, metavar="NAME,NAME", help="modalities to produce, in order")
+    p.add_argument("-o", "--output", type=Path, help="folder for produced sound (needed if any speech is produced)")
+    _sampling_options(p)
+    _model_option(p)
+    p.add_argument("--json", action="store_true", help="one JSON object per segment")
+
+    p = add("units", units, "Sound files to units, as a manifest for training.", "zipper units clips/ -o units.jsonl")
+    p.add_argument("audio", nargs="+", type=Path, help="sound files, or folders of them")
+    p.add_argument("-o", "--output", type=Path, required=True, help="manifest (JSONL) to write")
+    p.add_argument("--units", type=Path, help="codebook folder (default: the shipped one)")
+    p.add_argument("--fit", type=int, metavar="CODES", help="fit a new codebook of so many codes on this audio, saved at --units")
+
+    for name, about in {"pretrain": "Train one tower alone by next-token prediction.", "train": "Align towers on pairs."}.items():
+        p = add(name, train, about, f"zipper {name} recipes/{'text_tower' if name == 'pretrain' else 'spoken_commands'}.py")
+        p.add_argument("recipe", type=Path, help="a Python file with config() -> TrainConfig and, where it needs data, prepare()")
+        p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+        p.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="change a field of the recipe, e.g. steps=100")
+
+    p = add("evaluate", evaluate, "Word error rates of ASR and TTS with oracle and floor.", "zipper evaluate --test 300 --json")
+    p.add_argument("--test", type=int, default=300, help="utterances of the built-in test part (default 300)")
+    p.add_argument("--task", choices=["asr", "tts", "both"], default="both")
+    p.add_argument("--judge", type=Path, help="a second judge for TTS: a saved pipeline that transcribes units")
+    _model_option(p)
+    p.add_argument("--output", type=Path, help="write the results with every raw text to this JSON file")
+    p.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    p = add("show", show, "Towers, junctions, what trains, parameters, gates, size on disk.", "zipper show runs/demo/model")
+    p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    p.add_argument("--json", action="store_true", help="print as JSON")
+    return top
+
+
+def markdown() -> str:
+    """docs/cli.md, made from the parser."""
+    os.environ["COLUMNS"] = "100"
+    top = parser()
+    subs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    parts = ["# Command line\n\nMade by `make docs` from the parser; do not edit.\n"]
+    parts += [f"## zipper {name}\n\n```text\n{sub.format_help().rstrip()}\n```\n" for name, sub in subs.items()]
+    return "\n".join(parts)
+
+
+def _model_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", type=Path, help="a saved model (default: the one that comes with the package)")
+
+
+def _sampling_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
+    p.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this probability")
+    p.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+
+def _sampling(given: argparse.Namespace) -> Any:
+    from zipper.sampling import Sampling
+
+    return Sampling(given.temperature, given.top_k, given.top_p, given.seed)
+
+
+def _pipeline(model: Path | None) -> Any:
+    from zipper.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(model)
+
+
+def demo(given: argparse.Namespace) -> None:
+    """zipper demo"""
+    from zipper.demo import demo as run_demo
+
+    report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
+    if given.json:
+        print(json.dumps(report, indent=1))
+
+
+def transcribe(given: argparse.Namespace) -> None:
+    """zipper transcribe"""
+    from zipper import audio
+
+    heard = [audio.read(path) for path in given.audio]  # all inputs are checked before the model is loaded
+    pipeline = _pipeline(given.model)
+    for path, sound in zip(given.audio, heard, strict=True):
+        text = pipeline.transcribe(sound)
+        print(json.dumps({"file": str(path), "text": text}) if given.json else text)
+
+
+def speak(given: argparse.Namespace) -> None:
+    """zipper speak"""
+    from zipper import audio
+    from zipper.sequence import Segment
+
+    audio.check_writable(given.output)
+    pipeline = _pipeline(given.model)
+    said = pipeline.run([Segment("text", given.text)], outputs=[pipeline.voice(given.voice)], sampling=_sampling(given))[0]
+    audio.write(given.output, said.content)
+    seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
+    if given.json:
+        print(json.dumps({"file": str(given.output), "seconds": seconds, "ended": said.ended}))
+    else:
+        print(f"{given.output}: {seconds} s" + ("" if said.ended else ", cut off at the cap: the model did not end by itself"))
+
+
+def run(given: argparse.Namespace) -> None:
+    """zipper run"""
+    from zipper import audio
+    from zipper.audio import Audio
+    from zipper.sequence import Segment
+
+    pipeline = _pipeline(given.model)
+    segments = []
+    for item in given.given:
+        name, equals, content = item.partition("=")
+        if not equals:
+            raise ZipperError(f"--given {item!r} is not NAME=CONTENT. Write e.g. --given text='call anna' or --given speech=hello.wav.")
+        segments.append(Segment(name, content))
+    outputs = [name.strip() for name in given.outputs.split(",") if name.strip()]
+    if "speech" in outputs and given.output is None:
+        raise ZipperError("This plan produces speech. Pass -o FOLDER to say where the sound goes.")
+    for number, segment in enumerate(pipeline.run(segments, outputs, sampling=_sampling(given))):
+        content = segment.content
+        if isinstance(content, Audio):
+            given.output.mkdir(parents=True, exist_ok=True)
+            path = given.output / f"{number}-{segment.tower}.wav"
+            audio.write(path, content)
+            content = str(path)
+        print(json.dumps({segment.tower: content, "ended": segment.ended}) if given.json else f"{segment.tower}: {content}")
+
+
+def units(given: argparse.Namespace) -> None:
+    """zipper units"""
+    from tqdm import tqdm
+
+    from zipper import audio, data
+    from zipper.modality.speech import SpeechUnits
+    from zipper.pipeline import SHIPPED
+
+    endings = {".wav", ".flac", ".ogg", ".mp3", ".opus"}
+    files = [f for path in given.audio for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [f for f in files if f in given.audio or f.suffix.lower() in endings]
+    if not files:
+        raise ZipperError(f"There is no sound file in {', '.join(map(str, given.audio))}. Give wav, flac, ogg, opus or mp3 files.")
+    if given.fit:
+        if given.units is None:
+            raise ZipperError("--fit makes a new codebook. Pass --units FOLDER to say where it goes.")
+        empty = SpeechUnits.untrained()
+        mels = [empty.log_mel(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file")]
+        SpeechUnits.fit(mels, given.fit).save(given.units)
+    speech = SpeechUnits.load(given.units or SHIPPED / "modalities" / "speech")
+    rows = []
+    for path in tqdm(files, desc="units", unit="file"):
+        sound = audio.read(path)
+        rows.append({"id": path.stem, "speech": speech.encode(sound), "duration_s": round(len(sound.samples) / sound.rate_hz, 3)})
+    data.write(given.output, rows)
+    print(f"{given.output}: {len(rows)} files, {sum(r['duration_s'] for r in rows):.0f} s, {sum(len(r['speech']) for r in rows)} units")
+
+
+def train(given: argparse.Namespace) -> None:
+    """zipper pretrain, zipper train"""
+    import dataclasses
+
+    from zipper import training
+
+    if not given.recipe.is_file():
+        raise ZipperError(f"The recipe {given.recipe} does not exist. Give a Python file such as recipes/spoken_commands.py.")
+    recipe = runpy.run_path(str(given.recipe))
+    if "config" not in recipe:
+        raise ZipperError(f"{given.recipe} has no function config(). A recipe is a Python file with config() -> TrainConfig.")
+    if "prepare" in recipe:
+        recipe["prepare"]()
+    config = recipe["config"]()
+    for item in given.set:
+        field, _, value = item.partition("=")
+        if field not in {f.name for f in dataclasses.fields(config)}:
+            raise ZipperError(f"--set {item}: TrainConfig has no field {field!r}. Its fields stand in zipper.training.TrainConfig.")
+        try:
+            config = dataclasses.replace(config, **{field: json.loads(value)})
+        except json.JSONDecodeError:
+            raise ZipperError(f"--set {item}: {value!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'.") from None
+    if given.name == "pretrain" and len(config.towers) != 1:
+        raise ZipperError(f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several.")
+    training.train(config, resume=given.resume)
+    print(f"{config.output}/model: the best by dev loss. See it with: zipper show {config.output}/model")
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """zipper evaluate"""
+    from zipper.demo import evaluate as run_evaluation
+
+    result = run_evaluation(_pipeline(given.model), given.test, given.task, given.judge)
+    text = json.dumps(result, indent=1)
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(text + "\n")
+    if given.json:
+        print(text)
+
+
+def show(given: argparse.Namespace) -> None:
+    """zipper show"""
+    from zipper.inspection import describe, table
+    from zipper.pipeline import SHIPPED
+
+    found = describe(_pipeline(given.model), given.model or SHIPPED)
+    print(json.dumps(found, indent=1) if given.json else table(found))

@@ -1,0 +1,127 @@
+"""Pipeline: model and modalities, raw in, raw out. The only object that most users, the command line, the server and the evaluation
+touch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipper import checkpoint
+from zipper.audio import Audio
+from zipper.errors import ZipperError
+from zipper.generation import Limits, generate
+from zipper.modality import Modality
+from zipper.modality import load as load_modality
+from zipper.modality.speech import SpeechUnits
+from zipper.model import TowerSource, Zipper
+from zipper.sampling import Sampling
+from zipper.sequence import Segment
+
+PINS = "modalities.json"
+
+#: The model that comes with the package: spoken commands, text <-> speech.
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+class Pipeline:
+    """A zipped model with the modalities of its towers (same names)."""
+
+    def __init__(self, model: Zipper, modalities: Mapping[str, Modality]) -> None:
+        if set(modalities) != set(model.towers):
+            raise ZipperError(f"The model has the towers {sorted(model.towers)}, the modalities given are {sorted(modalities)}.")
+        for name, modality in modalities.items():
+            known = model.config.towers[name].vocabulary
+            if modality.vocabulary > known:
+                raise ZipperError(f"The modality {name!r} makes {modality.vocabulary} ids, its tower knows {known}.")
+        self.model = model
+        self.modalities = dict(modalities)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path | None = None,
+        towers: Mapping[str, TowerSource] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> "Pipeline":
+        """Load what `save_pretrained` wrote; None loads the model that comes with the package.
+
+        towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises ZipperError for a damaged file, a
+        foreign base, tokenizer or codebook.
+        """
+        folder = SHIPPED if folder is None else Path(folder)
+        model = Zipper.from_pretrained(folder, towers, dtype)
+        pins = checkpoint.read_json(folder / PINS)
+        modalities = {}
+        for name, pin in pins.items():
+            modality = load_modality(folder / "modalities" / name)
+            if modality.fingerprint != pin:
+                raise ZipperError(
+                    f"{folder / 'modalities' / name} is not what this model was trained with: its hash is "
+                    f"{modality.fingerprint[:16]}, the model wants {pin[:16]}. Put the original back."
+                )
+            modalities[name] = modality
+        return cls(model, modalities)
+
+    def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
+        """Save model and modalities in one folder, whole or not at all; see `Zipper.save_pretrained`."""
+        with checkpoint.whole(Path(folder)) as temporary:
+            self.model.write(temporary, include, record)
+            for name, modality in self.modalities.items():
+                modality.save(temporary / "modalities" / name)
+            checkpoint.write_json(temporary / PINS, {name: m.fingerprint for name, m in self.modalities.items()})
+
+    def run(
+        self,
+        segments: Sequence[Segment],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+    ) -> list[Segment]:
+        """Read raw segments (text as str, speech as Audio or path), produce one raw segment per item of `outputs`, in that order.
+
+        A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default derived from the input.
+        """
+        return self.run_batch([segments], outputs, sampling, limits)[0]
+
+    def run_batch(
+        self,
+        batch: Sequence[Sequence[Segment]],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+    ) -> list[list[Segment]]:
+        """`run` for many inputs of one plan at once. Contents that are lists of ids are taken as they are."""
+        prompts = [[self._encode(segment) for segment in segments] for segments in batch]
+        plan = [self._encode(item) if isinstance(item, Segment) else item for item in outputs]
+        produced = generate(self.model, prompts, plan, sampling or Sampling(), limits)
+        return [[replace(s, content=self.modalities[s.tower].decode(s.content)) for s in row] for row in produced]
+
+    def transcribe(self, speech: Audio | str | Path) -> str:
+        """Speech to text: an Audio or the path of a sound file -> its words."""
+        text = self.run([Segment("speech", speech)], outputs=["text"])[0].content
+        assert isinstance(text, str)
+        return text
+
+    def speak(self, text: str, voice: str | None = None, sampling: Sampling | None = None) -> Audio:
+        """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose."""
+        speech = self.run([Segment("text", text)], outputs=[self.voice(voice)], sampling=sampling)[0].content
+        assert isinstance(speech, Audio)
+        return speech
+
+    def voice(self, name: str | None) -> str | Segment:
+        """The output item for speech in a voice: its id is forced as the first token."""
+        speech = self._modality("speech")
+        if not isinstance(speech, SpeechUnits):
+            raise ZipperError("The modality 'speech' of this model has no voices.")
+        return Segment("speech", [speech.voice_id(name)]) if name else "speech"
+
+    def _modality(self, name: str) -> Modality:
+        if name not in self.modalities:
+            raise ZipperError(f"This model has no modality {name!r}; it has {sorted(self.modalities)}.")
+        return self.modalities[name]
+
+    def _encode(self, segment: Segment) -> Segment:
+        modality = self._modality(segment.tower)
+        return segment if isinstance(segment.content, list) else replace(segment, content=modality.encode(segment.content))
