@@ -13,7 +13,9 @@ def prepare() -> None:
     """Sentences of the unpaired text part, and a tokenizer trained on them."""
     if (FOLDER / "text.jsonl").exists():
         return
-    rows = {part: [{"id": u.id, "text": u.text} for u in corpus.sentences(part, n)] for part, n in {"text": 60_000, "dev": 400}.items()}
+    rows = {
+        part: [{"id": u.id, "text": u.text} for u in corpus.sentences(part, n)] for part, n in {"text": 60_000, "dev": 400}.items()
+    }
     Text.train([row["text"] for row in rows["text"]], merges=150).save(FOLDER / "text")
     data.write(FOLDER / "text_dev.jsonl", rows["dev"])
     data.write(FOLDER / "text.jsonl", rows["text"])

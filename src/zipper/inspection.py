@@ -1,11 +1,18 @@
 """Inspection: what a saved model is made of, for `zipper show` and for people."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zipper.link import Link
 from zipper.modality.speech import SpeechUnits
-from zipper.model import Zipper
+from zipper.model import Zipper, visible
 from zipper.pipeline import Pipeline
+from zipper.tower import Strand
 
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
@@ -26,6 +33,22 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
+def attention(model: Zipper, strands: Mapping[str, Strand], source: str, target: str) -> Float[Tensor, "target source"]:
+    """How much each token of `target` looks at each token of `source` in the first row of a batch: mean over heads and junctions.
+    Rows are 0 where nothing is visible."""
+    read, reading = strands[source], strands[target]
+    mask = visible(reading, read)
+    found = []
+    for n, hidden in enumerate(model.taps(strands)):
+        name = f"{n}:{source}>{target}"
+        if name in model.links:
+            link = model.links[name]
+            assert isinstance(link, Link)
+            found.append(link.attention(hidden[target], link.read(hidden[source], read.position), mask, reading.position)[0])
+    return torch.stack(found).mean(0)
+
+
 def table(found: dict[str, Any]) -> str:
     """`describe` as text."""
     lines = [f"{found['folder']}: {found['parameters']:,} parameters, {found['bytes_on_disk'] / 1e6:.1f} MB on disk", "", "towers"]
@@ -44,7 +67,9 @@ def table(found: dict[str, Any]) -> str:
         for link, gate in found["links"].items():
             if link.startswith(f"{n}:"):
                 ffw = "" if gate["feedforward"] is None else f", feed-forward {gate['feedforward']:+.3f}"
-                lines.append(f"     {link.partition(':')[2].replace('>', ' -> '):24} gates: attention {gate['attention']:+.3f}{ffw}")
+                lines.append(
+                    f"     {link.partition(':')[2].replace('>', ' -> '):24} gates: attention {gate['attention']:+.3f}{ffw}"
+                )
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ TowerSource = str | Path | PreTrainedModel | Tower
 class TowerConfig:
     """What a zip knows of one tower.
 
-    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of its parameters and buffers in `dtype`.
+    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of what its checkpoint holds, in `dtype` (`Tower.pin`).
     train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use only as a ratio
     between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
     """
@@ -195,7 +195,7 @@ class Zipper(nn.Module):
                 input_projection=kind if isinstance(kind, str) else kind.get(name, "none"),
                 tokens=(tokens or {}).get(name, 0.0),
                 dtype=_dtype(tower),
-                digest=tower.digest(),
+                digest=tower.pin(),
             )
         config = ZipperConfig(
             configs,
@@ -228,6 +228,12 @@ class Zipper(nn.Module):
             self._tower(name)
         names = tuple(strands)
         return self._advance(strands, State(names, names if outputs is None else tuple(outputs)), cached=False)[0]
+
+    def taps(self, strands: Mapping[str, Strand]) -> list[dict[str, Float[Tensor, "batch length width"]]]:
+        """States of every tower just before each exchange, one dict per junction; for looking at."""
+        found: list[dict[str, Tensor]] = []
+        self._advance(strands, State(tuple(strands), ()), cached=False, taps=found)
+        return found
 
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
         """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
@@ -303,7 +309,7 @@ class Zipper(nn.Module):
         for name, tower in self.config.towers.items():
             if name in inside:
                 towers[name] = dataclasses.replace(
-                    tower, source=f"towers/{name}", digest=self._tower(name).digest(), dtype=_dtype(self._tower(name))
+                    tower, source=f"towers/{name}", digest=self._tower(name).pin(), dtype=_dtype(self._tower(name))
                 )
             elif tower.source:
                 towers[name] = dataclasses.replace(tower, source=_absolute(tower.source))
@@ -331,7 +337,7 @@ class Zipper(nn.Module):
             inside = folder / pin.source if pin.source == f"towers/{name}" else pin.source
             source = (towers or {}).get(name, inside)
             tower = source if isinstance(source, Tower) else Tower.load(source, dtype=getattr(torch, pin.dtype))
-            found = tower.digest()
+            found = tower.pin()
             if found != pin.digest:
                 raise ZipperError(
                     f"The tower {name!r} from {source} is not the one this zip was trained on: its content hash is {found[:16]}, "
@@ -340,7 +346,10 @@ class Zipper(nn.Module):
             loaded[name] = tower
         model = cls(loaded, config)
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
-        return model if dtype is None else model.to(dtype)
+        if dtype is not None:
+            for parameter in model.parameters():  # not buffers: transformers keeps rotary frequencies in float32
+                parameter.data = parameter.data.to(dtype)
+        return model
 
     def new_parameters(self) -> dict[str, Tensor]:
         """Links and input projections by name: what zipping added."""
@@ -359,7 +368,9 @@ class Zipper(nn.Module):
         """Positions a tower was made for; models without a limit say so by a large number."""
         return int(getattr(self.tower(name).config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
-    def _advance(self, strands: Mapping[str, Strand], state: State, cached: bool) -> tuple[dict[str, Tensor], State]:
+    def _advance(
+        self, strands: Mapping[str, Strand], state: State, cached: bool, taps: list[dict[str, Tensor]] | None = None
+    ) -> tuple[dict[str, Tensor], State]:
         """The lock-step loop. Towers that are not in `strands` do not run; what they said before is in `state`."""
         towers = {name: self._tower(name) for name in strands}
         past = {name: state.past.get(name) or towers[name].new_past() for name in strands} if cached else {}
@@ -385,6 +396,8 @@ class Zipper(nn.Module):
             for name in junction.keys() & strands.keys():
                 hidden[name] = towers[name].run(hidden[name], range(done[name], junction[name]), passes[name])
                 done[name] = junction[name]
+            if taps is not None:
+                taps.append(hidden)
             hidden = self._exchange(n, hidden, strands, state, masks)
         for name in [name for name in strands if name in state.outputs]:
             hidden[name] = towers[name].run(hidden[name], range(done[name], towers[name].layers), passes[name])
