@@ -44,4 +44,5 @@ def config() -> TrainConfig:
         lr_tower=2e-3,
         corrupt={"speech": 0.05},
         eval_every=200,
+        save_dtype="float16",
     )

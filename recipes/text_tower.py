@@ -44,4 +44,5 @@ def config() -> TrainConfig:
         batch=32,
         lr_tower=2e-3,
         eval_every=200,
+        save_dtype="float16",
     )

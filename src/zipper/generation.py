@@ -7,7 +7,7 @@ Nothing here knows how the model works inside, only `start`, `step` and `unembed
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -22,6 +22,7 @@ from zipper.tower import Strand
 Limits = Mapping[str, int]
 
 
+@runtime_checkable
 class Model(Protocol):
     """What generation needs of a model."""
 

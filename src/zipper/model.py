@@ -347,9 +347,13 @@ class Zipper(nn.Module):
         model = cls(loaded, config)
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
         if dtype is not None:
-            for parameter in model.parameters():  # not buffers: transformers keeps rotary frequencies in float32
-                parameter.data = parameter.data.to(dtype)
+            model.cast(dtype)
         return model
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Turn all parameters into `dtype`, in place; not the buffers, for transformers keeps rotary frequencies in float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def new_parameters(self) -> dict[str, Tensor]:
         """Links and input projections by name: what zipping added."""

@@ -52,6 +52,7 @@ class TrainConfig:
     overfitting and exposure bias. dropout of links stands in `link`.
     eval_every, patience: dev loss every so many steps; stop after that many evaluations without a new best (0 = never).
     save_every, keep: steps between checkpoints and how many are kept. The best model by mean dev loss is what the run returns.
+    save_dtype: "float16" or "bfloat16" halves the returned model on disk; training itself is in float32 (and `mixed_precision`).
     """
 
     output: str
@@ -85,6 +86,7 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     log_every: int = 20
+    save_dtype: str | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
     seed: int = 0
 
@@ -124,7 +126,7 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
     towers: dict[str, Tower] = {}
     for name, source in config.towers.items():
         if isinstance(source, str):
-            towers[name] = Tower.load(source)
+            towers[name] = Tower.load(source, dtype=torch.float32)
         else:
             modality = modalities[name]
             ids = {"vocab_size": modality.vocabulary, "bos_token_id": modality.begin, "eos_token_id": modality.end}
@@ -258,7 +260,12 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     accelerator.end_training()
     if not (folder / "model").is_dir():  # stopped before the first evaluation
         Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, {}))
-    return Pipeline.from_pretrained(folder / "model")
+    best = Pipeline.from_pretrained(folder / "model")
+    if config.save_dtype and accelerator.is_main_process:
+        best.model.cast(getattr(torch, config.save_dtype))
+        best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
+        best.model.cast(torch.float32)
+    return best
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from zipper.errors import ZipperError
 
@@ -31,7 +31,7 @@ class Modality(Protocol):
         """Write the whole definition into a folder."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path) -> "Modality":
         """Read what `save` wrote. Raises ZipperError for anything else."""
 
 

@@ -46,7 +46,7 @@ class SpeechUnits:
         width = config.stack * config.mel.bins
         if codebook.ndim != 2 or codebook.shape[1] != width or not np.isfinite(codebook).all():
             raise ZipperError(
-                f"a codebook of shape {codebook.shape} was given, (codes, {width}) of finite numbers was wanted. Fit the units anew."
+                f"a codebook of shape {codebook.shape} was given, (codes, {width}) and finite was wanted. Fit the units anew."
             )
         self.codebook, self.config, self.voices = codebook, config, config.voices
         self.codes = len(codebook)
@@ -62,7 +62,7 @@ class SpeechUnits:
         seed: int = 0,
         steps: int = 150,
     ) -> "SpeechUnits":
-        """Units for sound like this: `pictures` are log-mels by `config.mel`. Raises ZipperError if there are fewer frames than codes."""
+        """Units for sound like this: `pictures` are log-mels by `config.mel`. Raises ZipperError if they are too few."""
         config = config or UnitsConfig()
         points = (
             np.concatenate([stacked(picture, config.stack) for picture in pictures])
@@ -123,7 +123,7 @@ class SpeechUnits:
             ) from error
         if _sha256(codebook) != pinned:
             raise ZipperError(
-                f"{folder} holds a foreign codebook: not the one that its {cls.CONFIG} describes, so codes would mean other sounds. "
+                f"{folder} holds a foreign codebook, not the one that its {cls.CONFIG} describes: codes would mean other sounds. "
                 "Restore both files from the run that made them, or fit the units anew."
             )
         return cls(codebook, config)

@@ -48,8 +48,8 @@ class Text:
     def train(cls, lines: Iterable[str], merges: int = 150) -> "Text":
         """Byte-pair encoding of lower-case words (a space belongs to the word behind it), without an unknown token.
 
-        merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line)) == line` for every lower-case line
-        in the alphabet (a to z, apostrophe, space and what `lines` hold); capitals are read as small letters, tabs as spaces.
+        merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line)) == line` for every lower-case
+        line in the alphabet (a to z, apostrophe, space and what `lines` hold); capitals are read as small letters, tabs as spaces.
         """
         lines = [line.lower() for line in lines]
         if not lines:
@@ -60,8 +60,14 @@ class Text:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| +"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         size = 2 + len(alphabet) + merges
-        special = {"special_tokens": [BEGIN, END], "initial_alphabet": alphabet}
-        tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, show_progress=False, **special))
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[BEGIN, END],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(lines, trainer)
         return cls(tokenizer.to_str(), BEGIN, END)
 
     @classmethod
