@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from zipper import corpus, data
-from zipper.modality.speech import SpeechUnits, UnitsConfig
+from zipper.demo import SPEECH_TOWER
+from zipper.modality.speech import SpeechUnits
 from zipper.training import TrainConfig
 
 FOLDER = Path("runs/data")
@@ -24,17 +25,7 @@ def config() -> TrainConfig:
     """Half of the samples begin with the id of their voice, so that the tower also speaks in a chosen voice."""
     return TrainConfig(
         output="runs/speech-tower",
-        towers={
-            "speech": {
-                "model_type": "llama",
-                "hidden_size": 192,
-                "intermediate_size": 512,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 6,
-                "max_position_embeddings": 2048,
-                "tie_word_embeddings": True,
-            }
-        },
+        towers={"speech": SPEECH_TOWER},
         modalities={"speech": str(FOLDER / "speech")},
         data=str(FOLDER / "speech.jsonl"),
         dev=str(FOLDER / "speech_dev.jsonl"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from zipper import corpus, data
+from zipper.demo import TEXT_TOWER
 from zipper.modality.text import Text
 from zipper.training import TrainConfig
 
@@ -25,17 +26,7 @@ def config() -> TrainConfig:
     """One epoch and a bit; it does not overfit (docs/log.md)."""
     return TrainConfig(
         output="runs/text-tower",
-        towers={
-            "text": {
-                "model_type": "llama",
-                "hidden_size": 128,
-                "intermediate_size": 344,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": True,
-            }
-        },
+        towers={"text": TEXT_TOWER},
         modalities={"text": str(FOLDER / "text")},
         data=str(FOLDER / "text.jsonl"),
         dev=str(FOLDER / "text_dev.jsonl"),

@@ -69,8 +69,14 @@ def parser() -> argparse.ArgumentParser:
     _model_option(p)
     p.add_argument("--json", action="store_true", help="print what was written as JSON")
 
-    p = add("run", run, "Any order of modalities in and out.", 'zipper run --given speech=hello.wav --outputs text,speech -o out')
-    p.add_argument("--given", action="append", default=[], metavar="NAME=CONTENT", help="a segment: text, or the path of a sound file; in order")
+    p = add("run", run, "Any order of modalities in and out.", "zipper run --given speech=hello.wav --outputs text,speech -o out")
+    p.add_argument(
+        "--given",
+        action="append",
+        default=[],
+        metavar="NAME=CONTENT",
+        help="a segment: text, or the path of a sound file; in order",
+    )
     p.add_argument("--outputs", required=True, metavar="NAME,NAME", help="modalities to produce, in order")
     p.add_argument("-o", "--output", type=Path, help="folder for produced sound (needed if any speech is produced)")
     _sampling_options(p)
@@ -87,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
         p = add(name, train, about, f"zipper {name} recipes/{'text_tower' if name == 'pretrain' else 'spoken_commands'}.py")
         p.add_argument("recipe", type=Path, help="a Python file with config() -> TrainConfig and, where it needs data, prepare()")
         p.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
-        p.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="change a field of the recipe, e.g. steps=100")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=JSON", help="change a field of the recipe, e.g. steps=100"
+        )
 
     p = add("evaluate", evaluate, "Word error rates of ASR and TTS with oracle and floor.", "zipper evaluate --test 300 --json")
     p.add_argument("--test", type=int, default=300, help="utterances of the built-in test part (default 300)")
@@ -183,7 +191,9 @@ def run(given: argparse.Namespace) -> None:
     for item in given.given:
         name, equals, content = item.partition("=")
         if not equals:
-            raise ZipperError(f"--given {item!r} is not NAME=CONTENT. Write e.g. --given text='call anna' or --given speech=hello.wav.")
+            raise ZipperError(
+                f"--given {item!r} is not NAME=CONTENT. Write e.g. --given text='call anna' or --given speech=hello.wav."
+            )
         segments.append(Segment(name, content))
     outputs = [name.strip() for name in given.outputs.split(",") if name.strip()]
     if "speech" in outputs and given.output is None:
@@ -223,7 +233,9 @@ def units(given: argparse.Namespace) -> None:
         sound = audio.read(path)
         rows.append({"id": path.stem, "speech": speech.encode(sound), "duration_s": round(len(sound.samples) / sound.rate_hz, 3)})
     data.write(given.output, rows)
-    print(f"{given.output}: {len(rows)} files, {sum(r['duration_s'] for r in rows):.0f} s, {sum(len(r['speech']) for r in rows)} units")
+    print(
+        f"{given.output}: {len(rows)} files, {sum(r['duration_s'] for r in rows):.0f} s, {sum(len(r['speech']) for r in rows)} units"
+    )
 
 
 def train(given: argparse.Namespace) -> None:
@@ -249,22 +261,24 @@ def train(given: argparse.Namespace) -> None:
         except json.JSONDecodeError:
             raise ZipperError(f"--set {item}: {value!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'.") from None
     if given.name == "pretrain" and len(config.towers) != 1:
-        raise ZipperError(f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several.")
+        raise ZipperError(
+            f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several."
+        )
     training.train(config, resume=given.resume)
     print(f"{config.output}/model: the best by dev loss. See it with: zipper show {config.output}/model")
 
 
 def evaluate(given: argparse.Namespace) -> None:
     """zipper evaluate"""
-    from zipper.demo import evaluate as run_evaluation
+    from zipper import checkpoint, corpus, demo, report
 
-    result = run_evaluation(_pipeline(given.model), given.test, given.task, given.judge)
-    text = json.dumps(result, indent=1)
+    pipeline, second = _pipeline(given.model), _pipeline(given.judge) if given.judge else None
+    tasks = ["asr", "tts"] if given.task == "both" else [given.task]
+    found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second)
+    scores = {task: report.summary(found.scores[task]) for task in tasks}
     if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(text + "\n")
-    if given.json:
-        print(text)
+        checkpoint.write_json(given.output, {"model": str(given.model or "shipped"), **scores, "words": found.words})
+    print(json.dumps(scores, indent=1) if given.json else report.text_table([s for task in tasks for s in found.scores[task]]))
 
 
 def show(given: argparse.Namespace) -> None:

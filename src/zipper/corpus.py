@@ -208,7 +208,7 @@ def rows(
             done = [json.loads(line) for line in islice(lines, n)]
     if len(done) == n:
         return done
-    with _pool(workers) as each:
+    with pool(workers) as each:
         fresh = each(partial(_row, units), wanted[len(done) :])
         done += tqdm(fresh, desc=f"say {part}", total=n - len(done), unit="utterance", smoothing=0.01, mininterval=1, disable=None)
     _keep(folder / f"{part}-{key}-{n}.jsonl", done)
@@ -236,7 +236,7 @@ def _row(units: SpeechUnits, utterance: Utterance) -> dict[str, Any]:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Any]]:
+def pool(workers: int) -> Iterator[Callable[..., Any]]:
     """An ordered map over `workers` fresh processes of one thread each, or over none."""
     if workers < 2:
         yield map

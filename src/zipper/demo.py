@@ -3,36 +3,54 @@ evaluation -> report. Also the evaluation of any saved model on that corpus, for
 
 import dataclasses
 import json
-import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from zipper import checkpoint, corpus, data, report
 from zipper.audio import Audio
-from zipper.errors import ZipperError
 from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
+from zipper.generation import generate
 from zipper.inspection import attention
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.report import AttentionMap, Report, Sample, Score, Sound
+from zipper.sampling import Sampling
 from zipper.sequence import Segment, collate
 from zipper.training import TrainConfig, train
 
 CHUNK = 100  # utterances that are generated together
-JUDGE = "pocketsphinx"
+JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
 DOMAIN = 20_000  # sentences of the unpaired text part that the judge's language model is made of
 SHOWN = 6  # utterances to listen to in the report
 
 #: The pre-trained towers that come with the package, before any alignment.
-TOWERS = {"text": SHIPPED / "towers" / "text", "speech": SHIPPED.parent / "shipped_towers" / "speech"}
+TOWERS = {"text": SHIPPED / "towers" / "text", "speech": SHIPPED.parent / "speech_tower"}
+
+TEXT_TOWER = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SPEECH_TOWER = TEXT_TOWER | {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 2048,
+}
 
 Row = dict[str, Any]
 
@@ -58,7 +76,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
     """
     if (output / "run").exists():
-        checkpoint.discard(output / "run")
+        shutil.rmtree(output / "run")
     clock = Clock()
     with clock.phase("towers"):
         towers, modalities = _pretrain(output) if from_scratch else _shipped()
@@ -88,12 +106,12 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
         pipeline = train(config)
     second = None if from_scratch else Pipeline.from_pretrained()
     with clock.phase(f"evaluate on {test} utterances"):
-        scores, samples = evaluate(pipeline, tests, second=second)
+        result = evaluate(pipeline, tests, second=second)
     seconds = round(sum(clock.seconds.values()), 1)
     metrics = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
     made = Report(
-        asr=scores["asr"],
-        tts=scores["tts"],
+        asr=result.scores["asr"],
+        tts=result.scores["tts"],
         seconds=seconds,
         phases=clock.seconds,
         corpus={"pairs": pairs, "dev": 200, "test": test},
@@ -102,7 +120,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
         command="make demo",
         metrics=metrics,
         attention=[_map(pipeline, tests[0], given, produced) for given, produced in (("speech", "text"), ("text", "speech"))],
-        samples=samples,
+        samples=result.samples,
     )
     found = made.to_json()
     checkpoint.write_json(output / "report.json", found)
@@ -114,44 +132,166 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
     return found
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: by task, each first by the judge that is quoted. samples: to listen to. words: every raw text, by what it is."""
+
+    scores: dict[str, list[Score]]
+    samples: list[Sample]
+    words: dict[str, list[str]]
+
+
 def evaluate(
-    pipeline: Pipeline, rows: Sequence[Row], tasks: Sequence[Literal["asr", "tts"]] = ("asr", "tts"), second: Pipeline | None = None
-) -> tuple[dict[str, list[Score]], list[Sample]]:
+    pipeline: Pipeline, rows: Sequence[Row], tasks: Sequence[str] = ("asr", "tts"), second: Pipeline | None = None
+) -> Evaluation:
     """Scores of a model on rows of the built-in corpus, in all voices and in each, beside oracle and floor; and samples to hear.
 
-    rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, on its units.
+    rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by its units.
     """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
+    floor = floor_template(texts, [row["template"] for row in rows])
     scores: dict[str, list[Score]] = {"asr": [], "tts": []}
 
     def add(task: str, system: str, judge: str, heard: Sequence[str], ended: Sequence[bool] | None = None) -> None:
         for voice in ("", *dict.fromkeys(voices)):
             mine = [i for i, v in enumerate(voices) if voice in ("", v)]
             unended = None if ended is None else sum(not ended[i] for i in mine) / len(mine)
-            rate = error_rate([texts[i] for i in mine], [heard[i] for i in mine])
-            scores[task].append(Score(system, judge, rate, voice, unended))
+            scores[task].append(
+                Score(system, judge, error_rate([texts[i] for i in mine], [heard[i] for i in mine]), voice, unended)
+            )
 
-    other = [floor_text for floor_text in floor_template(texts, [row["template"] for row in rows])]
-    written: list[str] = []
+    true = [row["speech"] for row in rows]
+    written = transcribe(pipeline, true)
     if "asr" in tasks:
-        transcripts = transcribe(pipeline, [row["speech"] for row in rows])
-        written = [s.content for s in transcripts]
-        add("asr", "model", "text", written, [s.ended for s in transcripts])
-        add("asr", "floor", "text", other)
-    samples: list[Sample] = []
-    if "tts" in tasks:
-        said = speak(pipeline, texts, voices)
-        produced = [s.content for s in said]
-        true = [row["speech"] for row in rows]
-        units = pipeline.modalities["speech"]
-        judge = Judge.from_sentences([u.text for u in corpus.sentences("text", DOMAIN)])
-        sounds = {"model": vocode(units, produced), "oracle": vocode(units, true)}
-        heard = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
-        if second is not None:
-            for name, ids in {"model": produced, "oracle": true}.items():
-                heard[name]["second"] = [s.content for s in transcribe(second, ids)]
-        for judge_name in heard["model"]:
-            add("tts", "model", judge_name, heard["model"][judge_name], [s.ended for s in said])
-            add("tts", "oracle", judge_name, heard["oracle"][judge_name])
-            add("tts", "floor", judge_name, other)
-    return scores, samples
+        add("asr", "model", EXACT, [s.content for s in written], [s.ended for s in written])
+        add("asr", "floor", EXACT, floor)
+    words = {"reference": texts, "transcript": [s.content for s in written]}
+    if "tts" not in tasks:
+        return Evaluation(scores, [], words)
+    said = speak(pipeline, texts, voices)
+    units = {"model": [s.content for s in said], "oracle": true}
+    sounds = {name: vocode(pipeline, ids) for name, ids in units.items()}
+    judge = Judge.from_sentences([u.text for u in corpus.sentences("text", DOMAIN)])
+    heard = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
+    if second is not None:
+        for name, ids in units.items():
+            heard[name][SECOND] = [s.content for s in transcribe(second, ids)]
+    for by in heard["model"]:
+        add("tts", "model", by, heard["model"][by], [s.ended for s in said])
+        add("tts", "oracle", by, heard["oracle"][by])
+        add("tts", "floor", by, floor)
+
+    def sound(name: str, i: int) -> Sound:
+        return Sound(sounds[name][i], {by: words[i] for by, words in heard[name].items()})
+
+    samples = []
+    for i, recorded in enumerate(recordings(rows[:SHOWN])):
+        true_sound = Sound(recorded, {JUDGE: judge.transcribe(recorded)})
+        samples.append(
+            Sample(rows[i]["id"], texts[i], voices[i], written[i].content, true_sound, sound("oracle", i), sound("model", i))
+        )
+    words |= {f"{name} by {by}": list(said) for name, judges in heard.items() for by, said in judges.items()}
+    return Evaluation(scores, samples, words)
+
+
+def transcribe(pipeline: Pipeline, units: Sequence[Sequence[int]]) -> list[Segment]:
+    """Speech to text for many lists of units, in batches of like length."""
+    return _in_chunks(
+        [len(ids) for ids in units], lambda some: pipeline.run_batch([[Segment("speech", list(units[i]))] for i in some], ["text"])
+    )
+
+
+def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> list[Segment]:
+    """Text to units, each in its voice, greedy; contents are ids."""
+    text = pipeline.modalities["text"]
+    found: dict[int, Segment] = {}
+    for voice in dict.fromkeys(voices):
+        mine = [i for i, v in enumerate(voices) if v == voice]
+        prompts = [[Segment("text", text.encode(texts[i]))] for i in mine]
+        produced = _in_chunks(
+            [len(texts[i]) for i in mine],
+            partial(_say, pipeline, prompts, voice),
+        )
+        found |= dict(zip(mine, produced, strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
+def _say(pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, some: Sequence[int]) -> list[list[Segment]]:
+    return generate(pipeline.model, [prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
+
+
+def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:
+    """Units to sound, in `workers` processes."""
+    with corpus.pool(workers) as each:
+        sounds = each(pipeline.units.decode, [list(ids) for ids in units])
+        return list(tqdm(sounds, desc="vocode", total=len(units), unit="utterance", disable=None))
+
+
+def recordings(rows: Sequence[Row]) -> list[Audio]:
+    """The utterances behind rows of the corpus, said again."""
+    return [corpus.synthesize(corpus.Utterance(row["id"], row["text"], row["template"], row["voice"])) for row in rows]
+
+
+def _in_chunks(lengths: Sequence[int], produce: Callable[[list[int]], list[list[Segment]]]) -> list[Segment]:
+    """The one segment that `produce` makes for each index, asked for in chunks of like length; in the order of the indices."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found: dict[int, Segment] = {}
+    for start in range(0, len(order), CHUNK):
+        some = order[start : start + CHUNK]
+        found |= {i: segments[0] for i, segments in zip(some, produce(some), strict=True)}
+    return [found[i] for i in range(len(lengths))]
+
+
+def _map(pipeline: Pipeline, row: Row, given: str, produced: str) -> AttentionMap:
+    """Where the produced segment of a true pair looks in the given one."""
+    ids = {"text": pipeline.modalities["text"].encode(row["text"]), "speech": row["speech"]}
+    strands = collate([[Segment(name, ids[name]) for name in (given, produced)]], pipeline.model.ends()).strands
+    weights = attention(pipeline.model, strands, given, produced).numpy()
+    labels = {name: [_label(pipeline, name, i) for i in strand.ids[0].tolist()] for name, strand in strands.items()}
+    return AttentionMap(produced, given, weights, labels[produced], labels[given])
+
+
+def _label(pipeline: Pipeline, name: str, token: int) -> str:
+    begin, end = pipeline.model.ends()[name]
+    text = pipeline.modalities[name].decode([token]) if name == "text" else str(token)
+    return {begin: "begin", end: "end"}.get(token, text)
+
+
+def _shipped() -> tuple[dict[str, str], dict[str, str]]:
+    """Folders of the pre-trained towers and of their modalities, as the package brings them."""
+    return {name: str(path) for name, path in TOWERS.items()}, {name: str(SHIPPED / "modalities" / name) for name in TOWERS}
+
+
+def _pretrain(output: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The same from scratch: modalities fitted, each tower trained alone on the unpaired parts; smaller runs than the recipes'."""
+    folder = {name: output / name for name in TOWERS}
+    corpus.fit_units().save(folder["speech"])
+    units = SpeechUnits.load(folder["speech"])
+    lines = [u.text for u in corpus.sentences("text", 30_000)]
+    Text.train(lines).save(folder["text"])
+    data.write(output / "text.jsonl", [{"text": line} for line in lines])
+    data.write(output / "text_dev.jsonl", [{"text": u.text} for u in corpus.sentences("dev", 200)])
+    data.write(output / "speech.jsonl", corpus.rows("speech", 10_000, units))
+    data.write(output / "speech_dev.jsonl", corpus.rows("dev", 200, units))
+    towers = {}
+    for name, shape, tasks, steps in (
+        ("text", TEXT_TOWER, {"-> text": 1.0}, 1200),
+        ("speech", SPEECH_TOWER, {"-> speech": 0.5, "-> voiced:speech": 0.5}, 1000),
+    ):
+        run = output / f"{name}-tower"
+        if run.exists():
+            shutil.rmtree(run)
+        config = TrainConfig(
+            output=str(run),
+            towers={name: shape},
+            modalities={name: str(folder[name])},
+            data=str(output / f"{name}.jsonl"),
+            dev=str(output / f"{name}_dev.jsonl"),
+            tasks=tasks,
+            steps=steps,
+            lr_tower=2e-3,
+            corrupt={"speech": 0.05} if name == "speech" else {},
+        )
+        train(config)
+        towers[name] = str(run / "model" / "towers" / name)
+    return towers, {name: str(path) for name, path in folder.items()}

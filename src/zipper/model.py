@@ -76,8 +76,9 @@ class ZipperConfig:
             raise ZipperError(f"This is not the configuration of a zip: {error}.") from error
 
     def link_names(self) -> list[tuple[int, str, str]]:
-        """(junction, source, target) of every link, in order."""
-        return [(n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t]
+        """(junction, source, target) of every link, in an order that is not that of the dicts."""
+        pairs = ((n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t)
+        return sorted(pairs, key=lambda link: (link[0], link[2], link[1]))
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Zipper(nn.Module):
         self.inputs = nn.ModuleDict(
             {
                 name: InputProjection(tower.width, tower.input_projection)
-                for name, tower in config.towers.items()
+                for name, tower in sorted(config.towers.items())
                 if tower.input_projection != "none" and len(config.towers) > 1
             }
         )
@@ -171,6 +172,8 @@ class Zipper(nn.Module):
         for name, tower in loaded.items():
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
                 raise ZipperError(f"{name!r} cannot name a tower; use lower-case letters, digits and _, e.g. 'speech'.")
+            if name in dir(nn.ModuleDict()):
+                raise ZipperError(f"{name!r} cannot name a tower, torch uses that word; take another, e.g. '{name}_tower'.")
             tower.check()
         kind = input_projection or ("paper" if preset == "paper" else "residual")
         configs = {}
@@ -182,7 +185,9 @@ class Zipper(nn.Module):
                 )
             for token in (begin, end):
                 if not 0 <= token < tower.vocabulary:
-                    raise ZipperError(f"The end token {token} of {name!r} is outside its vocabulary of {tower.vocabulary}.")
+                    raise ZipperError(
+                        f"The token {token} that begins or ends {name!r} is outside its vocabulary of {tower.vocabulary}."
+                    )
             source = towers[name]
             configs[name] = TowerConfig(
                 source=str(source) if isinstance(source, str | Path) else "",
@@ -224,10 +229,13 @@ class Zipper(nn.Module):
         self, strands: Mapping[str, Strand], outputs: Sequence[str] | None = None
     ) -> dict[str, Float[Tensor, "batch length width"]]:
         """States after the last block, before the head. Towers not in `outputs` run no further than their last junction."""
-        for name in strands:
-            self._tower(name)
         names = tuple(strands)
-        return self._advance(strands, State(names, names if outputs is None else tuple(outputs)), cached=False)[0]
+        wanted = names if outputs is None else tuple(outputs)
+        for name in (*names, *wanted):
+            self._tower(name)
+        if absent := sorted({*wanted} - {*names}):
+            raise ZipperError(f"The outputs {absent} read nothing here; the input has tokens for {sorted(names)} only.")
+        return self._advance(strands, State(names, wanted), cached=False)[0]
 
     def taps(self, strands: Mapping[str, Strand]) -> list[dict[str, Float[Tensor, "batch length width"]]]:
         """States of every tower just before each exchange, one dict per junction; for looking at."""
@@ -246,6 +254,8 @@ class Zipper(nn.Module):
 
         The self-attention caches in `state` are extended in place, so a state is stepped from once.
         """
+        if foreign := sorted(strands.keys() - {*state.towers}):
+            raise ZipperError(f"The towers {foreign} are not in this plan; start one that names them, beside {list(state.towers)}.")
         return self._advance(strands, state, cached=True)
 
     def unembed(self, tower: str, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
@@ -421,7 +431,7 @@ class Zipper(nn.Module):
         """
         new = dict(hidden)
         for target in self.config.junctions[n]:
-            for source in self.config.junctions[n]:
+            for source in sorted(self.config.junctions[n]):  # the same sum to the last bit whatever the order of the dict
                 if source == target:
                     continue
                 name = f"{n}:{source}>{target}"

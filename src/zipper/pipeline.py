@@ -22,7 +22,7 @@ from zipper.sequence import Segment
 PINS = "modalities.json"
 
 #: The model that comes with the package: spoken commands, text <-> speech.
-SHIPPED = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parent / "shipped" / "spoken_commands"
 
 
 class Pipeline:
@@ -112,10 +112,15 @@ class Pipeline:
 
     def voice(self, name: str | None) -> str | Segment:
         """The output item for speech in a voice: its id is forced as the first token."""
+        return Segment("speech", [self.units.voice_id(name)]) if name else "speech"
+
+    @property
+    def units(self) -> SpeechUnits:
+        """The modality "speech"; a ZipperError where this model has none."""
         speech = self._modality("speech")
         if not isinstance(speech, SpeechUnits):
-            raise ZipperError("The modality 'speech' of this model has no voices.")
-        return Segment("speech", [speech.voice_id(name)]) if name else "speech"
+            raise ZipperError("The modality 'speech' of this model is not made of units; there are no voices and no sound.")
+        return speech
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:

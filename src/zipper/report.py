@@ -1,7 +1,7 @@
 """Report: what a run achieved and how, as one HTML file that opens offline and says the same things as report.json.
 
 It draws, escapes and embeds what it is given. It knows no model, runs nothing and asks the network for nothing; the page itself is
-web/report.html. Pictures need matplotlib, which is imported only when one is drawn.
+web/report.html. matplotlib, jiwer and soundfile are imported only when a picture, a difference or a sound is made.
 """
 
 import base64
@@ -19,12 +19,10 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import jiwer
 import numpy as np
-import soundfile
 from jaxtyping import Float
 
-from zipper.audio import Audio, Mel
+from zipper.audio import Audio, Mel, extra
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate, normalise
 
@@ -149,8 +147,8 @@ class Report:
         and `scores` holds all there is. Sounds and pictures stay out.
         """
         return {
-            "asr": _summary(self.asr),
-            "tts": _summary(self.tts),
+            "asr": summary(self.asr),
+            "tts": summary(self.tts),
             "seconds": self.seconds,
             "phases": dict(self.phases),
             "corpus": dict(self.corpus),
@@ -228,11 +226,26 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw, (9.6, 2.7 * -(-len(panels) // 2)), "Curves over steps; at the end " + "; ".join(ends))
 
 
-def _summary(scores: Sequence[Score]) -> dict[str, Any]:
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
+    """Scores of one task as plain data: `wer` of the model and of each other system by the first judge, and all `scores`."""
     quoted = {"wer" if name == "model" else name: score.rate.wer for name, score in _quoted(scores).items()}
     unended = [score.unended for score in _quoted(scores).values() if score.unended is not None]
     judge = {"judge": scores[0].judge} if scores else {}
     return quoted | judge | ({"unended": unended[0]} if unended else {}) | {"scores": [asdict(score) for score in scores]}
+
+
+def text_table(scores: Sequence[Score]) -> str:
+    """Scores as a table for a terminal."""
+    lines = [
+        f"{'system':8} {'judge':18} {'voice':8} {'WER':>7} {'95 % interval':>17} {'CER':>7} {'exact':>7} {'unended':>8} {'n':>5}"
+    ]
+    for s in scores:
+        unended = "" if s.unended is None else f"{s.unended:.1%}"
+        lines.append(
+            f"{s.system:8} {s.judge:18} {s.voice or 'all':8} {s.rate.wer:7.1%} {s.rate.low:8.1%} {s.rate.high:8.1%} "
+            f"{s.rate.cer:7.1%} {s.rate.exact:7.1%} {unended:>8} {s.rate.utterances:5d}"
+        )
+    return "\n".join(lines)
 
 
 def _quoted(scores: Sequence[Score]) -> dict[str, Score]:
@@ -373,7 +386,7 @@ def _sound(title: str, sound: Sound, text: str, longest_s: float) -> str:
 
 def _difference(reference: str, hypothesis: str) -> str:
     """The hypothesis in normalised words: what is missing struck out, what should not be there marked, as WER counts them."""
-    aligned = jiwer.process_words(normalise(reference), normalise(hypothesis))
+    aligned = extra("jiwer").process_words(normalise(reference), normalise(hypothesis))
     marked = []
     for chunk in aligned.alignments[0]:
         wanted = escape(" ".join(aligned.references[0][chunk.ref_start_idx : chunk.ref_end_idx]))
@@ -472,7 +485,7 @@ def _spectrogram(audio: Audio) -> bytes:
 def _flac(audio: Audio) -> bytes:
     """16 bits, lossless, half of a WAV, and played by every browser since 2017; Safari learned OGG only in 2025."""
     out = io.BytesIO()
-    soundfile.write(out, audio.samples, audio.rate_hz, format="FLAC", subtype="PCM_16")
+    extra("soundfile").write(out, audio.samples, audio.rate_hz, format="FLAC", subtype="PCM_16")
     return out.getvalue()
 
 

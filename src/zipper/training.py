@@ -7,9 +7,13 @@ that was killed and resumed ends with the weights of the run that was not.
 import dataclasses
 import json
 import math
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +35,7 @@ from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
-from zipper.pipeline import Pipeline
+from zipper.pipeline import PINS, Pipeline
 from zipper.sequence import Batch, collate
 from zipper.tasks import Task, tower_of
 from zipper.tower import Tower
@@ -93,9 +97,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
             raise ZipperError(f"tasks is {dict(self.tasks)}; it needs at least one task with a positive share.")
-        for name in ("steps", "batch", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise ZipperError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("steps", "batch", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ZipperError(f"{name} is {number}; it must be at least 1.")
+        for name, choices in {"mixed_precision": ("no", "bf16"), "save_dtype": (None, "float32", "float16", "bfloat16")}.items():
+            if getattr(self, name) not in choices:
+                raise ZipperError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}.")
+        if set(self.modalities) != set(self.towers):
+            raise ZipperError(f"The towers are {sorted(self.towers)}, the modalities {sorted(self.modalities)}. Give one for each.")
+        for name in ("train", "loss_weight", "corrupt"):
+            if unknown := sorted({*getattr(self, name)} - {*self.towers}):
+                raise ZipperError(f"{name} names {unknown}; this recipe has the towers {sorted(self.towers)}.")
+        for name, source in self.towers.items():
+            if isinstance(source, Mapping) and len(self.towers) > 1 and name not in self.train:
+                raise ZipperError(f"The tower {name!r} is a fresh one that would never learn. Name it in train, or give a folder.")
         for task in self.tasks:
             for tower in Task.parse(task).towers:
                 if tower not in self.towers:
@@ -103,21 +118,22 @@ class TrainConfig:
 
 
 class Objective(nn.Module):
-    """The model as something that turns a batch into losses; what DDP wraps."""
+    """The model as something that turns batches into losses; what DDP wraps: one forward a step, whatever tasks a process drew."""
 
     def __init__(self, model: Zipper) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Per tower the weighted sum of -log p(target) in nats; logits only where there is something to predict."""
-        wanted = {name: weight > 0 for name, weight in batch.weights.items() if (weight > 0).any()}
-        hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
-        losses = {}
-        for name, where in wanted.items():
-            logits = self.model.unembed(name, hidden[name][where][None])[0]
-            each = F.cross_entropy(logits.float(), batch.targets[name][where], reduction="none")
-            losses[name] = (each * batch.weights[name][where]).sum()
+        losses: dict[str, Tensor] = {}
+        for batch in batches:
+            wanted = {name: weight > 0 for name, weight in batch.weights.items() if (weight > 0).any()}
+            hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
+            for name, where in wanted.items():
+                logits = self.model.unembed(name, hidden[name][where][None])[0]
+                each = F.cross_entropy(logits.float(), batch.targets[name][where], reduction="none")
+                losses[name] = losses.get(name, 0.0) + (each * batch.weights[name][where]).sum()
         return losses
 
 
@@ -125,23 +141,24 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
     """The model that a run starts from. Mean segment lengths (for positions and caps) are measured on the first 1,000 rows."""
     towers: dict[str, Tower] = {}
     for name, source in config.towers.items():
-        if isinstance(source, str):
+        modality = modalities[name]
+        if not isinstance(source, Mapping):
+            _pinned(name, Path(source), modality)
             towers[name] = Tower.load(source, dtype=torch.float32)
         else:
-            modality = modalities[name]
             ids = {"vocab_size": modality.vocabulary, "bos_token_id": modality.begin, "eos_token_id": modality.end}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 fresh = AutoConfig.for_model(**{**source, **ids})
                 towers[name] = Tower(AutoModelForCausalLM.from_config(fresh))
-        if towers[name].vocabulary < modalities[name].vocabulary:
+        if towers[name].vocabulary < modality.vocabulary:
             raise ZipperError(
                 f"The tower {name!r} knows {towers[name].vocabulary} ids, its modality in {config.modalities[name]} makes "
-                f"{modalities[name].vocabulary}. Give the modality that the tower was trained with."
+                f"{modality.vocabulary}. Give the modality that the tower was trained with."
             )
     items = [item for name in config.tasks for task in [Task.parse(name)] for item in task.given + task.produced]
     fields = {tower_of(item): item.partition(":")[0] for item in items}
-    tokens = {tower: float(np.mean([len(row[name]) + 2 for row in rows[:1000]])) for tower, name in fields.items()}
+    tokens = {tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows[:1000]])) for tower, name in fields.items()}
     model = Zipper.from_towers(
         towers,
         every=config.every,
@@ -154,11 +171,32 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         seed=config.seed,
     )
     named = {
-        name: dataclasses.replace(t, source=config.towers[name] if isinstance(config.towers[name], str) else "")
+        name: dataclasses.replace(t, source="" if isinstance(config.towers[name], Mapping) else str(config.towers[name]))
         for name, t in model.config.towers.items()
     }
     model.config = dataclasses.replace(model.config, towers=named)
     return model
+
+
+def _pinned(name: str, source: Path, modality: Modality) -> None:
+    """A tower inside a saved pipeline was trained with one modality; another would give its ids other meanings."""
+    pins = source.parent.parent / PINS
+    if pins.is_file() and checkpoint.read_json(pins).get(source.name, modality.fingerprint) != modality.fingerprint:
+        raise ZipperError(
+            f"The tower {name!r} from {source} was trained with another tokenizer or codebook than the one given. "
+            f"Give {source.parent.parent / 'modalities' / source.name}."
+        )
+
+
+def _check(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Zipper) -> None:
+    """Every row has what every task wants, and the towers can read it; otherwise a ZipperError names file and line."""
+    for number, row in enumerate(rows, 1):
+        try:
+            for task in tasks.values():
+                for segment in task.segments(row):
+                    model.check(segment)
+        except ZipperError as error:
+            raise ZipperError(f"{path}, line {number}: {error}") from error
 
 
 def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str, Any]], None] | None = None) -> Pipeline:
@@ -169,113 +207,111 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_dir=config.output,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     folder = Path(config.output)
-    if not resume and accelerator.is_main_process and (folder / "checkpoints").is_dir():
+    if config.batch < accelerator.num_processes:
+        raise ZipperError(f"batch is {config.batch}; {accelerator.num_processes} processes need at least one sample each.")
+    if not resume and (folder / "config.json").exists():
         raise ZipperError(f"{folder} holds a run already. Pass --resume to go on with it, or choose another output.")
     modalities = {name: load_modality(Path(path)) for name, path in config.modalities.items()}
     tasks = {name: Task.parse(name) for name in config.tasks}
     rows = read(Path(config.data), modalities, limit=config.rows)
     dev = read(Path(config.dev), modalities, limit=config.eval_rows)
     model = build(config, modalities, rows)
-    objective, optimizer = accelerator.prepare(Objective(model), _optimizer(model, config))
+    for path, some in ((config.data, rows), (config.dev, dev)):
+        _check(path, some, tasks, model)
+    bare = Objective(model)
+    objective, optimizer = accelerator.prepare(bare, _optimizer(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    progress = Progress()
-    if resume:
-        progress = _restore(folder, model, optimizer, names)
+    progress = _restore(folder, model, optimizer, names) if resume else Progress()
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "config.json", dataclasses.asdict(config))
-        _truncate(folder / "metrics.jsonl", progress.step)
+        _forget(folder, progress.step)
     accelerator.init_trackers("tensorboard")
-    stop = _on_sigterm()
 
     def evaluate() -> dict[str, float]:
-        objective.eval()
+        bare.eval()
         with torch.inference_mode():
-            found = {name: _mean_loss(objective, task, dev, config, accelerator.device) for name, task in tasks.items()}
-        objective.train()
+            found = {name: _mean_loss(bare, task, dev, config, accelerator.device) for name, task in tasks.items()}
+        bare.train()
         return found
 
-    objective.train()
-    bar = tqdm(
-        total=config.steps,
-        initial=progress.step,
-        desc=folder.name,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    seen: dict[str, list[float]] = {}
-    since, tokens, logged = time.monotonic(), 0, progress.step
-    while progress.step < config.steps and not progress.stopped:
-        step = progress.step
-        torch.manual_seed(_mix(config.seed, step, accelerator.process_index))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, config)
-        batches, counts = _batches(rows, tasks, config, step, model, accelerator)
-        for batch in batches:
-            losses = objective(batch)
-            for name, loss in losses.items():
-                seen.setdefault(name, []).append(float(loss.detach()) / counts[name])
+    bare.train()
+    since, tokens, stop = time.monotonic(), 0.0, False
+    bar = tqdm(total=config.steps, initial=progress.step, desc=folder.name, unit="step", disable=not accelerator.is_main_process)
+    with bar, _sigterm() as came:
+        while progress.step < config.steps and not progress.stopped and not stop:
+            step = progress.step
+            torch.manual_seed(_mix(config.seed, step, accelerator.process_index))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(step, config)
+            batches, counts = _batches(rows, tasks, config, step, model, accelerator)
+            losses = objective(batches)
             total = sum(config.loss_weight.get(name, 1.0) * loss / counts[name] for name, loss in losses.items())
             # DDP averages gradients over processes; counts are global, so the sum is what is wanted.
             accelerator.backward(total * accelerator.num_processes)
-            tokens += sum(int((s.document >= 0).sum()) for s in batch.strands.values())
-        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step = step = step + 1
-        bar.update()
+            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step = step = step + 1
+            bar.update()
 
-        row: dict[str, Any] = {}
-        if step % config.log_every == 0 or step == config.steps:
-            row |= {f"loss/{name}": sum(v) / (step - logged) for name, v in seen.items()}
-            row |= {
-                "grad_norm": float(norm),
-                "lr": optimizer.param_groups[0]["lr"],
-                "tokens_per_s": tokens / (time.monotonic() - since),
-            }
-            row |= {f"gate/{name}": value for name, value in gates(model).items()}
-            bar.set_postfix({name: f"{row[f'loss/{name}']:.3f}" for name in seen})
-            seen, since, tokens, logged = {}, time.monotonic(), 0, step
-        if step % config.eval_every == 0 or step == config.steps:
-            found = evaluate()
-            row |= {f"dev/{name}": value for name, value in found.items()}
-            if progress.saw(float(np.mean(list(found.values()))), config.patience) and accelerator.is_main_process:
-                Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, found))
-        if row and accelerator.is_main_process:
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
-            accelerator.log(row, step=step)
-            if report:
-                report({"step": step, **row})
-        if (step % config.save_every == 0 or step == config.steps or stop()) and accelerator.is_main_process:
-            _save(folder, model, optimizer, names, progress, config.keep)
-        if stop():
-            break
-    bar.close()
+            # What the processes saw of this step; all of them must stop at the same one.
+            mine = [float(losses[name].detach()) / counts[name] if name in losses else 0.0 for name in counts]
+            mine += [sum(int((s.document >= 0).sum()) for batch in batches for s in batch.strands.values()), len(came)]
+            *found, count, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            tokens += count
+            for name, loss in zip(counts, found, strict=True):
+                before, steps = progress.seen.get(name, (0.0, 0.0))
+                progress.seen[name] = [before + loss, steps + 1.0]
+            row: dict[str, Any] = {}
+            if step % config.log_every == 0 or step == config.steps:
+                row |= {f"loss/{name}": loss / steps for name, (loss, steps) in progress.seen.items()}
+                row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+                row |= {"tokens_per_s": tokens / (time.monotonic() - since)}
+                row |= {f"gate/{name}": value for name, value in gates(model).items()}
+                bar.set_postfix({name: f"{row[f'loss/{name}']:.3f}" for name in progress.seen})
+                progress.seen, since, tokens = {}, time.monotonic(), 0.0
+            if step % config.eval_every == 0 or step == config.steps:
+                dev_loss = evaluate()
+                row |= {f"dev/{name}": value for name, value in dev_loss.items()}
+                if progress.saw(float(np.mean(list(dev_loss.values()))), config.patience) and accelerator.is_main_process:
+                    Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, dev_loss))
+            if row and accelerator.is_main_process:
+                with (folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+                accelerator.log(row, step=step)
+                if report:
+                    report({"step": step, **row})
+            last = step == config.steps or progress.stopped or stop
+            if (step % config.save_every == 0 or last) and accelerator.is_main_process:
+                _save(folder, model, optimizer, names, progress, config.keep)
+    if accelerator.is_main_process:
+        if not (folder / "model").is_dir():  # stopped before the first evaluation
+            Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, {}))
+        if config.save_dtype:
+            best = Pipeline.from_pretrained(folder / "model")
+            best.model.cast(getattr(torch, config.save_dtype))
+            best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
+    accelerator.wait_for_everyone()
     accelerator.end_training()
-    if not (folder / "model").is_dir():  # stopped before the first evaluation
-        Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, {}))
-    best = Pipeline.from_pretrained(folder / "model")
-    if config.save_dtype and accelerator.is_main_process:
-        best.model.cast(getattr(torch, config.save_dtype))
-        best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
-        best.model.cast(torch.float32)
-    return best
+    return Pipeline.from_pretrained(folder / "model")
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Where a run stands. seen: per tower the sum of its losses since the last row of metrics, and over how many steps."""
 
     step: int = 0
     best: float = math.inf
     since_best: int = 0
     stopped: bool = False
+    seen: dict[str, list[float]] = field(default_factory=dict)
 
     def saw(self, loss: float, patience: int) -> bool:
         """Take in an evaluation; True if it is the best so far."""
@@ -316,7 +352,7 @@ POOL = 16  # batches whose rows are sorted by length together, so that rows of a
 
 
 def _order(rows: Sequence[Row], batch: int, step: int, seed: int) -> list[Row]:
-    """The rows of one step: epochs are permutations, pools of 16 batches are sorted by length and cut; a function of (seed, step)."""
+    """The rows of one step, a function of (seed, step): epochs are permutations; pools of batches are sorted by length and cut."""
     pool, within = divmod(step, POOL)
     picked = []
     for k in range(pool * POOL * batch, (pool + 1) * POOL * batch):
@@ -374,14 +410,13 @@ def _corrupt(batch: Batch, config: TrainConfig, model: Zipper) -> Batch:
     return dataclasses.replace(batch, strands=strands)
 
 
-def _mean_loss(objective: nn.Module, task: Task, rows: Sequence[Row], config: TrainConfig, device: torch.device) -> float:
+def _mean_loss(objective: Objective, task: Task, rows: Sequence[Row], config: TrainConfig, device: torch.device) -> float:
     """Nats per target token of a task on rows, over all its towers."""
-    ends = objective.model.ends() if isinstance(objective, Objective) else objective.module.model.ends()  # type: ignore[union-attr, operator]
     total, count = 0.0, 0.0
     ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
     for start in range(0, len(ranked), config.batch):
-        batch = collate([task.segments(row) for row in ranked[start : start + config.batch]], ends).to(device)
-        total += sum(float(loss) for loss in objective(batch).values())
+        batch = collate([task.segments(row) for row in ranked[start : start + config.batch]], objective.model.ends()).to(device)
+        total += sum(float(loss) for loss in objective([batch]).values())
         count += sum(float(weight.sum()) for weight in batch.weights.values())
     return total / count
 
@@ -400,17 +435,22 @@ def _save(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Paramet
         save_file(tensors, temporary / "training.safetensors")
         state = dataclasses.asdict(progress) | {"best": None if math.isinf(progress.best) else progress.best}
         checkpoint.write_json(temporary / checkpoint.CONFIG, state)
-    for old in sorted((folder / "checkpoints").glob("step-*"))[:-keep]:
+    for old in _checkpoints(folder)[:-keep]:
         checkpoint.remove(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted((folder / "checkpoints").glob("step-*"))
 
 
 def _restore(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Progress:
     """The newest checkpoint that is whole, put into model and optimizer; an empty Progress where there is none."""
-    for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         try:
             checkpoint.check(path)
         except ZipperError as error:
-            print(f"Skipping a checkpoint that is not whole: {error}")
+            warnings.warn(f"Skipping a checkpoint that is not whole. {error}", stacklevel=3)
             continue
         tensors = load_file(path / "training.safetensors")
         state = checkpoint.read_json(path / checkpoint.CONFIG)
@@ -427,11 +467,22 @@ def _restore(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Para
     return Progress()
 
 
-def _truncate(metrics: Path, step: int) -> None:
-    """Drop metrics of steps that a resumed run will do again."""
+def _forget(folder: Path, step: int) -> None:
+    """Drop what a run that stands at `step` will do again: later metrics, checkpoints that were damaged or only half written."""
+    metrics, kept = folder / "metrics.jsonl", []
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # killed while writing it
+            break
     if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        metrics.write_text("".join(kept))
+    for path in _checkpoints(folder):
+        if path.name > f"step-{step:07d}":
+            checkpoint.remove(path)
+    for path in (folder / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def _mix(*parts: int) -> int:
@@ -439,9 +490,15 @@ def _mix(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _on_sigterm() -> Callable[[], bool]:
-    """A function that tells whether SIGTERM has come."""
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that is not empty once SIGTERM has come. Only a main thread can hear signals; elsewhere it stays empty."""
     came: list[int] = []
-    if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):
-        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    return lambda: bool(came)
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

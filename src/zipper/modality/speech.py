@@ -147,7 +147,7 @@ def kmeans(points: Float32[np.ndarray, "points dim"], codes: int, seed: int, ste
     The same centroids for the same arguments. Raises ZipperError if there are fewer different points than codes.
     """
     chance = np.random.default_rng(seed)
-    sample = points[chance.permutation(len(points))[: 20 * codes]]
+    sample = points[chance.choice(len(points), min(len(points), 20 * codes), replace=False)]
     if len(np.unique(sample, axis=0)) < codes:
         raise ZipperError(
             f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give more sound or ask for fewer codes."
@@ -181,7 +181,9 @@ def _sums(
     """Sum and number of each code's points."""
     size = np.bincount(owner, minlength=codes)
     ends = np.cumsum(size)
-    running = np.concatenate([np.zeros((1, points.shape[1])), np.cumsum(points[np.argsort(owner)], axis=0, dtype=np.float64)])
+    running = np.concatenate(
+        [np.zeros((1, points.shape[1])), np.cumsum(points[np.argsort(owner, kind="stable")], axis=0, dtype=np.float64)]
+    )
     return (running[ends] - running[ends - size]).astype(np.float32), size.astype(np.float32)
 
 

@@ -1,0 +1,249 @@
+"""Links against laws and plain arithmetic: nothing to see changes nothing, gradients are differences, rotary positions turn."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from laws import unchecked
+from torch import Tensor, nn
+
+from zipper.errors import ZipperError
+from zipper.link import PAPER_LINK, InputProjection, Link, LinkConfig, Memory, mlp, rotate
+
+SMALL = LinkConfig(head_width=4)
+CONFIGS = {
+    "default": SMALL,
+    "paper": replace(PAPER_LINK, head_width=4),
+    "bare": LinkConfig(head_width=4, feedforward=0.0, projection_depth=0, rotary=False),
+    "narrow": LinkConfig(width=4, head_width=2, projection_depth=2, feedforward=0.5),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+WIDTH, SOURCE_WIDTH = 8, 6
+# Rows of target tokens; a dot is a source token that cannot be seen. Two rows see nothing, in one batch row nobody does.
+MASK = torch.tensor(
+    [[[c == "x" for c in row] for row in rows] for rows in (["....", "x...", ".x.x", "...."], ["...."] * 4, ["xxxx"] * 4)]
+)
+EMPTY = ~MASK.any(-1)
+
+
+def link(config: LinkConfig = SMALL, scale: float = 1.0, awake: bool = True) -> Link:
+    torch.manual_seed(0)
+    made = Link(WIDTH, SOURCE_WIDTH, config, scale)
+    if awake:
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                parameter.copy_(torch.tensor([0.8]) if name.endswith("gate") else parameter + 0.3 * torch.randn_like(parameter))
+    return made.eval()
+
+
+def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def ranks(rows: int, length: int) -> Tensor:
+    return torch.arange(length).expand(rows, -1)
+
+
+def added(module: Link, x: Tensor, source: Tensor, mask: Tensor = MASK) -> Tensor:
+    memory = module.read(source, ranks(*source.shape[:2]))
+    return module(x, memory, mask, ranks(*x.shape[:2]))
+
+
+@every_config
+def test_a_link_adds_exactly_nothing_at_birth(config: LinkConfig) -> None:
+    module = link(config, awake=False)
+    assert not added(module, states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)).any()
+
+
+@every_config
+def test_only_the_gates_are_zero_at_birth_and_they_can_learn_at_once(config: LinkConfig) -> None:
+    module = link(config, awake=False)
+    for name, parameter in module.named_parameters():
+        assert name.endswith("bias") or bool(parameter.any()) != name.endswith("gate")
+    x = states(3, 4, WIDTH)
+    (x + added(module, x, states(3, 4, SOURCE_WIDTH, seed=1))).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        if name.endswith("gate"):
+            assert parameter.grad is not None and parameter.grad.abs() > 1e-3
+
+
+@every_dtype
+@every_config
+def test_a_row_with_nothing_to_see_gets_exactly_nothing_forwards_and_backwards(config: LinkConfig, dtype: torch.dtype) -> None:
+    module = link(config).to(dtype)
+    x = states(3, 4, WIDTH, dtype=dtype).requires_grad_()
+    source = states(3, 4, SOURCE_WIDTH, seed=1, dtype=dtype).requires_grad_()
+    out = added(module, x, source)
+    assert not out[EMPTY].any()
+    assert (out[~EMPTY].abs().sum(-1) > 0).all()
+
+    out[EMPTY].sum().backward(retain_graph=True)  # of empty rows alone: exactly nothing learns
+    for leaf in [x, source, *module.parameters()]:
+        assert leaf.grad is None or not leaf.grad.any()
+    out.square().sum().backward()  # of all rows: finite, and nothing comes through the empty ones
+    for leaf in [x, source, *module.parameters()]:
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert x.grad is not None and source.grad is not None
+    assert not x.grad[EMPTY].any()
+    assert not source.grad[0, 2].any()  # a source token that nobody sees
+    assert not source.grad[1].any()
+
+
+@every_dtype
+@every_config
+def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype) -> None:
+    module = link(config).to(dtype)
+    x, source = states(3, 4, WIDTH, dtype=dtype), states(3, 4, SOURCE_WIDTH, seed=1, dtype=dtype)
+    other = source.clone()
+    other[0, 2], other[1] = 1e4, -1e4
+    assert torch.equal(added(module, x, source), added(module, x, other))
+    other[0, 0] = 1e4
+    assert not torch.equal(added(module, x, source), added(module, x, other))
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    for config in (replace(SMALL, width=4), replace(CONFIGS["paper"], width=4)):
+        module = link(config, scale=0.7).double()
+        names = [name for name, _ in module.named_parameters()]
+
+        def run(x: Tensor, source: Tensor, *weights: Tensor, module: Link = module, names: list[str] = names) -> Tensor:
+            parameters = dict(zip(names, weights, strict=True))
+            return torch.func.functional_call(Whole(module), {f"link.{n}": w for n, w in parameters.items()}, (x, source))
+
+        x = states(2, 3, WIDTH, dtype=torch.double).requires_grad_()
+        source = states(2, 4, SOURCE_WIDTH, seed=1, dtype=torch.double).requires_grad_()
+        weights = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
+        assert torch.autograd.gradcheck(run, (x, source, *weights), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+class Whole(nn.Module):
+    """A link as one function of target and source, some rows of which see nothing."""
+
+    def __init__(self, module: Link) -> None:
+        super().__init__()
+        self.link = module
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        return added(self.link, x, source, MASK[:2, :3])
+
+
+def test_attention_for_looking_at_is_the_attention_that_is_used() -> None:
+    module = link(LinkConfig(head_width=WIDTH, feedforward=0.0))  # one head: weights and values give back the output
+    x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
+    memory = module.read(source, ranks(3, 4))
+    weights = module.attention(x, memory, MASK, ranks(3, 4))
+    assert not weights[~MASK].any()
+    torch.testing.assert_close(weights.sum(-1), (~EMPTY).float())
+    rebuilt = torch.tanh(module.gate) * (weights @ memory.values[:, 0]) @ module.out.weight.T
+    torch.testing.assert_close(added(module, x, source), rebuilt, atol=1e-5, rtol=0)
+
+
+@every_config
+def test_reading_a_source_in_parts_is_reading_it_whole(config: LinkConfig) -> None:
+    module = link(config)
+    source, position = states(2, 7, SOURCE_WIDTH), ranks(2, 7)
+    whole = module.read(source, position)
+    parts = [module.read(source[:, part], position[:, part]) for part in (slice(0, 3), slice(3, 4), slice(4, 7))]
+    together = Memory(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
+    torch.testing.assert_close(together, whole, atol=1e-6, rtol=0)
+
+
+def test_a_wide_link_runs_in_its_own_precision_inside_a_narrow_stream() -> None:
+    module = link()
+    x, source = states(3, 4, WIDTH, dtype=torch.bfloat16), states(3, 4, SOURCE_WIDTH, seed=1, dtype=torch.bfloat16)
+    out = added(module, x, source)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, added(module, x.float(), source.float()).bfloat16())
+
+
+def test_rotary_positions_are_turns_of_complex_numbers() -> None:
+    x, position = states(1, 2, 3, 4), torch.tensor([[0.0, 1.0, 7.5]])
+    turned = rotate(x, position)
+    for head in range(2):
+        for slot in range(3):
+            for pair in range(2):
+                angle = float(position[0, slot]) / 10_000 ** (pair / 2)
+                number = complex(x[0, head, slot, pair], x[0, head, slot, pair + 2]) * complex(math.cos(angle), math.sin(angle))
+                found = complex(turned[0, head, slot, pair], turned[0, head, slot, pair + 2])
+                assert abs(found - number) < 1e-6
+
+
+def test_only_the_distance_of_positions_matters_in_the_rate_of_the_source() -> None:
+    x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
+    module = link(scale=2.5)  # 2.5 source tokens to a target token
+
+    def shifted(target_by: int, source_by: int) -> Tensor:
+        return module(x, module.read(source, ranks(3, 4) + source_by), MASK, ranks(3, 4) + target_by)
+
+    torch.testing.assert_close(shifted(4, 10), shifted(0, 0), atol=1e-5, rtol=0)
+    assert (shifted(4, 4) - shifted(0, 0)).abs().max() > 1e-3
+
+
+def test_without_rotary_positions_do_not_matter() -> None:
+    module = link(CONFIGS["bare"])
+    x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
+    moved = module(x, module.read(source, ranks(3, 4) * 9), MASK, ranks(3, 4) + 5)
+    assert torch.equal(moved, added(module, x, source))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    module = link(replace(SMALL, dropout=0.5))
+    x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
+    still = added(module, x, source)
+    assert torch.equal(still, added(module, x, source))
+    module.train()
+    assert not torch.equal(still, added(module, x, source))
+    assert not added(module, x, source)[EMPTY].any()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_projection_has_as_many_linear_layers_as_asked_with_relu_between(depth: int) -> None:
+    torch.manual_seed(0)
+    module = mlp(6, 8, depth, 10)
+    x = wanted = states(5, 6)
+    linear = [layer for layer in module if isinstance(layer, nn.Linear)]
+    assert len(linear) == depth
+    for i, layer in enumerate(linear):
+        wanted = wanted @ layer.weight.T + layer.bias
+        if i < depth - 1:
+            wanted = wanted * (wanted > 0)
+    torch.testing.assert_close(module(x), wanted)
+
+
+def test_a_residual_input_projection_is_the_identity_at_birth_and_can_learn() -> None:
+    h = states(2, 3, WIDTH)
+    projection = InputProjection(WIDTH, "residual")
+    assert torch.equal(projection(h), h)
+    projection(h).square().sum().backward()
+    last = projection.mlp[-1]
+    assert isinstance(last, nn.Linear) and last.weight.grad is not None and last.weight.grad.abs().max() > 1e-3
+
+
+def test_the_papers_input_projection_replaces_the_embeddings_by_three_layers_and_relu() -> None:
+    h = states(2, 3, WIDTH)
+    projection = InputProjection(WIDTH, "paper")
+    wanted, layers = h, [layer for layer in projection.mlp if isinstance(layer, nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
+        wanted = (wanted @ layer.weight.T + layer.bias).clamp(min=0)
+    torch.testing.assert_close(projection(h), wanted)
+
+
+def test_an_input_projection_returns_the_precision_it_was_given() -> None:
+    assert InputProjection(WIDTH, "residual")(states(2, 3, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "config", [LinkConfig(head_width=3), LinkConfig(width=9, head_width=3), LinkConfig(width=10, head_width=4)]
+)
+def test_heads_that_do_not_fit_are_refused_in_one_sentence(config: LinkConfig) -> None:
+    with pytest.raises(ZipperError, match=r"cannot be cut into heads of .* Set LinkConfig\(head_width=...\)"):
+        Link(WIDTH, SOURCE_WIDTH, config)
+
+
+def test_an_unknown_input_projection_is_refused() -> None:
+    with unchecked(), pytest.raises(ZipperError, match="'residual', 'paper' or 'none'"):
+        InputProjection(WIDTH, "gated")

@@ -1,0 +1,518 @@
+"""The zipped forward against what it must equal: bare towers, literal masks, a naive reference, and itself in other layouts."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+import pytest
+import torch
+from laws import (
+    LAYERS,
+    LLAMAS,
+    SMALL,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    assert_close,
+    bare,
+    by_token,
+    draw,
+    first_segment_is_bare,
+    is_the_reference,
+    lay,
+    nothing_leaks,
+    number,
+    packed_is_separate,
+    unchecked,
+    unimodal_is_bare,
+    zipped,
+)
+from torch import Tensor, nn
+
+from zipper.errors import ZipperError
+from zipper.link import PAPER_LINK, LinkConfig
+from zipper.model import Zipper, ZipperConfig, visible
+from zipper.sequence import Ends, Segment, collate
+from zipper.testing import FAMILIES, tiny_tower
+from zipper.tower import Strand
+
+THREE = {"text": "llama", "speech": "gpt2", "image": "qwen3"}
+LLAMAS_3 = dict.fromkeys(THREE, "llama")
+PAPER = dataclasses.replace(PAPER_LINK, head_width=8)
+every_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+# Identity: a new zip is its towers, and a tower alone is never anything else.
+
+
+@every_kernel
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_zip_gives_every_towers_own_logits_bit_for_bit(family: str, attention: str) -> None:
+    model = zipped({"text": family, "speech": "llama"}, attention=attention, awake=False)
+    dice = random.Random(0)
+    same_length = [
+        number(draw(dice, [first], 1, most) + draw(dice, [second], 1, most) + draw(dice, [first], 1, most))
+        for first, second, most in [("text", "speech", 1)] * 2
+    ]
+    layouts = [lay(same_length), lay([number(draw(dice, ["text", "speech"], 5)) for _ in range(4)], left=True)]
+    assert all((strand.document >= 0).all() for strand in layouts[0].values())
+    assert not all((strand.document >= 0).all() for strand in layouts[1].values())
+    for strands in layouts:
+        for name, logits in model(strands).items():
+            valid = strands[name].document >= 0
+            assert torch.equal(logits[valid], bare(model, name, strands[name])[valid])
+
+
+@every_kernel
+def test_a_new_zip_of_three_towers_gives_their_own_logits_bit_for_bit(attention: str) -> None:
+    model = zipped(THREE, {"text": 2}, attention=attention, awake=False)
+    dice = random.Random(1)
+    for left in (False, True):
+        strands = lay([number(draw(dice, list(THREE), 6)) for _ in range(4)], left)
+        for name, logits in model(strands).items():
+            valid = strands[name].document >= 0
+            assert torch.equal(logits[valid], bare(model, name, strands[name])[valid])
+
+
+@every_kernel
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_modality_alone_has_the_bits_of_the_bare_tower_however_awake_the_zip_is(family: str, attention: str) -> None:
+    unimodal_is_bare(zipped({"text": family, "speech": "llama"}, attention=attention))
+
+
+def test_one_modality_of_three_alone_has_the_bits_of_the_bare_tower_in_the_papers_preset() -> None:
+    unimodal_is_bare(zipped(THREE, preset="paper", link=PAPER))
+
+
+@every_kernel
+def test_what_has_nothing_to_see_has_the_bits_of_the_bare_tower_however_awake_the_gates_are(attention: str) -> None:
+    for family in ("llama", "gpt2", "gemma3"):
+        first_segment_is_bare(zipped({"text": family, "speech": "qwen3"}, input_projection="none", attention=attention))
+
+
+def test_awake_links_and_awake_projections_do_change_the_logits() -> None:
+    strands = lay([number([("text", 3), ("speech", 4), ("text", 5)])])
+    for options in ({"input_projection": "none"}, {"gates": False}):
+        model = zipped(LLAMAS, **options)
+        for name, logits in model(strands).items():
+            assert (logits - bare(model, name, strands[name])).abs().max() > 1e-2
+
+
+# The mask rule, as pictures: a row is what reads, a column what is read.
+
+ENDS = {"text": Ends(0, 1), "speech": Ends(0, 1)}
+SPEECH, TEXT = Segment("speech", [2, 3]), Segment("text", [4])
+
+
+def picture(target: Strand, source: Strand, row: int = 0) -> list[str]:
+    return ["".join(str(int(seen)) for seen in reader) for reader in visible(target, source)[row]]
+
+
+def test_recognition_text_sees_all_speech_and_speech_no_text() -> None:
+    strands = collate([[SPEECH, TEXT]], ENDS).strands
+    assert picture(strands["text"], strands["speech"]) == ["1111", "1111", "1111"]
+    assert picture(strands["speech"], strands["text"]) == ["000", "000", "000", "000"]
+
+
+def test_synthesis_speech_sees_all_text_and_text_no_speech() -> None:
+    strands = collate([[TEXT, SPEECH]], ENDS).strands
+    assert picture(strands["speech"], strands["text"]) == ["111", "111", "111", "111"]
+    assert picture(strands["text"], strands["speech"]) == ["0000", "0000", "0000"]
+
+
+def test_text_between_two_speeches_sees_the_first_and_is_seen_by_the_second() -> None:
+    strands = collate([[SPEECH, TEXT, SPEECH]], ENDS).strands
+    assert picture(strands["text"], strands["speech"]) == ["11110000", "11110000", "11110000"]
+    assert picture(strands["speech"], strands["text"]) == ["000", "000", "000", "000", "111", "111", "111", "111"]
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    strands = collate([[SPEECH, TEXT], [TEXT, SPEECH], [TEXT]], ENDS, packed=[[0, 1, 2]]).strands
+    assert picture(strands["text"], strands["speech"]) == ["11110000"] * 3 + ["00000000"] * 6
+    assert picture(strands["speech"], strands["text"]) == ["000000000"] * 4 + ["000111000"] * 4
+
+
+def test_padding_sees_nothing_and_is_not_seen() -> None:
+    samples = [[SPEECH, TEXT], [Segment("speech", [2]), Segment("text", [4, 5])]]
+    left, right = collate(samples, ENDS, left=True).strands, collate(samples, ENDS).strands
+    assert picture(left["text"], left["speech"]) == ["0000", "1111", "1111", "1111"]
+    assert picture(right["text"], right["speech"]) == ["1111", "1111", "1111", "0000"]
+    assert picture(left["text"], left["speech"], row=1) == ["0111"] * 4
+    assert picture(right["text"], right["speech"], row=1) == ["1110"] * 4
+    assert picture(left["speech"], left["text"], row=1) == picture(right["speech"], right["text"], row=1) == ["0000"] * 4
+
+
+def test_streams_side_by_side_see_strictly_the_past() -> None:
+    def stream(*time: int) -> Strand:
+        times = torch.tensor([time])
+        return Strand(times, torch.arange(len(time))[None], times, torch.zeros_like(times))
+
+    assert picture(stream(0, 2, 4), stream(0, 1, 2, 3, 4)) == ["00000", "11000", "11110"]
+
+
+# The forward, against the naive reference.
+
+JUNCTIONS = [
+    {"text": 1, "speech": 1},
+    {"text": 2, "speech": 1},
+    {"text": 1, "speech": 3},
+    {"text": 3, "speech": 2},
+]
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("every", JUNCTIONS, ids=str)
+def test_a_zip_of_two_is_the_naive_reference_and_so_are_its_gradients(every: dict[str, int], preset: str) -> None:
+    model = zipped(LLAMAS, every, preset=preset, link=PAPER if preset == "paper" else SMALL)
+    for seed in range(2):
+        is_the_reference(model, draw(random.Random(seed), ["text", "speech"], 4 + seed, 3))
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_zip_of_three_is_the_naive_reference_and_so_are_its_gradients(preset: str) -> None:
+    model = zipped(LLAMAS_3, preset=preset, link=PAPER if preset == "paper" else SMALL)
+    is_the_reference(model, draw(random.Random(3), list(LLAMAS_3), 6, 2))
+    is_the_reference(model, draw(random.Random(4), ["text", "image"], 4, 2), gradients=False)
+
+
+def test_a_zip_with_junctions_by_hand_is_the_naive_reference() -> None:
+    junctions = [{"text": 1, "image": 2}, {"text": 3, "speech": 2}]
+    is_the_reference(zipped(LLAMAS_3, junctions=junctions), draw(random.Random(5), list(LLAMAS_3), 6, 2))
+
+
+# No leak.
+
+
+@lru_cache
+def woken(number: int) -> Zipper:
+    """One of 18 zips: families with grouped queries, learned positions and sliding windows, intervals of 1 to 3, both
+    kernels, single, half and mixed precision (half towers, single links), with dropout, the default and the paper's links."""
+    families = [{"text": "llama", "speech": "gpt2"}, {"text": "gemma3", "speech": "mistral"}, THREE][number % 3]
+    precision = number // 3 % 3
+    model = zipped(
+        families,
+        [{"text": 2}, {}, {"speech": 3}][(number + precision) % 3],
+        attention="sdpa" if number < 9 else "eager",
+        dtype=torch.bfloat16 if precision == 2 else torch.float32,
+        train=("speech",),
+        preset="paper" if number % 5 == 4 else "default",
+        link=dataclasses.replace(PAPER if number % 5 == 4 else SMALL, dropout=0.1),
+    )
+    return model.to(torch.bfloat16) if precision == 1 else model
+
+
+def no_leaks(zip_number: int, seeds: Sequence[int]) -> None:
+    """One random case per seed: 1 to 6 segments, any modality first; rows packed, padded left or right; in training or not."""
+    model, seen = woken(zip_number), 0
+    towers = list(model.config.towers)
+    for seed in seeds:
+        dice = random.Random(f"{zip_number} {seed}")
+        model.train(dice.random() < 0.5)
+        documents = [[number(draw(dice, towers, dice.randint(1, 6)), d) for d in range(dice.randint(1, 3))] for _ in range(2)]
+        packed = dice.random() < 0.5
+        rows = [[token for document in row for token in document] if packed else row[0] for row in documents]
+        row = dice.randrange(2)
+        document = dice.randrange(len(documents[row]) if packed else 1)
+        length = len(documents[row][document])
+        time = dice.randint(length // 2, length - 1)
+        control = nothing_leaks(model, lay(rows, left=not packed and dice.random() < 0.5), row, document, time)
+        assert control is None or control > 1e-4
+        seen += control is not None
+    assert seen > 0.3 * len(seeds), "too few of these cases have anything to see"
+
+
+@pytest.mark.parametrize("zip_number", range(18))
+def test_no_position_sees_what_comes_after_it(zip_number: int) -> None:
+    no_leaks(zip_number, range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zip_number", range(18))
+def test_no_position_sees_what_comes_after_it_in_500_cases_of_each_kernel(zip_number: int) -> None:
+    no_leaks(zip_number, range(100, 156))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_with_nothing_to_see_leave_all_gradients_finite(dtype: torch.dtype, attention: str) -> None:
+    model = zipped(THREE, attention=attention, train=tuple(THREE)).to(dtype)
+    rows = [
+        number([("text", 3), ("text", 4)]),
+        number([("speech", 3), ("text", 4), ("speech", 5)]),
+        number([("image", 3)]),
+        [],
+    ]
+    for left in (False, True):
+        logits = model(lay(rows, left))
+        loss = sum(value.float().square().sum() for value in logits.values())
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+        assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 20
+
+
+# One truth.
+
+
+@every_kernel
+@pytest.mark.parametrize("families", [LLAMAS, {"text": "gpt2", "speech": "gemma3"}, THREE], ids=str)
+def test_packed_ragged_and_alone_are_the_same(families: dict[str, str], attention: str) -> None:
+    model = zipped(families, {"text": 2}, attention=attention)
+    for seed in range(6):
+        dice = random.Random(seed)
+        packed_is_separate(model, [draw(dice, list(families), dice.randint(1, 6)) for _ in range(5)])
+
+
+def test_the_order_of_towers_and_junctions_does_not_matter() -> None:
+    strands = lay([number(draw(random.Random(seed), list(THREE), 6)) for seed in range(3)])
+    model = zipped(THREE)
+    wanted = model(strands)
+    reverse = dict(reversed(THREE.items()))
+    junctions = [dict(reversed(junction.items())) for junction in model.config.junctions]
+    for other in (model, zipped(reverse), zipped(THREE, junctions=junctions)):
+        found = other(dict(reversed(strands.items())))
+        assert all(torch.equal(found[name], logits) for name, logits in wanted.items())
+
+
+def test_a_seed_makes_the_same_new_parameters_whatever_the_order() -> None:
+    def new(order: Sequence[str], seed: int) -> dict[str, Tensor]:
+        towers = {name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name]) for name in order}
+        return Zipper.from_towers(towers, link=SMALL, seed=seed).new_parameters()
+
+    first, again, other = new(["text", "speech"], 3), new(["speech", "text"], 3), new(["text", "speech"], 4)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_logits_of_one_tower_only_are_the_same_and_the_others_stop_at_their_last_junction() -> None:
+    model = zipped(THREE)
+    strands = lay([number(draw(random.Random(0), list(THREE), 6))])
+    whole = model(strands)
+    for name in ("speech", "image"):
+        ran = watch(model, name)
+        only = model(strands, outputs=["text"])
+        assert list(only) == ["text"]
+        assert torch.equal(only["text"], whole["text"])
+        last = max(junction[name] for junction in model.config.junctions if name in junction)
+        assert ran == list(range(last))
+
+
+def watch(model: Zipper, name: str) -> list[int]:
+    """The numbers of the blocks of a tower that run from now on."""
+    ran: list[int] = []
+
+    def note(index: int) -> None:
+        ran.append(index)
+
+    for index, block in enumerate(model.towers[name].blocks):
+        block.register_forward_pre_hook(lambda module, given, index=index: note(index))
+    return ran
+
+
+def test_a_tower_that_input_does_not_name_is_not_run() -> None:
+    model = zipped(THREE)
+    ran = watch(model, "image")
+    model(lay([number(draw(random.Random(0), ["text", "speech"], 4))]))
+    assert ran == []
+
+
+# What trains.
+
+
+def test_only_new_parts_and_declared_towers_learn_and_frozen_ones_keep_every_byte() -> None:
+    model = zipped({"text": "gpt2", "speech": "llama"}, train=("speech",))  # GPT-2 would drop out if it ever trained
+    model.train()
+    assert not any(module.training for module in model.towers["text"].modules())
+    assert all(module.training for module in model.towers["speech"].modules())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    alone = lay([number([("text", i) for i in range(9)])])
+    own = model(alone)["text"]
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        sequence = [("speech", step), ("text", step), ("speech", 7), ("text", 9)]
+        strands = lay([number(sequence), number(sequence[1:])])
+        loss = sum(logits.square().mean() for logits in model(strands).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith("towers.text"), name
+    for name, tensor in model.state_dict().items():
+        same = torch.equal(tensor, before[name])
+        if name.startswith("towers.text"):
+            assert same, name
+        elif tensor.is_floating_point() and "inv_freq" not in name:
+            assert not same, name
+    assert torch.equal(model(alone)["text"], own)
+    model.eval()
+    assert not model.training and not model.towers["speech"].training
+
+
+def test_all_towers_are_frozen_unless_declared() -> None:
+    model = zipped(LLAMAS).train()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"inputs", "links"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.new_parameters())
+
+
+# Configuration.
+
+
+def junctions_of(families: dict[str, str], every: dict[str, int] | None) -> tuple[dict[str, int], ...]:
+    return zipped(families, every, awake=False).config.junctions
+
+
+def test_the_nth_junctions_pair_up_and_none_stands_after_a_last_block() -> None:
+    assert LAYERS == {"text": 5, "speech": 4, "image": 3}
+    assert junctions_of(LLAMAS, {"text": 2, "speech": 1}) == ({"text": 2, "speech": 1}, {"text": 4, "speech": 2})
+    assert junctions_of(LLAMAS, None) == tuple({"text": n, "speech": n} for n in (1, 2, 3))
+    assert junctions_of(LLAMAS, {"speech": 2}) == ({"text": 1, "speech": 2},)
+    assert junctions_of(LLAMAS_3, {"text": 2}) == (
+        {"text": 2, "speech": 1, "image": 1},
+        {"text": 4, "speech": 2, "image": 2},
+    )
+    assert junctions_of(LLAMAS_3, None)[2] == {"text": 3, "speech": 3}  # the image tower has ended
+
+
+def test_junctions_can_be_given_one_by_one() -> None:
+    junctions = [{"text": 1, "image": 2}, {"text": 4, "speech": 3}]
+    model = zipped(LLAMAS_3, junctions=junctions)
+    assert model.config.junctions == tuple(junctions)
+    assert set(model.links) == {"0:image>text", "0:text>image", "1:speech>text", "1:text>speech"}
+
+
+def test_the_papers_preset_follows_the_paper() -> None:
+    towers = {"text": tiny_tower("llama", width=64), "speech": tiny_tower("llama", width=128)}
+    model = Zipper.from_towers(towers, preset="paper")
+    for n in range(3):
+        for source, target in (("text", "speech"), ("speech", "text")):
+            link = model.links[f"{n}:{source}>{target}"]
+            width, source_width = towers[target].config.hidden_size, towers[source].config.hidden_size
+            linear = [layer for layer in link.projection if isinstance(layer, nn.Linear)]
+            assert [(layer.in_features, layer.out_features) for layer in linear] == [(source_width, width), *[(width, width)] * 2]
+            assert not link.gate.any() and not link.feedforward_gate.any()
+            assert link.feedforward[1].out_features == 4 * width  # Flamingo
+            assert link.config.projection_relu and not link.config.rotary
+    for name, tower in towers.items():
+        linear = [layer for layer in model.inputs[name].mlp if isinstance(layer, nn.Linear)]
+        width = tower.config.hidden_size
+        assert [(layer.in_features, layer.out_features) for layer in linear] == [(width, width)] * 3
+        assert model.inputs[name].kind == "paper"
+    # The last layer of ReLU projections is 0 for about half of what it reads; nothing else is added to the embeddings.
+    h = torch.randn(2, 3, 64)
+    assert (model.inputs["text"](h) >= 0).all() and (model.inputs["text"](h) == 0).any()
+
+
+def test_input_projections_can_differ_by_tower() -> None:
+    model = zipped(LLAMAS, input_projection={"text": "none", "speech": "paper"})
+    assert set(model.inputs) == {"speech"}
+    assert {name: tower.input_projection for name, tower in model.config.towers.items()} == {"text": "none", "speech": "paper"}
+
+
+def test_a_configuration_survives_json() -> None:
+    config = zipped(THREE, {"text": 2}, train=("image",), preset="paper", link=PAPER).config
+    assert ZipperConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert {name: tower.tokens for name, tower in config.towers.items()} == TOKENS
+    assert [name for name, tower in config.towers.items() if tower.train] == ["image"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data.pop("junctions"),
+        lambda data: data["link"].update(colour="red"),
+        lambda data: data["towers"]["text"].pop("width"),
+        lambda data: data.update(towers=None),
+        lambda data: data.update(link=3),
+    ],
+)
+def test_a_damaged_configuration_is_refused(spoil: object) -> None:
+    data = zipped(LLAMAS, awake=False).config.to_dict()
+    spoil(data)  # type: ignore[operator]
+    with pytest.raises(ZipperError, match="This is not the configuration of a zip"):
+        ZipperConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": {"txt": 1}}, r"every names the tower 'txt'; this model has \['speech', 'text'\]"),
+        ({"every": {"text": 0}}, r"every\['text'\] is 0; an interval is a number of blocks, at least 1"),
+        ({"every": {"text": -2}}, "at least 1"),
+        ({"every": {"text": 5}}, "gives no junction inside towers"),
+        ({"every": {"text": 1}, "junctions": [{"text": 1, "speech": 1}]}, "either every=... or junctions=..., not both"),
+        ({"junctions": [{"text": 5, "speech": 1}]}, "must come after block 0 and before block 5, the last"),
+        ({"junctions": [{"text": 0, "speech": 1}]}, "must come after block 0"),
+        ({"junctions": [{"text": 2, "speech": 2}, {"text": 2, "speech": 3}]}, "must come after block 2"),
+        ({"junctions": [{"text": 2}]}, "names fewer than two towers"),
+        ({"junctions": [{"text": 2, "txt": 2}]}, "junctions names the tower 'txt'"),
+        ({"train": ("txt",)}, "train names the tower 'txt'"),
+        ({"tokens": {"txt": 3.0}}, "tokens names the tower 'txt'"),
+        ({"ends": {"txt": (0, 1)}}, "ends names the tower 'txt'"),
+        ({"ends": {"text": (0, 31)}}, "token 31 of 'text' is outside its vocabulary of 31"),
+        ({"ends": {"text": (-1, 1)}}, "token -1 of 'text' is outside its vocabulary of 31"),
+        ({"input_projection": {"txt": "none"}}, "input_projection names the tower 'txt'"),
+        ({"input_projection": "gated"}, "'residual', 'paper' or 'none'"),
+        ({"preset": "pepper"}, "preset='pepper' is unknown"),
+        ({"link": LinkConfig(head_width=5)}, "cannot be cut into heads of 5"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_zipped_is_refused_in_one_sentence(options: dict[str, object], message: str) -> None:
+    towers = {name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name]) for name in LLAMAS}
+    given = {"link": SMALL, **options}
+    with unchecked(), pytest.raises(ZipperError, match=message):
+        Zipper.from_towers(towers, **given)
+
+
+@pytest.mark.parametrize("name", ["Text!", "a.b", "Text", "1st", "", "a b", "keys", "train", "float", "forward"])
+def test_names_that_cannot_name_a_tower_are_refused(name: str) -> None:
+    towers = {name: tiny_tower("llama", width=16), "speech": tiny_tower("llama", width=16)}
+    with pytest.raises(ZipperError, match="cannot name a tower"):
+        Zipper.from_towers(towers, link=SMALL)
+
+
+def test_a_tower_without_end_token_needs_to_be_told() -> None:
+    tower = tiny_tower("llama", width=16, vocabulary=31)
+    tower.config.bos_token_id = tower.config.eos_token_id = None
+    towers = {"text": tower, "speech": tiny_tower("llama", width=16)}
+    with pytest.raises(ZipperError, match=r"'text' has no begin and end token .* Pass ends=\{'text': \(begin, end\)\}"):
+        Zipper.from_towers(towers, link=SMALL)
+    model = Zipper.from_towers(towers, link=SMALL, ends={"text": (2, 3)})
+    assert model.ends() == {"text": (2, 3), "speech": (0, 1)}
+
+
+def test_unknown_towers_are_refused_wherever_they_are_named() -> None:
+    model = zipped(LLAMAS)
+    strand = Strand.alone(torch.tensor([[2, 3]]))
+    for call in (
+        lambda: model({"txt": strand}),
+        lambda: model({"text": strand}, outputs=["txt"]),
+        lambda: model.start(["text"], ["txt"]),
+        lambda: model.unembed("txt", torch.zeros(1, 1, 16)),
+        lambda: model.tower("txt"),
+        lambda: model.check(Segment("txt", [])),
+    ):
+        with pytest.raises(ZipperError, match="no tower 'txt'"):
+            call()
+
+
+def test_logits_of_a_tower_that_reads_nothing_cannot_be_had() -> None:
+    with pytest.raises(ZipperError, match="'speech'"):
+        zipped(LLAMAS)({"text": Strand.alone(torch.tensor([[2, 3]]))}, outputs=["speech"])
+
+
+def test_tower_gives_the_model_of_transformers_itself() -> None:
+    towers = {"text": tiny_tower("llama", width=16), "speech": tiny_tower("gpt2", width=16)}
+    assert Zipper.from_towers(towers, link=SMALL).tower("speech") is towers["speech"]
+
+
+def test_the_state_before_the_head_and_the_head_give_the_logits() -> None:
+    model = zipped(THREE)
+    strands = lay([number(draw(random.Random(0), list(THREE), 5))])
+    logits = model(strands)
+    heads = {name: model.unembed(name, h) for name, h in model.hidden(strands).items()}
+    assert_close(heads, logits, 0.0)
+    assert by_token(strands, logits).keys() == {(0, 0, time) for time in range(sum(s.ids.shape[1] for s in strands.values()))}

@@ -1,0 +1,95 @@
+"""Sampling against cases worked out by hand, and against frequencies."""
+
+from math import inf, log
+
+import pytest
+import torch
+from torch import Tensor
+
+from zipper.errors import ZipperError
+from zipper.sampling import Sampling, choose, keep
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
+LOGITS = torch.tensor([[log(0.2), log(0.4), log(0.1), log(0.3)]])
+
+
+def kept(logits: Tensor) -> list[list[int]]:
+    return [(row > -inf).nonzero().flatten().tolist() for row in logits]
+
+
+def draws(logits: Tensor, sampling: Sampling, count: int) -> Tensor:
+    generators = sampling.generators(len(logits))
+    return torch.stack([choose(logits, sampling, generators) for _ in range(count)], dim=1)
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 4.0]])
+    assert choose(logits, Sampling(), Sampling().generators(2)).tolist() == [1, 0]
+    with_options = Sampling(temperature=0.0, top_k=2, top_p=0.5, seed=9)
+    assert choose(logits, with_options, with_options.generators(2)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("k", "wanted"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_top_k_keeps_the_k_likeliest(k: int, wanted: list[int]) -> None:
+    found = keep(LOGITS, k, 1.0)
+    assert kept(found) == [wanted]
+    assert torch.equal(found[0, wanted], LOGITS[0, wanted])
+
+
+@pytest.mark.parametrize(
+    ("p", "wanted"),
+    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [0, 1, 3]), (0.91, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])],
+)
+def test_top_p_keeps_the_fewest_that_reach_the_probability(p: float, wanted: list[int]) -> None:
+    found = keep(LOGITS, 0, p)
+    assert kept(found) == [wanted]
+    assert torch.equal(found[0, wanted], LOGITS[0, wanted])
+
+
+def test_top_p_counts_what_top_k_has_left() -> None:
+    # Of 0.4 and 0.3 the first is 0.57: enough for 0.5, not for 0.6.
+    assert kept(keep(LOGITS, 2, 0.5)) == [[1]]
+    assert kept(keep(LOGITS, 2, 0.6)) == [[1, 3]]
+
+
+def test_each_row_keeps_its_own() -> None:
+    assert kept(keep(torch.cat([LOGITS, LOGITS.flip(1)]), 2, 1.0)) == [[1, 3], [0, 2]]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    found = draws(LOGITS, Sampling(temperature=1.0), 4000)[0].bincount(minlength=4) / 4000
+    torch.testing.assert_close(found, LOGITS.exp()[0], atol=0.03, rtol=0)  # four standard deviations
+
+
+def test_temperature_divides_the_logits() -> None:
+    squared = LOGITS.exp()[0] ** 2  # p^(1/T) for T = 0.5
+    found = draws(LOGITS, Sampling(temperature=0.5), 4000)[0].bincount(minlength=4) / 4000
+    torch.testing.assert_close(found, squared / squared.sum(), atol=0.03, rtol=0)
+
+
+def test_what_was_cut_is_never_drawn() -> None:
+    assert set(draws(LOGITS, Sampling(temperature=5.0, top_k=3, top_p=0.6), 500)[0].tolist()) == {1, 3}
+    masked = LOGITS.clone()
+    masked[0, 1] = -inf
+    assert 1 not in draws(masked, Sampling(temperature=5.0), 500)[0].tolist()
+
+
+def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
+    flat = torch.zeros(1, 50)
+    first = draws(flat, Sampling(temperature=1.0, seed=3), 20)
+    assert torch.equal(first, draws(flat, Sampling(temperature=1.0, seed=3), 20))
+    assert not torch.equal(first, draws(flat, Sampling(temperature=1.0, seed=4), 20))
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
+    flat = torch.zeros(1, 50)
+    batch = draws(torch.cat([torch.randn(1, 50), flat, torch.randn(1, 50)]), Sampling(temperature=1.0, seed=3), 20)
+    assert torch.equal(batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20))  # row i draws from seed + i
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_numbers_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ZipperError, match="temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
+        Sampling(**bad)

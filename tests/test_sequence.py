@@ -1,0 +1,119 @@
+"""Collation against tables written by hand: what each tower reads, what it must predict, and what counts."""
+
+import pytest
+import torch
+
+from zipper.errors import ZipperError
+from zipper.sequence import Batch, Ends, Segment, collate
+
+ENDS = {"text": Ends(0, 1), "speech": Ends(90, 91)}
+ASR = [Segment("speech", [50, 51]), Segment("text", [5, 6, 7], weight=1.0)]
+TTS = [Segment("text", [5]), Segment("speech", [50, 51], weight=0.5)]
+THREE = [Segment("speech", [52], weight=1.0), Segment("text", []), Segment("speech", [53, 54], weight=2.0)]
+ALONE = [Segment("text", [8, 9], weight=1.0)]
+
+
+def table(batch: Batch, tower: str) -> dict[str, list[list[float]]]:
+    strand = batch.strands[tower]
+    fields = (strand.ids, strand.position, strand.time, strand.document, batch.targets[tower], batch.weights[tower])
+    return {name: field.tolist() for name, field in zip("ids position time document targets weights".split(), fields, strict=True)}
+
+
+def test_recognition_is_speech_that_is_given_then_text_that_counts() -> None:
+    batch = collate([ASR], ENDS)
+    assert list(batch.strands) == ["speech", "text"]
+    assert table(batch, "speech") == {
+        "ids": [[90, 50, 51, 91]],
+        "position": [[0, 1, 2, 3]],
+        "time": [[0, 1, 2, 3]],
+        "document": [[0, 0, 0, 0]],
+        "targets": [[50, 51, 91, 0]],
+        "weights": [[0, 0, 0, 0]],
+    }
+    assert table(batch, "text") == {
+        "ids": [[0, 5, 6, 7, 1]],
+        "position": [[0, 1, 2, 3, 4]],
+        "time": [[4, 5, 6, 7, 8]],
+        "document": [[0, 0, 0, 0, 0]],
+        "targets": [[5, 6, 7, 1, 0]],
+        "weights": [[1, 1, 1, 1, 0]],
+    }
+
+
+def test_positions_go_on_over_the_segments_of_a_tower_and_times_over_all() -> None:
+    batch = collate([THREE], ENDS)
+    assert table(batch, "speech") == {
+        "ids": [[90, 52, 91, 90, 53, 54, 91]],
+        "position": [[0, 1, 2, 3, 4, 5, 6]],
+        "time": [[0, 1, 2, 5, 6, 7, 8]],
+        "document": [[0] * 7],
+        "targets": [[52, 91, 0, 53, 54, 91, 0]],
+        "weights": [[1, 1, 0, 2, 2, 2, 0]],
+    }
+    assert table(batch, "text") == {
+        "ids": [[0, 1]],
+        "position": [[0, 1]],
+        "time": [[3, 4]],
+        "document": [[0, 0]],
+        "targets": [[1, 0]],
+        "weights": [[0, 0]],
+    }
+
+
+def test_ragged_rows_are_padded_right_for_training() -> None:
+    batch = collate([TTS, ALONE], ENDS)
+    assert table(batch, "text") == {
+        "ids": [[0, 5, 1, 0], [0, 8, 9, 1]],
+        "position": [[0, 1, 2, 0], [0, 1, 2, 3]],
+        "time": [[0, 1, 2, 0], [0, 1, 2, 3]],
+        "document": [[0, 0, 0, -1], [0, 0, 0, 0]],
+        "targets": [[5, 1, 0, 0], [8, 9, 1, 0]],
+        "weights": [[0, 0, 0, 0], [1, 1, 1, 0]],
+    }
+    assert table(batch, "speech") == {
+        "ids": [[90, 50, 51, 91], [0, 0, 0, 0]],
+        "position": [[0, 1, 2, 3], [0, 0, 0, 0]],
+        "time": [[3, 4, 5, 6], [0, 0, 0, 0]],
+        "document": [[0, 0, 0, 0], [-1, -1, -1, -1]],
+        "targets": [[50, 51, 91, 0], [0, 0, 0, 0]],
+        "weights": [[0.5, 0.5, 0.5, 0], [0, 0, 0, 0]],
+    }
+
+
+def test_ragged_rows_are_padded_left_for_generation() -> None:
+    batch = collate([TTS, ALONE], ENDS, left=True)
+    assert table(batch, "text") == {
+        "ids": [[0, 0, 5, 1], [0, 8, 9, 1]],
+        "position": [[0, 0, 1, 2], [0, 1, 2, 3]],
+        "time": [[0, 0, 1, 2], [0, 1, 2, 3]],
+        "document": [[-1, 0, 0, 0], [0, 0, 0, 0]],
+        "targets": [[0, 5, 1, 0], [8, 9, 1, 0]],
+        "weights": [[0, 0, 0, 0], [1, 1, 1, 0]],
+    }
+
+
+def test_packed_documents_stand_side_by_side_and_each_counts_from_0() -> None:
+    batch = collate([TTS, ASR, ALONE], ENDS, packed=[[0, 2], [1]])
+    assert table(batch, "text") == {
+        "ids": [[0, 5, 1, 0, 8, 9, 1], [0, 5, 6, 7, 1, 0, 0]],
+        "position": [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]],
+        "time": [[0, 1, 2, 0, 1, 2, 3], [4, 5, 6, 7, 8, 0, 0]],
+        "document": [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, -1, -1]],
+        "targets": [[5, 1, 0, 8, 9, 1, 0], [5, 6, 7, 1, 0, 0, 0]],
+        "weights": [[0, 0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]],
+    }
+    assert batch.strands["speech"].document.tolist() == [[0] * 4, [0] * 4]
+
+
+def test_types_are_those_of_indices_and_of_a_loss() -> None:
+    batch = collate([ASR], ENDS)
+    strand = batch.strands["text"]
+    for indices in (strand.ids, strand.position, strand.time, strand.document, batch.targets["text"]):
+        assert indices.dtype == torch.long
+    assert batch.weights["text"].dtype == torch.float32
+    assert batch.to("cpu").strands["text"].ids.tolist() == strand.ids.tolist()
+
+
+def test_a_tower_without_begin_and_end_is_refused() -> None:
+    with pytest.raises(ZipperError, match=r"names the tower 'image'; this model has \['speech', 'text'\]"):
+        collate([[Segment("image", [1])]], ENDS)

@@ -1,0 +1,61 @@
+"""Tasks: one line of text decides what is given, what is produced, and what counts in training."""
+
+import pytest
+
+from zipper.errors import ZipperError
+from zipper.sequence import Segment
+from zipper.tasks import ASR, TTS, Task, tower_of
+
+ROW = {"speech": [50, 51], "text": [5, 6, 7], "question": [52]}
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "produced"),
+    [
+        ("speech -> text", ("speech",), ("text",)),
+        ("text->speech", ("text",), ("speech",)),
+        ("-> text", (), ("text",)),
+        (" speech ->  text ,speech ", ("speech",), ("text", "speech")),
+        ("question:speech, text -> answer:speech", ("question:speech", "text"), ("answer:speech",)),
+    ],
+)
+def test_a_task_is_read_from_its_line_and_written_back(text: str, given: tuple[str, ...], produced: tuple[str, ...]) -> None:
+    task = Task.parse(text)
+    assert task == Task(given, produced)
+    assert Task.parse(str(task)) == task
+
+
+def test_the_papers_tasks() -> None:
+    assert Task.parse("speech -> text") == ASR
+    assert Task.parse("text -> speech") == TTS
+
+
+def test_only_what_is_produced_counts_unless_asked() -> None:
+    assert ASR.segments(ROW) == [Segment("speech", [50, 51], weight=0.0), Segment("text", [5, 6, 7], weight=1.0)]
+    both = Task(("speech",), ("text",), train_given=0.25)
+    assert [segment.weight for segment in both.segments(ROW)] == [0.25, 1.0]
+
+
+def test_two_fields_of_one_tower_are_told_apart() -> None:
+    task = Task.parse("question:speech -> text, speech")
+    assert task.towers == ("speech", "text")
+    assert task.outputs == ("text", "speech")
+    assert task.segments(ROW) == [
+        Segment("speech", [52]),
+        Segment("text", [5, 6, 7], weight=1.0),
+        Segment("speech", [50, 51], weight=1.0),
+    ]
+    assert task.prompt(ROW) == [Segment("speech", [52])]
+    assert [tower_of(item) for item in ("question:speech", "speech")] == ["speech", "speech"]
+
+
+def test_a_line_that_is_no_task_is_refused() -> None:
+    with pytest.raises(ZipperError, match=r"'speech to text' is not a task\. Write it as"):
+        Task.parse("speech to text")
+    with pytest.raises(ZipperError, match="must produce at least one segment"):
+        Task.parse("speech ->")
+
+
+def test_a_row_without_the_field_is_refused() -> None:
+    with pytest.raises(ZipperError, match=r"wants a field 'answer', the row has \['question', 'speech', 'text'\]"):
+        Task.parse("speech -> answer:text").segments(ROW)

@@ -1,0 +1,128 @@
+"""Text: nothing is lost between a string and its tokens, and what would be is named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from zipper import modality
+from zipper.errors import ZipperError
+from zipper.modality import Modality
+from zipper.modality.text import Text
+
+LINES = ["send forty two oranges to vienna", "set an alarm for seven fifty six on friday", "call anna on five five three"] * 5
+TEXT = Text.train(LINES, merges=40)
+
+
+@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz' "))
+def test_any_string_of_the_alphabet_comes_back(line: str) -> None:
+    ids = TEXT.encode(line)
+    assert TEXT.decode(ids) == line
+    assert all(0 <= i < TEXT.vocabulary and i not in (TEXT.begin, TEXT.end) for i in ids)
+
+
+def test_the_vocabulary_is_alphabet_merges_begin_and_end() -> None:
+    assert TEXT.vocabulary == len("abcdefghijklmnopqrstuvwxyz' ") + 40 + 2
+    assert len({TEXT.begin, TEXT.end}) == 2
+    longer = Text.train([*LINES, "7 times 8"], merges=0)
+    assert longer.vocabulary == len("abcdefghijklmnopqrstuvwxyz' 78") + 2
+    assert len(longer.encode("7 times 8")) == len("7 times 8")  # without merges a token is a character
+
+
+def test_frequent_words_become_few_tokens() -> None:
+    line = LINES[0]
+    assert len(Text.train(LINES, merges=200).encode(line)) == len(line.split())  # a word and the space before it
+    assert TEXT.decode([TEXT.begin, *TEXT.encode(line), TEXT.end]) == line
+
+
+def test_training_is_the_same_twice_and_knows_what_it_was_trained_on() -> None:
+    assert Text.train(LINES, merges=40).fingerprint == TEXT.fingerprint
+    assert Text.train(LINES, merges=41).fingerprint != TEXT.fingerprint
+    with pytest.raises(ZipperError, match="no lines"):
+        Text.train([])
+
+
+def test_capitals_and_tabs_are_read_as_plain_text() -> None:
+    assert TEXT.encode("Send\tforty") == TEXT.encode("send forty")
+
+
+def test_characters_that_would_be_lost_are_named() -> None:
+    with pytest.raises(ZipperError, match=r"cannot write 4 ö in 'send 4 öpfel'. Spell it"):
+        TEXT.encode("send 4 öpfel")
+
+
+def test_markup_in_a_string_never_becomes_a_special_token() -> None:
+    with pytest.raises(ZipperError, match="cannot write / < >"):
+        TEXT.encode("send </s>")
+    angles = Text.train([*LINES, "a < / > b"], merges=5)
+    ids = angles.encode("send </s>")
+    assert angles.end not in ids
+    assert angles.decode(ids) == "send </s>"
+
+
+def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
+    TEXT.save(tmp_path)
+    for back in (Text.load(tmp_path), modality.load(tmp_path), Text.from_pretrained(tmp_path)):
+        assert isinstance(back, Modality)
+        assert back.fingerprint == TEXT.fingerprint
+        assert (back.begin, back.end, back.vocabulary) == (TEXT.begin, TEXT.end, TEXT.vocabulary)
+        assert back.encode(LINES[0]) == TEXT.encode(LINES[0])
+
+
+def test_a_folder_is_loaded_without_transformers(tmp_path: Path) -> None:
+    TEXT.save(tmp_path)
+    program = (
+        f"import sys; from zipper.modality.text import Text; Text.load({str(tmp_path)!r}); sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def word_level(folder: Path, **config: object) -> Path:
+    words = {"<unk>": 0, "</s>": 1, "send": 2, "forty": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.enable_truncation(1)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_tokenizer_of_others_ends_with_its_eos_and_begins_with_it_too_if_it_has_no_bos(tmp_path: Path) -> None:
+    text = Text.load(word_level(tmp_path, bos_token=None, eos_token={"content": "</s>", "lstrip": False}))
+    assert (text.begin, text.end, text.vocabulary) == (1, 1, 4)
+    assert text.encode("send forty send") == [2, 3, 2]  # its truncation is switched off: nothing is lost in silence
+    with pytest.raises(ZipperError, match="cannot write"):
+        text.encode("send nine")
+
+
+def test_tokenizers_that_cannot_be_used_say_why(tmp_path: Path) -> None:
+    with pytest.raises(ZipperError, match="names no end token"):
+        Text.load(word_level(tmp_path))
+    with pytest.raises(ZipperError, match="has no token '<end>'"):
+        Text.load(word_level(tmp_path, eos_token="<end>"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ZipperError, match=r"tokenizer\.json"):
+        Text.load(tmp_path)
+    with pytest.raises(ZipperError, match="holds no tokenizer"):
+        Text.load(tmp_path / "missing")
+    with pytest.raises(ZipperError, match="holds no modality"):
+        modality.load(tmp_path / "missing")
+    with pytest.raises(ZipperError, match="no tokenizer at"):
+        Text.from_pretrained(tmp_path / "missing")
+
+
+def test_transformers_reads_what_is_saved_and_is_read_in_turn(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    TEXT.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(LINES[0], add_special_tokens=False)["input_ids"] == TEXT.encode(LINES[0])
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (TEXT.begin, TEXT.end)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert Text.from_pretrained(tmp_path / "theirs").encode(LINES[0]) == TEXT.encode(LINES[0])
