@@ -4,6 +4,7 @@ tests/test_model.py and tests/test_generation.py hold many zips to these laws; t
 fault breaks one of them. Samples are drawn and laid out here without zipper's own collate: lists of tokens, one strand each.
 """
 
+import copy
 import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from zipper.link import InputKind, LinkConfig
 from zipper.model import Zipper
+from zipper.sequence import Segment
 from zipper.testing import tiny_tower
 from zipper.tower import Strand, Tower
 
@@ -52,21 +54,28 @@ def zipped(
     dtype: torch.dtype = torch.float32,
     train: Sequence[str] = (),
     preset: Literal["default", "paper"] = "default",
-    link: LinkConfig | None = SMALL,
+    link: LinkConfig = SMALL,
     input_projection: InputKind | Mapping[str, InputKind] | None = None,
     awake: bool = True,
     gates: bool = True,
 ) -> Zipper:
     """A zip of tiny towers, each the same for the same name and family. awake: gates (or not) and projections moved off birth."""
-    towers = {
-        name: tiny_tower(family, SEED[name], WIDTH[name], LAYERS[name], VOCABULARY[name], dtype=dtype, attention=attention)
-        for name, family in families.items()
-    }
-    tokens = {name: TOKENS[name] for name in families}
-    model = Zipper.from_towers(towers, every, junctions, train, preset, link, input_projection=input_projection, tokens=tokens)
+    key = repr((families, every, junctions, attention, dtype, train, preset, link, input_projection))
+    if key not in _BORN:
+        towers = {
+            name: tiny_tower(family, SEED[name], WIDTH[name], LAYERS[name], VOCABULARY[name], dtype=dtype, attention=attention)
+            for name, family in families.items()
+        }
+        tokens = {name: TOKENS[name] for name in families}
+        options = {"input_projection": input_projection, "tokens": tokens}
+        _BORN[key] = Zipper.from_towers(towers, every, junctions, train, preset, link, **options)
+    model = copy.deepcopy(_BORN[key])
     if awake:
-        wake(model, gates=gates)
+        wake(model, gates)
     return model
+
+
+_BORN: dict[str, Zipper] = {}  # a copy costs a seventh of building and checking a zip
 
 
 def wake(model: Zipper, gates: bool = True) -> None:
@@ -317,3 +326,33 @@ def steps_are_the_whole(
         assert_close(found, {(slot, document, time): wanted[order[slot], document, time] for slot, document, time in found}, 1e-5)
         read |= {(order[slot], document, time) for slot, document, time in found}
     assert read == wanted.keys()
+
+
+@torch.no_grad()
+def slow_generate(
+    model: Zipper, prompt: Sequence[Segment], outputs: Sequence[str | Segment], limits: Mapping[str, int]
+) -> list[Segment]:
+    """Greedy generation by its definition: the whole sequence is read anew for every token."""
+    ends, sequence, produced = model.ends(), [], []
+    for segment in prompt:
+        begin, end = ends[segment.tower]
+        sequence += [(segment.tower, i) for i in (begin, *segment.content, end)]
+    for item in outputs:
+        segment = item if isinstance(item, Segment) else Segment(item, [])
+        tower, (begin, end), ids, score, ended = segment.tower, ends[segment.tower], [*segment.content], 0.0, False
+        sequence += [(tower, i) for i in (begin, *ids)]
+        while not ended:
+            strands = lay([number(sequence)])
+            logits = model(strands)[tower][0, -1]
+            logits[begin] = -torch.inf
+            best = int(logits.argmax())
+            ended = best == end
+            if not ended and len(ids) >= limits[tower]:
+                break
+            score += float(logits.log_softmax(-1)[best])
+            if not ended:
+                ids.append(best)
+                sequence.append((tower, best))
+        sequence.append((tower, end))
+        produced.append(Segment(tower, ids, ended=ended, score=score))
+    return produced

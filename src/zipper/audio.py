@@ -228,9 +228,9 @@ class Mel:
         """Non-negative least squares by multiplicative updates (Lee and Seung 2001): smooth between the triangles' peaks."""
         weights = self.filters
         spectrum = mel @ weights / np.maximum(np.square(weights).sum(0), 1e-12)
-        gram, target = weights.T @ weights, mel @ weights
+        target = mel @ weights
         for _ in range(rounds):
-            spectrum = spectrum * target / np.maximum(spectrum @ gram, 1e-20)
+            spectrum = spectrum * target / np.maximum(spectrum @ weights.T @ weights, 1e-20)
         return spectrum
 
 

@@ -46,8 +46,8 @@ def whole(folder: Path) -> Iterator[Path]:
         (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
-        remove(folder)
-        os.rename(temporary, folder)
+        with _aside(folder):
+            os.rename(temporary, folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,9 +55,24 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def remove(folder: Path) -> None:
     """Take a saved folder away, if there is one: in one rename, so that no reader ever sees half of it."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, old / folder.name)
+    with _aside(folder):
+        pass
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[None]:
+    """Move a folder out of the way, if there is one; it comes back on failure and is deleted on success."""
+    if not folder.exists():
+        yield
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    try:
+        yield
+    except BaseException:
+        os.rename(old / folder.name, folder)
+        raise
+    finally:
         shutil.rmtree(old)
 
 
@@ -71,7 +86,7 @@ def check(folder: Path) -> None:
         raise ZipperError(f"{folder / MANIFEST} is damaged: it does not list the model's files. Copy the folder again.")
     for name, digest in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ZipperError(f"{folder / MANIFEST} names {name!r}, which lies outside its folder. Do not use this file.")
         if not path.is_file():
             raise ZipperError(f"{path} is missing. Copy the folder again.")
@@ -124,7 +139,7 @@ def tensors(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a ZipperError names the file if it is none."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ZipperError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(data, dict):
@@ -134,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, one readable way for the whole project."""
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, default=_plain) + "\n")
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

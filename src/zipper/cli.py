@@ -26,14 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.command(given)
     except ZipperError as error:
-        print(f"zipper {given.name}: {error}", file=sys.stderr)
-        return 2
+        return _say(given, 2, str(error))
     except KeyboardInterrupt:
-        print(f"zipper {given.name}: interrupted", file=sys.stderr)
-        return 1
+        return _say(given, 1, "interrupted")
     except BrokenPipeError:
         return 1
+    except Exception as error:
+        if os.environ.get("ZIPPER_DEBUG"):
+            raise
+        return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
     return 0
+
+
+def _say(given: argparse.Namespace, code: int, message: str) -> int:
+    print(f"zipper {given.name}:", *message.split(), file=sys.stderr)  # one line, whatever was quoted in it
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
     p = add("demo", demo, "Align a new zip on spoken commands, evaluate it, write a report.", "zipper demo")
     p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default runs/demo)")
     p.add_argument("--from-scratch", action="store_true", help="pre-train both towers too, instead of taking the shipped ones")
-    p.add_argument("--pairs", type=int, default=6000, help="aligned pairs to render and train on (default 6000)")
-    p.add_argument("--steps", type=int, help="alignment steps (default: what fits ten minutes on two cores)")
-    p.add_argument("--test", type=int, default=200, help="test utterances (default 200)")
+    p.add_argument("--pairs", type=_count, default=6000, help="aligned pairs to render and train on (default 6000)")
+    p.add_argument("--steps", type=_count, help="alignment steps (default: what fits ten minutes on two cores)")
+    p.add_argument("--test", type=_count, default=200, help="test utterances (default 200)")
     p.add_argument("--json", action="store_true", help="print report.json at the end")
 
     p = add("transcribe", transcribe, "Speech to text.", "zipper transcribe hello.wav")
@@ -87,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("audio", nargs="+", type=Path, help="sound files, or folders of them")
     p.add_argument("-o", "--output", type=Path, required=True, help="manifest (JSONL) to write")
     p.add_argument("--units", type=Path, help="codebook folder (default: the shipped one)")
-    p.add_argument("--fit", type=int, metavar="CODES", help="fit a new codebook of so many codes on this audio, saved at --units")
+    p.add_argument(
+        "--fit", type=_count, metavar="CODES", help="fit a new codebook of so many codes on this audio, saved at --units"
+    )
 
     for name, about in {"pretrain": "Train one tower alone by next-token prediction.", "train": "Align towers on pairs."}.items():
         p = add(name, train, about, f"zipper {name} recipes/{'text_tower' if name == 'pretrain' else 'spoken_commands'}.py")
@@ -98,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     p = add("evaluate", evaluate, "Word error rates of ASR and TTS with oracle and floor.", "zipper evaluate --test 300 --json")
-    p.add_argument("--test", type=int, default=300, help="utterances of the built-in test part (default 300)")
+    p.add_argument("--test", type=_count, default=300, help="utterances of the built-in test part (default 300)")
     p.add_argument("--task", choices=["asr", "tts", "both"], default="both")
     p.add_argument("--judge", type=Path, help="a second judge for TTS: a saved pipeline that transcribes units")
     _model_option(p)
@@ -121,6 +130,12 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
 def _model_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, help="a saved model (default: the one that comes with the package)")
 
@@ -141,13 +156,32 @@ def _sampling(given: argparse.Namespace) -> Any:
 def _pipeline(model: Path | None) -> Any:
     from zipper.pipeline import Pipeline
 
+    _quiet()
     return Pipeline.from_pretrained(model)
+
+
+def _quiet() -> None:
+    """No progress bars for the loading and saving of single files."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _writable(path: Path) -> None:
+    """Raise ZipperError unless a file can be written there, folders made where they are missing: before the work, not after it."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ZipperError(f"{path} is a folder, a file was wanted.")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ZipperError(f"{path} cannot be written: {above} is no folder that you may write in. Choose another place.")
 
 
 def demo(given: argparse.Namespace) -> None:
     """zipper demo"""
     from zipper.demo import demo as run_demo
 
+    _writable(given.output / "report.json")
+    _quiet()
     report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
     if given.json:
         print(json.dumps(report, indent=1))
@@ -184,9 +218,9 @@ def run(given: argparse.Namespace) -> None:
     """zipper run"""
     from zipper import audio
     from zipper.audio import Audio
+    from zipper.modality.speech import SpeechUnits
     from zipper.sequence import Segment
 
-    pipeline = _pipeline(given.model)
     segments = []
     for item in given.given:
         name, equals, content = item.partition("=")
@@ -196,8 +230,11 @@ def run(given: argparse.Namespace) -> None:
             )
         segments.append(Segment(name, content))
     outputs = [name.strip() for name in given.outputs.split(",") if name.strip()]
-    if "speech" in outputs and given.output is None:
-        raise ZipperError("This plan produces speech. Pass -o FOLDER to say where the sound goes.")
+    pipeline = _pipeline(given.model)
+    if any(isinstance(pipeline.modalities.get(name), SpeechUnits) for name in outputs):
+        if given.output is None:
+            raise ZipperError("This plan produces speech. Pass -o FOLDER to say where the sound goes.")
+        _writable(given.output / "0-speech.wav")
     for number, segment in enumerate(pipeline.run(segments, outputs, sampling=_sampling(given))):
         content = segment.content
         if isinstance(content, Audio):
@@ -213,9 +250,10 @@ def units(given: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from zipper import audio, data
-    from zipper.modality.speech import SpeechUnits
+    from zipper.modality.speech import SpeechUnits, UnitsConfig
     from zipper.pipeline import SHIPPED
 
+    _writable(given.output)
     endings = {".wav", ".flac", ".ogg", ".mp3", ".opus"}
     files = [f for path in given.audio for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     files = [f for f in files if f in given.audio or f.suffix.lower() in endings]
@@ -224,24 +262,24 @@ def units(given: argparse.Namespace) -> None:
     if given.fit:
         if given.units is None:
             raise ZipperError("--fit makes a new codebook. Pass --units FOLDER to say where it goes.")
-        empty = SpeechUnits.untrained()
-        mels = [empty.log_mel(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file")]
-        SpeechUnits.fit(mels, given.fit).save(given.units)
+        if (given.units / SpeechUnits.CONFIG).exists():
+            raise ZipperError(f"{given.units} holds a codebook already. Leave out --fit to use it, or choose another folder.")
+        _writable(given.units / SpeechUnits.CONFIG)
+        config = UnitsConfig(fitted_on=f"{len(files)} sound files")
+        mels = [config.mel.picture(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file")]
+        SpeechUnits.fit(mels, given.fit, config).save(given.units)
     speech = SpeechUnits.load(given.units or SHIPPED / "modalities" / "speech")
     rows = []
     for path in tqdm(files, desc="units", unit="file"):
         sound = audio.read(path)
         rows.append({"id": path.stem, "speech": speech.encode(sound), "duration_s": round(len(sound.samples) / sound.rate_hz, 3)})
     data.write(given.output, rows)
-    print(
-        f"{given.output}: {len(rows)} files, {sum(r['duration_s'] for r in rows):.0f} s, {sum(len(r['speech']) for r in rows)} units"
-    )
+    seconds, found = sum(row["duration_s"] for row in rows), sum(len(row["speech"]) for row in rows)
+    print(f"{given.output}: {len(rows)} files, {seconds:.0f} s, {found} units")
 
 
 def train(given: argparse.Namespace) -> None:
     """zipper pretrain, zipper train"""
-    import dataclasses
-
     from zipper import training
 
     if not given.recipe.is_file():
@@ -249,34 +287,55 @@ def train(given: argparse.Namespace) -> None:
     recipe = runpy.run_path(str(given.recipe))
     if "config" not in recipe:
         raise ZipperError(f"{given.recipe} has no function config(). A recipe is a Python file with config() -> TrainConfig.")
-    if "prepare" in recipe:
-        recipe["prepare"]()
     config = recipe["config"]()
     for item in given.set:
-        field, _, value = item.partition("=")
-        if field not in {f.name for f in dataclasses.fields(config)}:
-            raise ZipperError(f"--set {item}: TrainConfig has no field {field!r}. Its fields stand in zipper.training.TrainConfig.")
-        try:
-            config = dataclasses.replace(config, **{field: json.loads(value)})
-        except json.JSONDecodeError:
-            raise ZipperError(f"--set {item}: {value!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'.") from None
+        config = _changed(config, item)
     if given.name == "pretrain" and len(config.towers) != 1:
         raise ZipperError(
             f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several."
         )
+    _writable(Path(config.output) / "config.json")
+    _quiet()
+    if "prepare" in recipe:
+        recipe["prepare"]()
     training.train(config, resume=given.resume)
     print(f"{config.output}/model: the best by dev loss. See it with: zipper show {config.output}/model")
+
+
+def _changed(config: Any, item: str) -> Any:
+    """A TrainConfig with one field changed as --set says."""
+    import dataclasses
+
+    from zipper.link import LinkConfig
+
+    field, _, text = item.partition("=")
+    if field not in {f.name for f in dataclasses.fields(config)}:
+        raise ZipperError(f"--set {item}: TrainConfig has no field {field!r}. Its fields stand in zipper.training.TrainConfig.")
+    old = getattr(config, field)
+    try:
+        new = json.loads(text)
+        new = dataclasses.replace(old, **new) if isinstance(old, LinkConfig) else tuple(new) if isinstance(old, tuple) else new
+    except json.JSONDecodeError:
+        raise ZipperError(f"--set {item}: {text!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'.") from None
+    except TypeError as error:
+        raise ZipperError(f"--set {item}: {error}. It is {old!r} in the recipe.") from error
+    if old is not None and not isinstance(new, (int, float) if isinstance(old, float) else type(old)):
+        raise ZipperError(f"--set {item}: {field} is a {type(new).__name__} here; in the recipe it is {old!r}.")
+    return dataclasses.replace(config, **{field: new})
 
 
 def evaluate(given: argparse.Namespace) -> None:
     """zipper evaluate"""
     from zipper import checkpoint, corpus, demo, report
 
+    if given.output:
+        _writable(given.output)
     pipeline, second = _pipeline(given.model), _pipeline(given.judge) if given.judge else None
     tasks = ["asr", "tts"] if given.task == "both" else [given.task]
     found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
     if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(given.output, {"model": str(given.model or "shipped"), **scores, "words": found.words})
     print(json.dumps(scores, indent=1) if given.json else report.text_table([s for task in tasks for s in found.scores[task]]))
 

@@ -23,13 +23,13 @@ def manifest(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ZipperError(f"The manifest {path} does not exist. Give a JSONL file, one sample per line.")
     rows: list[dict[str, Any]] = []
-    with path.open() as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if limit is not None and len(rows) >= limit:
                 break
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise ZipperError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise ZipperError(f'{path}, line {number} holds a {type(row).__name__}; it must be an object like {{"text": ...}}.')
@@ -42,9 +42,12 @@ def manifest(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a manifest; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, modalities: Mapping[str, Modality], limit: int | None = None) -> list[Row]:
@@ -65,12 +68,15 @@ def encode(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: P
             if wrong:
                 raise ZipperError(f"{where}: {key!r} holds {wrong[0]!r}; ids of {name!r} go from 0 to {modality.vocabulary - 1}.")
             encoded[field or name] = value
-        elif isinstance(modality, Text):
-            encoded[field or name] = modality.encode(value)
+        elif isinstance(value, str):
+            try:
+                encoded[field or name] = modality.encode(value if isinstance(modality, Text) else folder / value)
+            except ZipperError as error:
+                raise ZipperError(f"{where}: {error}") from error
         else:
-            encoded[field or name] = modality.encode(folder / value)
+            raise ZipperError(f"{where}: {key!r} holds {value!r}; give text, the path of a file or a list of ids.")
         if isinstance(modality, SpeechUnits) and not field:
-            voice = [modality.voice_id(row["voice"])] if row.get("voice") in modality.config.voices else []
+            voice = [modality.voice_id(row["voice"])] if row.get("voice") in modality.voices else []
             encoded["voiced"] = voice + encoded[name]
     if not encoded:
         raise ZipperError(f"{where} has the keys {sorted(row)}; none of them names a modality of {sorted(modalities)}.")

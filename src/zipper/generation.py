@@ -109,13 +109,16 @@ def _segment(
         logits = model.unembed(tower, hidden[tower][:, -1:])[:, 0].float()
         if begin != end:
             logits[:, begin] = -torch.inf  # a segment begins once
-        token = choose(logits, sampling, generators).cpu()
+        # Only rows that are alive draw: the stream of one that has ended must not depend on how long its neighbours go on.
+        token = torch.full((rows,), end)
+        token[alive] = choose(logits[alive.to(logits.device)], sampling, [g for g, a in zip(generators, alive, strict=True) if a]).cpu()
         logprob = logits.log_softmax(-1).cpu().gather(-1, token[:, None])[:, 0]
         for row in alive.nonzero().flatten().tolist():
-            if token[row] == end or len(ids[row]) >= caps[row]:
-                ended[row] = bool(token[row] == end)
-                token[row] = end
-            else:
+            ended[row] = bool(token[row] == end)
+            if not ended[row] and len(ids[row]) >= caps[row]:
+                token[row] = end  # closed by force: not produced, so not in the score
+                continue
+            if not ended[row]:
                 ids[row].append(int(token[row]))
             scores[row] += float(logprob[row])
         going = alive & (token != end)

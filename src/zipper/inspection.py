@@ -22,7 +22,7 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
         "junctions": [dict(junction) for junction in model.config.junctions],
         "links": {
-            name: {"attention": _gate(link.gate), "feedforward": _gate(link.feedforward_gate) if link.feedforward else None}  # type: ignore[union-attr]
+            name: {"attention": _gate(link.gate), "feedforward": _gate(link.feedforward_gate) if link.feedforward else None}
             for name, link in model.links.items()
         },
         "new_parameters": sum(p.numel() for p in model.new_parameters().values()),
@@ -56,7 +56,8 @@ def table(found: dict[str, Any]) -> str:
         state = "trained" if tower["trained"] else "frozen"
         lines.append(
             f"  {name:10} {tower['family']}, {tower['blocks']} blocks of width {tower['width']}, {tower['vocabulary']} ids, "
-            f"{tower['parameters']:,} parameters, {state}, input projection {tower['input_projection']}, hash {tower['digest'][:12]}"
+            f"{tower['parameters']:,} parameters, {state}, input projection {tower['input_projection']}, "
+            f"hash {tower['digest'][:12]}"
         )
         if tower["voices"]:
             lines.append(f"  {'':10} voices: {', '.join(tower['voices'])}")

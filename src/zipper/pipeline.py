@@ -35,6 +35,11 @@ class Pipeline:
             known = model.config.towers[name].vocabulary
             if modality.vocabulary > known:
                 raise ZipperError(f"The modality {name!r} makes {modality.vocabulary} ids, its tower knows {known}.")
+            if (modality.begin, modality.end) != (ends := model.ends()[name]):
+                raise ZipperError(
+                    f"A segment of the modality {name!r} begins and ends with {modality.begin} and {modality.end}, one of its "
+                    f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or zip with the right ends=..."
+                )
         self.model = model
         self.modalities = dict(modalities)
 
@@ -52,6 +57,10 @@ class Pipeline:
         """
         folder = SHIPPED if folder is None else Path(folder)
         model = Zipper.from_pretrained(folder, towers, dtype)
+        if not (folder / PINS).is_file():
+            raise ZipperError(
+                f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
+            )
         pins = checkpoint.read_json(folder / PINS)
         modalities = {}
         for name, pin in pins.items():

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -291,6 +292,8 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
             last = step == config.steps or progress.stopped or stop
             if (step % config.save_every == 0 or last) and accelerator.is_main_process:
                 _save(folder, model, optimizer, names, progress, config.keep)
+        if stop:
+            bar.write(f"Stopped at step {progress.step} by SIGTERM; go on with resume.", file=sys.stderr)
     if accelerator.is_main_process:
         if not (folder / "model").is_dir():  # stopped before the first evaluation
             Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, {}))
@@ -323,7 +326,7 @@ class Progress:
 
 def gates(model: Zipper) -> dict[str, float]:
     """|tanh(gate)| of every link's attention (0 = the link is silent)."""
-    return {name: float(link.gate.detach().tanh().abs()) for name, link in model.links.items()}  # type: ignore[operator, union-attr]
+    return {name: float(link.gate.detach().tanh().abs()) for name, link in model.links.items()}  # type: ignore[operator]
 
 
 def _optimizer(model: Zipper, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,278 @@
+"""Generation against the slow way: one row, one whole forward per token, no cache, no padding."""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from laws import LLAMAS, VOCABULARY, by_token, draw, lay, number, slow_generate, steps_are_the_whole, zipped
+
+from zipper.errors import ZipperError
+from zipper.generation import default_limit, generate
+from zipper.model import Zipper
+from zipper.sampling import Sampling
+from zipper.sequence import Segment
+
+THREE = {"text": "llama", "speech": "gpt2", "image": "gemma3"}
+GREEDY = Sampling()
+PLANS: list[tuple[list[str], list[str]]] = [
+    (["speech"], ["text"]),
+    (["text"], ["speech"]),
+    (["speech"], ["text", "speech"]),
+    (["text", "speech"], ["text", "speech", "text"]),
+    ([], ["text", "speech", "text"]),
+    (["text", "text"], ["text"]),
+    (["text", "image", "speech"], ["speech", "image", "image", "text"]),
+]
+every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{','.join(plan[0])}-{','.join(plan[1])}")
+every_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def prompts(given: Sequence[str], rows: int, seed: int = 0) -> list[list[Segment]]:
+    dice = random.Random(seed)
+    return [[Segment(t, [i for _, i in draw(dice, [t], 1, 6)]) for t in given] for _ in range(rows)]
+
+
+def assert_same(found: Sequence[Segment], wanted: Sequence[Segment]) -> None:
+    """The same tokens and ends, and scores to 1e-4."""
+    assert [dataclasses.replace(s, score=0.0) for s in found] == [dataclasses.replace(s, score=0.0) for s in wanted]
+    assert [s.score for s in found] == pytest.approx([s.score for s in wanted], abs=1e-4)
+
+
+# The cache.
+
+
+@every_kernel
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_reading_in_steps_is_reading_the_whole(size: int, attention: str) -> None:
+    for families in (LLAMAS, THREE):
+        model = zipped(families, {"text": 2}, attention=attention)
+        for seed in range(2):
+            dice = random.Random(seed)
+            rows = [draw(dice, list(families), dice.randint(2, 6)) for _ in range(4)]
+            steps_are_the_whole(model, rows, size, left=bool(seed))
+
+
+@every_kernel
+def test_rows_can_be_chosen_again_and_reordered_between_steps(attention: str) -> None:
+    model = zipped(THREE, attention=attention)
+    for seed in range(3):
+        rows = [draw(random.Random(f"{seed} {row}"), list(THREE), 6) for row in range(3)]
+        steps_are_the_whole(model, rows, 3, left=bool(seed % 2), shuffle=seed + 1)
+
+
+@pytest.mark.slow
+def test_reading_in_steps_is_reading_the_whole_in_200_interleavings() -> None:
+    model = zipped(THREE)
+    for seed in range(200):
+        dice = random.Random(seed)
+        rows = [draw(dice, list(THREE), dice.randint(2, 8)) for _ in range(dice.randint(1, 4))]
+        steps_are_the_whole(model, rows, dice.choice([1, 2, 7, 100]), left=dice.random() < 0.5, shuffle=dice.randint(1, 9))
+
+
+@torch.no_grad()
+def test_a_source_token_becomes_keys_and_values_once() -> None:
+    model, read = zipped(LLAMAS), []
+    for name, link in model.links.items():
+        link.key.register_forward_hook(lambda module, given, out, name=name: read.append((name, out.shape[1])))
+    row = number([("speech", 2), ("speech", 3), ("speech", 4), ("text", 5), ("text", 6), ("speech", 7), ("text", 8)])
+    state = model.start(["speech", "text"], ["text"])
+    for token in row:
+        _, state = model.step(lay([[token]]), state)
+    for n in range(len(model.config.junctions)):
+        assert [tokens for name, tokens in read if name == f"{n}:speech>text"] == [3, 1]
+        assert [tokens for name, tokens in read if name == f"{n}:text>speech"] == [2]
+
+
+# Whole segments.
+
+
+@every_plan
+@every_kernel
+def test_a_ragged_batch_gives_every_row_what_the_slow_way_gives_it_alone(plan: tuple[list[str], list[str]], attention: str) -> None:
+    given, outputs = plan
+    model = zipped(THREE, {"text": 2}, attention=attention)
+    limits = {"text": 5, "speech": 4, "image": 6}
+    batch = prompts(given, 4)
+    found = generate(model, batch, outputs, GREEDY, limits)
+    for row, prompt in enumerate(batch):
+        assert_same(found[row], slow_generate(model, prompt, outputs, limits))
+
+
+def test_these_cases_hold_segments_that_ended_and_segments_that_did_not() -> None:
+    """Greedy decoding of random towers may loop for ever: the tests above must see both ends of a segment."""
+    model, ends = zipped(THREE, {"text": 2}), []
+    for given, outputs in PLANS:
+        for segments in generate(model, prompts(given, 4), outputs, GREEDY, {"text": 5, "speech": 4, "image": 6}):
+            ends += [segment.ended for segment in segments]
+    assert 5 < sum(ends) < len(ends) - 5
+
+
+@every_plan
+def test_a_row_draws_the_same_in_a_batch_as_alone(plan: tuple[list[str], list[str]]) -> None:
+    given, outputs = plan
+    model = zipped(THREE)
+    limits = {"text": 9, "speech": 9, "image": 9}
+    batch = prompts(given, 5)
+    found = generate(model, batch, outputs, Sampling(temperature=1.5, top_k=12, top_p=0.95, seed=40), limits)
+    assert len({len(segments[0].content) for segments in found}) > 1, "all rows are as long: nothing is ragged here"
+    for row, prompt in enumerate(batch):
+        alone = generate(model, [prompt], outputs, Sampling(temperature=1.5, top_k=12, top_p=0.95, seed=40 + row), limits)
+        assert_same(found[row], alone[0])
+
+
+def test_a_seed_gives_the_same_segments_and_another_seed_others() -> None:
+    model = zipped(LLAMAS)
+
+    def drawn(seed: int) -> list[Segment]:
+        return model.generate(prompts(["text"], 1)[0], ["speech", "text"], Sampling(temperature=1.0, seed=seed))
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+
+
+def test_a_forced_beginning_is_read_and_returned() -> None:
+    model = zipped(THREE)
+    for forced in ([], [3], [3, 4, 5]):
+        outputs: list[str | Segment] = [Segment("speech", forced), "text"]
+        batch = prompts(["text"], 3)
+        found = generate(model, batch, outputs, GREEDY, {"speech": 6, "text": 3})
+        for row, prompt in enumerate(batch):
+            assert found[row][0].content[: len(forced)] == forced
+            assert_same(found[row], slow_generate(model, prompt, outputs, {"speech": 6, "text": 3}))
+
+
+def test_a_segment_that_hits_its_limit_is_closed_and_says_so() -> None:
+    model = zipped(LLAMAS)
+    with torch.no_grad():  # never ends
+        model.tower("text").get_output_embeddings().weight[model.config.towers["text"].end] = 0.0
+        model.towers["text"].model.model.norm.weight.mul_(9)
+    first, second = model.generate([Segment("speech", [3])], ["text", "speech"], limits={"text": 4, "speech": 2})
+    assert not first.ended and len(first.content) == 4
+    assert_same([first, second], slow_generate(model, [Segment("speech", [3])], ["text", "speech"], {"text": 4, "speech": 2}))
+
+
+def test_the_default_limit_follows_the_input() -> None:
+    # Three times as many tokens as the usual rate makes of the input, and 16.
+    assert default_limit(own=4.0, given={"speech": (30, 10.0)}, room=1000) == 3 * 12 + 16
+    assert default_limit(own=10.0, given={"text": (6, 4.0), "image": (1, 3.0)}, room=1000) == 3 * 15 + 16
+    assert default_limit(own=0.0, given={"text": (6, 4.0)}, room=1000) == 3 * 6 + 16  # rate unknown: as many
+    assert default_limit(own=0.0, given={}, room=1000) == 3 * 64 + 16
+    assert default_limit(own=10.0, given={"text": (600, 4.0)}, room=100) == 100
+    model = zipped(LLAMAS)  # text 4 tokens, speech 10; 256 positions
+    assert model.limit("text", {"speech": 20, "text": 5}) == 3 * 8 + 16
+    assert model.limit("speech", {"text": 200}) == 256 - 2
+
+
+def test_what_takes_no_part_is_not_run() -> None:
+    model = zipped(THREE)
+
+    def fail(*given: object) -> None:
+        raise AssertionError("this tower takes no part")
+
+    for module in model.towers["image"].modules():
+        module.register_forward_pre_hook(fail)
+    for name, link in model.links.items():
+        if "image" in name:
+            link.key.register_forward_pre_hook(fail)
+    model.inputs["image"].register_forward_pre_hook(fail)
+    model.generate([Segment("speech", [3])], ["text", "speech"], limits={"text": 3, "speech": 3})
+    with pytest.raises(AssertionError, match="takes no part"):
+        model.generate([Segment("speech", [3])], ["image"], limits={"image": 3})
+
+
+def test_what_is_only_given_runs_no_further_than_its_last_junction() -> None:
+    model = zipped({"text": "llama", "speech": "llama"}, {"text": 2})  # speech has junctions after its blocks 1 and 2
+    ran = []
+    for index, block in enumerate(model.towers["speech"].blocks):
+        block.register_forward_pre_hook(lambda module, given, index=index: ran.append(index))
+    model.generate([Segment("speech", [3, 4])], ["text"], limits={"text": 3})
+    assert ran == [0, 1]
+
+
+def test_a_tower_alone_generates_what_it_generates_outside_the_zip() -> None:
+    model = zipped({"text": "gpt2", "speech": "llama"})
+    ids = torch.tensor([[0, 5, 6, 1, 0]])
+    outside = []
+    for _ in range(6):
+        logits = model.tower("text")(ids).logits[0, -1]
+        logits[0] = -torch.inf  # begins once
+        outside.append(int(logits.argmax()))
+        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+    wanted = outside[: outside.index(1)] if 1 in outside else outside
+    assert model.generate([Segment("text", [5, 6])], ["text"], limits={"text": 6})[0].content == wanted
+
+
+def test_begin_and_end_may_be_one_token_and_begin_never_comes_twice() -> None:
+    towers = {name: zipped(LLAMAS).towers[name] for name in LLAMAS}
+    model = Zipper.from_towers(towers, link=zipped(LLAMAS).config.link, ends={"text": (1, 1)})
+    with torch.no_grad():
+        model.tower("speech").lm_head.weight[1:] = 0.0  # would say begin, 0, for ever
+    for segment in model.generate([Segment("text", [5])], ["speech", "text"], limits={"speech": 4, "text": 4}):
+        begin, end = model.ends()[segment.tower]
+        assert begin not in segment.content and end not in segment.content
+
+
+def test_logits_of_unequal_rows_are_those_of_one_forward() -> None:
+    """The first step of generation over left-padded prompts, against each prompt alone."""
+    model = zipped(THREE)
+    rows = [draw(random.Random(seed), list(THREE), 4) for seed in range(4)]
+    strands = lay([number(row) for row in rows], left=True)
+    hidden, _ = model.step(strands, model.start(list(strands), list(strands)))
+    found = by_token(strands, {name: model.unembed(name, h) for name, h in hidden.items()})
+    for index, row in enumerate(rows):
+        alone = lay([number(row)])
+        for (_, document, time), value in by_token(alone, model(alone)).items():
+            torch.testing.assert_close(found[index, document, time], value, atol=1e-5, rtol=0)
+
+
+# What cannot be generated.
+
+TALK = [Segment("speech", [3, 4])]
+
+
+@pytest.mark.parametrize(
+    ("batch", "outputs", "limits", "message"),
+    [
+        ([TALK], ["txt"], {}, "no tower 'txt'"),
+        ([[Segment("sound", [3])]], ["text"], {}, "no tower 'sound'"),
+        ([[Segment("speech", [3, 23])]], ["text"], {}, "'speech' holds the id 23; its ids go from 0 to 22"),
+        ([[Segment("speech", [-1])]], ["text"], {}, "'speech' holds the id -1; its ids go from 0 to 22"),
+        ([TALK], [Segment("text", [31])], {}, "'text' holds the id 31; its ids go from 0 to 30"),
+        ([[Segment("speech", [3] * 255)]], ["text"], {}, "has 255 tokens; this tower reads at most 254"),
+        ([[Segment("speech", [3] * 150)] * 2], ["text"], {}, "304 tokens of 'speech'.* at most 256"),
+        ([[Segment("text", [3] * 250)]], [Segment("text", [3] * 9)], {}, "263 tokens of 'text'.* at most 256"),
+        ([TALK, [Segment("text", [3])]], ["text"], {}, "must name the same towers in the same order"),
+        ([TALK, []], ["text"], {}, "must name the same towers in the same order"),
+        ([TALK], [], {}, "needs at least one of each"),
+        ([], ["text"], {}, "needs at least one of each"),
+        ([TALK], ["text"], {"txt": 3}, "limits names the tower 'txt'"),
+        ([TALK], ["text"], {"text": 0}, "a limit is a number of tokens, at least 1"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_sentence(
+    batch: list[list[Segment]], outputs: list[str | Segment], limits: Mapping[str, int], message: str
+) -> None:
+    for families in (LLAMAS, {"text": "gpt2", "speech": "gpt2"}):  # a table of positions fails by itself, rotary ones do not
+        with pytest.raises(ZipperError, match=message):
+            generate(zipped(families), batch, outputs, GREEDY, limits)
+
+
+def test_a_limit_beyond_what_the_tower_can_read_is_what_it_can_read() -> None:
+    model = zipped({"text": "gpt2", "speech": "gpt2"})
+    with torch.no_grad():
+        model.tower("text").transformer.wte.weight[1] = 0.0
+        model.tower("text").transformer.ln_f.weight.mul_(9)  # never ends
+    (segment,) = model.generate([Segment("text", [3] * 250)], ["text"], limits={"text": 1000})
+    assert not segment.ended and 1 <= len(segment.content) <= 4
+
+
+def test_a_step_of_a_tower_outside_the_plan_is_refused() -> None:
+    model = zipped(THREE)
+    with pytest.raises(ZipperError, match=r"\['image'\] are not in this plan"):
+        model.step(lay([number([("image", 3)])]), model.start(["text"], ["text"]))
+
+
+def test_vocabularies_here_tell_towers_apart() -> None:
+    assert len(set(VOCABULARY.values())) == 3

@@ -1,0 +1,531 @@
+"""Training: it learns, it harms no frozen tower, it can be killed anywhere, and every number in it is what its name says."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import World
+from torch import Tensor
+
+from zipper import checkpoint, data, training
+from zipper.errors import ZipperError
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+from zipper.sequence import collate
+from zipper.tasks import Task
+from zipper.tower import Tower
+from zipper.training import TrainConfig, train
+
+ASR, TTS = tiny.BOTH
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without how fast it went."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+
+
+def state(output: Path, step: int) -> dict[str, Tensor]:
+    """All that a checkpoint holds: parameters and the moments of the optimizer."""
+    return load_file(output / "checkpoints" / f"step-{step:07d}" / "training.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- it learns
+
+
+def test_a_tower_learns_alone_and_a_zip_learns_what_no_tower_knows(world: World, tmp_path: Path) -> None:
+    alone = world.config(
+        tmp_path / "text",
+        towers={"text": tiny.shape()},
+        modalities={"text": str(world.folder / "text")},
+        tasks={"-> text": 1.0},
+        train=(),
+        steps=40,
+        batch=8,
+        log_every=5,
+        eval_every=40,
+        lr_tower=1e-2,
+    )
+    train(alone)
+    first, *_, last = [row["loss/text"] for row in metrics(tmp_path / "text") if "loss/text" in row]
+    assert last < first - 1.5
+    base = tmp_path / "text" / "model" / "towers" / "text"
+    before = Tower.load(base).digest()
+
+    zipped = world.config(
+        tmp_path / "zip",
+        towers={"text": str(base), "speech": str(world.folder / "speech" / "tower")},
+        steps=60,
+        batch=8,
+        log_every=5,
+        eval_every=60,
+        lr_new=1e-2,
+        lr_tower=1e-2,
+    )
+    pipeline = train(zipped)
+    rows = [row for row in metrics(tmp_path / "zip") if "loss/speech" in row]
+    assert rows[-1]["loss/speech"] < rows[0]["loss/speech"] - 1.5
+    # The text tower is frozen: only by reading the speech can the loss get below what it reaches alone.
+    assert rows[-1][f"dev/{ASR}"] < metrics(tmp_path / "text")[-1]["dev/-> text"] - 0.1
+
+    towers = {name: tower for name, tower in pipeline.model.towers.items() if isinstance(tower, Tower)}
+    assert towers["text"].digest() == before == Tower.load(base).digest()
+    assert towers["speech"].digest() != Tower.load(world.folder / "speech" / "tower").digest()
+
+
+def test_what_is_returned_and_saved_is_the_best_by_dev_loss(world: World, tmp_path: Path) -> None:
+    train(world.config(tmp_path, steps=8, eval_every=1, lr_new=0.3, lr_tower=0.3, warmup=4))  # far too fast: it gets worse
+    losses = {row["step"]: (row[f"dev/{ASR}"] + row[f"dev/{TTS}"]) / 2 for row in metrics(tmp_path) if f"dev/{ASR}" in row}
+    best = min(losses, key=lambda step: losses[step])
+    record = checkpoint.load(tmp_path / "model")[1]
+    assert record["step"] == best < 8
+    assert (record["dev"][ASR] + record["dev"][TTS]) / 2 == losses[best]
+    assert record["recipe"]["steps"] == 8
+
+
+def test_early_stopping_stops_and_stays_stopped(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, steps=50, eval_every=2, patience=3, lr_new=0.0, lr_gate=0.0, lr_tower=0.0)
+    train(config)
+    assert metrics(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations that are no better
+    before = metrics(tmp_path)
+    train(config, resume=True)
+    assert metrics(tmp_path) == before
+
+
+# --- it can be killed anywhere
+
+RESUMED = {
+    "steps": 14,
+    "log_every": 3,
+    "eval_every": 5,
+    "save_every": 4,
+    "keep": 3,
+    "link": LinkConfig(head_width=16, gate_init=0.6, dropout=0.2),
+    "corrupt": {"speech": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("unbroken")
+    train(world.config(output, **RESUMED))
+    return output
+
+
+def same(a: Path, b: Path) -> bool:
+    """Two runs came to the same end, by the same way."""
+    models = [load_file(f / "model" / "zip.safetensors") for f in (a, b)]
+    towers = [load_file(f / "model" / "towers" / "speech" / "model.safetensors") for f in (a, b)]
+    return equal(state(a, 14), state(b, 14)) and equal(*models) and equal(*towers) and metrics(a) == metrics(b)
+
+
+class Killed(Exception):
+    """Power is gone."""
+
+
+def killing(*steps: int) -> Callable[[dict[str, Any]], None]:
+    def report(row: dict[str, Any]) -> None:
+        if row["step"] in steps:
+            raise Killed
+
+    return report
+
+
+# 3: before any checkpoint; 5: after an evaluation, between two rows of losses; 12: metrics written, checkpoint not.
+@pytest.mark.parametrize("kills", [(3,), (5,), (9, 10), (12,)])
+def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
+    world: World, unbroken: Path, tmp_path: Path, kills: tuple[int, ...]
+) -> None:
+    config = world.config(tmp_path, **RESUMED)
+    for number, step in enumerate(kills):
+        with pytest.raises(Killed):
+            train(config, resume=number > 0, report=killing(step))
+    train(config, resume=True)
+    assert same(tmp_path, unbroken)
+
+
+def test_a_run_killed_while_it_wrote_metrics_or_a_checkpoint_goes_on(world: World, unbroken: Path, tmp_path: Path) -> None:
+    config = world.config(tmp_path, **RESUMED)
+    with pytest.raises(Killed):
+        train(config, report=killing(9))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "dev/spee')
+    half = tmp_path / "checkpoints" / ".step-0000012.x1y2"
+    half.mkdir()
+    train(config, resume=True)
+    assert same(tmp_path, unbroken)
+    assert not half.exists()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("damage", "keep"), [("flip", 1), ("cut", 3), ("manifest", 3)])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    world: World, unbroken: Path, tmp_path: Path, damage: str, keep: int
+) -> None:
+    config = world.config(tmp_path, **(RESUMED | {"keep": keep}))
+    with pytest.raises(Killed):
+        train(config, report=killing(10))
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000008"][-keep:]
+    newest = tmp_path / "checkpoints" / "step-0000008"
+    if damage == "flip":
+        flip(newest / "training.safetensors")
+    elif damage == "cut":
+        (newest / "training.safetensors").write_bytes((newest / "training.safetensors").read_bytes()[:-100])
+    else:
+        (newest / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="not whole.*step-0000008"):
+        train(config, resume=True)  # from step 4, or from the beginning
+    assert same(tmp_path, unbroken)
+    checkpoint.check(tmp_path / "checkpoints" / "step-0000014")
+
+
+def test_sigterm_saves_a_checkpoint_and_stops(world: World, unbroken: Path, tmp_path: Path) -> None:
+    config = world.config(tmp_path, **RESUMED)
+    before = signal.getsignal(signal.SIGTERM)
+    for step in (3, 10):  # the second run of a process hears it as well
+        train(
+            config,
+            resume=step > 3,
+            report=lambda row, step=step: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == step else None,
+        )
+        assert sorted((tmp_path / "checkpoints").iterdir())[-1].name in (f"step-{step:07d}", f"step-{step + 1:07d}")
+        assert signal.getsignal(signal.SIGTERM) is before
+    train(config, resume=True)
+    assert same(tmp_path, unbroken)
+
+
+def test_a_run_outside_the_main_thread_works_without_signals(world: World, tmp_path: Path) -> None:
+    thread = threading.Thread(target=train, args=(world.config(tmp_path, steps=1),))
+    thread.start()
+    thread.join()
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+
+
+def test_a_second_start_in_the_same_folder_is_refused(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, steps=1)
+    train(config)
+    with pytest.raises(ZipperError, match=r"holds a run already. Pass --resume"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(world: World, tmp_path: Path) -> None:
+    train(world.config(tmp_path, steps=1))
+    wider = world.config(tmp_path, steps=2, link=LinkConfig(head_width=16, feedforward=2.0))
+    with pytest.raises(ZipperError, match=r"step-0000001 was made by another recipe: links.* differs"):
+        train(wider, resume=True)
+
+
+# --- its numbers are what their names say
+
+
+def zip_of(world: World, config: TrainConfig) -> tuple[Zipper, list[data.Row]]:
+    modalities = {"text": tiny.text(), "speech": tiny.units()}
+    rows = data.read(Path(config.data), modalities)
+    return training.build(config, modalities, rows), rows
+
+
+def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, batch=8, loss_weight={"text": 0.5})
+    model, rows = zip_of(world, config)
+    tasks = {name: Task.parse(name) for name in config.tasks}
+    batches, counts = training._batches(rows, tasks, config, 0, model, Accelerator())
+    assert len(batches) == 2
+    losses = training.Objective(model)(batches)
+    training_loss = sum(config.loss_weight.get(name, 1.0) * loss / counts[name] for name, loss in losses.items())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(training_loss, list(trained.values()))
+
+    # The same from one sample at a time: the tokens of all samples in one list per tower, then their mean.
+    each: dict[str, list[Tensor]] = {"text": [], "speech": []}
+    for batch in batches:
+        produced = "text" if (batch.weights["text"] > 0).any() else "speech"
+        for n in range(len(batch.targets["text"])):
+            sample = {
+                name: dataclasses.replace(s, **{f.name: getattr(s, f.name)[n : n + 1] for f in dataclasses.fields(s)})
+                for name, s in batch.strands.items()
+            }
+            logits, ids = model(sample)[produced][0], sample[produced].ids[0]
+            for place in range(int((sample[produced].document >= 0).sum()) - 1):
+                each[produced].append(F.cross_entropy(logits[place], ids[place + 1]))
+    assert {name: len(tokens) for name, tokens in each.items()} == counts
+    wanted = 0.5 * torch.stack(each["text"]).mean() + torch.stack(each["speech"]).mean()
+    torch.testing.assert_close(training_loss, wanted)
+    for gradient, other in zip(gradients, torch.autograd.grad(wanted, list(trained.values())), strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_step_moves_each_group_by_its_own_rate(world: World, tmp_path: Path) -> None:
+    rates = {"lr_new": 3e-3, "lr_gate": 1e-2, "lr_tower": 1e-4}
+    config = world.config(tmp_path, steps=1, warmup=1, batch=16, weight_decay=0.0, clip=1e9, **rates)
+    before, _ = zip_of(world, config)
+    after = dict(train(config).model.named_parameters())
+    moved: dict[str, set[float]] = {"frozen": set(), "lr_new": set(), "lr_gate": set(), "lr_tower": set()}
+    for name, p in before.named_parameters():
+        group = "lr_gate" if name.endswith("gate") else "lr_new" if name.startswith("links") else "lr_tower"
+        # Adam's first step is the rate itself, up or down, wherever the gradient is not tiny.
+        moved["frozen" if name.startswith("towers.text") else group].add(float((after[name] - p).detach().abs().max()))
+    assert moved["frozen"] == {0.0}
+    for group, rate in rates.items():
+        assert max(moved[group]) == pytest.approx(rate, rel=0.01), group
+
+
+def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, input_projection="residual")
+    model, _ = zip_of(world, config)
+    found = [(p, group) for group in training._optimizer(model, config).param_groups for p in group["params"]]
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    assert Counter(id(p) for p, _ in found) == Counter(id(p) for p in trained)
+    for p, group in found:
+        assert group["weight_decay"] == (config.weight_decay if p.ndim > 1 else 0.0), trained[p]
+
+
+def test_the_rate_rises_over_warmup_then_falls_on_a_cosine(world: World, tmp_path: Path) -> None:
+    train(world.config(tmp_path, steps=6, warmup=2, log_every=1, lr_tower=1e-3, lr_final=0.1))
+    found = [row["lr"] / 1e-3 for row in metrics(tmp_path)]
+    root = math.sqrt(0.5)
+    assert found == pytest.approx([0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + root), 0.55, 0.1 + 0.45 * (1 - root)])
+
+
+@pytest.mark.parametrize("chance", [1.0, 0.3])
+def test_corruption_changes_what_is_read_never_what_is_to_be_said(world: World, tmp_path: Path, chance: float) -> None:
+    config = world.config(tmp_path, corrupt={"speech": chance})
+    model, rows = zip_of(world, config)
+    task = Task(given=("text", "speech"), produced=("voiced:speech",))
+    clean = collate([task.segments(row) for row in rows], model.ends())
+    torch.manual_seed(0)
+    noisy = training._corrupt(clean, config, model)
+    for name in ("text", "speech"):
+        assert torch.equal(noisy.targets[name], clean.targets[name])
+        assert torch.equal(noisy.weights[name], clean.weights[name])
+        for field in ("position", "time", "document"):
+            assert torch.equal(getattr(noisy.strands[name], field), getattr(clean.strands[name], field))
+    assert torch.equal(noisy.strands["text"].ids, clean.strands["text"].ids)
+    ids, weights = clean.strands["speech"].ids, clean.weights["speech"]
+    changed = noisy.strands["speech"].ids != ids
+    may = (weights > 0) & (ids != tiny.units().begin)
+    assert not (changed & ~may).any()
+    share = float(changed.sum() / may.sum())  # a random id is the old one once in 28 times
+    assert share == pytest.approx(chance * 27 / 28, abs=4 * math.sqrt(0.25 / int(may.sum())))
+
+
+def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, tasks={ASR: 1.0, TTS: 3.0, "-> text": 0.0}, batch=8)
+    model, rows = zip_of(world, config)
+    tasks = {name: Task.parse(name) for name in config.tasks}
+    found = {"text": 0, "speech": 0}
+    accelerator = Accelerator()
+    for step in range(50):
+        for batch in training._batches(rows, tasks, config, step, model, accelerator)[0]:
+            assert set(batch.strands) == {"text", "speech"}  # never "-> text"
+            found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(batch.targets["text"])
+    assert sum(found.values()) == 400
+    assert found["text"] == pytest.approx(100, abs=4 * math.sqrt(400 * 0.25 * 0.75))
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(64, 4), (50, 4), (7, 3), (3, 5)])
+def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(rows: int, batch: int) -> None:
+    samples = [{"text": [n] * (1 + n % 5)} for n in range(rows)]
+    order = [[samples.index(row) for row in training._order(samples, batch, step, seed=3)] for step in range(5 * training.POOL)]
+    assert all(len(step) == batch for step in order)
+    for pools in range(1, 6):  # after each pool every row was read equally often, give or take the epoch that is under way
+        read = Counter(n for step in order[: pools * training.POOL] for n in step)
+        often = pools * training.POOL * batch // rows
+        assert set(read.values()) <= {often, often + 1}
+        assert often == 0 or len(read) == rows
+    assert [samples.index(row) for row in training._order(samples, batch, 40, seed=3)] == order[40]
+    if rows > 5:
+        assert [[samples.index(row) for row in training._order(samples, batch, step, seed=4)] for step in range(5)] != order[:5]
+        assert order[: training.POOL] != order[training.POOL : 2 * training.POOL]
+
+
+def test_the_rows_of_a_batch_are_of_like_length() -> None:
+    samples = [{"text": [0] * n} for n in range(64)]
+    for step in range(16):
+        lengths = [len(row["text"]) for row in training._order(samples, 4, step, seed=0)]
+        assert max(lengths) - min(lengths) == 3  # all 64 rows are one pool, sorted and cut
+
+
+@pytest.fixture
+def bf16() -> Iterator[None]:
+    """accelerate keeps the precision of the first run in a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_a_step_in_bfloat16_keeps_weights_in_float32(world: World, unbroken: Path, tmp_path: Path, bf16: None) -> None:
+    train(world.config(tmp_path, **(RESUMED | {"steps": 3, "mixed_precision": "bf16"})))
+    found, exact = state(tmp_path, 3), metrics(unbroken)[0]
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in found.values())
+    loss = metrics(tmp_path)[0]["loss/speech"]
+    assert loss == pytest.approx(exact["loss/speech"], rel=0.02)
+    assert loss != exact["loss/speech"]
+
+
+def test_a_model_may_be_saved_in_half_precision(world: World, tmp_path: Path) -> None:
+    pipeline = train(world.config(tmp_path, steps=1, save_dtype="float16"))
+    saved = [*(tmp_path / "model").rglob("*.safetensors")]
+    kinds = {path.name: {tensor.dtype for tensor in load_file(path).values()} for path in saved}
+    assert kinds["zip.safetensors"] == kinds["model.safetensors"] == {torch.float16}
+    assert {p.dtype for p in pipeline.model.parameters()} == {torch.float32}
+    assert torch.equal(
+        pipeline.model.state_dict()["links.0:text>speech.gate"],
+        load_file(tmp_path / "model" / "zip.safetensors")["links.0:text>speech.gate"].float(),
+    )
+
+
+# --- what it leaves behind
+
+
+def test_a_run_leaves_its_recipe_its_metrics_and_its_checkpoints(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path, steps=9, save_every=2, keep=2, trackers=("tensorboard",))
+    reported: list[dict[str, Any]] = []
+    train(config, report=reported.append)
+    assert TrainConfig(**json.loads((tmp_path / "config.json").read_text()) | {"link": config.link}).steps == 9
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9] == [row["step"] for row in reported]
+    for row in rows:
+        assert (f"dev/{ASR}" in row) == (row["step"] % 3 == 0)
+        assert ("loss/speech" in row) == ("grad_norm" in row) == (row["step"] % 2 == 0 or row["step"] == 9)
+    gates = {name for row in rows for name in row if name.startswith("gate/")}
+    assert gates == {"gate/0:text>speech", "gate/0:speech>text"}
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+
+
+def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) -> None:
+    train(world.config(tmp_path / "each", steps=6, log_every=1, eval_every=6))
+    train(world.config(tmp_path / "three", steps=6, log_every=3, eval_every=6))
+    each = [row["loss/speech"] for row in metrics(tmp_path / "each")]
+    found = [row["loss/speech"] for row in metrics(tmp_path / "three")]
+    assert found == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": {}}, "needs at least one task"),
+        ({"tasks": {ASR: -1.0}}, "needs at least one task"),
+        ({"tasks": {ASR: 0.0}}, "needs at least one task"),
+        ({"tasks": {"speech text": 1.0}}, "'speech text' is not a task. Write it as"),
+        ({"tasks": {"speech -> image": 1.0}}, "names the tower 'image'; this recipe has .'speech', 'text'."),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"batch": -3}, "batch is -3"),
+        ({"rows": 0}, "rows is 0"),
+        ({"save_every": 0}, "save_every is 0"),
+        ({"keep": 0}, "keep is 0"),
+        ({"mixed_precision": "fp7"}, r"mixed_precision is 'fp7'; it must be one of .'no', 'bf16'"),
+        ({"save_dtype": "half"}, "save_dtype is 'half'"),
+        ({"modalities": {"text": "x"}}, "The towers are .'speech', 'text'., the modalities .'text'. Give one for each"),
+        ({"train": ("video",)}, "train names .'video'"),
+        ({"corrupt": {"video": 0.1}}, "corrupt names .'video'"),
+        ({"loss_weight": {"video": 1.0}}, "loss_weight names .'video'"),
+        ({"towers": {"text": {"model_type": "llama"}, "speech": "x"}}, "'text' is a fresh one that would never learn"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(world: World, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        world.config(Path("nowhere"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "call anna"}, r"rows.jsonl, line 3: The task wants a field 'speech', the row has \['text'\]"),
+        ({"text": "call anna", "speech": [1] * 200}, "rows.jsonl, line 3: A segment of 'speech' has 200 tokens"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_the_first_step(
+    world: World, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    data.write(tmp_path / "rows.jsonl", [*tiny.pairs(2), row])
+    for place in ("data", "dev"):
+        with pytest.raises(ZipperError, match=message):
+            train(world.config(tmp_path / "run", **{place: str(tmp_path / "rows.jsonl")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tower_of_another_codebook_or_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
+    tiny.units(seed=5).save(tmp_path / "speech")  # as many codes, other sounds
+    config = world.config(
+        tmp_path / "run",
+        towers={"text": str(world.folder / "text" / "tower"), "speech": str(world.zip / "towers" / "speech")},
+    )
+    other = dataclasses.replace(config, modalities={**config.modalities, "speech": str(tmp_path / "speech")})
+    with pytest.raises(
+        ZipperError, match=r"'speech' from .* another tokenizer or codebook than the one given. Give .*zip/modalities"
+    ):
+        train(other)
+    tiny.text(merges=40).save(tmp_path / "text")
+    more = dataclasses.replace(config, modalities={**config.modalities, "text": str(tmp_path / "text")})
+    with pytest.raises(ZipperError, match=r"'text' knows 42 ids, its modality in .* makes 70"):
+        train(more)
+
+
+# --- several processes
+
+SCRIPT = """
+import sys
+import tiny
+from pathlib import Path
+from zipper.training import train
+if __name__ == "__main__":
+    train(tiny.World(Path(sys.argv[1])).config(Path(sys.argv[2]), steps=8, log_every=2, eval_every=4, tasks={TASKS}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.95, 0.05)])  # with the second, a process often draws only one of the tasks
+def test_two_processes_are_one(world: World, tmp_path: Path, shares: tuple[float, float]) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.replace("{TASKS}", repr(dict(zip((ASR, TTS), shares, strict=True)))))
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for n in (1, 2):
+        subprocess.run([*launch, str(n), script, world.folder, tmp_path / str(n)], check=True, env=environment, timeout=300)
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert b == pytest.approx(a, rel=1e-3)
+    weights = [state(tmp_path / n, 8) for n in ("1", "2")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], atol=1e-3, rtol=1e-2)
