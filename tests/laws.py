@@ -28,6 +28,7 @@ LAYERS = {"text": 5, "speech": 4, "image": 3}
 VOCABULARY = {"text": 31, "speech": 23, "image": 17}
 TOKENS = {"text": 4.0, "speech": 10.0, "image": 3.0}
 SEED = {"text": 1, "speech": 2, "image": 3}
+ENDS = {"text": (0, 19), "speech": (0, 14), "image": (0, 11)}  # tokens that these towers like to say, so that segments end
 SMALL = LinkConfig(head_width=8)
 LLAMAS = {"text": "llama", "speech": "llama"}
 
@@ -67,7 +68,8 @@ def zipped(
             for name, family in families.items()
         }
         tokens = {name: TOKENS[name] for name in families}
-        options = {"input_projection": input_projection, "tokens": tokens}
+        ends = {name: ENDS[name] for name in families}
+        options = {"input_projection": input_projection, "tokens": tokens, "ends": ends}
         _BORN[key] = Zipper.from_towers(towers, every, junctions, train, preset, link, **options)
     model = copy.deepcopy(_BORN[key])
     if awake:
@@ -329,30 +331,40 @@ def steps_are_the_whole(
 
 
 @torch.no_grad()
-def slow_generate(
-    model: Zipper, prompt: Sequence[Segment], outputs: Sequence[str | Segment], limits: Mapping[str, int]
-) -> list[Segment]:
-    """Greedy generation by its definition: the whole sequence is read anew for every token."""
-    ends, sequence, produced = model.ends(), [], []
-    for segment in prompt:
+def is_the_greedy_answer(
+    model: Zipper,
+    prompt: Sequence[Segment],
+    outputs: Sequence[str | Segment],
+    limits: Mapping[str, int],
+    found: Sequence[Segment],
+) -> None:
+    """What was produced for one row is what greedy decoding by its definition produces.
+
+    One forward without cache or padding reads prompt and answer; every token of the answer must be the likeliest after what
+    came before it, every segment must end where its end is the likeliest or its limit is reached, scores must add up to 1e-4.
+    """
+    ends, sequence = model.ends(), []
+    for segment in (*prompt, *found):
         begin, end = ends[segment.tower]
         sequence += [(segment.tower, i) for i in (begin, *segment.content, end)]
-    for item in outputs:
-        segment = item if isinstance(item, Segment) else Segment(item, [])
-        tower, (begin, end), ids, score, ended = segment.tower, ends[segment.tower], [*segment.content], 0.0, False
-        sequence += [(tower, i) for i in (begin, *ids)]
-        while not ended:
-            strands = lay([number(sequence)])
-            logits = model(strands)[tower][0, -1]
-            logits[begin] = -torch.inf
-            best = int(logits.argmax())
-            ended = best == end
-            if not ended and len(ids) >= limits[tower]:
-                break
-            score += float(logits.log_softmax(-1)[best])
-            if not ended:
-                ids.append(best)
-                sequence.append((tower, best))
-        sequence.append((tower, end))
-        produced.append(Segment(tower, ids, ended=ended, score=score))
-    return produced
+    strands = lay([number(sequence)])
+    said = by_token(strands, model(strands))
+    time = sum(len(segment.content) + 2 for segment in prompt)
+    assert len(found) == len(outputs)
+    for item, segment in zip(outputs, found, strict=True):
+        wanted = item if isinstance(item, Segment) else Segment(item, [])
+        (begin, end), forced, score = ends[segment.tower], len(wanted.content), 0.0
+        assert segment.tower == wanted.tower and segment.content[:forced] == list(wanted.content)
+        for rank, token in enumerate([*segment.content, end]):
+            logits = said[0, 0, time + rank]
+            if begin != end:
+                logits[begin] = -torch.inf
+            closed = rank == len(segment.content) and not segment.ended
+            if closed:
+                assert rank >= limits[segment.tower] and int(logits.argmax()) != end, "it was closed without need"
+            elif rank >= forced:
+                assert int(logits.argmax()) == token, f"token {rank} of {segment} is not the likeliest"
+                score += float(logits.log_softmax(-1)[token])
+        assert forced <= len(segment.content) <= max(forced, limits[segment.tower])
+        assert abs(segment.score - score) < 1e-4
+        time += len(segment.content) + 2

@@ -493,7 +493,7 @@ def test_unknown_towers_are_refused_wherever_they_are_named() -> None:
         lambda: model.start(["text"], ["txt"]),
         lambda: model.unembed("txt", torch.zeros(1, 1, 16)),
         lambda: model.tower("txt"),
-        lambda: model.check(Segment("txt", [])),
+        lambda: model.check([Segment("txt", [])]),
     ):
         with pytest.raises(ZipperError, match="no tower 'txt'"):
             call()

@@ -414,7 +414,7 @@ def test_a_run_leaves_its_recipe_its_metrics_and_its_checkpoints(world: World, t
     config = world.config(tmp_path, steps=9, save_every=2, keep=2, trackers=("tensorboard",))
     reported: list[dict[str, Any]] = []
     train(config, report=reported.append)
-    assert TrainConfig(**json.loads((tmp_path / "config.json").read_text()) | {"link": config.link}).steps == 9
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9] == [row["step"] for row in reported]
     for row in rows:
@@ -445,7 +445,7 @@ def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) ->
         ({"tasks": {ASR: -1.0}}, "needs at least one task"),
         ({"tasks": {ASR: 0.0}}, "needs at least one task"),
         ({"tasks": {"speech text": 1.0}}, "'speech text' is not a task. Write it as"),
-        ({"tasks": {"speech -> image": 1.0}}, "names the tower 'image'; this recipe has .'speech', 'text'."),
+        ({"tasks": {"speech -> image": 1.0}}, "names the tower 'image'; this recipe has .'speech', 'text'.."),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"batch": -3}, "batch is -3"),
         ({"rows": 0}, "rows is 0"),
@@ -453,7 +453,7 @@ def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) ->
         ({"keep": 0}, "keep is 0"),
         ({"mixed_precision": "fp7"}, r"mixed_precision is 'fp7'; it must be one of .'no', 'bf16'"),
         ({"save_dtype": "half"}, "save_dtype is 'half'"),
-        ({"modalities": {"text": "x"}}, "The towers are .'speech', 'text'., the modalities .'text'. Give one for each"),
+        ({"modalities": {"text": "x"}}, "The towers are .'speech', 'text'., the modalities .'text'.. Give one for each"),
         ({"train": ("video",)}, "train names .'video'"),
         ({"corrupt": {"video": 0.1}}, "corrupt names .'video'"),
         ({"loss_weight": {"video": 1.0}}, "loss_weight names .'video'"),
@@ -469,7 +469,7 @@ def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(world: World, chan
     ("row", "message"),
     [
         ({"text": "call anna"}, r"rows.jsonl, line 3: The task wants a field 'speech', the row has \['text'\]"),
-        ({"text": "call anna", "speech": [1] * 200}, "rows.jsonl, line 3: A segment of 'speech' has 200 tokens"),
+        ({"text": "call anna", "speech": [1] * 200}, "rows.jsonl, line 3: 'speech' would read 202 tokens"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_the_first_step(

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Waiting threads that spin starve each other on small machines; must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     try:
         given.command(given)
@@ -156,15 +157,7 @@ def _sampling(given: argparse.Namespace) -> Any:
 def _pipeline(model: Path | None) -> Any:
     from zipper.pipeline import Pipeline
 
-    _quiet()
     return Pipeline.from_pretrained(model)
-
-
-def _quiet() -> None:
-    """No progress bars for the loading and saving of single files."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _writable(path: Path) -> None:
@@ -181,7 +174,6 @@ def demo(given: argparse.Namespace) -> None:
     from zipper.demo import demo as run_demo
 
     _writable(given.output / "report.json")
-    _quiet()
     report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
     if given.json:
         print(json.dumps(report, indent=1))
@@ -295,7 +287,6 @@ def train(given: argparse.Namespace) -> None:
             f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several."
         )
     _writable(Path(config.output) / "config.json")
-    _quiet()
     if "prepare" in recipe:
         recipe["prepare"]()
     training.train(config, resume=given.resume)

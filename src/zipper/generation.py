@@ -38,11 +38,11 @@ class Model(Protocol):
     def ends(self) -> Mapping[str, Ends]:
         """Begin and end ids of each tower."""
 
-    def limit(self, tower: str, given: Mapping[str, int]) -> int:
-        """Most tokens of a segment of `tower`, from the number of tokens of each tower so far."""
+    def limit(self, tower: str, given: Mapping[str, int], wanted: int | None = None) -> int:
+        """Most tokens of a segment of `tower`, from the number of tokens of each tower so far and what the user wants."""
 
-    def check(self, segment: Segment) -> None:
-        """Raise a ZipperError for ids out of range or a segment longer than the tower can read."""
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Raise a ZipperError for unknown towers, ids out of range, or more than a tower can read."""
 
 
 @torch.inference_mode()
@@ -66,10 +66,11 @@ def generate(
     for prompt in prompts:
         if [segment.tower for segment in prompt] != shape:
             raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
-        for segment in prompt:
-            model.check(segment)
-    for segment in plan:
-        model.check(segment)
+        model.check([*prompt, *plan])
+    for tower, limit in (limits or {}).items():
+        model.check([Segment(tower, [])])
+        if limit < 1:
+            raise ZipperError(f"limits[{tower!r}] is {limit}; a limit is a number of tokens, at least 1.")
     produced = [segment.tower for segment in plan]
     state = model.start(tuple(dict.fromkeys(shape + produced)), tuple(dict.fromkeys(produced)))
     clock = _Clock(len(prompts), model.ends())
@@ -80,7 +81,7 @@ def generate(
     results: list[list[Segment]] = [[] for _ in prompts]
     for number, forced in enumerate(plan):
         tower, last = forced.tower, number == len(plan) - 1
-        caps = torch.tensor([(limits or {}).get(tower) or model.limit(tower, seen) for seen in clock.seen()])
+        caps = torch.tensor([model.limit(tower, seen, (limits or {}).get(tower)) for seen in clock.seen()])
         state = state.compact(tower)
         ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last)
         for row, result in enumerate(results):
@@ -110,8 +111,8 @@ def _segment(
         if begin != end:
             logits[:, begin] = -torch.inf  # a segment begins once
         # Only rows that are alive draw: the stream of one that has ended must not depend on how long its neighbours go on.
-        token = torch.full((rows,), end)
-        token[alive] = choose(logits[alive.to(logits.device)], sampling, [g for g, a in zip(generators, alive, strict=True) if a]).cpu()
+        token, streams = torch.full((rows,), end), [g for g, a in zip(generators, alive, strict=True) if a]
+        token[alive] = choose(logits[alive.to(logits.device)], sampling, streams).cpu()
         logprob = logits.log_softmax(-1).cpu().gather(-1, token[:, None])[:, 0]
         for row in alive.nonzero().flatten().tolist():
             ended[row] = bool(token[row] == end)

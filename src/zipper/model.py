@@ -5,6 +5,7 @@ reading the states from before the exchange (Zipper, arXiv:2405.18669, sec. 3). 
 unimodal path: the bare tower, no projection, no link.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -250,13 +251,14 @@ class Zipper(nn.Module):
         return State(tuple(towers), tuple(outputs))
 
     def step(self, strands: Mapping[str, Strand], state: State) -> tuple[dict[str, Float[Tensor, "batch length width"]], State]:
-        """Read more tokens: states after the last block of each tower in the plan's outputs, and the new state.
+        """Read more tokens, from any device: states after the last block of each tower in the plan's outputs, and the new state.
 
         The self-attention caches in `state` are extended in place, so a state is stepped from once.
         """
         if foreign := sorted(strands.keys() - {*state.towers}):
             raise ZipperError(f"The towers {foreign} are not in this plan; start one that names them, beside {list(state.towers)}.")
-        return self._advance(strands, state, cached=True)
+        device = next(self.parameters()).device
+        return self._advance({name: strand.to(device) for name, strand in strands.items()}, state, cached=True)
 
     def unembed(self, tower: str, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
         """Logits of one tower's states."""
@@ -266,23 +268,33 @@ class Zipper(nn.Module):
         """Begin and end ids of every tower."""
         return {name: Ends(tower.begin, tower.end) for name, tower in self.config.towers.items()}
 
-    def limit(self, tower: str, given: Mapping[str, int]) -> int:
-        """The default cap on a produced segment, from the tokens that each tower has had so far (DESIGN: derived from the input)."""
+    def limit(self, tower: str, given: Mapping[str, int], wanted: int | None = None) -> int:
+        """The cap on a produced segment, from the tokens that each tower has had so far; `wanted` where the tower can still read
+        so many. Raises ZipperError where it can read no more at all."""
+        room = self._room(tower) - given.get(tower, 0) - 2
+        if room < 1:
+            raise ZipperError(f"{tower!r} has read {given[tower]} of its {self._room(tower)} tokens: no room for another segment.")
+        if wanted is not None:
+            return min(wanted, room)
         usual = {name: (count, self.config.towers[name].tokens) for name, count in given.items() if name != tower}
-        return default_limit(self.config.towers[tower].tokens, usual, self._room(tower) - given.get(tower, 0) - 2)
+        return default_limit(self.config.towers[tower].tokens, usual, room)
 
-    def check(self, segment: Segment) -> None:
-        """Raises ZipperError for a segment this model cannot read: unknown tower, ids out of range, longer than its positions."""
-        self._tower(segment.tower)
-        vocabulary, room = self.config.towers[segment.tower].vocabulary, self._room(segment.tower)
-        wrong = [i for i in segment.content if not 0 <= i < vocabulary]
-        if wrong:
-            raise ZipperError(f"A segment of {segment.tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
-        if len(segment.content) + 2 > room:
-            raise ZipperError(
-                f"A segment of {segment.tower!r} has {len(segment.content)} tokens; this tower reads at most {room - 2}. "
-                "Cut it into shorter pieces."
-            )
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Raises ZipperError for a sample this model cannot read: unknown tower, ids out of range, longer than its positions."""
+        read: dict[str, int] = {}
+        for segment in segments:
+            self._tower(segment.tower)
+            vocabulary = self.config.towers[segment.tower].vocabulary
+            wrong = [i for i in segment.content if not 0 <= i < vocabulary]
+            if wrong:
+                raise ZipperError(f"A segment of {segment.tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
+            read[segment.tower] = read.get(segment.tower, 0) + len(segment.content) + 2
+        for tower, count in read.items():
+            if count > self._room(tower):
+                raise ZipperError(
+                    f"{tower!r} would read {count} tokens, begin and end of segments included, but it can read at most "
+                    f"{self._room(tower)}. Give it shorter pieces."
+                )
 
     def tower(self, name: str) -> PreTrainedModel:
         """The bare tower as the transformers model it is."""
@@ -362,8 +374,13 @@ class Zipper(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> None:
         """Turn all parameters into `dtype`, in place; not the buffers, for transformers keeps rotary frequencies in float32."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+        _cast(self, dtype)
+
+    def pin(self, tower: str, dtype: torch.dtype) -> str:
+        """Content hash of a tower as it is now, in `dtype`; a frozen one keeps the `digest` of its configuration."""
+        found = copy.deepcopy(self._tower(tower))
+        _cast(found, dtype)
+        return found.pin()
 
     def new_parameters(self) -> dict[str, Tensor]:
         """Links and input projections by name: what zipping added."""
@@ -477,6 +494,11 @@ def _read(link: Link, read: Strand, memory: Memory | None, unread: tuple[Tensor,
         memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
     assert memory is not None
     return memory
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _dtype(tower: Tower) -> str:

@@ -194,8 +194,7 @@ def _check(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Zip
     for number, row in enumerate(rows, 1):
         try:
             for task in tasks.values():
-                for segment in task.segments(row):
-                    model.check(segment)
+                model.check(task.segments(row))
         except ZipperError as error:
             raise ZipperError(f"{path}, line {number}: {error}") from error
 

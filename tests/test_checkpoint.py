@@ -1,0 +1,300 @@
+"""Saved zips: what is in the folder, that it comes back bit for bit, and that nothing damaged or foreign gets in."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import World
+
+from zipper import checkpoint
+from zipper.errors import ZipperError
+from zipper.model import Zipper
+from zipper.pipeline import Pipeline
+from zipper.sequence import Segment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def saved(world: World, tmp_path: Path) -> Path:
+    """A copy of the saved pipeline, to do harm to."""
+    return Path(shutil.copytree(world.zip, tmp_path / "copy"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pin_again(folder: Path) -> None:
+    """What somebody would do who changes a file on purpose: put its new hash into the manifest."""
+    listed = {name: checkpoint.sha256(folder / name) for name in files(folder) if name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"files": listed}))
+
+
+# --- what is in it
+
+
+def test_a_zip_comes_back_bit_for_bit(world: World, tmp_path: Path) -> None:
+    model = Zipper.from_pretrained(world.zip)
+    model.save_pretrained(tmp_path / "again", record={"why": "to see"})
+    again = Zipper.from_pretrained(tmp_path / "again")
+    assert again.config.junctions == model.config.junctions
+    assert again.config.link == model.config.link
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert checkpoint.load(tmp_path / "again")[1] == {"why": "to see"}
+    prompt = [Segment("text", tiny.text().encode("call anna"))]
+    assert model.generate(prompt, ["speech", "text"]) == again.generate(prompt, ["speech", "text"])
+
+
+def test_the_folder_holds_what_was_trained_and_names_what_was_not(world: World) -> None:
+    found = files(world.zip)
+    assert {name for name in found if name.endswith(".safetensors")} == {
+        "zip.safetensors",
+        "towers/speech/model.safetensors",
+        "modalities/speech/codebook.safetensors",
+    }
+    assert not any(name.startswith("towers/text") for name in found)
+    model = Zipper.from_pretrained(world.zip)
+    added = {name for name, _ in model.named_parameters() if not name.startswith("towers.")}
+    assert set(load_file(world.zip / "zip.safetensors")) == added
+    pin = json.loads(found["zipper.json"])["config"]["towers"]["text"]
+    assert Path(pin["source"]) == world.folder / "text" / "tower"
+    assert len(pin["digest"]) == 64
+
+
+def test_a_frozen_tower_may_be_taken_along(world: World, tmp_path: Path) -> None:
+    model = Zipper.from_pretrained(world.zip)
+    model.save_pretrained(tmp_path / "whole", include=["text"])
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "whole").rename(moved)
+    assert (moved / "towers" / "text" / "model.safetensors").is_file()
+    again = Zipper.from_pretrained(moved)
+    assert torch.equal(again.tower("text").get_input_embeddings().weight, model.tower("text").get_input_embeddings().weight)
+    with pytest.raises(ZipperError, match="include names the tower 'video'"):
+        model.save_pretrained(tmp_path / "more", include=["video"])
+
+
+def test_every_file_is_listed_with_its_hash(world: World) -> None:
+    listed = json.loads((world.zip / "manifest.json").read_text())["files"]
+    assert listed.keys() == files(world.zip).keys() - {"manifest.json"}
+
+
+def test_nothing_is_pickled_or_unpickled(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle")
+
+    for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "dump"), (pickle, "dumps")]:
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    Pipeline.from_pretrained(world.zip).save_pretrained(tmp_path / "again")
+    for name, content in files(tmp_path / "again").items():
+        assert name.endswith((".json", ".safetensors")), name
+        assert not content.startswith((b"\x80", b"PK")), name
+
+
+# --- where a base lies
+
+
+def test_a_moved_base_is_said_where(world: World, saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "zipper.json").read_text())
+    config["config"]["towers"]["text"]["source"] = str(tmp_path / "gone")
+    (saved / "zipper.json").write_text(json.dumps(config))
+    pin_again(saved)
+    with pytest.raises(ZipperError, match=r"gone does not exist"):
+        Zipper.from_pretrained(saved)
+    base = world.folder / "text" / "tower"
+    for place in (base, str(base), Zipper.from_pretrained(world.zip).tower("text")):
+        assert Zipper.from_pretrained(saved, towers={"text": place}).tower("text") is not None
+    with pytest.raises(ZipperError, match="towers names the tower 'video'"):
+        Zipper.from_pretrained(saved, towers={"video": base})
+
+
+def test_a_foreign_base_is_refused_by_both_hashes(world: World, saved: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    tiny.tower(tiny.text()).model.save_pretrained(tmp_path / "foreign")
+    pin = json.loads((saved / "zipper.json").read_text())["config"]["towers"]["text"]["digest"]
+    with pytest.raises(ZipperError, match=rf"'text' from .*foreign is not the one .* hash is \w{{16}}, the zip wants {pin[:16]}"):
+        Zipper.from_pretrained(saved, towers={"text": tmp_path / "foreign"})
+
+
+# --- what is damaged
+
+
+def listed(folder: Path) -> Iterator[Path]:
+    yield from (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_one_wrong_bit_anywhere_is_found_and_the_file_named(saved: Path) -> None:
+    for path in listed(saved):
+        content = path.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            if path.name != "manifest.json":
+                with pytest.raises(ZipperError, match=rf"{path} is damaged.*Copy the folder again"):
+                    Pipeline.from_pretrained(saved)
+        path.write_bytes(content)
+    Pipeline.from_pretrained(saved)
+
+
+def test_a_missing_file_is_named(saved: Path) -> None:
+    for path in [*listed(saved)]:
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ZipperError, match=r"has no manifest.json" if path.name == "manifest.json" else rf"{path} is missing"):
+            Pipeline.from_pretrained(saved)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("zip.safetensors", b"", r"zip.safetensors is not a readable safetensors file"),
+        ("zip.safetensors", b"\xff" * 64, r"zip.safetensors is not a readable safetensors file"),
+        ("zipper.json", b"{", r"zipper.json is not readable JSON"),
+        ("zipper.json", b"[1]", r"zipper.json should hold a JSON object; it holds a list"),
+        ("zipper.json", b"\xff\xfe", r"zipper.json is not readable JSON"),
+        ("zipper.json", b'{"format": 2, "config": {}}', r"has format 2; this version of zipper reads format 1"),
+        ("zipper.json", b'{"format": 1, "config": {}}', r"not the configuration of a zip"),
+        ("zipper.json", b'{"format": 1, "config": []}', r"reads format 1"),
+        ("modalities/text/tokenizer.json", b"{}", r"not the definition of a fast tokenizer"),
+        ("modalities/speech/units.json", b"{}", r"holds no speech units"),
+        ("modalities.json", b"{}", r"the modalities given are \[\]"),
+        ("towers/speech/config.json", b"{}", r"Cannot load a causal language model from the folder .*towers/speech"),
+    ],
+)
+def test_nonsense_with_a_right_hash_is_refused_as_well(saved: Path, name: str, content: bytes, message: str) -> None:
+    (saved / name).write_bytes(content)
+    pin_again(saved)
+    with pytest.raises(ZipperError, match=message):
+        Pipeline.from_pretrained(saved)
+
+
+def test_a_cut_file_with_a_right_hash_is_refused(saved: Path) -> None:
+    path = saved / "zip.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    pin_again(saved)
+    with pytest.raises(ZipperError, match=r"zip.safetensors is not a readable safetensors file"):
+        Zipper.from_pretrained(saved)
+
+
+def test_other_tensors_than_the_configuration_asks_for_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "zip.safetensors")
+    gate = "links.0:text>speech.gate"
+    for changed, message in [
+        ({**tensors, "links.9.gate": tensors[gate].clone()}, r"does not hold the tensors .* \(differs in \['links.9.gate'\]\)"),
+        ({name: t for name, t in tensors.items() if name != gate}, r"does not hold the tensors"),
+        ({**tensors, gate: torch.zeros(3)}, r"text>speech.gate has shape \(3,\), the configuration wants"),
+    ]:
+        save_file(changed, saved / "zip.safetensors")
+        pin_again(saved)
+        with pytest.raises(ZipperError, match=message):
+            Zipper.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "towers/../../outside.json"])
+def test_a_manifest_that_reaches_outside_its_folder_is_refused(saved: Path, name: str) -> None:
+    (saved.parent / "outside.json").write_text("{}")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"][name] = checkpoint.sha256(saved.parent / "outside.json")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ZipperError, match=r"lies outside its folder. Do not use this file"):
+        Zipper.from_pretrained(saved)
+
+
+def test_a_folder_of_links_as_the_hub_keeps_it_is_fine(world: World, tmp_path: Path) -> None:
+    for path in listed(world.zip):
+        link = tmp_path / "snapshot" / path.relative_to(world.zip)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    Pipeline.from_pretrained(tmp_path / "snapshot")
+
+
+def test_what_is_no_saved_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ZipperError, match=r"nowhere does not exist. Give the folder that save_pretrained"):
+        Zipper.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ZipperError, match=r"has no manifest.json, so it is not a saved model or was only half copied"):
+        Zipper.from_pretrained(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ZipperError, match=r"manifest.json is damaged"):
+        Zipper.from_pretrained(tmp_path)
+
+
+# --- writing
+
+
+def test_a_failure_while_writing_leaves_the_old_folder_as_it_was(
+    world: World, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(saved)
+    pipeline = Pipeline.from_pretrained(saved)
+
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    for name in ("save_file", "_flush", "sha256"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, fail)
+            with pytest.raises(OSError, match="No space left"):
+                pipeline.save_pretrained(saved)
+        assert files(saved) == before
+        assert [path.name for path in saved.parent.iterdir()] == ["copy"]
+
+
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    world: World, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename, seen = files(saved), checkpoint.os.rename, []
+
+    def second_fails(a: Any, b: Any) -> None:
+        seen.append(b)
+        if len(seen) == 2:
+            raise OSError("a moment of bad luck")
+        rename(a, b)
+
+    pipeline = Pipeline.from_pretrained(saved)
+    monkeypatch.setattr(checkpoint.os, "rename", second_fails)
+    with pytest.raises(OSError, match="bad luck"):
+        pipeline.save_pretrained(saved)
+    assert files(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["copy"]
+
+
+def test_saving_again_replaces_every_file_and_leaves_nothing_beside_it(world: World, saved: Path) -> None:
+    pipeline = Pipeline.from_pretrained(saved)
+    with torch.no_grad():
+        for p in pipeline.model.links.parameters():
+            p += 1
+    (saved / "notes.txt").write_text("of the old one")
+    pipeline.save_pretrained(saved)
+    again = Pipeline.from_pretrained(saved).model.state_dict()
+    assert all(torch.equal(again[name], p) for name, p in pipeline.model.state_dict().items())
+    assert not (saved / "notes.txt").exists()
+    assert [path.name for path in saved.parent.iterdir()] == ["copy"]
+
+
+def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path) -> None:
+    model = Zipper.from_pretrained(world.zip)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("thesis", "file"):
+        with pytest.raises(ZipperError, match=rf"{name} exists and holds something else than a saved model"):
+            model.save_pretrained(tmp_path / name)
+    assert files(tmp_path) == {"thesis/chapter.tex": b"years of work", "file": b"a file"}
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    checkpoint.check(tmp_path / "empty")

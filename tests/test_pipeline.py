@@ -1,0 +1,218 @@
+"""Pipelines: raw in, raw out, in any order, alone or in a batch; what is foreign or does not fit is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import World
+
+from zipper import audio, checkpoint
+from zipper.audio import Audio
+from zipper.errors import ZipperError
+from zipper.model import Zipper
+from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
+from zipper.sequence import Segment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def pipe(world: World) -> Pipeline:
+    return Pipeline.from_pretrained(world.zip)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sound(tmp_path_factory.mktemp("sound") / "clip.wav", seconds=0.5)
+
+
+def ids(pipe: Pipeline, segments: list[Segment], outputs: list[Any], **options: Any) -> list[list[int]]:
+    """What the model alone makes of ids."""
+    return [segment.content for segment in pipe.model.generate(segments, outputs, **options)]
+
+
+# --- raw in, raw out
+
+
+def test_it_transcribes_a_file_or_a_sound(pipe: Pipeline, clip: Path) -> None:
+    codes = tiny.units().encode(clip)
+    (wanted,) = ids(pipe, [Segment("speech", codes)], ["text"])
+    assert pipe.transcribe(clip) == pipe.transcribe(str(clip)) == pipe.transcribe(audio.read(clip)) == tiny.text().decode(wanted)
+
+
+def test_it_speaks_text_as_sound(pipe: Pipeline) -> None:
+    (wanted,) = ids(pipe, [Segment("text", tiny.text().encode("call anna"))], ["speech"])
+    said = pipe.speak("call anna")
+    assert isinstance(said, Audio)
+    assert np.array_equal(said.samples, tiny.units().decode(wanted).samples)
+
+
+@pytest.mark.parametrize("voice", ["low", "high"])
+def test_a_voice_is_forced_as_the_first_token(pipe: Pipeline, voice: str) -> None:
+    token = tiny.units().voice_id(voice)
+    assert pipe.voice(voice) == Segment("speech", [token])
+    said, written = pipe.model.generate([Segment("text", [5, 6])], [pipe.voice(voice), "text"], limits={"speech": 5, "text": 5})
+    assert said.content[0] == token
+    # The same as if the model had begun with it by itself: what follows is what it says after that token.
+    logits = pipe.model(*[_given_then(pipe, [5, 6], [token])])["speech"][0, -1]
+    logits[tiny.units().begin] = -torch.inf
+    assert said.content[1] == int(logits.argmax())
+    assert written.tower == "text"
+    assert np.array_equal(
+        pipe.speak("call anna", voice).samples,
+        pipe.run([Segment("text", "call anna")], [Segment("speech", [token])])[0].content.samples,
+    )
+
+
+def _given_then(pipe: Pipeline, text: list[int], speech: list[int]) -> Any:
+    from zipper.sequence import collate
+
+    strands = collate([[Segment("text", text), Segment("speech", speech)]], pipe.model.ends()).strands
+    speech_strand = strands["speech"]
+    cut = {name: getattr(speech_strand, name)[:, :-1] for name in ("ids", "position", "time", "document")}  # without its end
+    return {"text": strands["text"], "speech": type(speech_strand)(**cut)}
+
+
+def test_any_order_of_modalities_in_and_out(pipe: Pipeline, clip: Path) -> None:
+    given = [Segment("text", "call anna"), Segment("speech", clip), Segment("text", [4, 5])]
+    heard, said, written = pipe.run(given, outputs=["text", "speech", "text"], limits={"text": 6, "speech": 9})
+    assert [s.tower for s in (heard, said, written)] == ["text", "speech", "text"]
+    assert isinstance(heard.content, str)
+    assert isinstance(written.content, str)
+    assert isinstance(said.content, Audio)
+    assert [isinstance(s.ended, bool) for s in (heard, said, written)] == [True] * 3
+    (alone,) = pipe.run([], outputs=["text"], limits={"text": 4})
+    assert isinstance(alone.content, str)
+
+
+def test_a_segment_that_hits_its_cap_says_so(pipe: Pipeline) -> None:
+    with torch.no_grad():
+        model = Pipeline(Zipper.from_pretrained(_resaved(pipe)), pipe.modalities)
+    said = model.run([Segment("text", "call")], outputs=["speech"], limits={"speech": 2})[0]
+    (wanted,) = ids(model, [Segment("text", tiny.text().encode("call"))], ["speech"], limits={"speech": 2})
+    assert len(wanted) <= 2
+    assert said.ended == (len(wanted) < 2) or not said.ended
+
+
+def _resaved(pipe: Pipeline) -> Path:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp()) / "zip"
+    pipe.model.save_pretrained(folder)
+    return folder
+
+
+def test_a_batch_is_its_rows_alone(pipe: Pipeline) -> None:
+    texts = ["call", "send anna five red lamp", "turn two"]
+    together = pipe.run_batch(
+        [[Segment("text", text)] for text in texts], [pipe.voice("low"), "text"], limits={"speech": 8, "text": 6}
+    )
+    for text, row in zip(texts, together, strict=True):
+        alone = pipe.run([Segment("text", text)], [pipe.voice("low"), "text"], limits={"speech": 8, "text": 6})
+        assert np.array_equal(row[0].content.samples, alone[0].content.samples)
+        assert row[1].content == alone[1].content
+        assert [s.ended for s in row] == [s.ended for s in alone]
+
+
+def test_what_is_drawn_depends_on_the_seed(pipe: Pipeline) -> None:
+    def draw(seed: int) -> str:
+        return str(pipe.run([Segment("text", "call")], ["text"], Sampling(1.0, seed=seed), limits={"text": 12})[0].content)
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+# --- saving
+
+
+def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "again", include=["text"], record={"steps": 3})
+    again = Pipeline.from_pretrained(tmp_path / "again")
+    assert again.transcribe(clip) == pipe.transcribe(clip)
+    assert {name: m.fingerprint for name, m in again.modalities.items()} == {
+        name: m.fingerprint for name, m in pipe.modalities.items()
+    }
+    assert checkpoint.load(tmp_path / "again")[1] == {"steps": 3}
+    assert {p.dtype for p in Pipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16).model.parameters()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("name", ["text", "speech"])
+def test_a_foreign_tokenizer_or_codebook_is_refused(world: World, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(world.zip, tmp_path / "copy"))
+    shutil.rmtree(folder / "modalities" / name)
+    {"text": tiny.text(merges=11), "speech": tiny.units(seed=1)}[name].save(folder / "modalities" / name)
+    with pytest.raises(ZipperError, match=rf"modalities/{name}/\S+ is damaged"):
+        Pipeline.from_pretrained(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())  # put in on purpose, with the right hashes
+    manifest["files"] |= {file: checkpoint.sha256(folder / file) for file in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ZipperError, match=rf"modalities/{name} is not what this model was trained with: its hash is \w+, the model wants"
+    ):
+        Pipeline.from_pretrained(folder)
+
+
+def test_a_model_saved_without_modalities_is_no_pipeline(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ZipperError, match=r"bare holds a model without modalities. Load it with Zipper.from_pretrained"):
+        Pipeline.from_pretrained(tmp_path / "bare")
+
+
+def test_modalities_must_be_those_of_the_towers(pipe: Pipeline) -> None:
+    both = pipe.modalities
+    for modalities, message in [
+        ({"text": both["text"]}, r"The model has the towers \['speech', 'text'\], the modalities given are \['text'\]"),
+        ({**both, "image": both["text"]}, r"the modalities given are \['image', 'speech', 'text'\]"),
+        ({**both, "text": tiny.text(merges=30)}, r"The modality 'text' makes \d+ ids, its tower knows 42"),
+        ({"text": both["text"], "speech": both["text"]}, r"'speech' makes 42 ids, its tower knows 28"),
+    ]:
+        with pytest.raises(ZipperError, match=message):
+            Pipeline(pipe.model, modalities)
+    smaller = type(tiny.units())(tiny.units().codebook[:20], tiny.units().config)  # fits in, but its ids mean other things
+    with pytest.raises(ZipperError, match=r"'speech' begins and ends with 20 and 21, one of its tower with 24 and 25"):
+        Pipeline(pipe.model, {**both, "speech": smaller})
+
+
+# --- what it refuses
+
+
+def test_bad_input_is_refused_in_a_sentence(pipe: Pipeline, clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.wav").write_text("these are words")
+    for call, message in [
+        (lambda: pipe.run([Segment("video", "x")], ["text"]), r"no modality 'video'; it has \['speech', 'text'\]"),
+        (lambda: pipe.run([Segment("text", "call")], ["video"]), r"no tower 'video'; it has \['speech', 'text'\]"),
+        (lambda: pipe.run([Segment("text", "call")], [Segment("video", [1])]), r"no modality 'video'"),
+        (lambda: pipe.run([Segment("text", "call")], []), r"it needs at least one of each"),
+        (lambda: pipe.run([Segment("text", [1, 99])], ["speech"]), r"'text' holds the id 99; its ids go from 0 to 41"),
+        (lambda: pipe.run([Segment("text", "call " * 100)], ["speech"]), r"'text' would read \d+ tokens.*at most 128"),
+        (lambda: pipe.transcribe(tmp_path / "gone.wav"), r"gone.wav does not exist"),
+        (lambda: pipe.transcribe(tmp_path / "words.wav"), r"words.wav is not readable sound"),
+        (lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)), r"'speech' would read 502 tokens.*at most 128"),
+        (lambda: pipe.speak("call anna", voice="alto"), r"no voice 'alto'. Take one of low, high"),
+        (lambda: pipe.speak("call 42"), r"cannot write 2 4"),
+        (lambda: pipe.run_batch([[Segment("text", "a")], [Segment("speech", clip)]], ["text"]), r"same towers in the same order"),
+    ]:
+        with pytest.raises(ZipperError, match=message):
+            call()
+
+
+def test_a_tower_named_otherwise_has_no_voices(world: World) -> None:
+    towers = {name: world.folder / name / "tower" for name in ("text", "speech")}
+    model = Zipper.from_towers({"letters": towers["text"], "speech": towers["text"]})
+    pipe = Pipeline(model, {"letters": tiny.text(), "speech": tiny.text()})
+    with pytest.raises(ZipperError, match=r"'speech' of this model is not made of units"):
+        pipe.speak("call", voice="low")
+    with pytest.raises(ZipperError, match=r"no tower 'text'"):
+        pipe.transcribe("clip.wav")
