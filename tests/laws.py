@@ -226,8 +226,8 @@ def is_the_reference(model: Zipper, sequence: Sequence[tuple[str, int]], gradien
     paper = model.config.link.projection_relu
     tokens = {name: tower.tokens for name, tower in model.config.towers.items()}
     shape = reference.Shape(model.config.junctions, model.config.link.head_width, paper, tokens)
-    mine = {name: p for name, p in model.new_parameters().items() if p.requires_grad}
-    theirs = {name: p.detach().double().requires_grad_() for name, p in mine.items()}
+    mine = model.new_parameters()
+    theirs = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in mine.items()}
     towers = {name: tiny_tower("llama", SEED[name], WIDTH[name], LAYERS[name], VOCABULARY[name]).double() for name in WIDTH}
     wanted = reference.logits({name: towers[name] for name in dict(sequence)}, theirs, sequence, shape)
     found = {name: logits[0] for name, logits in model(lay([number(sequence)])).items()}
@@ -236,13 +236,14 @@ def is_the_reference(model: Zipper, sequence: Sequence[tuple[str, int]], gradien
         numbers = torch.Generator().manual_seed(0)
         weights = {name: torch.randn(value.shape, generator=numbers) for name, value in sorted(wanted.items())}
         losses = [sum((weights[name] * logits[name]).sum() for name in weights) for logits in (found, wanted)]
+        learn = [name for name, p in mine.items() if p.requires_grad]
         parts = [
-            torch.autograd.grad(loss, list(p.values()), allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(loss, [p[name] for name in learn], allow_unused=True, materialize_grads=True)
             for loss, p in zip(losses, (mine, theirs), strict=True)
         ]
-        scale = {name: max(1.0, float(g.abs().max())) for name, g in zip(theirs, parts[1], strict=True)}
-        mine_scaled, theirs_scaled = ({n: g / scale[n] for n, g in zip(mine, part, strict=True)} for part in parts)
-        assert_close(mine_scaled, theirs_scaled, 1e-4)
+        scale = [max(1.0, float(gradient.abs().max())) for gradient in parts[1]]
+        ours, wanted = ({name: g / s for name, g, s in zip(learn, part, scale, strict=True)} for part in parts)
+        assert_close(ours, wanted, 1e-4)
 
 
 def bare(model: Zipper, name: str, strand: Strand, cache: bool = False) -> Tensor:

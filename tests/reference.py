@@ -72,10 +72,10 @@ def _cross(w: Mapping[str, Tensor], x: Tensor, place: float, source: Sequence[tu
     query = w["query.weight"] @ _layer_norm(w, "norm", x)
     read = []
     for j, s in source:
-        if shape.paper:
-            s = _relu(_mlp(_part(w, "projection"), s))
-        else:
-            s = _mlp(_part(w, "projection"), _layer_norm(w, "source_norm", s))
+        s = s if shape.paper else _layer_norm(w, "source_norm", s)
+        s = w["whiten.weight"] @ s + w["whiten.bias"]  # ours; the identity unless the link was calibrated
+        s = _mlp(_part(w, "projection"), s)
+        s = _relu(s) if shape.paper else s
         read.append((j, w["key.weight"] @ s, w["value.weight"] @ s))
     heads = []
     for first in range(0, len(query), shape.head_width):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import soundfile
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from zipper import data
 from zipper.link import LinkConfig
@@ -22,6 +23,8 @@ from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.tower import Tower
 from zipper.training import TrainConfig
+
+logging.disable_progress_bar()
 
 WORDS = "send call turn pay anna peter red blue two five lamp oven".split()
 CODES = 24

@@ -258,11 +258,11 @@ def units(given: argparse.Namespace) -> None:
             raise ZipperError(f"{given.units} holds a codebook already. Leave out --fit to use it, or choose another folder.")
         _writable(given.units / SpeechUnits.CONFIG)
         config = UnitsConfig(fitted_on=f"{len(files)} sound files")
-        mels = [config.mel.picture(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file")]
+        mels = [config.mel.picture(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file", disable=None)]
         SpeechUnits.fit(mels, given.fit, config).save(given.units)
     speech = SpeechUnits.load(given.units or SHIPPED / "modalities" / "speech")
     rows = []
-    for path in tqdm(files, desc="units", unit="file"):
+    for path in tqdm(files, desc="units", unit="file", disable=None):
         sound = audio.read(path)
         rows.append({"id": path.stem, "speech": speech.encode(sound), "duration_s": round(len(sound.samples) / sound.rate_hz, 3)})
     data.write(given.output, rows)
@@ -310,7 +310,9 @@ def _changed(config: Any, item: str) -> Any:
         raise ZipperError(f"--set {item}: {text!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'.") from None
     except TypeError as error:
         raise ZipperError(f"--set {item}: {error}. It is {old!r} in the recipe.") from error
-    if old is not None and not isinstance(new, (int, float) if isinstance(old, float) else type(old)):
+    if isinstance(old, float) and isinstance(new, int):
+        new = float(new)
+    if old is not None and not isinstance(new, type(old)):
         raise ZipperError(f"--set {item}: {field} is a {type(new).__name__} here; in the recipe it is {old!r}.")
     return dataclasses.replace(config, **{field: new})
 

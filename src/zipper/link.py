@@ -122,6 +122,9 @@ class Link(nn.Module):
         projected = width if config.projection_depth else source_width
         self.source_norm = nn.Identity() if config.projection_relu else nn.LayerNorm(source_width)
         self.projection = mlp(source_width, width, config.projection_depth, width) if config.projection_depth else nn.Identity()
+        self.whiten = nn.Linear(source_width, source_width).requires_grad_(False)  # the identity until `calibrate`
+        nn.init.eye_(self.whiten.weight)
+        nn.init.zeros_(self.whiten.bias)
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(projected, inner, bias=False)
@@ -139,9 +142,31 @@ class Link(nn.Module):
             )
             self.feedforward_gate = nn.Parameter(torch.tensor([float(config.gate_init)]))
 
+    @torch.no_grad()
+    def calibrate(self, source: Float[Tensor, "tokens source_width"]) -> None:
+        """Whiten what the projection reads, from typical source states; the link goes on computing the same function.
+
+        A frozen LM keeps words that mean the same to it (the digits, say) close together; along those directions a link learns many
+        times slower than along others (docs/log.md). A fixed affine map gives every direction the same variance, and the projection
+        is multiplied by its inverse.
+        """
+        first = self.projection[0] if isinstance(self.projection, nn.Sequential) else None
+        if first is None:
+            raise ZipperError("A link without a projection cannot be calibrated. Set LinkConfig(projection_depth=1) or more.")
+        x = self.source_norm(source.to(self.key.weight)).double()
+        variance, directions = torch.linalg.eigh(torch.cov(x.T))
+        deviation = (variance.clamp(min=0) + 1e-3 * variance.mean()).sqrt()
+        # projection(whiten(x)) stays what it is: the old map in the coordinates of the new one.
+        old_weight, old_bias = self.whiten.weight.double(), self.whiten.bias.double()
+        weight, bias = first.weight.double(), first.bias.double()
+        first.bias.copy_(bias + weight @ (old_bias + old_weight @ x.mean(0)))
+        first.weight.copy_(weight @ old_weight @ directions * deviation)
+        self.whiten.weight.copy_((directions / deviation).T)
+        self.whiten.bias.copy_(-(directions / deviation).T @ x.mean(0))
+
     def read(self, source: Float[Tensor, "batch source source_width"], position: Int[Tensor, "batch source"]) -> Memory:
         """Keys and values of source states; computed once per source token (sec. 3: h = ReLU(g(m)), K = V = h)."""
-        h = self.projection(self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype)))
+        h = self.projection(self.whiten(self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype))))
         if self.config.projection_relu:
             h = F.relu(h)
         keys, values = self._heads(self.key(h)), self._heads(self.value(h))

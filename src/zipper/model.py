@@ -244,6 +244,15 @@ class Zipper(nn.Module):
         self._advance(strands, State(tuple(strands), ()), cached=False, taps=found)
         return found
 
+    @torch.no_grad()
+    def calibrate(self, strands: Mapping[str, Strand]) -> None:
+        """Give every link typical states of its source to whiten (`Link.calibrate`); the model's function does not change."""
+        taps = self.taps(strands)
+        for n, source, target in self.config.link_names():
+            link = self.links[f"{n}:{source}>{target}"]
+            assert isinstance(link, Link)
+            link.calibrate(taps[n][source][strands[source].document >= 0])
+
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
         """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
         for name in (*towers, *outputs):

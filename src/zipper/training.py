@@ -49,7 +49,8 @@ class TrainConfig:
     output: folder of the run. towers: name -> folder or hub id of a pre-trained tower, or the configuration of a fresh one
     ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder. data, dev: JSONL manifests; rows: use only the
     first so many of `data`. tasks: {"speech -> text": share of samples}. train: towers that learn; with one tower it always does.
-    every, junctions, link, input_projection: see `Zipper.from_towers`.
+    every, junctions, link, input_projection: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the shape
+    is then its own. calibrate: rows on which links are calibrated before the first step (`Link.calibrate`, 0 = not).
 
     steps, batch: optimizer steps and samples in each, over all processes. lr_*: peak learning rates of new parts, of gates and of
     trained towers; linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak. loss_weight: per tower.
@@ -73,6 +74,8 @@ class TrainConfig:
     every: Mapping[str, int] | None = None
     junctions: Sequence[Mapping[str, int]] | None = None
     link: LinkConfig = field(default_factory=LinkConfig)
+    start: str | None = None
+    calibrate: int = 0
     input_projection: InputKind | Mapping[str, InputKind] = "residual"
     lr_new: float = 3e-3
     lr_gate: float = 3e-3
@@ -140,6 +143,11 @@ class Objective(nn.Module):
 
 def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]) -> Zipper:
     """The model that a run starts from. Mean segment lengths (for positions and caps) are measured on the first 1,000 rows."""
+    if config.start is not None:
+        started = Zipper.from_pretrained(config.start, dtype=torch.float32)
+        if set(started.towers) != set(config.towers):
+            raise ZipperError(f"start={config.start!r} has the towers {sorted(started.towers)}; this recipe has {sorted(config.towers)}.")
+        return started
     towers: dict[str, Tower] = {}
     for name, source in config.towers.items():
         modality = modalities[name]
@@ -223,6 +231,9 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     model = build(config, modalities, rows)
     for path, some in ((config.data, rows), (config.dev, dev)):
         _check(path, some, tasks, model)
+    if config.calibrate:
+        samples = [task.segments(row) for task in tasks.values() for row in rows[: config.calibrate]]
+        model.calibrate(collate(samples, model.ends()).strands)
     bare = Objective(model)
     objective, optimizer = accelerator.prepare(bare, _optimizer(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -1,0 +1,441 @@
+"""The command line: it says what to type, does what it says, and answers bad input with one sentence and exit code 2."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from tiny import World
+
+from zipper import audio, cli, data
+from zipper.modality.speech import SpeechUnits
+from zipper.pipeline import Pipeline
+
+COMMANDS = sorted(
+    name for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+class Answer(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Zipper = Callable[..., Answer]
+
+
+@pytest.fixture
+def zipper(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Zipper:
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ZIPPER_DEBUG", raising=False)
+
+    def run(*arguments: Any) -> Answer:
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Answer(code, said.out, said.err)
+
+    return run
+
+
+def refused(answer: Answer) -> str:
+    """The one sentence (or two) of a refusal."""
+    assert answer.code == 2, answer
+    assert answer.out == ""
+    assert answer.err.count("\n") == 1, answer.err
+    return answer.err
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(zipper: Zipper, command: str) -> None:
+    answer = zipper(command, "--help")
+    assert answer.code == 0
+    assert f"usage: zipper {command}" in answer.out
+    assert f"example: zipper {command}" in answer.out
+
+
+def test_help_lists_every_command_and_loads_no_heavy_library() -> None:
+    program = (
+        "import sys, zipper.cli\n"
+        "try: zipper.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert set(COMMANDS) <= {line.split()[0] for line in said.splitlines() if line.startswith("    ")}
+    assert said.endswith("[]\n")
+
+
+def test_the_page_of_all_commands_has_them_all() -> None:
+    page = cli.markdown()
+    assert sorted(line[10:] for line in page.splitlines() if line.startswith("## zipper ")) == COMMANDS
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("sing",), ("transcribe",), ("speak", "call"), ("units", "x.wav", "-o", "u", "--fit", "0")]
+)
+def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) -> None:
+    answer = zipper(*arguments)
+    assert answer.code == 2
+    assert "usage: zipper" in answer.err
+    assert answer.out == ""
+
+
+# --- raw in, raw out
+
+
+def test_transcribe_prints_the_words_of_each_file(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    clips = [tiny.sound(tmp_path / f"{n}.wav", seconds=0.4, seed=n) for n in range(2)]
+    pipe = Pipeline.from_pretrained(world.zip)
+    words = [pipe.transcribe(clip) for clip in clips]
+    answer = zipper("transcribe", *clips, "--model", world.zip)
+    assert (answer.code, answer.out) == (0, "".join(f"{text}\n" for text in words))
+    answer = zipper("transcribe", *clips, "--model", world.zip, "--json")
+    found = [json.loads(line) for line in answer.out.splitlines()]
+    assert found == [{"file": str(clip), "text": text} for clip, text in zip(clips, words, strict=True)]
+
+
+def test_speak_writes_the_sound(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    answer = zipper("speak", "call anna", "--voice", "high", "-o", "out.wav", "--model", world.zip, "--json")
+    assert answer.code == 0
+    found = json.loads(answer.out)
+    written, rate_hz = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    said = Pipeline.from_pretrained(world.zip).speak("call anna", "high")
+    assert (found["file"], rate_hz, found["seconds"]) == ("out.wav", said.rate_hz, round(said.seconds, 2))
+    np.testing.assert_allclose(written, said.samples, atol=1e-4)
+    answer = zipper(
+        "speak", "call anna", "-o", "out.flac", "--model", world.zip, "--temperature", "1", "--top-k", "3", "--seed", "4"
+    )
+    assert answer.code == 0
+    assert answer.out.startswith("out.flac: ")
+
+
+def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    clip = tiny.sound(tmp_path / "clip.wav", seconds=0.4)
+    plan = ("--given", "text=call anna", "--given", f"speech={clip}", "--outputs", "text, speech", "--model", world.zip)
+    answer = zipper("run", *plan, "-o", "made/here", "--json")
+    assert answer.code == 0
+    first, second = (json.loads(line) for line in answer.out.splitlines())
+    assert first.keys() == {"text", "ended"}
+    assert second["speech"] == str(Path("made/here/1-speech.wav"))
+    assert audio.read(tmp_path / "made" / "here" / "1-speech.wav").seconds > 0
+    answer = zipper("run", "--given", f"speech={clip}", "--outputs", "text", "--model", world.zip)
+    assert answer.out.startswith("text: ")
+
+
+def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
+    assert json.loads(zipper("show", world.zip, "--json").out)["junctions"] == [{"text": 1, "speech": 1}]
+    assert "voices: low, high" in zipper("show", world.zip).out
+
+
+def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    (clips / "more").mkdir(parents=True)
+    (clips / "notes.txt").write_text("no sound")
+    paths = [tiny.sound(clips / "a.wav"), tiny.sound(clips / "more" / "b.flac", seconds=0.5)]
+    answer = zipper("units", clips, "-o", "new/units.jsonl", "--units", world.folder / "speech")
+    assert answer.code == 0
+    assert "2 files" in answer.out
+    rows = data.manifest(tmp_path / "new" / "units.jsonl")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert [row["duration_s"] for row in rows] == [1.0, 0.5]
+    assert data.read(tmp_path / "new" / "units.jsonl", {"speech": tiny.units()})[0]["speech"] == tiny.units().encode(paths[0])
+
+
+def test_units_fits_a_codebook_of_its_own(zipper: Zipper, tmp_path: Path) -> None:
+    for n in range(3):
+        tiny.sound(tmp_path / f"{n}.wav", seconds=2, seed=n)
+    arguments = ("units", "0.wav", "1.wav", "2.wav", "-o", "units.jsonl", "--fit", 8, "--units", "codes")
+    assert zipper(*arguments).code == 0
+    units = SpeechUnits.load(tmp_path / "codes")
+    assert (units.codes, units.config.fitted_on) == (8, "3 sound files")
+    assert data.read(tmp_path / "units.jsonl", {"speech": units})[2]["speech"] == units.encode(tmp_path / "2.wav")
+    before = (tmp_path / "codes" / "codebook.safetensors").read_bytes()
+    assert "codes holds a codebook already" in refused(zipper(*arguments))
+    assert (tmp_path / "codes" / "codebook.safetensors").read_bytes() == before
+
+
+# --- training
+
+RECIPE = """
+import tiny
+from pathlib import Path
+def prepare():
+    Path("prepared").touch()
+def config():
+    return tiny.World(Path({world!r})).config(Path("run"), steps=2, eval_every=2)
+"""
+
+
+@pytest.fixture
+def recipe(world: World, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE.format(world=str(world.folder)))
+    return path
+
+
+def test_train_runs_a_recipe_with_fields_changed_and_resumes(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
+    changed = ("--set", "steps=3", "--set", 'link={"dropout": 0.5}', "--set", "lr_new=1", "--set", 'train=["text"]')
+    answer = zipper("train", recipe, *changed)
+    assert answer.code == 0
+    assert answer.out == "run/model: the best by dev loss. See it with: zipper show run/model\n"
+    assert (tmp_path / "prepared").exists()
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["steps"], written["link"]["dropout"], written["link"]["gate_init"]) == (3, 0.5, 0.6)
+    assert (written["lr_new"], written["train"]) == (1, ["text"])
+    assert "run holds a run already. Pass --resume" in refused(zipper("train", recipe, *changed))
+    assert zipper("train", recipe, *changed, "--set", "steps=4", "--resume").code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4]
+
+
+def test_pretrain_wants_one_tower(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
+    assert "pretrain wants one. Use `zipper train`" in refused(zipper("pretrain", recipe))
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stepz=3", "TrainConfig has no field 'stepz'"),
+        ("steps", "'' is not JSON. Write e.g. steps=100"),
+        ("steps=ten", "'ten' is not JSON"),
+        ('steps="ten"', "steps is a str here; in the recipe it is 2"),
+        ("steps=0", "steps is 0; it must be at least 1"),
+        ("lr_new=null", "lr_new is a NoneType here"),
+        ('link={"colour": 1}', "unexpected keyword argument 'colour'"),
+        ("train=3", "'int' object is not iterable"),
+        ('output="recipe.py/run"', "recipe.py is no folder that you may write in"),
+        ('data="gone.jsonl"', "The manifest gone.jsonl does not exist"),
+        ('data="bad.jsonl"', "bad.jsonl, line 1 is not JSON"),
+        ('data="ids.jsonl"', "ids.jsonl, line 1: 'speech' holds 28; ids of 'speech' go from 0 to 27"),
+        ('towers={"text": "gone", "speech": "gone"}', "gone"),
+        ('modalities={"text": "gone", "speech": "gone"}', "gone holds no modality"),
+    ],
+)
+def test_a_bad_recipe_is_refused_and_leaves_nothing(
+    zipper: Zipper, recipe: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    data.write(tmp_path / "ids.jsonl", [{"text": "call", "speech": [28]}])
+    assert message in refused(zipper("train", recipe, "--set", change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_recipe_is_refused(zipper: Zipper, tmp_path: Path) -> None:
+    assert "The recipe gone.py does not exist" in refused(zipper("train", "gone.py"))
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    assert "empty.py has no function config()" in refused(zipper("train", "empty.py"))
+
+
+# --- bad input
+
+
+def not_audio(folder: Path) -> Path:
+    (folder / "words.wav").write_text("these are words")
+    return folder / "words.wav"
+
+
+def empty_file(folder: Path) -> Path:
+    (folder / "empty.wav").touch()
+    return folder / "empty.wav"
+
+
+def no_samples(folder: Path) -> Path:
+    soundfile.write(folder / "silent.wav", np.zeros(0, np.float32), 16_000)
+    return folder / "silent.wav"
+
+
+def slow_rate(folder: Path) -> Path:
+    return tiny.sound(folder / "slow.wav", seconds=100, rate_hz=100)
+
+
+def absurd_rate(folder: Path) -> Path:
+    path = tiny.sound(folder / "fast.wav", seconds=0.1)
+    content = bytearray(path.read_bytes())
+    content[24:28] = (2_000_000_000).to_bytes(4, "little")  # the rate in the header
+    path.write_bytes(content)
+    return path
+
+
+def too_long(folder: Path) -> Path:
+    return tiny.sound(folder / "long.wav", seconds=30)
+
+
+BAD_SOUND = [
+    (lambda folder: folder / "gone.wav", "gone.wav does not exist"),
+    (lambda folder: folder, "is a folder, a sound file was wanted"),
+    (not_audio, "words.wav is not readable sound"),
+    (empty_file, "empty.wav is not readable sound"),
+    (no_samples, "silent.wav holds no sound (0 samples)"),
+    (slow_rate, "slow.wav is 100 Hz, wanted are 8000 to 192000 Hz"),
+    (absurd_rate, "fast.wav is 2000000000 Hz"),
+    (too_long, "'speech' would read 75"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_SOUND)
+def test_bad_sound_is_refused(zipper: Zipper, world: World, tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    path = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(zipper("transcribe", path, "--model", world.zip))
+    given = ("--given", f"speech={path}", "--outputs", "speech", "-o", "made", "--model", world.zip)
+    assert message in refused(zipper("run", *given))
+    if path.is_file() and make is not too_long:
+        fine = tiny.sound(tmp_path / "fine.wav")
+        units = ("units", fine, path, "-o", "units.jsonl")
+        assert message in refused(zipper(*units, "--units", world.folder / "speech"))
+        assert message in refused(zipper(*units, "--units", "codes", "--fit", 4))
+        fine.unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speak", "call", "-o", "out.wav", "--voice", "alto"), "these units have no voice 'alto'. Take one of low, high"),
+        (("speak", "call 42", "-o", "out.wav"), "this tokenizer cannot write 2 4 in 'call 42'"),
+        (("speak", "call " * 99, "-o", "out.wav"), "'text' would read"),
+        (("speak", "call", "-o", "out.xyz"), "End its name in one of .wav"),
+        (("speak", "call", "-o", "gone/out.wav"), "the folder gone does not exist"),
+        (("speak", "call", "-o", "file/out.wav"), "the folder file does not exist"),
+        (("speak", "call", "-o", "."), "does not say which kind of sound"),
+        (("speak", "call", "-o", "out.wav", "--temperature", "-1"), "temperature >= 0"),
+        (("run", "--outputs", ""), "needs at least one"),
+        (("run", "--given", "call", "--outputs", "text"), "--given 'call' is not NAME=CONTENT"),
+        (("run", "--given", "video=x", "--outputs", "text"), "no modality 'video'; it has ['speech', 'text']"),
+        (("run", "--given", "text=call", "--outputs", "video"), "no tower 'video'; it has ['speech', 'text']"),
+        (("run", "--given", "text=call", "--outputs", "speech"), "Pass -o FOLDER"),
+        (("run", "--given", "text=call", "--outputs", "speech", "-o", "file"), "file is no folder that you may write in"),
+        (("run", "--given", "text=call 42", "--outputs", "speech", "-o", "new"), "cannot write 2 4"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_nothing(
+    zipper: Zipper, world: World, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    assert message in refused(zipper(*arguments, "--model", world.zip))
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_a_folder_one_may_not_write_in_is_refused(
+    zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.sound(tmp_path / "a.wav")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")  # root may do everything
+    for arguments in (
+        ("speak", "call", "-o", "locked/out.wav", "--model", world.zip),
+        ("run", "--given", "text=call", "--outputs", "speech", "-o", "locked/new", "--model", world.zip),
+        ("units", "a.wav", "-o", "locked/units.jsonl", "--units", world.folder / "speech"),
+        ("units", "a.wav", "-o", "units.jsonl", "--units", "locked/codes", "--fit", "4"),
+    ):
+        assert "locked" in refused(zipper(*arguments))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.wav", "locked"]
+
+
+def test_a_manifest_never_lands_on_a_folder(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    tiny.sound(tmp_path / "a.wav")
+    (tmp_path / "units").mkdir()
+    assert "units is a folder" in refused(zipper("units", "a.wav", "-o", "units", "--units", world.folder / "speech"))
+    assert "There is no sound file in units" in refused(
+        zipper("units", "units", "-o", "u.jsonl", "--units", world.folder / "speech")
+    )
+    assert "Pass --units FOLDER" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4"))
+    assert "too few" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4000", "--units", "codes"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.wav", "units"]
+
+
+def foreign_codebook(folder: Path) -> str:
+    tiny.units(seed=1).save(folder / "modalities" / "speech")
+    return "is damaged: its content hash is not the one in manifest.json"
+
+
+def cut_weights(folder: Path) -> str:
+    path = folder / "towers" / "speech" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    return "model/towers/speech/model.safetensors is damaged"
+
+
+def bad_json(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return "manifest.json is not readable JSON"
+
+
+def nothing(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "model does not exist. Give the folder that save_pretrained"
+
+
+@pytest.mark.parametrize("harm", [foreign_codebook, cut_weights, bad_json, nothing])
+def test_a_damaged_or_foreign_model_is_refused(zipper: Zipper, world: World, tmp_path: Path, harm: Callable[[Path], str]) -> None:
+    message = harm(Path(shutil.copytree(world.zip, tmp_path / "model")))
+    clip = tiny.sound(tmp_path / "clip.wav")
+    for arguments in (
+        ("show", "model"),
+        ("transcribe", clip, "--model", "model"),
+        ("speak", "call", "-o", "out.wav", "--model", "model"),
+        ("run", "--given", "text=call", "--outputs", "speech", "-o", "made", "--model", "model"),
+    ):
+        assert message in refused(zipper(*arguments))
+    assert not (tmp_path / "out.wav").exists()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_foreign_codebook_for_units_is_refused(zipper: Zipper, tmp_path: Path) -> None:
+    tiny.units().save(tmp_path / "codes")
+    other = tmp_path / "other"
+    tiny.units(seed=1).save(other)
+    shutil.copy(other / "codebook.safetensors", tmp_path / "codes")
+    tiny.sound(tmp_path / "a.wav")
+    assert "codes holds a foreign codebook" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--units", "codes"))
+    assert not (tmp_path / "u.jsonl").exists()
+
+
+# --- what nobody foresaw
+
+
+def test_an_unexpected_failure_is_exit_code_1_in_one_line(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", fail)
+    answer = zipper("show", world.zip)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == "zipper show: failed by RuntimeError: out of luck (ZIPPER_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("ZIPPER_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        zipper("show", world.zip)
+
+
+def test_an_interrupt_is_exit_code_1(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", interrupt)
+    assert zipper("show", world.zip) == Answer(1, "", "zipper show: interrupted\n")

@@ -1,0 +1,71 @@
+"""Every recipe in recipes/ makes a run whose parts fit, and takes a step with its towers and its data replaced by tiny ones."""
+
+import dataclasses
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import World
+
+from zipper.tasks import Task
+from zipper.training import TrainConfig, train
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:
+    """The same run on the tiny world: every number of the recipe that does not cost time stays."""
+    towers: dict[str, Any] = {
+        name: tiny.shape() if isinstance(source, Mapping) else str(world.folder / name / "tower")
+        for name, source in config.towers.items()
+    }
+    return dataclasses.replace(
+        config,
+        output=str(output),
+        towers=towers,
+        modalities={name: str(world.folder / name) for name in config.modalities},
+        data=str(world.folder / "pairs.jsonl"),
+        dev=str(world.folder / "dev.jsonl"),
+        steps=1,
+        eval_rows=4,
+        trackers=(),
+    )
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES} >= {"text_tower", "speech_tower", "spoken_commands", "judge"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_and_takes_a_step(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # config() neither needs nor makes any file
+    recipe = runpy.run_path(str(path))
+    config = recipe["config"]()
+    assert isinstance(config, TrainConfig)
+    assert recipe["config"]() == config
+    assert callable(recipe["prepare"])
+    assert not list(tmp_path.iterdir())
+    assert recipe["__doc__"]
+    for task in config.tasks:
+        assert set(Task.parse(task).towers) <= set(config.towers)
+    assert config.output.startswith("runs/")
+    pipeline = train(shrunk(world, config, tmp_path / "run"))
+    assert set(pipeline.modalities) == set(config.towers)
+    learns = {name for name, tower in pipeline.model.config.towers.items() if tower.train}
+    assert learns == (set(config.train) if len(config.towers) > 1 else set(config.towers))
+
+
+def test_recipes_write_into_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outputs = [runpy.run_path(str(path))["config"]().output for path in RECIPES]
+    assert len(set(outputs)) == len(outputs)
