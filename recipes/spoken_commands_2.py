@@ -22,10 +22,10 @@ def config() -> TrainConfig:
         start="runs/spoken-commands/model",
         calibrate=1000,
         tasks={"speech -> text": 0.25, "text -> voiced:speech": 0.75},
-        steps=3000,
-        warmup=100,
+        steps=2200,
+        warmup=60,
         lr_new=1.5e-3,
         lr_tower=4e-4,
-        eval_every=250,
+        eval_every=220,
         seed=2,
     )

@@ -39,6 +39,7 @@ ORDER = (
     "modality",
     "pipeline",
     "inspection",
+    "verify",
     "evaluation",
     "data",
     "training",

@@ -213,6 +213,27 @@ def test_a_projection_has_as_many_linear_layers_as_asked_with_relu_between(depth
     torch.testing.assert_close(module(x), wanted)
 
 
+@pytest.mark.parametrize("name", ["default", "paper", "narrow"])
+def test_a_calibrated_link_reads_every_direction_alike_and_computes_the_same(name: str) -> None:
+    module = link(CONFIGS[name])
+    typical = states(500, SOURCE_WIDTH, seed=2) * torch.tensor([1, 1, 1, 0.1, 0.1, 3]) + 5
+    x, source = states(3, 4, WIDTH), typical[:12].reshape(3, 4, SOURCE_WIDTH)
+    before = added(module, x, source)
+    module.calibrate(typical)
+    torch.testing.assert_close(added(module, x, source), before, atol=1e-4, rtol=0)
+    white = module.whiten(module.source_norm(typical))
+    # All variances are 1 but for the floor under the small ones; layer normalisation has taken one direction away.
+    variance = torch.linalg.eigvalsh(torch.cov(white.T))
+    assert (variance[1:] > 0.8).all() and variance.max() < 1.01
+    assert white.mean(0).abs().max() < 1e-3
+    assert not any(p.requires_grad for p in module.whiten.parameters())
+
+
+def test_a_link_without_projection_cannot_be_calibrated() -> None:
+    with pytest.raises(ZipperError, match="without a projection cannot be calibrated"):
+        link(CONFIGS["bare"]).calibrate(states(9, SOURCE_WIDTH))
+
+
 def test_a_residual_input_projection_is_the_identity_at_birth_and_can_learn() -> None:
     h = states(2, 3, WIDTH)
     projection = InputProjection(WIDTH, "residual")

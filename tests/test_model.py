@@ -247,7 +247,7 @@ def test_rows_with_nothing_to_see_leave_all_gradients_finite(dtype: torch.dtype,
     for left in (False, True):
         logits = model(lay(rows, left))
         loss = sum(value.float().square().sum() for value in logits.values())
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 20
 
@@ -452,8 +452,8 @@ def test_a_damaged_configuration_is_refused(spoil: object) -> None:
         ({"train": ("txt",)}, "train names the tower 'txt'"),
         ({"tokens": {"txt": 3.0}}, "tokens names the tower 'txt'"),
         ({"ends": {"txt": (0, 1)}}, "ends names the tower 'txt'"),
-        ({"ends": {"text": (0, 31)}}, "token 31 of 'text' is outside its vocabulary of 31"),
-        ({"ends": {"text": (-1, 1)}}, "token -1 of 'text' is outside its vocabulary of 31"),
+        ({"ends": {"text": (0, 31)}}, "The token 31 that begins or ends 'text' is outside its vocabulary of 31"),
+        ({"ends": {"text": (-1, 1)}}, "The token -1 that begins or ends 'text' is outside its vocabulary of 31"),
         ({"input_projection": {"txt": "none"}}, "input_projection names the tower 'txt'"),
         ({"input_projection": "gated"}, "'residual', 'paper' or 'none'"),
         ({"preset": "pepper"}, "preset='pepper' is unknown"),
@@ -508,6 +508,17 @@ def test_logits_of_a_tower_that_reads_nothing_cannot_be_had() -> None:
 def test_tower_gives_the_model_of_transformers_itself() -> None:
     towers = {"text": tiny_tower("llama", width=16), "speech": tiny_tower("gpt2", width=16)}
     assert Zipper.from_towers(towers, link=SMALL).tower("speech") is towers["speech"]
+
+
+def test_calibration_changes_how_a_zip_learns_and_not_what_it_says() -> None:
+    for preset in ("default", "paper"):
+        model = zipped(THREE, preset=preset, link=PAPER if preset == "paper" else SMALL)
+        strands = lay([number(draw(random.Random(seed), list(THREE), 6)) for seed in range(20)])
+        before, weights = model(strands), {name: p.clone() for name, p in model.new_parameters().items()}
+        model.calibrate(strands)
+        assert_close(model(strands), before, 1e-3)
+        changed = {name.split(".", 2)[2] for name, p in model.new_parameters().items() if not torch.equal(p, weights[name])}
+        assert changed == {"whiten.weight", "whiten.bias", "projection.0.weight", "projection.0.bias"}
 
 
 def test_the_state_before_the_head_and_the_head_give_the_logits() -> None:

@@ -36,6 +36,8 @@ def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:
         modalities={name: str(world.folder / name) for name in config.modalities},
         data=str(world.folder / "pairs.jsonl"),
         dev=str(world.folder / "dev.jsonl"),
+        start=str(world.zip) if config.start else None,
+        calibrate=min(config.calibrate, 20),
         steps=1,
         eval_rows=4,
         trackers=(),

@@ -27,7 +27,7 @@ from zipper import checkpoint, data, training
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
-from zipper.sequence import collate
+from zipper.sequence import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import TrainConfig, train
@@ -184,6 +184,21 @@ def test_a_run_killed_while_it_wrote_metrics_or_a_checkpoint_goes_on(world: Worl
     assert not half.exists()
 
 
+def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = RESUMED | {"start": str(world.zip), "calibrate": 20}
+    train(world.config(tmp_path / "unbroken", **changes))
+    with pytest.raises(Killed):
+        train(world.config(tmp_path / "killed", **changes), report=killing(6))
+    # On another machine the whitening may come out otherwise (an eigenvector has two signs): the one of the checkpoint counts.
+    monkeypatch.setattr(
+        Zipper, "calibrate", lambda model, strands: [torch.nn.init.eye_(link.whiten.weight) for link in model.links.values()]
+    )
+    train(world.config(tmp_path / "killed", **changes), resume=True)
+    assert same(tmp_path / "killed", tmp_path / "unbroken")
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -246,6 +261,30 @@ def test_a_checkpoint_of_another_recipe_is_refused(world: World, tmp_path: Path)
     wider = world.config(tmp_path, steps=2, link=LinkConfig(head_width=16, feedforward=2.0))
     with pytest.raises(ZipperError, match=r"step-0000001 was made by another recipe: links.* differs"):
         train(wider, resume=True)
+
+
+def test_a_run_may_go_on_from_a_saved_zip(world: World, tmp_path: Path) -> None:
+    still = {"start": str(world.zip), "steps": 1, "lr_new": 0.0, "lr_gate": 0.0, "lr_tower": 0.0}
+    before = Zipper.from_pretrained(world.zip)
+    same_weights = train(world.config(tmp_path / "same", **still)).model.state_dict()
+    assert all(torch.equal(same_weights[name], p) for name, p in before.state_dict().items())
+    calibrated = train(world.config(tmp_path / "calibrated", **still, calibrate=20)).model
+    assert not torch.equal(calibrated.state_dict()["links.0:text>speech.whiten.weight"], torch.eye(32))
+    strands = collate([[Segment("text", [3, 4, 5]), Segment("speech", [6, 7, 8])]], before.ends()).strands
+    torch.testing.assert_close(calibrated(strands)["speech"], before(strands)["speech"], atol=1e-4, rtol=1e-4)
+
+    one = {
+        "towers": {"text": tiny.shape()},
+        "modalities": {"text": str(world.folder / "text")},
+        "tasks": {"-> text": 1.0},
+        "train": (),
+    }
+    with pytest.raises(ZipperError, match=r"has the towers \['speech', 'text'\], this recipe \['text'\]"):
+        train(world.config(tmp_path / "one", start=str(world.zip), **one))
+    tiny.units(seed=5).save(tmp_path / "speech")
+    foreign = {"text": str(world.folder / "text"), "speech": str(tmp_path / "speech")}
+    with pytest.raises(ZipperError, match=r"'speech' from .* trained with another tokenizer or codebook"):
+        train(world.config(tmp_path / "foreign", start=str(world.zip), modalities=foreign))
 
 
 # --- its numbers are what their names say
@@ -451,6 +490,7 @@ def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) ->
         ({"rows": 0}, "rows is 0"),
         ({"save_every": 0}, "save_every is 0"),
         ({"keep": 0}, "keep is 0"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"mixed_precision": "fp7"}, r"mixed_precision is 'fp7'; it must be one of .'no', 'bf16'"),
         ({"save_dtype": "half"}, "save_dtype is 'half'"),
         ({"modalities": {"text": "x"}}, "The towers are .'speech', 'text'., the modalities .'text'.. Give one for each"),

@@ -1,6 +1,7 @@
 """Puts the trained model into the package: `python tools/ship.py` after the three recipes of README.md have run.
 
-The zip goes in half precision with its frozen text tower, beside it the speech tower as it was before alignment, which `zipper demo` starts from.
+The zip goes in half precision with its frozen text tower; beside it the speech tower as it was before alignment, for
+`zipper demo` to start from.
 """
 
 import shutil
@@ -12,7 +13,7 @@ from zipper import checkpoint
 from zipper.demo import TOWERS
 from zipper.pipeline import SHIPPED, Pipeline
 
-RUN = Path("runs/spoken-commands/model")
+RUN = Path("runs/spoken-commands-2/model")
 SPEECH = Path("runs/speech-tower/model/towers/speech")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from zipper.errors import ZipperError
 
-Command = Callable[[argparse.Namespace], Any]
+Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     try:
-        given.command(given)
+        return given.command(given) or 0
     except ZipperError as error:
         return _say(given, 2, str(error))
     except KeyboardInterrupt:
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ZIPPER_DEBUG"):
             raise
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
-    return 0
 
 
 def _say(given: argparse.Namespace, code: int, message: str) -> int:
@@ -116,6 +115,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the results as JSON")
 
     p = add("show", show, "Towers, junctions, what trains, parameters, gates, size on disk.", "zipper show runs/demo/model")
+    p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    p.add_argument("--json", action="store_true", help="print as JSON")
+
+    p = add(
+        "verify",
+        verify,
+        "Try a model's promises: frozen towers unharmed, no leaks, packed and cached as one; 1 if one is broken.",
+        "zipper verify",
+    )
     p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
     p.add_argument("--json", action="store_true", help="print as JSON")
     return top
@@ -340,3 +348,17 @@ def show(given: argparse.Namespace) -> None:
 
     found = describe(_pipeline(given.model), given.model or SHIPPED)
     print(json.dumps(found, indent=1) if given.json else table(found))
+
+
+def verify(given: argparse.Namespace) -> int:
+    """zipper verify"""
+    import dataclasses
+
+    from zipper.verify import verify as run_verification
+
+    checks = run_verification(_pipeline(given.model).model)
+    if given.json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+    else:
+        print("\n".join(f"{'ok    ' if check.held else 'BROKEN'}  {check.promise}: {check.measured}" for check in checks))
+    return int(not all(check.held for check in checks))

@@ -95,6 +95,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
         train=("speech",),
         every={"text": 1, "speech": 1},
         link=LinkConfig(gate_init=1.2, dropout=0.1),
+        calibrate=500,
         input_projection="none",
         lr_gate=3e-4,
         lr_new=2e-3,

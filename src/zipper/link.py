@@ -151,7 +151,7 @@ class Link(nn.Module):
         is multiplied by its inverse.
         """
         first = self.projection[0] if isinstance(self.projection, nn.Sequential) else None
-        if first is None:
+        if not isinstance(first, nn.Linear):
             raise ZipperError("A link without a projection cannot be calibrated. Set LinkConfig(projection_depth=1) or more.")
         x = self.source_norm(source.to(self.key.weight)).double()
         variance, directions = torch.linalg.eigh(torch.cov(x.T))

@@ -34,9 +34,9 @@ TowerSource = str | Path | PreTrainedModel | Tower
 class TowerConfig:
     """What a zip knows of one tower.
 
-    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of what its checkpoint holds, in `dtype` (`Tower.pin`).
-    train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use only as a ratio
-    between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
+    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of what its checkpoint holds, in
+    `dtype` (`Tower.pin`). train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use
+    only as a ratio between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
     """
 
     source: str
@@ -528,7 +528,7 @@ def _known(option: str, given: Mapping[str, Any] | Sequence[str], towers: Mappin
 def _junctions(
     layers: Mapping[str, int], every: Mapping[str, int] | None, explicit: Sequence[Mapping[str, int]] | None
 ) -> tuple[Junction, ...]:
-    """Junctions from intervals or from an explicit list, checked: two towers at least, rising, after a block and never after the last."""
+    """Junctions from intervals or an explicit list, checked: at least two towers, rising, inside the blocks."""
     if explicit is not None and every is not None:
         raise ZipperError("Give either every=... or junctions=..., not both.")
     if explicit is None:

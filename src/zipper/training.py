@@ -104,6 +104,9 @@ class TrainConfig:
         for name in ("steps", "batch", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ZipperError(f"{name} is {number}; it must be at least 1.")
+        for name in ("warmup", "patience", "calibrate", "seed"):
+            if (number := getattr(self, name)) < 0:
+                raise ZipperError(f"{name} is {number}; it must be at least 0.")
         for name, choices in {"mixed_precision": ("no", "bf16"), "save_dtype": (None, "float32", "float16", "bfloat16")}.items():
             if getattr(self, name) not in choices:
                 raise ZipperError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}.")
@@ -146,7 +149,11 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
     if config.start is not None:
         started = Zipper.from_pretrained(config.start, dtype=torch.float32)
         if set(started.towers) != set(config.towers):
-            raise ZipperError(f"start={config.start!r} has the towers {sorted(started.towers)}; this recipe has {sorted(config.towers)}.")
+            raise ZipperError(
+                f"start={config.start!r} has the towers {sorted(started.towers)}, this recipe {sorted(config.towers)}."
+            )
+        for name, modality in modalities.items():
+            _pinned(name, Path(config.start) / "towers" / name, modality)
         return started
     towers: dict[str, Tower] = {}
     for name, source in config.towers.items():
@@ -233,7 +240,8 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
         _check(path, some, tasks, model)
     if config.calibrate:
         samples = [task.segments(row) for task in tasks.values() for row in rows[: config.calibrate]]
-        model.calibrate(collate(samples, model.ends()).strands)
+        with torch.no_grad():
+            model.calibrate(collate(samples, model.ends()).strands)
     bare = Objective(model)
     objective, optimizer = accelerator.prepare(bare, _optimizer(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -439,8 +447,9 @@ def _record(config: TrainConfig, progress: Progress, found: Mapping[str, float])
 
 
 def _save(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Parameter, str], progress: Progress, keep: int) -> None:
-    """One checkpoint, whole or not at all: what trains, the optimizer's moments, where the run stands. No pickle."""
-    tensors = {name: p.detach().cpu().contiguous() for p, name in names.items() if p.requires_grad}
+    """One checkpoint, whole or not at all: all but the frozen towers, the optimizer's moments, where the run stands. No pickle."""
+    kept = {name: p for p, name in names.items() if p.requires_grad or not name.startswith("towers.")}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in kept.items()}
     for p, moments in optimizer.state.items():
         for key, value in moments.items():
             tensors[f"optimizer/{key}/{names[p]}"] = value.detach().cpu().contiguous()
@@ -468,7 +477,7 @@ def _restore(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Para
         tensors = load_file(path / "training.safetensors")
         state = checkpoint.read_json(path / checkpoint.CONFIG)
         for p, name in names.items():
-            if p.requires_grad:
+            if p.requires_grad or name in tensors:
                 if name not in tensors or tensors[name].shape != p.shape:
                     raise ZipperError(f"{path} was made by another recipe: {name} differs. Choose another output folder.")
                 p.data.copy_(tensors[name])
