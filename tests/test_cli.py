@@ -20,6 +20,7 @@ from tiny import World
 from zipper import audio, cli, data
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
+from zipper.verify import Check
 
 COMMANDS = sorted(
     name for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
@@ -151,6 +152,15 @@ def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: P
 def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
     assert json.loads(zipper("show", world.zip, "--json").out)["junctions"] == [{"text": 1, "speech": 1}]
     assert "voices: low, high" in zipper("show", world.zip).out
+
+
+def test_verify_is_exit_code_1_where_a_promise_is_broken(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = zipper("verify", "--model", world.zip)
+    assert answer.code == 0
+    assert all(line.startswith("ok ") for line in answer.out.splitlines())
+    assert all(check["held"] for check in json.loads(zipper("verify", "--model", world.zip, "--json").out))
+    monkeypatch.setattr("zipper.verify.verify", lambda model: [Check("no leak", False, "0.3")])
+    assert zipper("verify", "--model", world.zip) == Answer(1, "BROKEN  no leak: 0.3\n", "")
 
 
 def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: World, tmp_path: Path) -> None:
@@ -398,6 +408,7 @@ def test_a_damaged_or_foreign_model_is_refused(zipper: Zipper, world: World, tmp
     clip = tiny.sound(tmp_path / "clip.wav")
     for arguments in (
         ("show", "model"),
+        ("verify", "--model", "model"),
         ("transcribe", clip, "--model", "model"),
         ("speak", "call", "-o", "out.wav", "--model", "model"),
         ("run", "--given", "text=call", "--outputs", "speech", "-o", "made", "--model", "model"),

@@ -104,19 +104,19 @@ def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype)
     assert not torch.equal(added(module, x, source), added(module, x, other))
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    for config in (replace(SMALL, width=4), replace(CONFIGS["paper"], width=4)):
-        module = link(config, scale=0.7).double()
-        names = [name for name, _ in module.named_parameters()]
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    torch.manual_seed(0)
+    module = Link(4, 3, replace(CONFIGS[name], head_width=2, feedforward=1.0, gate_init=0.8), position_scale=0.7).double()
+    names, weights = zip(*((name, p.detach().clone().requires_grad_()) for name, p in module.named_parameters()), strict=True)
 
-        def run(x: Tensor, source: Tensor, *weights: Tensor, module: Link = module, names: list[str] = names) -> Tensor:
-            parameters = dict(zip(names, weights, strict=True))
-            return torch.func.functional_call(Whole(module), {f"link.{n}": w for n, w in parameters.items()}, (x, source))
+    def run(x: Tensor, source: Tensor, *weights: Tensor) -> Tensor:
+        given = {f"link.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        return torch.func.functional_call(Whole(module), given, (x, source))
 
-        x = states(2, 3, WIDTH, dtype=torch.double).requires_grad_()
-        source = states(2, 4, SOURCE_WIDTH, seed=1, dtype=torch.double).requires_grad_()
-        weights = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
-        assert torch.autograd.gradcheck(run, (x, source, *weights), eps=1e-6, atol=1e-8, rtol=1e-6)
+    x = states(2, 3, 4, dtype=torch.double).requires_grad_()
+    source = states(2, 4, 3, seed=1, dtype=torch.double).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, source, *weights), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 class Whole(nn.Module):

@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p = add("demo", demo, "Align a new zip on spoken commands, evaluate it, write a report.", "zipper demo")
     p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default runs/demo)")
     p.add_argument("--from-scratch", action="store_true", help="pre-train both towers too, instead of taking the shipped ones")
-    p.add_argument("--pairs", type=_count, default=6000, help="aligned pairs to render and train on (default 6000)")
-    p.add_argument("--steps", type=_count, help="alignment steps (default: what fits ten minutes on two cores)")
+    p.add_argument("--pairs", type=_count, default=8000, help="aligned pairs to render and train on (default 8000)")
+    p.add_argument("--steps", type=_count, default=1000, help="alignment steps (default 1000: what fits ten minutes on two cores)")
     p.add_argument("--test", type=_count, default=200, help="test utterances (default 200)")
     p.add_argument("--json", action="store_true", help="print report.json at the end")
 

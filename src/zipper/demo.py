@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from zipper import checkpoint, corpus, data, report
-from zipper.audio import Audio
+from zipper.audio import Audio, extra
 from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
 from zipper.generation import generate
 from zipper.inspection import attention
@@ -70,11 +70,13 @@ class Clock:
         self.seconds[name] = round(time.monotonic() - start, 1)
 
 
-def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int = 800, test: int = 200) -> dict[str, Any]:
+def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 1000, test: int = 200) -> dict[str, Any]:
     """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and report.html into `output`.
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
     """
+    for module in ("matplotlib", "pocketsphinx", "jiwer"):
+        extra(module)  # what is needed at the end should not be missed there
     if (output / "run").exists():
         shutil.rmtree(output / "run")
     clock = Clock()
@@ -102,7 +104,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 6000, steps: int
         lr_tower=5e-4,
         steps=steps,
         corrupt={"speech": 0.05},
-        eval_every=max(1, steps // 8),
+        eval_every=max(1, steps // 5),
         eval_rows=100,
         save_every=steps,
     )
