@@ -75,8 +75,9 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
     """
-    for module in ("matplotlib", "pocketsphinx", "jiwer"):
-        extra(module)  # what is needed at the end should not be missed there
+    report.plotting()  # what is needed at the end should not be missed there
+    extra("pocketsphinx")
+    extra("jiwer")
     if (output / "run").exists():
         shutil.rmtree(output / "run")
     clock = Clock()

@@ -439,7 +439,8 @@ def _series(metrics: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tupl
     return found
 
 
-def _matplotlib() -> Any:
+def plotting() -> Any:
+    """matplotlib; raises ZipperError where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -459,7 +460,7 @@ def _svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: s
 
     matplotlib makes the remaining ids from what they name and a salt: the label keeps them apart, and the same from run to run.
     """
-    with _matplotlib().rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
+    with plotting().rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has a font for it, and draws the text
         from matplotlib.figure import Figure
 
@@ -473,7 +474,7 @@ def _svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: s
 
 def _spectrogram(audio: Audio) -> bytes:
     """A PNG, low frequencies at the bottom, 10 ms per pixel; the darkest is 60 dB under the loudest."""
-    _matplotlib()
+    plotting()
     from matplotlib.image import imsave
 
     picture = PICTURE.picture(audio.resample(PICTURE.rate_hz)).T
