@@ -155,12 +155,12 @@ def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
 
 
 def test_verify_is_exit_code_1_where_a_promise_is_broken(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = zipper("verify", "--model", world.zip)
+    answer = zipper("verify", world.zip)
     assert answer.code == 0
     assert all(line.startswith("ok ") for line in answer.out.splitlines())
-    assert all(check["held"] for check in json.loads(zipper("verify", "--model", world.zip, "--json").out))
+    assert all(check["held"] for check in json.loads(zipper("verify", world.zip, "--json").out))
     monkeypatch.setattr("zipper.verify.verify", lambda model: [Check("no leak", False, "0.3")])
-    assert zipper("verify", "--model", world.zip) == Answer(1, "BROKEN  no leak: 0.3\n", "")
+    assert zipper("verify", world.zip) == Answer(1, "BROKEN  no leak: 0.3\n", "")
 
 
 def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: World, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_a_damaged_or_foreign_model_is_refused(zipper: Zipper, world: World, tmp
     clip = tiny.sound(tmp_path / "clip.wav")
     for arguments in (
         ("show", "model"),
-        ("verify", "--model", "model"),
+        ("verify", "model"),
         ("transcribe", clip, "--model", "model"),
         ("speak", "call", "-o", "out.wav", "--model", "model"),
         ("run", "--given", "text=call", "--outputs", "speech", "-o", "made", "--model", "model"),

@@ -259,7 +259,7 @@ def test_rows_with_nothing_to_see_leave_all_gradients_finite(dtype: torch.dtype,
 @pytest.mark.parametrize("families", [LLAMAS, {"text": "gpt2", "speech": "gemma3"}, THREE], ids=str)
 def test_packed_ragged_and_alone_are_the_same(families: dict[str, str], attention: str) -> None:
     model = zipped(families, {"text": 2}, attention=attention)
-    for seed in range(6):
+    for seed in range(4):
         dice = random.Random(seed)
         packed_is_separate(model, [draw(dice, list(families), dice.randint(1, 6)) for _ in range(5)])
 

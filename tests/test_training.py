@@ -297,17 +297,12 @@ def zip_of(world: World, config: TrainConfig) -> tuple[Zipper, list[data.Row]]:
 
 
 def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(world: World, tmp_path: Path) -> None:
-    config = world.config(tmp_path, batch=8, loss_weight={"text": 0.5})
+    config = world.config(tmp_path, batch=8, steps=1, loss_weight={"text": 0.5})
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
     batches, counts = training._batches(rows, tasks, config, 0, model, Accelerator())
     assert len(batches) == 2
-    losses = training.Objective(model)(batches)
-    training_loss = sum(config.loss_weight.get(name, 1.0) * loss / counts[name] for name, loss in losses.items())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(training_loss, list(trained.values()))
-
-    # The same from one sample at a time: the tokens of all samples in one list per tower, then their mean.
+    # One sample at a time: the tokens of all samples in one list per tower, then their mean.
     each: dict[str, list[Tensor]] = {"text": [], "speech": []}
     for batch in batches:
         produced = "text" if (batch.weights["text"] > 0).any() else "speech"
@@ -320,10 +315,27 @@ def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(wor
             for place in range(int((sample[produced].document >= 0).sum()) - 1):
                 each[produced].append(F.cross_entropy(logits[place], ids[place + 1]))
     assert {name: len(tokens) for name, tokens in each.items()} == counts
-    wanted = 0.5 * torch.stack(each["text"]).mean() + torch.stack(each["speech"]).mean()
-    torch.testing.assert_close(training_loss, wanted)
-    for gradient, other in zip(gradients, torch.autograd.grad(wanted, list(trained.values())), strict=True):
-        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+    text, speech = (torch.stack(each[name]).mean() for name in ("text", "speech"))
+    gradients = torch.autograd.grad(0.5 * text + speech, [p for p in model.parameters() if p.requires_grad])
+
+    train(config)
+    (row,) = metrics(tmp_path)
+    assert row["loss/text"] == pytest.approx(float(text.detach()), rel=1e-5)
+    assert row["loss/speech"] == pytest.approx(float(speech.detach()), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
+
+
+def test_the_noise_of_a_step_depends_on_seed_and_step_alone(world: World, tmp_path: Path) -> None:
+    def seeds(name: str, seed: int) -> list[int]:
+        found: list[int] = []
+        config = world.config(tmp_path / name, steps=4, log_every=1, seed=seed)
+        train(config, report=lambda row: found.append(torch.initial_seed()))
+        return found
+
+    first = seeds("a", 0)
+    assert len(set(first)) == 4
+    assert seeds("b", 0) == first
+    assert not {*seeds("c", 1)} & {*first}
 
 
 def test_the_first_step_moves_each_group_by_its_own_rate(world: World, tmp_path: Path) -> None:

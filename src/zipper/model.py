@@ -262,7 +262,8 @@ class Zipper(nn.Module):
     def step(self, strands: Mapping[str, Strand], state: State) -> tuple[dict[str, Float[Tensor, "batch length width"]], State]:
         """Read more tokens, from any device: states after the last block of each tower in the plan's outputs, and the new state.
 
-        The self-attention caches in `state` are extended in place, so a state is stepped from once.
+        All rows follow the plan: where it names several towers, every row takes the multi-modal path, also one that has read a
+        single tower so far. The self-attention caches in `state` are extended in place, so a state is stepped from once.
         """
         if foreign := sorted(strands.keys() - {*state.towers}):
             raise ZipperError(f"The towers {foreign} are not in this plan; start one that names them, beside {list(state.towers)}.")

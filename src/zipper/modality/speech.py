@@ -56,7 +56,7 @@ class SpeechUnits:
     @classmethod
     def fit(
         cls,
-        pictures: Sequence[Float32[np.ndarray, "frames bins"]],
+        pictures: Sequence[Float32[np.ndarray, "_ bins"]],
         codes: int = 256,
         config: UnitsConfig | None = None,
         seed: int = 0,
