@@ -343,14 +343,11 @@ def test_the_first_step_moves_each_group_by_its_own_rate(world: World, tmp_path:
     config = world.config(tmp_path, steps=1, warmup=1, batch=16, weight_decay=0.0, clip=1e9, **rates)
     before, _ = zip_of(world, config)
     after = dict(train(config).model.named_parameters())
-    moved: dict[str, set[float]] = {"frozen": set(), "lr_new": set(), "lr_gate": set(), "lr_tower": set()}
     for name, p in before.named_parameters():
         group = "lr_gate" if name.endswith("gate") else "lr_new" if name.startswith("links") else "lr_tower"
         # Adam's first step is the rate itself, up or down, wherever the gradient is not tiny.
-        moved["frozen" if name.startswith("towers.text") else group].add(float((after[name] - p).detach().abs().max()))
-    assert moved["frozen"] == {0.0}
-    for group, rate in rates.items():
-        assert max(moved[group]) == pytest.approx(rate, rel=0.01), group
+        wanted = rates[group] if p.requires_grad else 0.0
+        assert float((after[name] - p).detach().abs().max()) == pytest.approx(wanted, rel=0.01), name
 
 
 def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(world: World, tmp_path: Path) -> None:
@@ -406,7 +403,7 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
     assert found["text"] == pytest.approx(100, abs=4 * math.sqrt(400 * 0.25 * 0.75))
 
 
-@pytest.mark.parametrize(("rows", "batch"), [(64, 4), (50, 4), (7, 3), (3, 5)])
+@pytest.mark.parametrize(("rows", "batch"), [(64, 4), (128, 4), (50, 4), (7, 3), (3, 5)])
 def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(rows: int, batch: int) -> None:
     samples = [{"text": [n] * (1 + n % 5)} for n in range(rows)]
     order = [[samples.index(row) for row in training._order(samples, batch, step, seed=3)] for step in range(5 * training.POOL)]
@@ -417,6 +414,8 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(rows: int,
         assert set(read.values()) <= {often, often + 1}
         assert often == 0 or len(read) == rows
     assert [samples.index(row) for row in training._order(samples, batch, 40, seed=3)] == order[40]
+    if rows == 128:  # two pools are an epoch; the next one is another permutation
+        assert {n for step in order[:16] for n in step} != {n for step in order[32:48] for n in step}
     if rows > 5:
         assert [[samples.index(row) for row in training._order(samples, batch, step, seed=4)] for step in range(5)] != order[:5]
         assert order[: training.POOL] != order[training.POOL : 2 * training.POOL]
