@@ -70,7 +70,7 @@ class Clock:
         self.seconds[name] = round(time.monotonic() - start, 1)
 
 
-def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 750, test: int = 200) -> dict[str, Any]:
+def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 880, test: int = 200) -> dict[str, Any]:
     """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and report.html into `output`.
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
@@ -105,7 +105,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
         lr_tower=5e-4,
         steps=steps,
         corrupt={"speech": 0.05},
-        eval_every=max(1, steps // 5),
+        eval_every=max(1, steps // 4),
         eval_rows=100,
         save_every=steps,
     )
