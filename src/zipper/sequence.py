@@ -4,7 +4,7 @@ A segment begins with its tower's begin token and ends with its end token. Segme
 linear sequence; every token's rank in it is its time. Nothing here knows what the ids mean.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def collate(
                 begin, end = _ends(ends, segment.tower)
                 ids = [begin, *segment.content, end]
                 n, p = len(ids), position[segment.tower]
-                parts = (
+                parts: tuple[Iterable[float], ...] = (
                     ids,
                     range(p, p + n),
                     range(time, time + n),
