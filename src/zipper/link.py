@@ -20,7 +20,7 @@ InputKind = Literal["residual", "paper", "none"]
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """What every link of a zip looks like. The defaults are what trained best on small data (docs/log.md).
+    """What every link of a zip looks like. By default a new zip is exactly its towers; recipes open the gates (docs/log.md).
 
     width: attention width of a link; None = the target tower's width.
     head_width: width of one attention head; the number of heads is width // head_width.

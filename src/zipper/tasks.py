@@ -71,6 +71,6 @@ def _field(row: Mapping[str, Sequence[int]], item: str) -> Sequence[int]:
     return row[field]
 
 
-#: The paper's two tasks, and each tower alone. A free interleaving is one more row.
+#: The paper's two tasks; any other order of segments is one more `Task`.
 ASR = Task(given=("speech",), produced=("text",))
 TTS = Task(given=("text",), produced=("speech",))
