@@ -73,7 +73,8 @@ def _cross(w: Mapping[str, Tensor], x: Tensor, place: float, source: Sequence[tu
     read = []
     for j, s in source:
         s = s if shape.paper else _layer_norm(w, "source_norm", s)
-        s = w["whiten.weight"] @ s + w["whiten.bias"]  # ours; the identity unless the link was calibrated
+        if "whiten.weight" in w:  # ours, where the link was calibrated
+            s = w["whiten.weight"] @ s + w["whiten.bias"]
         s = _mlp(_part(w, "projection"), s)
         s = _relu(s) if shape.paper else s
         read.append((j, w["key.weight"] @ s, w["value.weight"] @ s))

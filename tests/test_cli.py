@@ -432,7 +432,7 @@ def test_a_foreign_codebook_for_units_is_refused(zipper: Zipper, tmp_path: Path)
 
 
 def test_an_unexpected_failure_is_exit_code_1_in_one_line(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(Pipeline, "from_pretrained", fail)
@@ -445,7 +445,7 @@ def test_an_unexpected_failure_is_exit_code_1_in_one_line(zipper: Zipper, world:
 
 
 def test_an_interrupt_is_exit_code_1(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Pipeline, "from_pretrained", interrupt)

@@ -159,9 +159,9 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the gate is applied twice": (link.Link, "forward", "torch.tanh(self.gate)", "torch.tanh(self.gate) ** 2"),
     "the gate has no tanh": (link.Link, "forward", "torch.tanh(self.gate)", "self.gate"),
     "the feed-forward has no gate": (link.Link, "forward", "torch.tanh(self.feedforward_gate) * ", ""),
-    "the feed-forward does not see what was read": (link.Link, "forward", "query_in + added", "query_in"),
-    "queries are not normalised": (link.Link, "forward", "self.norm(query_in)", "query_in"),
-    "positions are not scaled to the rate of the source": (link.Link, "forward", " * self.position_scale", ""),
+    "the feed-forward does not see what was read": (link.Link, "forward", "x_in + added", "x_in"),
+    "queries are not normalised": (link.Link, "_query", "self.norm(x)", "x"),
+    "positions are not scaled to the rate of the source": (link.Link, "_query", " * self.position_scale", ""),
     "the paper's ReLU is missing": (link.Link, "read", "F.relu(h)", "h"),
     # The state.
     "a link's memory is not extended": (model, "_read", "zip(memory, fresh, strict=True)", "zip(memory, memory, strict=True)"),

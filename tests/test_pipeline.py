@@ -18,6 +18,7 @@ from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.sequence import Segment, collate
+from zipper.tower import Tower
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,19 @@ def test_a_foreign_tokenizer_or_codebook_is_refused(world: World, tmp_path: Path
         ZipperError, match=rf"modalities/{name} is not what this model was trained with: its hash is \w+, the model wants"
     ):
         Pipeline.from_pretrained(folder)
+    with pytest.warns(UserWarning, match=rf"modalities/{name} is not what .* It was allowed"):
+        Pipeline.from_pretrained(folder, allow_mismatch=True)
+
+
+def test_a_foreign_base_may_be_allowed_and_is_pinned_from_then_on(world: World, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    tiny.tower(tiny.text()).model.save_pretrained(tmp_path / "foreign")
+    with pytest.warns(UserWarning, match=r"'text' from .*foreign is not the one .* It was allowed"):
+        pipe = Pipeline.from_pretrained(world.zip, towers={"text": tmp_path / "foreign"}, allow_mismatch=True)
+    pin = pipe.model.config.towers["text"]
+    assert pin.digest == Tower.load(tmp_path / "foreign").pin() and pin.source == str(tmp_path / "foreign")
+    pipe.save_pretrained(tmp_path / "zip")
+    Pipeline.from_pretrained(tmp_path / "zip")
 
 
 def test_a_model_saved_without_modalities_is_no_pipeline(pipe: Pipeline, tmp_path: Path) -> None:

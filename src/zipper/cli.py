@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = add("show", show, "Towers, junctions, what trains, parameters, gates, size on disk.", "zipper show runs/demo/model")
     p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
         "zipper verify",
     )
     p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
     return top
 
@@ -147,6 +149,13 @@ def _count(text: str) -> int:
 
 def _model_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", type=Path, help="a saved model (default: the one that comes with the package)")
+    _mismatch_option(p)
+
+
+def _mismatch_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--allow-mismatch", action="store_true", help="load it on another base, tokenizer or codebook than it was made with"
+    )
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:
@@ -162,10 +171,10 @@ def _sampling(given: argparse.Namespace) -> Any:
     return Sampling(given.temperature, given.top_k, given.top_p, given.seed)
 
 
-def _pipeline(model: Path | None) -> Any:
+def _pipeline(given: argparse.Namespace) -> Any:
     from zipper.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(model)
+    return Pipeline.from_pretrained(given.model, allow_mismatch=given.allow_mismatch)
 
 
 def _writable(path: Path) -> None:
@@ -192,7 +201,7 @@ def transcribe(given: argparse.Namespace) -> None:
     from zipper import audio
 
     heard = [audio.read(path) for path in given.audio]  # all inputs are checked before the model is loaded
-    pipeline = _pipeline(given.model)
+    pipeline = _pipeline(given)
     for path, sound in zip(given.audio, heard, strict=True):
         text = pipeline.transcribe(sound)
         print(json.dumps({"file": str(path), "text": text}) if given.json else text)
@@ -204,7 +213,7 @@ def speak(given: argparse.Namespace) -> None:
     from zipper.sequence import Segment
 
     audio.check_writable(given.output)
-    pipeline = _pipeline(given.model)
+    pipeline = _pipeline(given)
     said = pipeline.run([Segment("text", given.text)], outputs=[pipeline.voice(given.voice)], sampling=_sampling(given))[0]
     audio.write(given.output, said.content)
     seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
@@ -230,7 +239,7 @@ def run(given: argparse.Namespace) -> None:
             )
         segments.append(Segment(name, content))
     outputs = [name.strip() for name in given.outputs.split(",") if name.strip()]
-    pipeline = _pipeline(given.model)
+    pipeline = _pipeline(given)
     if any(isinstance(pipeline.modalities.get(name), SpeechUnits) for name in outputs):
         if given.output is None:
             raise ZipperError("This plan produces speech. Pass -o FOLDER to say where the sound goes.")
@@ -328,10 +337,11 @@ def _changed(config: Any, item: str) -> Any:
 def evaluate(given: argparse.Namespace) -> None:
     """zipper evaluate"""
     from zipper import checkpoint, corpus, demo, report
+    from zipper.pipeline import Pipeline
 
     if given.output:
         _writable(given.output)
-    pipeline, second = _pipeline(given.model), _pipeline(given.judge) if given.judge else None
+    pipeline, second = _pipeline(given), Pipeline.from_pretrained(given.judge) if given.judge else None
     tasks = ["asr", "tts"] if given.task == "both" else [given.task]
     found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
@@ -346,7 +356,7 @@ def show(given: argparse.Namespace) -> None:
     from zipper.inspection import describe, table
     from zipper.pipeline import SHIPPED
 
-    found = describe(_pipeline(given.model), given.model or SHIPPED)
+    found = describe(_pipeline(given), given.model or SHIPPED)
     print(json.dumps(found, indent=1) if given.json else table(found))
 
 
@@ -356,7 +366,7 @@ def verify(given: argparse.Namespace) -> int:
 
     from zipper.verify import verify as run_verification
 
-    checks = run_verification(_pipeline(given.model).model)
+    checks = run_verification(_pipeline(given).model)
     if given.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:

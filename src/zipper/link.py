@@ -5,7 +5,7 @@ A link is gated cross-attention from a source tower's hidden states into a targe
 modalities, tokens or time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class LinkConfig:
         ours, not the paper's (Flamingo has no positions here).
     gate_init: both gates at birth, before the tanh. 0 = the new model is exactly its towers (Flamingo).
     dropout: on both branches, in training.
+    whiten: a fixed affine map before the projection; `calibrate` adds and sets it.
     """
 
     width: int | None = None
@@ -43,6 +44,7 @@ class LinkConfig:
     rotary: bool = True
     gate_init: float = 0.0
     dropout: float = 0.0
+    whiten: bool = False
 
 
 #: The paper to the letter: 3-layer projections with a final ReLU (A.3), no positions, Flamingo's feed-forward of factor 4.
@@ -102,6 +104,14 @@ def rotate(
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def _identity(width: int) -> nn.Linear:
+    """A fixed affine map, the identity for now."""
+    fixed = nn.Linear(width, width).requires_grad_(False)
+    nn.init.eye_(fixed.weight)
+    nn.init.zeros_(fixed.bias)
+    return fixed
+
+
 class Link(nn.Module):
     """One direction of one junction: `target` reads `source`. Both gates are `gate_init` at birth; only they may be zero,
     for two zeros in series pass no gradient.
@@ -122,9 +132,7 @@ class Link(nn.Module):
         projected = width if config.projection_depth else source_width
         self.source_norm = nn.Identity() if config.projection_relu else nn.LayerNorm(source_width)
         self.projection = mlp(source_width, width, config.projection_depth, width) if config.projection_depth else nn.Identity()
-        self.whiten = nn.Linear(source_width, source_width).requires_grad_(False)  # the identity until `calibrate`
-        nn.init.eye_(self.whiten.weight)
-        nn.init.zeros_(self.whiten.bias)
+        self.whiten = _identity(source_width) if config.whiten else None
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, inner, bias=False)
         self.key = nn.Linear(projected, inner, bias=False)
@@ -153,6 +161,8 @@ class Link(nn.Module):
         first = self.projection[0] if isinstance(self.projection, nn.Sequential) else None
         if not isinstance(first, nn.Linear):
             raise ZipperError("A link without a projection cannot be calibrated. Set LinkConfig(projection_depth=1) or more.")
+        if self.whiten is None:
+            self.config, self.whiten = replace(self.config, whiten=True), _identity(first.in_features).to(first.weight)
         x = self.source_norm(source.to(self.key.weight)).double()
         variance, directions = torch.linalg.eigh(torch.cov(x.T))
         deviation = (variance.clamp(min=0) + 1e-3 * variance.mean()).sqrt()
@@ -166,7 +176,8 @@ class Link(nn.Module):
 
     def read(self, source: Float[Tensor, "batch source source_width"], position: Int[Tensor, "batch source"]) -> Memory:
         """Keys and values of source states; computed once per source token (sec. 3: h = ReLU(g(m)), K = V = h)."""
-        h = self.projection(self.whiten(self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype))))
+        h = self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype))
+        h = self.projection(h if self.whiten is None else self.whiten(h))
         if self.config.projection_relu:
             h = F.relu(h)
         keys, values = self._heads(self.key(h)), self._heads(self.value(h))
@@ -184,16 +195,14 @@ class Link(nn.Module):
         """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of the mask with nothing
         visible gets exactly 0 from both, forwards and backwards."""
         visible = mask.any(-1, keepdim=True)
-        query_in = x.to(self.query.weight.dtype)
-        query = self._heads(self.query(self.norm(query_in)))
-        if self.config.rotary:
-            query = rotate(query, position.float() * self.position_scale)
+        x_in = x.to(self.query.weight.dtype)
+        query = self._query(x_in, position)
         # An empty row attends to everything and is then discarded: finite on every kernel, where a fully masked softmax may be
         # NaN and poison the gradients of the whole batch (pytorch #103963).
         attended = F.scaled_dot_product_attention(query, memory.keys, memory.values, (mask | ~visible)[:, None])
         added = torch.tanh(self.gate) * self._drop(self.out(attended.transpose(1, 2).flatten(2)))
         if self.feedforward is not None:
-            added = added + torch.tanh(self.feedforward_gate) * self._drop(self.feedforward(query_in + added))
+            added = added + torch.tanh(self.feedforward_gate) * self._drop(self.feedforward(x_in + added))
         return torch.where(visible, added, torch.zeros_like(added)).to(x.dtype)
 
     def attention(
@@ -204,12 +213,14 @@ class Link(nn.Module):
         position: Int[Tensor, "batch target"],
     ) -> Float[Tensor, "batch target source"]:
         """The attention weights that `forward` uses, averaged over heads; rows with nothing visible are 0. For looking at."""
-        query = self._heads(self.query(self.norm(x.to(self.query.weight.dtype))))
-        if self.config.rotary:
-            query = rotate(query, position.float() * self.position_scale)
+        query = self._query(x.to(self.query.weight.dtype), position)
         scores = query @ memory.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
         return torch.where(mask.any(-1, keepdim=True), weights, torch.zeros_like(weights))
+
+    def _query(self, x: Tensor, position: Tensor) -> Tensor:
+        query = self._heads(self.query(self.norm(x)))
+        return rotate(query, position.float() * self.position_scale) if self.config.rotary else query
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

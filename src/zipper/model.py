@@ -5,9 +5,9 @@ reading the states from before the exchange (Zipper, arXiv:2405.18669, sec. 3). 
 unimodal path: the bare tower, no projection, no link.
 """
 
-import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ class TowerConfig:
     source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of what its checkpoint holds, in
     `dtype` (`Tower.pin`). train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use
     only as a ratio between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
+    revision: the hub commit it came from. lora: settings of peft's LoraConfig; the base stays frozen, its adapter learns.
     """
 
     source: str
@@ -50,15 +51,24 @@ class TowerConfig:
     tokens: float = 0.0
     dtype: str = "float32"
     digest: str = ""
+    revision: str = ""
+    lora: dict[str, Any] | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything in this tower changes in training."""
+        return self.train or self.lora is not None
 
 
 @dataclass(frozen=True)
 class ZipperConfig:
-    """The whole shape of a zip. junctions: for each, {tower: number of its blocks that run before the exchange}."""
+    """The whole shape of a zip. junctions: for each, {tower: number of its blocks that run before the exchange}. dropped: links that
+    are not there ("0:text>speech", see `zipper prune`)."""
 
     towers: dict[str, TowerConfig]
     junctions: tuple[Junction, ...]
     link: LinkConfig = field(default_factory=LinkConfig)
+    dropped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -72,6 +82,7 @@ class ZipperConfig:
                 {name: TowerConfig(**tower) for name, tower in data["towers"].items()},
                 tuple(dict(junction) for junction in data["junctions"]),
                 LinkConfig(**data["link"]),
+                tuple(data.get("dropped", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ZipperError(f"This is not the configuration of a zip: {error}.") from error
@@ -79,7 +90,13 @@ class ZipperConfig:
     def link_names(self) -> list[tuple[int, str, str]]:
         """(junction, source, target) of every link, in an order that is not that of the dicts."""
         pairs = ((n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t)
-        return sorted(pairs, key=lambda link: (link[0], link[2], link[1]))
+        there = (link for link in pairs if link_name(*link) not in self.dropped)
+        return sorted(there, key=lambda link: (link[0], link[2], link[1]))
+
+
+def link_name(junction: int, source: str, target: str) -> str:
+    """What the link at a junction by which `target` reads `source` is called."""
+    return f"{junction}:{source}>{target}"
 
 
 @dataclass(frozen=True)
@@ -134,9 +151,13 @@ class Zipper(nn.Module):
         for n, source, target in config.link_names():
             a, b = config.towers[target], config.towers[source]
             scale = b.tokens / a.tokens if a.tokens and b.tokens else 1.0
-            self.links[f"{n}:{source}>{target}"] = Link(a.width, b.width, config.link, scale)
+            self.links[link_name(n, source, target)] = Link(a.width, b.width, config.link, scale)
         for name, tower in config.towers.items():
             self.towers[name].requires_grad_(tower.train)
+            if tower.lora is not None:
+                self._tower(name).adapt(tower.lora)
+            elif any(".lora_" in parameter for parameter, _ in towers[name].named_parameters()):
+                raise ZipperError(f"The model given as {name!r} has an adapter. Name its settings in lora, or load its base anew.")
         self.train(False)
 
     @classmethod
@@ -151,6 +172,7 @@ class Zipper(nn.Module):
         input_projection: InputKind | Mapping[str, InputKind] | None = None,
         ends: Mapping[str, tuple[int, int]] | None = None,
         tokens: Mapping[str, float] | None = None,
+        lora: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> "Zipper":
         """Zip towers that were pre-trained alone.
@@ -159,14 +181,18 @@ class Zipper(nn.Module):
         of each tower (paper, sec. 3: k = n i_A, l = n i_B), never after the last block. junctions: the same as an explicit list of
         {name: blocks before the exchange}. train: the towers that learn, all others are frozen. preset: "default" is what trained
         best, "paper" follows the paper to the letter (link and input projection). ends: name -> (begin id, end id) where the
-        tower's own configuration does not say. tokens: name -> mean tokens per segment. seed: of the new parameters.
+        tower's own configuration does not say. tokens: name -> mean tokens per segment. lora: name -> settings of peft's LoraConfig
+        (r, lora_alpha, target_modules ...): the frozen tower's adapter learns; a tower given as an object is adapted in place.
+        seed: of the new parameters.
 
         Raises ZipperError: unknown names, junctions that do not fit, a tower that cannot be run part way.
         """
         if preset not in ("default", "paper"):
             raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
-        for option, given in {"every": every, "ends": ends, "tokens": tokens, "train": train}.items():
+        for option, given in {"every": every, "ends": ends, "tokens": tokens, "train": train, "lora": lora}.items():
             _known(option, given or (), towers)
+        if both := sorted({*train} & {*(lora or ())}):
+            raise ZipperError(f"train and lora both name {both}. An adapter stands on a frozen tower: name it in one of them.")
         if isinstance(input_projection, Mapping):
             _known("input_projection", input_projection, towers)
         loaded = {name: source if isinstance(source, Tower) else Tower.load(source) for name, source in towers.items()}
@@ -202,6 +228,8 @@ class Zipper(nn.Module):
                 tokens=(tokens or {}).get(name, 0.0),
                 dtype=_dtype(tower),
                 digest=tower.pin(),
+                revision=getattr(tower.model.config, "_commit_hash", None) or "",
+                lora=dict(lora[name]) if lora and name in lora else None,
             )
         config = ZipperConfig(
             configs,
@@ -213,10 +241,10 @@ class Zipper(nn.Module):
             return cls(loaded, config)
 
     def train(self, mode: bool = True) -> "Zipper":
-        """Training mode for links, projections and trained towers; frozen towers stay in eval mode for ever."""
+        """Training mode for links, projections and towers that learn; frozen towers stay in eval mode for ever."""
         super().train(mode)
         for name, tower in self.config.towers.items():
-            if not tower.train:
+            if not tower.learns:
                 self.towers[name].eval()
         return self
 
@@ -249,9 +277,8 @@ class Zipper(nn.Module):
         """Give every link typical states of its source to whiten (`Link.calibrate`); the model's function does not change."""
         taps = self.taps(strands)
         for n, source, target in self.config.link_names():
-            link = self.links[f"{n}:{source}>{target}"]
-            assert isinstance(link, Link)
-            link.calibrate(taps[n][source][strands[source].document >= 0])
+            self.link(n, source, target).calibrate(taps[n][source][strands[source].document >= 0])
+        self.config = dataclasses.replace(self.config, link=dataclasses.replace(self.config.link, whiten=True))
 
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
         """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
@@ -267,8 +294,7 @@ class Zipper(nn.Module):
         """
         if foreign := sorted(strands.keys() - {*state.towers}):
             raise ZipperError(f"The towers {foreign} are not in this plan; start one that names them, beside {list(state.towers)}.")
-        device = next(self.parameters()).device
-        return self._advance({name: strand.to(device) for name, strand in strands.items()}, state, cached=True)
+        return self._advance(strands, state, cached=True)
 
     def unembed(self, tower: str, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
         """Logits of one tower's states."""
@@ -306,9 +332,23 @@ class Zipper(nn.Module):
                     f"{self._room(tower)}. Give it shorter pieces."
                 )
 
+    def place(self, devices: Mapping[str, torch.device | str]) -> None:
+        """Put towers on devices, {name: device}; what reads into a tower (its links and input projection) goes with it."""
+        _known("place", devices, self.config.towers)
+        for name, device in devices.items():
+            parts = [self.towers[name], *(link for n, link in self.links.items() if n.endswith(f">{name}"))]
+            for part in (*parts, *(self.inputs[n] for n in self.inputs if n == name)):
+                part.to(device)
+
     def tower(self, name: str) -> PreTrainedModel:
         """The bare tower as the transformers model it is."""
         return self._tower(name).model
+
+    def link(self, junction: int, source: str, target: str) -> Link:
+        """The link by which `target` reads `source` at a junction."""
+        link = self.links[link_name(junction, source, target)]
+        assert isinstance(link, Link)
+        return link
 
     def generate(
         self,
@@ -336,13 +376,14 @@ class Zipper(nn.Module):
     def write(self, folder: Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """The files of `save_pretrained`, written into an existing folder."""
         _known("include", include, self.config.towers)
-        inside = {name: self.tower(name) for name, t in self.config.towers.items() if t.train or name in include}
+        inside = {name: self._tower(name) for name, t in self.config.towers.items() if t.train or name in include}
         towers = {}
         for name, tower in self.config.towers.items():
             if name in inside:
                 towers[name] = dataclasses.replace(
-                    tower, source=f"towers/{name}", digest=self._tower(name).pin(), dtype=_dtype(self._tower(name))
+                    tower, source=f"towers/{name}", revision="", digest=inside[name].pin(), dtype=_dtype(inside[name])
                 )
+                inside[name].save(folder / "towers" / name)
             elif tower.source:
                 towers[name] = dataclasses.replace(tower, source=_absolute(tower.source))
             else:
@@ -351,32 +392,47 @@ class Zipper(nn.Module):
                     f"Pass include=[{name!r}], or build the zip from a folder or hub id."
                 )
         config = dataclasses.replace(self.config, towers=towers)
-        checkpoint.save(folder, config.to_dict(), self.new_parameters(), inside, dict(record or {}))
+        checkpoint.save(folder, config.to_dict(), self.new_parameters(), {}, dict(record or {}))
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, towers: Mapping[str, TowerSource] | None = None, dtype: torch.dtype | None = None
+        cls,
+        source: str | Path,
+        towers: Mapping[str, TowerSource] | None = None,
+        dtype: torch.dtype | None = None,
+        allow_mismatch: bool = False,
     ) -> "Zipper":
-        """Load a zip. towers: where a base lies now, for those that moved. dtype: of all parts; default as saved.
+        """Load a zip. source: its folder. towers: where a base lies now, for those that moved; a model that is in memory is shared,
+        not copied. dtype: of all parts; default as saved.
 
-        Raises ZipperError when a file is damaged or a base is not the one that the zip was trained on (hashes are compared).
+        Raises ZipperError when a file is damaged or a base is not the one that the zip was trained on (hashes are compared);
+        allow_mismatch makes the second a warning.
         """
-        folder = Path(folder)
+        folder = Path(source)
         config = ZipperConfig.from_dict(checkpoint.load(folder)[0])
         _known("towers", towers or (), config.towers)
-        loaded = {}
+        loaded, found = {}, {}
         for name, pin in config.towers.items():
             inside = folder / pin.source if pin.source == f"towers/{name}" else pin.source
-            source = (towers or {}).get(name, inside)
-            tower = source if isinstance(source, Tower) else Tower.load(source, dtype=getattr(torch, pin.dtype))
-            found = tower.pin()
-            if found != pin.digest:
-                raise ZipperError(
-                    f"The tower {name!r} from {source} is not the one this zip was trained on: its content hash is {found[:16]}, "
-                    f"the zip wants {pin.digest[:16]}. Pass towers={{{name!r}: ...}} with the right base."
+            base = (towers or {}).get(name, inside)
+            loaded[name] = base if isinstance(base, Tower) else Tower.load(base, dtype=getattr(torch, pin.dtype))
+            found[name] = dataclasses.replace(
+                pin,
+                source=_absolute(str(base)) if isinstance(base, str | Path) else pin.source,
+                digest=loaded[name].pin(),
+            )
+            if found[name].digest != pin.digest:
+                mismatch = (
+                    f"The tower {name!r} from {found[name].source} is not the one this zip was trained on: its content hash is "
+                    f"{found[name].digest[:16]}, the zip wants {pin.digest[:16]}."
                 )
-            loaded[name] = tower
-        model = cls(loaded, config)
+                if not allow_mismatch:
+                    raise ZipperError(
+                        f"{mismatch} Pass towers={{{name!r}: ...}} with the right base, or allow the mismatch "
+                        "(allow_mismatch=True, --allow-mismatch)."
+                    )
+                warnings.warn(f"{mismatch} It was allowed: what the links say may be noise to it.", stacklevel=2)
+        model = cls(loaded, dataclasses.replace(config, towers=found))
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
         if dtype is not None:
             model.cast(dtype)
@@ -388,15 +444,12 @@ class Zipper(nn.Module):
 
     def pin(self, tower: str, dtype: torch.dtype) -> str:
         """Content hash of a tower as it is now, in `dtype`; a frozen one keeps the `digest` of its configuration."""
-        found = copy.deepcopy(self._tower(tower))
-        _cast(found, dtype)
-        return found.pin()
+        return self._tower(tower).pin(dtype)
 
     def new_parameters(self) -> dict[str, Tensor]:
-        """Links and input projections by name: what zipping added."""
-        return {
-            name: p for part in ("inputs", "links") for name, p in self.state_dict(keep_vars=True).items() if name.startswith(part)
-        }
+        """Links, input projections and adapters by name: what zipping added."""
+        held = self.state_dict(keep_vars=True)
+        return {name: p for name, p in held.items() if not name.startswith("towers.") or ".lora_" in name}
 
     def _tower(self, name: str) -> Tower:
         if name not in self.towers:
@@ -414,13 +467,14 @@ class Zipper(nn.Module):
     ) -> tuple[dict[str, Tensor], State]:
         """The lock-step loop. Towers that are not in `strands` do not run; what they said before is in `state`."""
         towers = {name: self._tower(name) for name in strands}
+        strands = {name: strand.to(towers[name].device) for name, strand in strands.items()}
         past = {name: state.past.get(name) or towers[name].new_past() for name in strands} if cached else {}
         read = {**state.read, **{n: _append(state.read.get(n), s) for n, s in strands.items()}}
         masks = {
             (source, target): mask
             for target in strands
             for source in read
-            if source != target and (mask := visible(strands[target], read[source])).any()
+            if source != target and (mask := visible(strands[target], read[source].to(towers[target].device))).any()
         }
         state = dataclasses.replace(
             state, read=read, past={**state.past, **past}, memory=dict(state.memory), unread=dict(state.unread)
@@ -461,12 +515,13 @@ class Zipper(nn.Module):
             for source in sorted(self.config.junctions[n]):  # the same sum to the last bit whatever the order of the dict
                 if source == target:
                     continue
-                name = f"{n}:{source}>{target}"
+                name = link_name(n, source, target)
+                if name in self.config.dropped:
+                    continue
                 if source in strands and target in state.towers:
                     state.unread[name] = (*state.unread.get(name, ()), hidden[source])
                 if (source, target) in masks:
-                    link = self.links[name]
-                    assert isinstance(link, Link)
+                    link = self.link(n, source, target)
                     state.memory[name] = _read(link, state.read[source], state.memory.get(name), state.unread.pop(name, ()))
                     strand = strands[target]
                     new[target] = new[target] + link(hidden[target], state.memory[name], masks[source, target], strand.position)
@@ -485,7 +540,7 @@ def _shared(name: str, strands: Mapping[str, Strand]) -> Bool[Tensor, "batch len
     shared = torch.zeros_like(mine, dtype=torch.bool)
     for other, strand in strands.items():
         if other != name:
-            shared |= (mine[:, :, None] == strand.document[:, None, :]).any(-1)
+            shared |= (mine[:, :, None] == strand.document.to(mine.device)[:, None, :]).any(-1)
     return shared
 
 

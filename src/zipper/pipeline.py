@@ -1,6 +1,7 @@
 """Pipeline: model and modalities, raw in, raw out. The only object that most users, the command line, the server and the evaluation
 touch."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,14 +50,15 @@ class Pipeline:
         folder: str | Path | None = None,
         towers: Mapping[str, TowerSource] | None = None,
         dtype: torch.dtype | None = torch.float32,
+        allow_mismatch: bool = False,
     ) -> "Pipeline":
         """Load what `save_pretrained` wrote; None loads the model that comes with the package.
 
         towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises ZipperError for a damaged file, a
-        foreign base, tokenizer or codebook.
+        foreign base, tokenizer or codebook; allow_mismatch makes a foreign one a warning.
         """
         folder = SHIPPED if folder is None else Path(folder)
-        model = Zipper.from_pretrained(folder, towers, dtype)
+        model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)
         if not (folder / PINS).is_file():
             raise ZipperError(
                 f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
@@ -66,10 +68,15 @@ class Pipeline:
         for name, pin in pins.items():
             modality = load_modality(folder / "modalities" / name)
             if modality.fingerprint != pin:
-                raise ZipperError(
+                mismatch = (
                     f"{folder / 'modalities' / name} is not what this model was trained with: its hash is "
-                    f"{modality.fingerprint[:16]}, the model wants {pin[:16]}. Put the original back."
+                    f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
                 )
+                if not allow_mismatch:
+                    raise ZipperError(
+                        f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, --allow-mismatch)."
+                    )
+                warnings.warn(f"{mismatch} It was allowed: its ids may mean something else to the model.", stacklevel=2)
             modalities[name] = modality
         return cls(model, modalities)
 

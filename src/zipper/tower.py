@@ -180,6 +180,11 @@ class Tower(nn.Module):
             if dtype not in (None, source.dtype):
                 raise ZipperError(f"The loaded model is {source.dtype}, not {dtype}. Convert it first, or give its folder.")
             return cls(source)
+        if not isinstance(source, str | Path):
+            raise ZipperError(
+                f"A tower was given as a {type(source).__name__}; a folder, a hub id or a transformers model was wanted. "
+                "For adapters give the base, and their settings as lora=..."
+            )
         folder = Path(source).expanduser()
         local = folder.is_dir() or isinstance(source, Path) or _names_a_path(source)
         if local and not (folder / "config.json").is_file():
@@ -221,6 +226,11 @@ class Tower(nn.Module):
     def config(self) -> Any:
         """The text model's configuration."""
         return self.model.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
 
     @property
     def begin(self) -> int | None:
@@ -329,19 +339,50 @@ class Tower(nn.Module):
                 self._compare(f"{case} rows", strand, steps=())
                 self._compare(f"{case} rows read in steps", strand, steps=(length - 3, 1, 2))
 
+    def adapt(self, settings: Mapping[str, Any]) -> None:
+        """Adds a LoRA adapter (arXiv:2106.09685) to the model in place, by peft: the base is frozen, the adapter learns.
+
+        settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The function does not change at
+        birth. An adapted tower keeps the adapter that it has; other settings than that one's are a ZipperError, as unknown ones are.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ZipperError("LoRA needs the package peft. Install zipper-lm[lora].") from error
+        adapted = getattr(self.model, "peft_config", None)
+        try:
+            config = LoraConfig(**settings)
+            if adapted is None:
+                inject_adapter_in_model(config, self.model)
+        except (TypeError, ValueError) as error:
+            raise ZipperError(f"{self.name} cannot be adapted by lora={dict(settings)}: {error}") from error
+        if adapted is not None and any(adapted["default"].to_dict()[key] != config.to_dict()[key] for key in settings):
+            raise ZipperError(f"{self.name} has an adapter with other settings than lora={dict(settings)}. Load its base anew.")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def save(self, folder: Path) -> None:
+        """Writes the model, without its adapter, as transformers does."""
+        self.model.save_pretrained(folder, state_dict=self.base())
+
     def digest(self) -> str:
         """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold: did this tower change?"""
         return _sha256(
             dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers(remove_duplicate=False))
         )
 
-    def pin(self) -> str:
-        """SHA-256 over what a checkpoint of this tower holds, in its dtype: is this the same tower?
+    def pin(self, dtype: torch.dtype | None = None) -> str:
+        """SHA-256 over what a checkpoint of this tower holds, its parameters in `dtype`: is this the same tower?
 
         Unlike `digest` it leaves out what transformers computes when it loads a model: rotary frequencies may differ in
-        their last bits from machine to machine, and some grow with the longest row that was read.
+        their last bits from machine to machine, and some grow with the longest row that was read. Adapters (LoRA) are left out.
         """
-        return _sha256(self.model.state_dict())
+        return _sha256(self.base(), dtype)
+
+    def base(self) -> dict[str, Tensor]:
+        """What a checkpoint of this tower holds, under the names it has without adapters (peft wraps what it adapts)."""
+        held = self.model.state_dict(keep_vars=True)
+        return {name.replace(".base_layer.", "."): tensor for name, tensor in held.items() if ".lora_" not in name}
 
     def _rotary(self, kind: str, h: Tensor, position: Tensor) -> Any:
         rotary = _first(self.body, ("rotary_emb",))
@@ -402,10 +443,12 @@ class Tower(nn.Module):
                 raise UnsupportedTower(f"{self.name} cannot be a tower: not every block writes the key/value cache.")
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Over name, dtype, shape and bytes of each tensor, in the order of their names."""
+def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Over name, dtype, shape and bytes of each tensor, in the order of their names; parameters are turned into `dtype` first."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, nn.Parameter):
+            tensor = tensor.to(dtype)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

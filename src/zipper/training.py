@@ -49,7 +49,7 @@ class TrainConfig:
     output: folder of the run. towers: name -> folder or hub id of a pre-trained tower, or the configuration of a fresh one
     ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder. data, dev: JSONL manifests; rows: use only the
     first so many of `data`. tasks: {"speech -> text": share of samples}. train: towers that learn; with one tower it always does.
-    every, junctions, link, input_projection: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the shape
+    every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the shape
     is then its own. calibrate: rows on which links are calibrated before the first step (`Link.calibrate`, 0 = not).
 
     steps, batch: optimizer steps and samples in each, over all processes. lr_*: peak learning rates of new parts, of gates and of
@@ -77,6 +77,7 @@ class TrainConfig:
     start: str | None = None
     calibrate: int = 0
     input_projection: InputKind | Mapping[str, InputKind] = "residual"
+    lora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lr_new: float = 3e-3
     lr_gate: float = 3e-3
     lr_tower: float = 1e-3
@@ -112,7 +113,7 @@ class TrainConfig:
                 raise ZipperError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}.")
         if set(self.modalities) != set(self.towers):
             raise ZipperError(f"The towers are {sorted(self.towers)}, the modalities {sorted(self.modalities)}. Give one for each.")
-        for name in ("train", "loss_weight", "corrupt"):
+        for name in ("train", "lora", "loss_weight", "corrupt"):
             if unknown := sorted({*getattr(self, name)} - {*self.towers}):
                 raise ZipperError(f"{name} names {unknown}; this recipe has the towers {sorted(self.towers)}.")
         for name, source in self.towers.items():
@@ -182,6 +183,7 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         train=tuple(towers) if len(towers) == 1 else config.train,
         link=config.link,
         input_projection=config.input_projection,
+        lora=config.lora,
         ends={name: (modality.begin, modality.end) for name, modality in modalities.items()},
         tokens=tokens,
         seed=config.seed,

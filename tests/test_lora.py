@@ -1,0 +1,106 @@
+"""Adapters on a frozen tower: they change nothing at birth, learn alone, and are saved without their base."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from laws import lay, number
+from tiny import World
+
+from zipper.errors import ZipperError
+from zipper.model import Zipper
+from zipper.pipeline import Pipeline
+from zipper.testing import tiny_tower
+from zipper.tower import Strand, Tower
+from zipper.training import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft sees GPT-2's transposed weights by itself
+RANK = {"r": 4, "lora_alpha": 8}
+SEQUENCE = [("speech", 3), ("speech", 4), ("text", 5), ("text", 6)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.manual_seed(0)
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+def zipped(family: str = "llama", **settings: object) -> Zipper:
+    towers = {"text": tiny_tower(family), "speech": tiny_tower("gpt2", seed=1)}
+    return Zipper.from_towers(towers, lora={"text": RANK | settings})
+
+
+def adapters(model: Zipper) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_an_adapter_changes_nothing_at_birth_and_the_base_keeps_its_hash(family: str) -> None:
+    bare, model = tiny_tower(family), zipped(family)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(model({"text": Strand.alone(ids)})["text"], bare(ids).logits)
+    assert len(adapters(model)) > 0
+    assert model.config.towers["text"].digest == model.pin("text", torch.float32) == Tower(bare).pin()
+
+
+def test_only_the_adapter_and_the_links_learn() -> None:
+    model = zipped().train()
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == set(model.new_parameters()) and set(adapters(model)) < learns
+    model(lay([number(SEQUENCE)]))["text"].sum().backward()
+    grown = [p.grad for name, p in adapters(model).items() if "lora_B" in name]
+    assert grown and all(grad is not None and grad.abs().max() > 0 for grad in grown)
+
+
+def test_a_run_with_an_adapter_saves_it_beside_an_untouched_base(world: World, tmp_path: Path) -> None:
+    base = Tower.load(world.folder / "text" / "tower").pin()
+    config = world.config(tmp_path / "run", lora={"text": RANK}, lr_tower=0.1)
+    trained = train(config).model
+    again = Pipeline.from_pretrained(tmp_path / "run" / "model").model
+    assert again.pin("text", torch.float32) == base
+    assert any(p.abs().max() > 0 for name, p in adapters(again).items() if "lora_B" in name)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+    assert not (tmp_path / "run" / "model" / "towers" / "text").exists()
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in trained.named_parameters() if p.requires_grad
+    }
+
+
+def test_a_base_that_is_included_is_saved_without_its_adapter(tmp_path: Path) -> None:
+    model = zipped()
+    with torch.no_grad():
+        for p in adapters(model).values():
+            p += 0.1
+    model.save_pretrained(tmp_path / "zip", include=["text", "speech"])
+    assert Tower.load(tmp_path / "zip" / "towers" / "text").pin() == Tower(tiny_tower("llama")).pin()
+    again, strands = Zipper.from_pretrained(tmp_path / "zip"), lay([number(SEQUENCE)])
+    assert torch.equal(again(strands)["text"], model(strands)["text"])
+
+
+def test_what_cannot_be_adapted_is_a_clear_error() -> None:
+    towers = {"text": tiny_tower("llama"), "speech": tiny_tower("gpt2")}
+    for lora, train_too, message in (
+        ({"texd": RANK}, (), "lora names the tower 'texd'"),
+        ({"text": RANK}, ("text",), "train and lora both name"),
+        ({"text": {"rank": 4}}, (), "cannot be adapted by lora="),
+        ({"text": {"target_modules": ["nothing"]}}, (), "cannot be adapted by lora="),
+    ):
+        with pytest.raises(ZipperError, match=message):
+            Zipper.from_towers(towers, lora=lora, train=train_too)
+
+
+def test_a_model_with_an_adapter_is_not_taken_for_a_bare_one() -> None:
+    adapted = zipped().tower("text")
+    other = {"speech": tiny_tower("gpt2")}
+    assert Zipper.from_towers({"text": adapted, **other}, lora={"text": RANK}).config.towers["text"].lora == RANK
+    with pytest.raises(ZipperError, match="has an adapter with other settings"):
+        Zipper.from_towers({"text": adapted, **other}, lora={"text": RANK | {"r": 2}})
+    with pytest.raises(ZipperError, match="'text' has an adapter"):
+        Zipper.from_towers({"text": adapted, **other})
+
+
+def test_the_settings_survive_the_configuration() -> None:
+    config = zipped(target_modules=["q_proj"]).config
+    assert type(config).from_dict(config.to_dict()) == dataclasses.replace(config)
