@@ -128,6 +128,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
     _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
+
+    p = add(
+        "swap",
+        swap,
+        "Put another tower in a saved model: what still fits is kept, the rest is born again with closed gates.",
+        "zipper swap runs/demo/model text=runs/larger --modality text=runs/larger -o runs/swapped",
+    )
+    p.add_argument("model", type=Path, help="a saved model")
+    p.add_argument("tower", nargs="+", metavar="NAME=SOURCE", help="the new tower: a folder or hub id")
+    p.add_argument("-o", "--output", type=Path, required=True, help="new folder for the model")
+    p.add_argument("--train", action="append", default=[], metavar="NAME", help="a new tower that learns (default: it is frozen)")
+    p.add_argument(
+        "--modality", action="append", default=[], metavar="NAME=FOLDER", help="its tokenizer or codebook, where that is another"
+    )
+    p.add_argument(
+        "--tokens", action="append", default=[], metavar="NAME=MEAN", help="its mean tokens per segment (default: as before)"
+    )
+    p.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    p = add(
+        "prune",
+        prune,
+        "Take idle links out of a saved model, and say what they added and what it costs to be without them.",
+        "zipper prune runs/demo/model --below 0.02 -o runs/pruned",
+    )
+    p.add_argument("model", type=Path, help="a saved model")
+    p.add_argument("-o", "--output", type=Path, required=True, help="new folder for the model")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--below", type=float, metavar="SHARE", help="links that add less than this share of their target's states")
+    which.add_argument("--links", nargs="+", metavar="LINK", help="these links, e.g. '0:text>speech'")
+    p.add_argument("--data", type=Path, help="measure on this manifest (JSONL) instead of the built-in dev part")
+    p.add_argument("--rows", type=_count, default=60, help="rows to measure on (default 60)")
+    p.add_argument("--json", action="store_true", help="print what was found as JSON")
+    p = add("push", push, "Upload a saved model to the hub, in one commit.", "zipper push runs/demo/model me/my-zip --private")
+    p.add_argument("model", type=Path, help="a saved model, with every tower that is not on the hub inside")
+    p.add_argument("repo", help="hub repository; made if there is none")
+    p.add_argument("--private", action="store_true", help="if the repository is new, only its owner sees it")
+    p.add_argument("--revision", help="branch to commit to, made from main if there is none (default main)")
+    p.add_argument("--message", default="Upload a zip", help="of the commit")
     return top
 
 
@@ -372,3 +411,105 @@ def verify(given: argparse.Namespace) -> int:
     else:
         print("\n".join(f"{'ok    ' if check.held else 'BROKEN'}  {check.promise}: {check.measured}" for check in checks))
     return int(not all(check.held for check in checks))
+
+
+def swap(given: argparse.Namespace) -> None:
+    """zipper swap"""
+    import dataclasses
+
+    from zipper import checkpoint, modality, surgery
+    from zipper.pipeline import Pipeline
+
+    towers, tokens = _named("swap", given.tower), _named("--tokens", given.tokens)
+    try:
+        means = {name: float(mean) for name, mean in tokens.items()}
+    except ValueError as error:
+        raise ZipperError(f"--tokens {given.tokens}: {error}. Write e.g. --tokens text=15.9.") from None
+    _absent(given.output)
+    modalities = {name: modality.load(folder) for name, folder in _named("--modality", given.modality).items()}
+    record = checkpoint.load(given.model)[1]
+    old = Pipeline.from_pretrained(given.model, dtype=None)
+    new, report = surgery.swap_pipeline(old, towers, modalities, given.train, means)
+    new.save_pretrained(given.output, surgery.inside(new.model, given.model), record | {"swap": dataclasses.asdict(report)})
+    print(json.dumps(dataclasses.asdict(report), indent=1) if given.json else f"{report.table()}\n{given.output}: saved")
+
+
+def prune(given: argparse.Namespace) -> None:
+    """zipper prune"""
+    import dataclasses
+
+    from zipper import checkpoint, corpus, data, surgery
+    from zipper.pipeline import Pipeline
+
+    _absent(given.output)
+    record = checkpoint.load(given.model)[1]
+    whole = Pipeline.from_pretrained(given.model)
+    raw = data.manifest(given.data, given.rows) if given.data else corpus.rows("dev", given.rows, whole.units)
+    folder = given.data.parent if given.data else Path()
+    rows = [data.encode(row, whole.modalities, folder, f"{given.data or 'dev'}, line {n}") for n, row in enumerate(raw, 1)]
+    samples = surgery.batches(whole.model, rows)
+    found = surgery.activity(whole.model, [batch for some in samples.values() for batch in some])
+    links = given.links or surgery.idle(found, given.below)
+    if not links:
+        raise ZipperError(f"No link adds less than {given.below}: the least is {min(link.share for link in found.values()):.4f}.")
+    stored = Pipeline.from_pretrained(given.model, dtype=None)  # so that what stays keeps its bits on the disk too
+    pruned = Pipeline(surgery.prune(stored.model, links), stored.modalities)
+    costs = surgery.costs(whole.model, samples)
+    sizes = [sum(p.numel() for p in model.new_parameters().values()) for model in (stored.model, pruned.model)]
+    before = _rates(whole, raw, rows, given.data is None)
+    result: dict[str, Any] = {
+        "links": {name: dataclasses.asdict(link) | {"cost": costs[name], "dropped": name in links} for name, link in found.items()},
+        "new_parameters": dict(zip(("before", "after"), sizes, strict=True)),
+        "rows": len(rows),
+    }
+    pruned.save_pretrained(given.output, surgery.inside(pruned.model, given.model), record | {"pruned": result})
+    loaded = Pipeline.from_pretrained(given.output)
+    after = _rates(loaded, raw, rows, given.data is None)
+    losses = [surgery.losses(pipeline.model, samples) for pipeline in (whole, loaded)]
+    result["nats_per_token"] = {task: {"before": loss, "after": losses[1][task]} for task, loss in losses[0].items()}
+    result["wer"] = {task: {"before": rate, "after": after[task]} for task, rate in before.items()}
+    if given.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(surgery.table(found, costs, links))
+    print(f"new parameters: {sizes[0]:,} -> {sizes[1]:,}")
+    for task, loss in result["nats_per_token"].items():
+        print(f"{task}: {loss['before']:.3f} -> {loss['after']:.3f} nats per token")
+    for task, rate in result["wer"].items():
+        print(f"WER of {task}: {rate['before']:.1%} -> {rate['after']:.1%} ({len(rows)} rows)")
+    print(f"{given.output}: saved")
+
+
+def _rates(pipeline: Any, raw: Sequence[Any], rows: Sequence[Any], built_in: bool) -> dict[str, float]:
+    """Word error rates: of both tasks on the built-in corpus; elsewhere of what speech says, if the rows have text and speech."""
+    from zipper import demo
+    from zipper.evaluation import error_rate
+
+    if built_in:
+        return {task: scores[0].rate.wer for task, scores in demo.evaluate(pipeline, raw).scores.items()}
+    if not all({"text", "speech"} <= row.keys() for row in rows):
+        return {}
+    said = [segment.content for segment in demo.transcribe(pipeline, [row["speech"] for row in rows])]
+    return {"asr": error_rate([pipeline.modalities["text"].decode(row["text"]) for row in rows], said).wer}
+
+
+def _absent(path: Path) -> None:
+    """Raise ZipperError unless this is a new folder that can be made."""
+    if path.exists():
+        raise ZipperError(f"{path} exists. Choose a new folder.")
+    _writable(path)
+
+
+def _named(option: str, items: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE items as a dict."""
+    found = dict(item.partition("=")[::2] for item in items)
+    if wrong := [item for item in items if not all(item.partition("="))]:
+        raise ZipperError(f"{option} {wrong[0]!r} is not NAME=VALUE. Write e.g. text=runs/tower.")
+    return found
+
+
+def push(given: argparse.Namespace) -> None:
+    """zipper push"""
+    from zipper import hub
+
+    print(hub.push(given.model, given.repo, private=given.private, revision=given.revision, message=given.message))

@@ -487,8 +487,9 @@ class Zipper(nn.Module):
                 fused = torch.ones_like(strand.ids, dtype=torch.bool) if cached else _shared(name, strands)
                 h = torch.where(fused[..., None], self.inputs[name](h), h)
             hidden[name], passes[name], done[name] = h, towers[name].start(strand, h, past.get(name)), 0
+        live = {n for n, _, _ in self.config.link_names()}  # a junction without links is none
         for n, junction in enumerate(self.config.junctions if len(state.towers) > 1 else ()):
-            for name in junction.keys() & strands.keys():
+            for name in junction.keys() & strands.keys() if n in live else ():
                 hidden[name] = towers[name].run(hidden[name], range(done[name], junction[name]), passes[name])
                 done[name] = junction[name]
             if taps is not None:

@@ -1,0 +1,413 @@
+"""Surgery: another tower in a zip that was trained already, or fewer links. The zip that is operated on is not changed.
+
+What is kept is kept bit for bit; what has to be born again starts closed (gates 0): until it is trained, a new tower that hears
+only such links says what it says alone. Frozen towers are shared by the old zip and the new one, all that learns is copied.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zipper import checkpoint
+from zipper.data import Row
+from zipper.errors import ZipperError
+from zipper.modality import Modality
+from zipper.model import Junction, TowerConfig, TowerSource, Zipper, ZipperConfig, link_name, visible
+from zipper.pipeline import PINS, Pipeline
+from zipper.sequence import Batch, collate
+from zipper.tasks import Task
+from zipper.tower import Tower
+
+KIN = 0.5  # `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it was before alignment
+
+# What the parts of a link work with: the states of a tower, or what stands on either side of them.
+FACE_SOURCE = ("source_norm", "whiten", "projection")
+FACE_TARGET = ("norm", "query", "out", "feedforward")
+BETWEEN = {"key": ("projection", "query"), "value": ("projection", "out")}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tower that was swapped. kinship: see `kinship`; a relative is the old tower trained on, or what it was before."""
+
+    before: TowerConfig
+    after: TowerConfig
+    kinship: float
+
+    @property
+    def related(self) -> bool:
+        """Whether the states of the new tower have the coordinates of the old one's."""
+        return self.kinship > KIN
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a link or an input projection that touches a swapped tower. was, name: in the old zip and in the new one, ""
+    where its junction is gone. kept: parts as they were. reborn: part -> why; if there are any, the gates are closed."""
+
+    was: str
+    name: str
+    kept: tuple[str, ...] = ()
+    reborn: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap` did. junctions: (before, after), None for one that is gone. fates: of all that touches a swapped tower; every
+    other link is as it was, only the number of its junction may be another."""
+
+    towers: Mapping[str, Change]
+    junctions: tuple[tuple[Junction, Junction | None], ...]
+    fates: tuple[Fate, ...]
+
+    def table(self) -> str:
+        """The report as text."""
+        lines = []
+        for name, change in self.towers.items():
+            a, b = change.before, change.after
+            kind = "a relative of the old one" if change.related else "another tower"
+            lines.append(f"{name}: {_shape(a)} -> {_shape(b)}, {kind} (kinship {change.kinship:.2f})")
+            if a.vocabulary != b.vocabulary and a.tokens == b.tokens:
+                lines.append(f"  {a.tokens:g} mean tokens per segment were counted with the old vocabulary; tokens= sets them")
+            if a.lora:
+                lines.append("  the adapter of the old tower is gone with it")
+        lines.append("junctions")
+        lines += [f"  {before} -> {after or 'gone: no block is left for it'}" for before, after in self.junctions]
+        lines.append("links and input projections")
+        for fate in self.fates:
+            lines.append(f"  {fate.was}" + ("" if fate.name == fate.was else f" -> {fate.name or 'gone'}"))
+            if fate.name:
+                lines.append(f"    kept: {', '.join(fate.kept) or 'nothing'}{'' if fate.reborn else ', and its gates'}")
+            for why in dict.fromkeys(fate.reborn.values()):
+                lines.append(f"    born again, {why}: {', '.join(part for part, w in fate.reborn.items() if w == why)}")
+        return "\n".join(lines)
+
+
+def swap(
+    model: Zipper,
+    towers: Mapping[str, TowerSource],
+    train: Sequence[str] = (),
+    ends: Mapping[str, tuple[int, int]] | None = None,
+    tokens: Mapping[str, float] | None = None,
+    gate: float = 0.0,
+    seed: int = 0,
+) -> tuple[Zipper, SwapReport]:
+    """The zip with other towers in the place of those named: of another width, depth, family or vocabulary.
+
+    A junction moves to the same share of the new depth. A part of a link stays if its shapes fit and what it was trained beside is
+    still there; a relative of the old tower leaves everything as it is. A link with a part born again gets the gates `gate` (before
+    the tanh), and calibration (`TrainConfig.calibrate`) whitens it anew. train: swapped towers that learn, the others of `towers`
+    are frozen; towers that stay keep what they have. ends, tokens: as in `Zipper.from_towers`; by default mean tokens stay the old
+    tower's, and so do the ends for a relative with as many ids. seed: of what is born again.
+
+    Raises ZipperError: unknown names, a tower that cannot be run part way or has no room for a junction.
+    """
+    for option, names, known in (
+        ("swap", towers, model.config.towers),
+        *((option, given or (), towers) for option, given in (("train", train), ("ends", ends), ("tokens", tokens))),
+    ):
+        if unknown := sorted({*names} - {*known}):
+            raise ZipperError(f"{option} names the tower {unknown[0]!r}; it may name {sorted(known)}.")
+    alone: dict[str, Tower] = {}
+    changes: dict[str, Change] = {}
+    for name, source in towers.items():
+        old, before = model.towers[name], model.config.towers[name]
+        assert isinstance(old, Tower)
+        tower = source if isinstance(source, Tower) else Tower.load(source)
+        kin = kinship(old, tower)
+        own = (ends or {}).get(name)
+        if own is None and kin > KIN and tower.vocabulary == before.vocabulary:
+            own = (before.begin, before.end)
+        learns = [name] if name in train else []
+        born = Zipper.from_towers({name: tower}, train=learns, ends={name: own} if own else None).config.towers[name]
+        after = dataclasses.replace(
+            born,
+            source=str(source) if isinstance(source, str | Path) else "",
+            input_projection=before.input_projection,
+            tokens=(tokens or {}).get(name, before.tokens),
+        )
+        alone[name], changes[name] = tower.to(next(old.parameters()).device), Change(before, after, kin)
+    junctions = _moved(model.config.junctions, changes)
+    places = [n for n, junction in enumerate(junctions) if junction]  # old number of each new junction
+    if model.config.junctions and not places:
+        raise ZipperError(
+            f"No junction fits inside {', '.join(sorted(towers))} of so few blocks. Give towers of at least 2 blocks."
+        )
+
+    def moved(n: int, source: str, target: str) -> str:
+        stays = {source, target} <= (junctions[n] or {}).keys()
+        return link_name(places.index(n), source, target) if stays else ""
+
+    absent = [(n, s, t) for n, s, t in _all_links(model.config) if link_name(n, s, t) in model.config.dropped]
+    config = dataclasses.replace(
+        model.config,
+        towers={name: changes[name].after if name in changes else t for name, t in model.config.towers.items()},
+        junctions=tuple(junction for junction in junctions if junction),
+        dropped=tuple(name for link in absent if (name := moved(*link))),
+    )
+    new = _born(_towers(model, without=alone) | alone, config, seed)
+    strangers = {name: f"{name} is another tower" for name, change in changes.items() if not change.related}
+    fates = []
+    for name, projection in model.inputs.items():
+        reborn = _graft(projection, new.inputs[name], {"mlp": strangers[name]} if name in strangers else {}, gate)
+        if name in changes:
+            fates.append(_fate(f"inputs.{name}", f"inputs.{name}", projection, reborn))
+    for n, source_name, target in model.config.link_names():
+        link, was, name = model.link(n, source_name, target), link_name(n, source_name, target), moved(n, source_name, target)
+        faces = {part: source_name for part in _facing_source(link)} | dict.fromkeys(FACE_TARGET, target)
+        meaningless = {part: strangers[tower] for part, tower in faces.items() if tower in strangers}
+        reborn = _graft(link, new.links[name], meaningless, gate) if name else {}
+        if {source_name, target} & changes.keys():
+            fates.append(_fate(was, name, link, reborn) if name else Fate(was, ""))
+    new.train(model.training)
+    return new, SwapReport(changes, tuple(zip(model.config.junctions, junctions, strict=True)), tuple(fates))
+
+
+def swap_pipeline(
+    pipeline: Pipeline,
+    towers: Mapping[str, TowerSource],
+    modalities: Mapping[str, Modality] | None = None,
+    train: Sequence[str] = (),
+    tokens: Mapping[str, float] | None = None,
+    gate: float = 0.0,
+    seed: int = 0,
+) -> tuple[Pipeline, SwapReport]:
+    """`swap` with the modalities of the new towers, which say how segments begin and end. A tower that `modalities` does not name
+    keeps the old one, which must be its own too: a ZipperError where ids, ends or pins say that it is not."""
+    given = dict(modalities or {})
+    if unknown := sorted({*given} - {*towers}):
+        raise ZipperError(f"The modality {unknown[0]!r} is given, but that tower stays. Give modalities of {sorted(towers)} only.")
+    ends = {name: (modality.begin, modality.end) for name, modality in given.items()}
+    model, report = swap(pipeline.model, towers, train, ends, tokens, gate, seed)
+    new = pipeline.modalities | given
+    for name, change in report.towers.items():
+        if name not in given and change.before.vocabulary != change.after.vocabulary:
+            raise ZipperError(
+                f"The new {name!r} knows {change.after.vocabulary} ids, the old one {change.before.vocabulary}: the old modality "
+                f"would give them other meanings. Give the new tower's own tokenizer or codebook (--modality {name}=FOLDER)."
+            )
+        source = Path(change.after.source)
+        pins = source.parent.parent / PINS  # a tower inside a saved pipeline was trained with the modality that is pinned there
+        if pins.is_file() and checkpoint.read_json(pins).get(source.name, new[name].fingerprint) != new[name].fingerprint:
+            raise ZipperError(
+                f"{source} was trained with another tokenizer or codebook than the one it would have here. "
+                f"Give {pins.parent / 'modalities' / source.name} (--modality {name}=FOLDER)."
+            )
+    return Pipeline(model, new), report
+
+
+@torch.inference_mode()
+def kinship(old: Tower, new: Tower) -> float:
+    """Cosine between all matrices of two towers, but those whose shapes differ; 0 where they differ in width, depth or family.
+
+    Towers that were trained apart are orthogonal, however alike their shapes; one that was trained on stays close to what it was.
+    """
+    before, after = old.base(), new.base()
+    if old.width != new.width or before.keys() != after.keys():
+        return 0.0
+    product, lengths = 0.0, [0.0, 0.0]
+    for name, a in before.items():
+        b = after[name]
+        if a.ndim > 1 and a.shape == b.shape:
+            a, b = a.float().flatten(), b.to(a.device).float().flatten()
+            product += float(a @ b)
+            lengths = [lengths[0] + float(a @ a), lengths[1] + float(b @ b)]
+    return product / (lengths[0] * lengths[1]) ** 0.5 if all(lengths) else 0.0
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How much one link adds. attention, feedforward: gates after the tanh. share: |added| / |state|, the mean over the tokens of
+    the target that see something. seen: how many those were; where there were none the share says nothing."""
+
+    attention: float
+    feedforward: float | None
+    share: float
+    seen: int
+
+
+def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, list[Batch]]:
+    """Rows of `zipper.data` as samples of every ordered pair of towers that they have fields for: {"speech -> text": batches}."""
+    named = [name for name in model.config.towers if all(name in row for row in rows)]
+    produced = {name: "voiced:speech" if name == "speech" and all("voiced" in row for row in rows) else name for name in named}
+    tasks = [Task((source,), (produced[target],)) for source, target in permutations(named, 2)]
+    if not rows or not tasks:
+        raise ZipperError(f"The rows have no two of the fields {sorted(model.config.towers)} in common. Give rows of pairs.")
+    ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
+    parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
+    return {str(task): [collate([task.segments(row) for row in part], model.ends()) for part in parts] for task in tasks}
+
+
+@torch.inference_mode()
+def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
+    """What each link adds to the states of its target on these samples, as the model is; nothing is changed."""
+    names = {link_name(*link): link for link in model.config.link_names()}
+    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    for strands in (batch.strands for batch in samples):
+        taps = model.taps(strands)
+        for name, (n, source, target) in names.items():
+            if {source, target} <= strands.keys():
+                read, reading, x, link = strands[source], strands[target], taps[n][target], model.link(n, source, target)
+                mask = visible(reading, read)
+                added = link(x, link.read(taps[n][source], read.position), mask, reading.position)
+                share = (added.float().norm(dim=-1) / x.float().norm(dim=-1).clamp(min=1e-30))[mask.any(-1)]
+                total[name], seen[name] = total[name] + float(share.sum()), seen[name] + share.numel()
+    found = {}
+    for name, where in names.items():
+        link = model.link(*where)
+        ffw = None if link.feedforward is None else float(link.feedforward_gate.float().tanh())
+        found[name] = Activity(float(link.gate.float().tanh()), ffw, total[name] / max(1, seen[name]), seen[name])
+    return found
+
+
+def idle(found: Mapping[str, Activity], below: float) -> list[str]:
+    """Names of the links whose share is less than `below`; one that saw nothing was not measured and is not idle."""
+    return [name for name, link in found.items() if link.seen and link.share < below]
+
+
+@torch.inference_mode()
+def losses(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    """Nats per produced token of each task of `batches`, given what is true."""
+    found = {}
+    for task, some in samples.items():
+        total = count = 0.0
+        for batch in some:
+            (name,) = (name for name, weight in batch.weights.items() if weight.any())
+            where = batch.weights[name] > 0
+            logits = model(batch.strands, outputs=[name])[name][where]
+            total += float(F.cross_entropy(logits.float(), batch.targets[name][where], reduction="sum"))
+            count += int(where.sum())
+        found[task] = total / count
+    return found
+
+
+def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+    """What each link is worth: how much `losses`, summed over tasks, grow if that link alone is not there. Look at it before you
+    prune: a link with a small share may be worth much (docs/log.md)."""
+    trial, whole = copy.copy(model), sum(losses(model, samples).values())  # the same modules under another configuration
+    found = {}
+    for link in model.config.link_names():
+        trial.config = dataclasses.replace(model.config, dropped=(*model.config.dropped, link_name(*link)))
+        found[link_name(*link)] = sum(losses(trial, samples).values()) - whole
+    return found
+
+
+def table(found: Mapping[str, Activity], cost: Mapping[str, float], dropped: Container[str] = ()) -> str:
+    """`activity` and `costs` as text."""
+    lines = [f"{'link':24} {'attention':>9} {'feed-forward':>12} {'share':>7} {'seen':>7} {'cost':>7}"]
+    for name, link in found.items():
+        ffw = "" if link.feedforward is None else f"{link.feedforward:+.3f}"
+        gone = "  dropped" if name in dropped else ""
+        lines.append(f"{name:24} {link.attention:+9.3f} {ffw:>12} {link.share:7.4f} {link.seen:7d} {cost[name]:+7.3f}{gone}")
+    return "\n".join(lines)
+
+
+def prune(model: Zipper, links: Sequence[str]) -> Zipper:
+    """The zip without these links ("0:text>speech"); everything else is as it was, to the bit."""
+    there = [link_name(*link) for link in model.config.link_names()]
+    if unknown := sorted({*links} - {*there}):
+        raise ZipperError(f"This model has no link {unknown[0]!r}; it has {', '.join(there)}.")
+    config = dataclasses.replace(model.config, dropped=tuple(sorted({*model.config.dropped, *links})))
+    new = _born(_towers(model), config)
+    for parts, made in ((model.inputs, new.inputs), (model.links, new.links)):
+        for name, part in made.items():
+            _graft(parts[name], part, {}, 0.0)
+    return new.train(model.training)
+
+
+def inside(model: Zipper, folder: Path) -> list[str]:
+    """Frozen towers that lie in the folder that this model was loaded from: another folder must hold them too."""
+    frozen = {name: folder / tower.source for name, tower in model.config.towers.items() if tower.source and not tower.train}
+    return [name for name, place in frozen.items() if place.is_dir() and place.resolve().is_relative_to(folder.resolve())]
+
+
+def _born(towers: Mapping[str, Tower], config: ZipperConfig, seed: int = 0) -> Zipper:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Zipper(towers, config)
+
+
+def _towers(model: Zipper, without: Container[str] = ()) -> dict[str, Tower]:
+    """The towers for another zip: those that learn are copied, frozen ones are the same objects."""
+    found = {}
+    for name, tower in model.towers.items():
+        assert isinstance(tower, Tower)
+        if name not in without:
+            found[name] = copy.deepcopy(tower) if model.config.towers[name].learns else tower
+    return found
+
+
+def _all_links(config: ZipperConfig) -> list[tuple[int, str, str]]:
+    return dataclasses.replace(config, dropped=()).link_names()
+
+
+def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction | None]:
+    """Junctions at the same share of each new depth: rising, distinct, never after the last block. Where a tower has too few blocks
+    it leaves some junctions, evenly; a junction of fewer than two towers is None."""
+    moved = [dict(junction) for junction in junctions]
+    for name, change in changes.items():
+        mine = [junction for junction in moved if name in junction]
+        room = change.after.layers - 1
+        fits = min(len(mine), room)
+        staying = {round(i * (len(mine) - 1) / max(1, fits - 1)) for i in range(fits)}
+        block, left = 0, fits
+        for i, junction in enumerate(mine):
+            if i not in staying:
+                del junction[name]
+                continue
+            left -= 1
+            share = junction[name] / change.before.layers
+            junction[name] = block = min(max(round(share * change.after.layers), block + 1), room - left)
+    return [junction if len(junction) > 1 else None for junction in moved]
+
+
+def _facing_source(link: nn.Module) -> tuple[str, ...]:
+    """Parts that work with the source's states; without a projection, keys and values read them directly."""
+    return FACE_SOURCE if any(name.startswith("projection.") for name, _ in link.named_parameters()) else (*FACE_SOURCE, *BETWEEN)
+
+
+def _graft(old: nn.Module, new: nn.Module, meaningless: Mapping[str, str], gate: float) -> dict[str, str]:
+    """Give a newly born module the parts of an old one that fit; returns those that do not: part -> why.
+
+    A part stays or is born again as a whole. It is born again if a shape is another, if `meaningless` names it (it faces a tower
+    whose states have other coordinates now), or if it stands between two that are born again. If only one of the two is, it stays:
+    a new projection can learn to land where the old keys read, as a new query can learn to ask what they answer. Both gates get
+    `gate` if anything is born again, also that of a feed-forward that stays, for it reads what attention adds.
+    """
+    held, made = old.state_dict(), new.state_dict()
+    why = {}
+    for key, tensor in made.items():
+        part = key.partition(".")[0]
+        if tensor.shape != held[key].shape:
+            why[part] = "its shape does not fit"
+        elif part in meaningless:
+            why.setdefault(part, meaningless[part])
+    for part, neighbours in BETWEEN.items():
+        if part in _parts(new) and part not in why and all(neighbour in why for neighbour in neighbours):
+            why[part] = "nothing that it works with is kept"
+    for key, tensor in made.items():
+        reborn = torch.full_like(tensor, gate) if key.endswith("gate") and why else tensor
+        kept = key.partition(".")[0] not in why and not (key.endswith("gate") and why)
+        made[key] = held[key].clone() if kept else reborn.to(held[key].device, held[key].dtype)
+    new.load_state_dict(made, assign=True)
+    return why
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """Names of the parts that have parameters, without the gates."""
+    return [name for name, part in module.named_children() if next(part.parameters(), None) is not None]
+
+
+def _fate(was: str, name: str, old: nn.Module, reborn: Mapping[str, str]) -> Fate:
+    return Fate(was, name, tuple(part for part in _parts(old) if part not in reborn), reborn)
+
+
+def _shape(tower: TowerConfig) -> str:
+    return f"{tower.layers} blocks of width {tower.width}, {tower.vocabulary} ids"
