@@ -1,16 +1,18 @@
-"""The zip file: a folder that exists whole or not at all, and whose every byte is accounted for.
+"""The zip file: a folder that exists whole or not at all, whose every byte is accounted for, and that asks for nothing absurd.
 
 A saved folder holds zipper.json (the configuration), zip.safetensors (what zipping added), towers/<name>/ (trained towers, as
-transformers saves them) and manifest.json (SHA-256 of every other file), which is written last. No pickle anywhere. Nothing here
-knows what the tensors mean.
+transformers saves them), modalities/<name>/ and modalities.json, and manifest.json (SHA-256 of every other file), which is written
+last. README.md is for people and not in the manifest. No pickle anywhere. Nothing here knows what the tensors mean.
 """
 
-import hashlib
+import ctypes
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,19 +22,42 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zipper.errors import ZipperError
+from zipper.files import Entry, check_finite, header
+from zipper.files import read_json as read_json
+from zipper.files import sha256 as sha256
+from zipper.files import write_json as write_json
 
-CONFIG, TENSORS, MANIFEST = "zipper.json", "zip.safetensors", "manifest.json"
+CONFIG, TENSORS, MANIFEST, PINS, CARD = "zipper.json", "zip.safetensors", "manifest.json", "modalities.json", "README.md"
+
+INDEX = "model.safetensors.index.json"
+SIZES = ("width", "layers", "vocabulary")
+
+Headers = dict[str, dict[str, Entry]]  # by file, by tensor
+
+_NAME = r"[a-z][a-z0-9_]*"  # of a tower
+_TOWER_FILE = r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+# Settings by which a config.json could bring in code, another file or another kernel. save_pretrained writes none of them.
+_FOREIGN = re.compile(
+    r"auto_map|custom_|quantization_config|compression_config|transformers_weights|_?(attn|experts)_implementation"
+)
+_DEPTH = re.compile(r"layer|block|depth")  # of such things a model has at most MOST_LAYERS
+MOST_LAYERS = 10_000
+MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B has 128 MiB of masks
 
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """Write a folder so that a reader sees the old one or the new one, never a mix: yields a temporary sibling, and on success
-    adds the manifest, flushes it to the disk and renames it into place. On failure the old folder is untouched.
+    adds the manifest, flushes it to the disk and puts it into place. On failure the old folder is untouched.
 
-    Refuses (ZipperError) to replace a folder that is not one of ours.
+    On Linux the old folder and the new one change places in one step. Elsewhere there is a moment without either: killed in it, the
+    old one is left beside, as .<name>.old.<something>. Refuses (ZipperError) to replace a folder that is not one of ours.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
@@ -42,15 +67,24 @@ def whole(folder: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        files = {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-        for path in (*temporary.rglob("*"), temporary):
+        for path in temporary.rglob("*"):
             _flush(path)
-        with _aside(folder):
-            os.rename(temporary, folder)
+        seal(temporary)
+        _flush(temporary / MANIFEST)
+        _flush(temporary)
+        if not folder.exists() or not _exchange(temporary, folder):
+            with _aside(folder):
+                os.rename(temporary, folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder: the hash of every file in it, but not of README.md and of hidden ones (the hub's)."""
+    found = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    own = ((path, name) for path, name in found if name.parts[0][0] != "." and str(name) not in (MANIFEST, CARD))
+    (folder / MANIFEST).write_bytes(_manifest({name.as_posix(): sha256(path) for path, name in own}))
 
 
 def remove(folder: Path) -> None:
@@ -76,22 +110,43 @@ def _aside(folder: Path) -> Iterator[None]:
         shutil.rmtree(old)
 
 
-def check(folder: Path) -> None:
-    """Every file of a saved folder is there and has the hash that the manifest names; otherwise a ZipperError names the file."""
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step (renameat2, Linux 3.15); False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28, musl 1.2.6
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def check(folder: Path, root: Path | None = None) -> Headers:
+    """Every file of a saved folder is there and has the hash that the manifest names, and no other lies where one would be read.
+
+    root: the files may really lie anywhere in it; a snapshot in the hub's cache holds links. Default: the folder itself. Returns
+    the headers of the safetensors files. A ZipperError names the file that is damaged, missing, foreign or elsewhere.
+    """
     if not (folder / MANIFEST).is_file():
         what = "has no manifest.json, so it is not a saved model or was only half copied" if folder.is_dir() else "does not exist"
         raise ZipperError(f"{folder} {what}. Give the folder that save_pretrained or `zipper train` wrote.")
+    roots = [place.resolve() for place in (folder, root) if place is not None]
+    _check_place(folder / MANIFEST, roots)
     files = read_json(folder / MANIFEST).get("files")
-    if not isinstance(files, dict) or CONFIG not in files:
-        raise ZipperError(f"{folder / MANIFEST} is damaged: it does not list the model's files. Copy the folder again.")
+    if not isinstance(files, dict) or CONFIG not in files or _manifest(files) != (folder / MANIFEST).read_bytes():
+        raise ZipperError(f"{folder / MANIFEST} is damaged: it is no list of the model's files. Copy the folder again.")
+    for name in files:
+        if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", name):
+            raise ZipperError(f"{folder / MANIFEST} names {name!a}, which lies outside its folder. Do not use this file.")
+        if not (folder / name).is_file():
+            raise ZipperError(f"{folder / name} is missing, {MANIFEST} lists it. Copy the folder again.")
+        _check_place(folder / name, roots)
+    for name in _readable(folder):
+        if name not in (*files, MANIFEST):
+            raise ZipperError(f"{folder / name} is not in {MANIFEST}: it did not come with this model. Take it away.")
+    headers = {name: header(folder / name) for name in files if name.endswith(".safetensors")}
     for name, digest in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ZipperError(f"{folder / MANIFEST} names {name!r}, which lies outside its folder. Do not use this file.")
-        if not path.is_file():
-            raise ZipperError(f"{path} is missing. Copy the folder again.")
-        if sha256(path) != digest:
-            raise ZipperError(f"{path} is damaged: its content hash is not the one in {MANIFEST}. Copy the folder again.")
+        if sha256(folder / name) != digest:
+            raise ZipperError(f"{folder / name} is damaged: its content hash is not the one in {MANIFEST}. Copy the folder again.")
+    return headers
 
 
 def save(
@@ -109,59 +164,197 @@ def save(
     write_json(folder / CONFIG, {"format": 1, "config": config, "versions": versions, "record": record})
 
 
-def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(configuration, record) of a saved zip, after every file's hash was checked."""
-    check(folder)
+def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(configuration, record) of a saved zip, after `check` and after everything that its files ask for was compared with what
+    they hold: a tower with the model that its config.json describes, every parameter with a finite number.
+
+    What the configuration says of links is left to whoever knows links (`tensors`). A ZipperError names the file.
+    """
+    headers = check(folder, root)
+    files = read_json(folder / MANIFEST)["files"]
     data = read_json(folder / CONFIG)
-    if data.get("format") != 1 or not isinstance(data.get("config"), dict):
-        raise ZipperError(f"{folder / CONFIG} has format {data.get('format')!r}; this version of zipper reads format 1.")
+    if data.get("format") != 1 or not isinstance(data.get("config"), dict) or not isinstance(data.get("record") or {}, dict):
+        raise ZipperError(f"{folder / CONFIG} has format {data.get('format')!a:.80}; this version of zipper reads format 1.")
+    towers = _towers(folder / CONFIG, data["config"])
+    inside = {f"towers/{name}": tower for name, tower in towers.items() if tower["source"] == f"towers/{name}"}
+    _check_parts(folder, files, towers, inside)
+    for place, tower in inside.items():
+        shards = {Path(name).name: entries for name, entries in headers.items() if name.startswith(f"{place}/")}
+        _check_tower(folder / place, shards, tower)
+    for name, entries in headers.items():
+        check_finite(folder / name, entries)
     return data["config"], data.get("record") or {}
 
 
 def tensors(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The new parameters, names and shapes compared with `wanted` before any memory is taken for them."""
+    """The new parameters; names, shapes and kinds are compared with `wanted` (on any device, also meta) before any memory is taken
+    for them."""
     path = folder / TENSORS
+    _compare(path, header(path), wanted, folder / CONFIG)
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != wanted.keys():
-                odd = sorted(names ^ wanted.keys())[:3]
-                raise ZipperError(f"{path} does not hold the tensors that its configuration asks for (differs in {odd}).")
-            for name in names:
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(wanted[name].shape):
-                    raise ZipperError(f"{path}: {name} has shape {shape}, the configuration wants {tuple(wanted[name].shape)}.")
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
-        raise ZipperError(f"{path} is not a readable safetensors file: {error}.") from error
+        raise ZipperError(f"{path} is damaged or not a safetensors file: {error}. Copy the folder again.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a ZipperError names the file if it is none."""
+def _manifest(files: Mapping[str, Any]) -> bytes:
+    """The one way to write it: whatever was changed in a manifest, also white space, is found."""
+    return (json.dumps({"files": files}, indent=1) + "\n").encode()
+
+
+def _check_place(path: Path, roots: Iterable[Path]) -> None:
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ZipperError(f"{path} is a link to {real}, which lies outside its folder. Do not use this folder.")
+
+
+def _readable(folder: Path) -> Iterator[str]:
+    """Names of the files that somebody would read, if they were there; folders that are links are none of ours."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        if here == Path():
+            folders[:] = [name for name in folders if name in ("towers", "modalities")]
+            names = [name for name in names if name.endswith((".json", ".safetensors"))]
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        yield from ((here / name).as_posix() for name in (*names, *links))
+
+
+def _towers(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the configuration says of its towers, as far as files depend on it."""
+    towers = config.get("towers")
+    if not isinstance(towers, dict) or not towers:
+        raise ZipperError(f"{path} is not the configuration of a zip: it names no towers.")
+    for name, tower in towers.items():
+        sizes = [tower.get(key) for key in SIZES] if isinstance(tower, dict) else []
+        source = tower.get("source") if isinstance(tower, dict) else None
+        if not re.fullmatch(_NAME, name) or not sizes or any(type(size) is not int or not 0 < size < 1 << 31 for size in sizes):
+            raise ZipperError(f"{path} is not the configuration of a zip: {name!a:.80} is no tower with {', '.join(SIZES)}.")
+        if not isinstance(source, str) or not source.isprintable() or ".." in re.split(r"[/\\]", source):
+            raise ZipperError(f"{path} is not the configuration of a zip: the tower {name!r} comes from {source!a:.80}.")
+        if source.startswith("towers/") and source != f"towers/{name}":
+            raise ZipperError(f"{path} says that the tower {name!r} lies in {source!a:.80}. Do not use this file.")
+    return towers
+
+
+def _check_parts(folder: Path, files: Iterable[str], towers: Mapping[str, Mapping[str, Any]], inside: Iterable[str]) -> None:
+    """The folder has every part that its configuration asks for, and in towers/ and modalities/ nothing else."""
+    pinned = (folder / PINS).is_file()
+    if pinned:
+        pins = read_json(folder / PINS)
+        if pins.keys() != towers.keys() or not all(isinstance(p, str) and re.fullmatch(r"[0-9a-f]{64}", p) for p in pins.values()):
+            raise ZipperError(
+                f"{folder / PINS} should hold one hash for each of {sorted(towers)}; it is about {[*pins][:5]!a:.200}."
+            )
+    parts = {f"modalities/{name}": tower for name, tower in towers.items() if pinned}
+    there = {*files, *(str(Path(name).parent) for name in files)}
+    if missing := sorted({TENSORS, *(f"{place}/config.json" for place in inside), *parts} - there):
+        raise ZipperError(f"{folder / missing[0]} is missing, {folder / CONFIG} asks for it. Save the model again.")
+    for name in files:
+        place, _, file = name.rpartition("/")
+        ours = place in parts or (place in inside and re.fullmatch(_TOWER_FILE, file))
+        if name.startswith(("towers/", "modalities/")) and not ours:
+            raise ZipperError(f"{folder / name} belongs to no tower of {folder / CONFIG}. Do not use this folder.")
+        # A tokenizer says some 100 bytes of each token; what says much more is none, and would take memory to find out.
+        if (
+            place in parts
+            and file.endswith(".json")
+            and (folder / name).stat().st_size > (most := 1_000_000 + 500 * parts[place]["vocabulary"])
+        ):
+            raise ZipperError(f"{folder / name} has more than {most} bytes, for a vocabulary of {parts[place]['vocabulary']}.")
+
+
+def _check_tower(folder: Path, shards: Mapping[str, Mapping[str, Entry]], pin: Mapping[str, Any]) -> None:
+    """The files of a tower hold the tensors of the model that its config.json describes, and that is of the pinned size.
+
+    The model is built without memory, and not before what it is built of is known to be no more than the files hold.
+    """
+    path, generation, held = folder / "config.json", folder / "generation_config.json", _held(folder, shards)
+    described = read_json(path)
+    if generation.is_file():
+        read_json(generation)
+    for key, value in _settings(described):
+        if _FOREIGN.match(key):
+            raise ZipperError(f"{path} sets {key!a:.80}, by which other code or files come in. Do not use this file.")
+        if isinstance(value, int | float) and abs(value) > (MOST_LAYERS if _DEPTH.search(key) else 1 << 53):
+            raise ZipperError(f"{path} sets {key!a:.80} to {value!a:.30}, which no model has.")
+    if described.get("model_type") not in [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
+        raise ZipperError(
+            f"{path} describes no causal language model that transformers knows: {described.get('model_type')!a:.80}."
+        )
+    pinned = {size: pin[size] for size in SIZES}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ZipperError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise ZipperError(f"{path} should hold a JSON object; it holds a {type(data).__name__}.")
-    return data
+        if generation.is_file():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+        sizes = dict(zip(SIZES, (text.hidden_size, text.num_hidden_layers, text.vocab_size), strict=True))
+        if sizes == pinned:
+            with torch.device("meta"), _Few(1_000 + 50 * len(held)):
+                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            wanted = revert_weight_conversion(model, model.state_dict(keep_vars=True))
+    except Exception as error:  # whatever a stranger's settings lead transformers to
+        raise ZipperError(f"{path} describes no model that can be built: {error!s:.300}. Do not use this file.") from error
+    if sizes != pinned:
+        raise ZipperError(f"{path} describes a tower of {sizes}, {folder.parents[1] / CONFIG} one of {pinned}.")
+    computed = sum(b.nbytes for name, b in model.named_buffers() if name not in model.state_dict())
+    if computed > MOST_COMPUTED_BYTES:
+        raise ZipperError(f"{path} asks for {computed} bytes of tables that no file holds. Do not use this file.")
+    stored = {id(wanted[name]) for name in held.keys() & wanted.keys()}
+    tied = {name for name, tensor in wanted.items() if name not in held and id(tensor) in stored}  # saved under another name
+    weights = folder / (next(iter(shards)) if len(shards) == 1 else INDEX)
+    _compare(weights, held, {name: tensor for name, tensor in wanted.items() if name not in tied}, path)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON, one readable way for the whole project."""
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
+def _held(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
+    """All tensors of a tower, whose files are those that the index names, if there are several."""
+    held = {name: entry for entries in shards.values() for name, entry in entries.items()}
+    path = folder / INDEX
+    if path.is_file():
+        where = {name: file for file, entries in shards.items() for name in entries}
+        if read_json(path).get("weight_map") != where or len(where) < sum(map(len, shards.values())):
+            raise ZipperError(f"{path} does not say which file holds which tensor. Do not use this folder.")
+    elif [*shards] != ["model.safetensors"]:
+        raise ZipperError(f"{folder} should hold model.safetensors; it holds {sorted(shards)[:3]} without an index.")
+    return held
 
 
-def sha256(path: Path) -> str:
-    """Content hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _compare(path: Path, held: Mapping[str, Entry], wanted: Mapping[str, Tensor], configuration: Path) -> None:
+    """A ZipperError where a file does not hold what its configuration asks for."""
+    if held.keys() != wanted.keys():
+        odd = sorted(held.keys() ^ wanted.keys())[:3]
+        raise ZipperError(f"{path}: the tensors are not those that {configuration} asks for (differs in {odd!a:.300}).")
+    for name, entry in held.items():
+        shape = tuple(wanted[name].shape)
+        if entry.shape != shape:
+            raise ZipperError(f"{path}: {name} has shape {entry.shape}, {configuration} wants {shape}.")
+        if entry.real != wanted[name].is_floating_point():
+            raise ZipperError(f"{path}: {name} is of type {entry.dtype}, {configuration} wants {wanted[name].dtype}.")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path | torch.dtype):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} does not belong in JSON")
+def _settings(data: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a nested configuration with its value."""
+    if isinstance(data, dict):
+        yield from data.items()
+    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        yield from _settings(item)
+
+
+class _Few(TorchFunctionMode):
+    """Stops what is built inside after so many calls of torch, so that no setting makes it go on for ever."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Counts."""
+        self.left -= 1
+        if self.left < 0:
+            raise ZipperError("it has more parts than its files hold tensors")
+        return function(*args, **(kwargs or {}))
 
 
 def _flush(path: Path) -> None:

@@ -15,9 +15,23 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from zipper.audio import Audio, Mel, read
+from zipper.audio import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Mel, read
 from zipper.errors import ZipperError
+from zipper.files import header, parse, read_json
 
+#: What a file may ask for: (least, most).
+LIMITS = {
+    "rate_hz": (LOWEST_RATE_HZ, HIGHEST_RATE_HZ),
+    "window": (1, 16_384),
+    "hop": (1, 16_384),
+    "fft": (2, 16_384),
+    "bins": (1, 1_024),
+    "low_hz": (0.0, HIGHEST_RATE_HZ),
+    "high_hz": (0.0, HIGHEST_RATE_HZ),
+    "loud": (1e-6, 1.0),
+    "floor": (1e-30, 1.0),
+    "stack": (1, 1_000),
+}
 BATCH = 8_192  # points per step of the k-means
 
 
@@ -113,13 +127,18 @@ class SpeechUnits:
         """Reads what `save` wrote. Raises ZipperError for anything else, and for a codebook that the description does not pin."""
         folder = Path(folder)
         try:
-            described = json.loads((folder / cls.CONFIG).read_text())
+            described = read_json(folder / cls.CONFIG)
+            codes, pinned = described.pop("codes", None), described.pop("codebook_sha256", None)
+            config = parse(UnitsConfig, described, str(folder / cls.CONFIG), LIMITS)
+            held = {name: (entry.dtype, entry.shape) for name, entry in header(folder / cls.CODEBOOK).items()}
+            if held != {"codebook": ("F32", (codes, config.stack * config.mel.bins))}:
+                raise ZipperError(f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that {cls.CONFIG} describes")
+            if not config.mel.low_hz < config.mel.high_hz <= config.mel.rate_hz / 2 or config.mel.fft < config.mel.window:
+                raise ZipperError(f"{folder / cls.CONFIG} describes no mel scale: {config.mel}")
             codebook = load_file(folder / cls.CODEBOOK)["codebook"]
-            config = UnitsConfig(Mel(**described["mel"]), described["stack"], tuple(described["voices"]), described["fitted_on"])
-            pinned = described["codebook_sha256"]
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (OSError, SafetensorError, ZipperError) as error:
             raise ZipperError(
-                f"{folder} holds no speech units: {error}. It needs {cls.CONFIG} and {cls.CODEBOOK}, written by save."
+                f"{folder} holds no speech units: {error} It needs {cls.CONFIG} and {cls.CODEBOOK}, written by save."
             ) from error
         if _sha256(codebook) != pinned:
             raise ZipperError(

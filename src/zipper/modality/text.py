@@ -13,8 +13,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from zipper.errors import ZipperError
+from zipper.files import read_json
 
 BEGIN, END = "<s>", "</s>"
+MOST_BYTES = 64 << 20  # of a tokenizer.json; a vocabulary of 262,000 takes 33 MB
 LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
 
 
@@ -119,11 +121,15 @@ class Text:
         """From a folder with a tokenizer.json, ours or another's; transformers is not imported."""
         folder = Path(folder)
         try:
-            definition = (folder / cls.DEFINITION).read_text(encoding="utf-8")
-            config = json.loads((folder / cls.CONFIG).read_text(encoding="utf-8"))
+            with (folder / cls.DEFINITION).open("rb") as file:
+                definition = file.read(MOST_BYTES + 1)
+            if len(definition) > MOST_BYTES:
+                raise ValueError(f"{cls.DEFINITION} has more than {MOST_BYTES} bytes")
+            config = read_json(folder / cls.CONFIG)
+            tokens = (_token(config.get("bos_token")), _token(config.get("eos_token")))
+            return cls(definition.decode(), *tokens)
         except (OSError, ValueError) as error:
-            raise ZipperError(f"{folder} holds no tokenizer: {error}. It needs {cls.DEFINITION} and {cls.CONFIG}.") from error
-        return cls(definition, _token(config.get("bos_token")), _token(config.get("eos_token")))
+            raise ZipperError(f"{folder} holds no tokenizer: {error} It needs {cls.DEFINITION} and {cls.CONFIG}.") from error
 
     def _id(self, token: str) -> int:
         number: int | None = self.tokenizer.token_to_id(token)
@@ -138,4 +144,7 @@ class Text:
 
 def _token(entry: Any) -> str | None:
     """A token as tokenizer_config.json names it: a string, or an object around it in older files."""
-    return entry["content"] if isinstance(entry, dict) else entry
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(token, str | None):
+        raise ValueError(f"{token!a:.80} is no token.")
+    return token

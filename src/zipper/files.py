@@ -1,0 +1,224 @@
+"""Files of strangers: what JSON and safetensors files say of themselves is checked before it is believed.
+
+A size is compared with a limit before memory is taken for it, a value with the type that its field names, a tensor's place with
+the file it lies in. This file knows neither zips nor models, and does not need torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from zipper.errors import ZipperError
+
+MOST_JSON_BYTES = 4 << 20  # a parsed file takes up to 25 times its size; the largest one we write has some kB
+MOST_HEADER_BYTES = 4 << 20  # some 40,000 tensors; the largest models have a few thousand a file
+MOST_INTEGER = 1 << 53  # beyond lie no counts
+
+#: Bytes of a number, by the types that we and the towers write.
+WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# The bits that are all ones in NaN and infinity, and in no other number.
+_EXPONENT = {"F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+_CHUNK = 1 << 18  # numbers looked at together: stays in the cache
+
+T = TypeVar("T")
+Limits = Mapping[str, tuple[int | float, int | float]]
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object in UTF-8, without NaN, infinity and repeated keys; a ZipperError names the file if it is none or too large."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise ValueError(f"it has more than {most_bytes} bytes")
+        data = _decode(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZipperError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ZipperError(f"{path} should hold a JSON object; it holds a {type(data).__name__}.")
+    return data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, one readable way for the whole project. JSON has no NaN and no infinity: null stands for them."""
+    path.write_text(json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse(kind: type[T], data: Any, where: str, limits: Limits) -> T:
+    """A dataclass from what JSON gave: every value has the type that its field names, numbers are finite and inside the limits.
+
+    limits: (least, most) by the name of the field, in nested dataclasses too. Fields that have a default may be absent. Raises a
+    ZipperError that begins with `where` for unknown and missing keys and for values that do not fit.
+    """
+    assert is_dataclass(kind)
+    if not isinstance(data, dict):
+        raise ZipperError(f"{where}: it is {_short(data)}; it must be an object.")
+    known = {field.name: field for field in fields(kind)}
+    if unknown := sorted(data.keys() - known.keys()):
+        raise ZipperError(f"{where}: it has the key {_short(unknown[0])}, which this version of zipper does not know.")
+    needed = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
+    if missing := sorted(needed - data.keys()):
+        raise ZipperError(f"{where}: it lacks the key {missing[0]!r}.")
+    types = get_type_hints(kind)
+    return kind(**{name: _parse(types[name], value, f"{where}, {name}", name, limits) for name, value in data.items()})
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file. start, stop: its bytes, counted from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def real(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype in _EXPONENT
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """What a safetensors file says that it holds, in the order of its bytes; nothing of the tensors is read.
+
+    Every byte of the file belongs to one tensor, whose shape and type account for it. Raises a ZipperError that names the file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"it has {size} bytes, fewer than its header asks for")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"its header has {length} bytes; at most {MOST_HEADER_BYTES} are read")
+            described = _decode(file.read(length))
+        if not isinstance(described, dict):
+            raise ValueError("its header is no object")
+        described.pop("__metadata__", None)
+        entries = {name: _entry(name, entry, 8 + length) for name, entry in described.items()}
+        entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+        end = 8 + length
+        for name, entry in entries.items():
+            if entry.start != end:
+                raise ValueError(f"{_short(name)} does not begin where the tensor before it ends")
+            end = entry.stop
+        if end != size:
+            raise ValueError(f"it has {size} bytes, its header accounts for {end}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ZipperError(f"{path} is damaged or not a safetensors file: {error}. Copy the folder again.") from error
+    return entries
+
+
+def check_finite(path: Path, entries: Mapping[str, Entry]) -> None:
+    """A ZipperError names the first tensor of a safetensors file that holds NaN or infinity. Takes no memory of its own."""
+    content = np.memmap(path, np.uint8, "r")
+    for name, entry in entries.items():
+        if entry.real:
+            kind, ones = _EXPONENT[entry.dtype]
+            bits = content[entry.start : entry.stop].view(kind)
+            if any((part & ones == ones).any() for part in (bits[i : i + _CHUNK] for i in range(0, len(bits), _CHUNK))):
+                raise ZipperError(f"{path}: the tensor {name} holds NaN or infinity. Use an earlier checkpoint.")
+
+
+def _decode(content: bytes) -> Any:
+    """JSON, without what Python's parser lets through."""
+    return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is not a number that JSON has")
+
+
+def _finite(word: str) -> float:
+    return number if math.isfinite(number := float(word)) else _no_number(_short(word))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say."""
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case None | bool() | int() | float() | str():
+            return value
+        case Path():
+            return str(value)
+    if type(value).__module__ == "torch":  # a dtype
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not belong in JSON")
+
+
+def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
+    """A value as a type annotation wants it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        (other,) = (choice for choice in inner if choice is not NoneType)
+        return None if value is None else _parse(other, value, where, name, limits)
+    if origin is Literal:
+        if isinstance(value, str) and value in inner:
+            return value
+        raise ZipperError(f"{where}: it is {_short(value)}; it must be one of {', '.join(inner)}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_parse(inner[0], item, where, name, limits) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _parse(inner[1], item, f"{where}, {_short(key)}", name, limits) for key, item in value.items()}
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and is_dataclass(kind):
+        return parse(kind, value, where, limits)
+    if kind is float and type(value) is int and abs(value) < MOST_INTEGER:
+        value = float(value)
+    if type(value) is not kind:
+        wanted = {tuple: "list", dict: "object"}.get(origin or kind, (origin or kind).__name__)
+        raise ZipperError(f"{where}: it is {_short(value)}; it must be of type {wanted}.")
+    if kind in (int, float):
+        least, most = limits.get(name, (-MOST_INTEGER, MOST_INTEGER))
+        if not least <= value <= most:
+            raise ZipperError(f"{where}: it is {_short(value)}; it must lie between {least:g} and {most:g}.")
+    return value
+
+
+def _entry(name: str, data: Any, base: int) -> Entry:
+    if not isinstance(data, dict) or data.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{_short(name)} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = data["dtype"], data["shape"], data["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in WIDTH:
+        raise ValueError(f"{_short(name)} is of type {_short(dtype)}; known are {', '.join(WIDTH)}")
+    if not _counts(shape) or not _counts(offsets) or len(shape) > 8 or len(offsets) != 2:
+        raise ValueError(f"{_short(name)} has the shape {_short(shape)} and the offsets {_short(offsets)}")
+    if offsets[1] - offsets[0] != math.prod(shape) * WIDTH[dtype]:
+        raise ValueError(f"{_short(name)} of shape {_short(shape)} does not fill its bytes {_short(offsets)}")
+    return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < MOST_INTEGER for item in value)
+
+
+def _short(value: Any) -> str:
+    """A value of a stranger's file for a message."""
+    text = ascii(value) if not isinstance(value, Sequence) or len(value) < 100 else ascii(value[:100])
+    return text if len(text) <= 100 else f"{text[:100]}..."

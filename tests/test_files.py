@@ -1,0 +1,144 @@
+"""Files of strangers: what they say is compared with what they are before it is believed."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zipper.errors import ZipperError
+from zipper.files import check_finite, header, parse, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Wheel:
+    size: int
+    kind: Literal["front", "back"] = "front"
+
+
+@dataclass(frozen=True)
+class Cart:
+    """One of every type that parse knows."""
+
+    wheels: tuple[Wheel, ...]
+    load: float = 0.0
+    open: bool = True
+    name: str | None = None
+    parts: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] | None = None
+
+
+LIMITS = {"size": (1, 100), "parts": (0, 9)}
+FULL = {
+    "wheels": [{"size": 3}, {"size": 5, "kind": "back"}],
+    "load": 2,
+    "open": False,
+    "name": "blue",
+    "parts": {"axle": 2},
+    "notes": {"of": ["any", None, 1.5]},
+}
+
+
+def test_a_dataclass_comes_back_from_json_with_its_types() -> None:
+    assert parse(Cart, FULL, "x.json", LIMITS) == Cart(
+        (Wheel(3), Wheel(5, "back")), 2.0, False, "blue", {"axle": 2}, {"of": ["any", None, 1.5]}
+    )
+    assert type(parse(Cart, FULL, "x.json", LIMITS).load) is float
+    assert parse(Cart, {"wheels": []}, "x.json", {}) == Cart(())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wheels": None}, r"x.json, wheels: it is None; it must be of type list"),
+        ({"wheels": [3]}, r"x.json, wheels: it is 3; it must be an object"),
+        ({"wheels": [{}]}, r"x.json, wheels: it lacks the key 'size'"),
+        ({"wheels": [{"size": 0}]}, r"x.json, wheels, size: it is 0; it must lie between 1 and 100"),
+        ({"wheels": [{"size": 10**30}]}, r"size: it is 10+; it must lie between 1 and 100"),
+        ({"wheels": [{"size": True}]}, r"size: it is True; it must be of type int"),
+        ({"wheels": [{"size": 1.0}]}, r"size: it is 1.0; it must be of type int"),
+        ({"wheels": [{"size": 1, "kind": "side"}]}, r"kind: it is 'side'; it must be one of front, back"),
+        ({"wheels": [{"size": 1, "kind": ["front"]}]}, r"kind: it is \['front'\]; it must be one of"),
+        ({"load": math.nan}, r"load: it is nan; it must lie between"),
+        ({"load": math.inf}, r"load: it is inf; it must lie between"),
+        ({"load": 10**400}, r"load: it is 10+\.\.\.; it must be of type float"),
+        ({"load": True}, r"load: it is True; it must be of type float"),
+        ({"open": 1}, r"open: it is 1; it must be of type bool"),
+        ({"name": 3}, r"name: it is 3; it must be of type str"),
+        ({"parts": {"axle": 10}}, r"x.json, parts, 'axle': it is 10; it must lie between 0 and 9"),
+        ({"parts": []}, r"parts: it is \[\]; it must be of type object"),
+        ({"colour\n": "red"}, r"x.json: it has the key 'colour\\n', which this version of zipper does not know"),
+    ],
+)
+def test_what_has_another_type_or_lies_outside_the_limits_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        parse(Cart, FULL | change, "x.json", LIMITS)
+
+
+def test_json_has_no_nan_null_stands_for_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, (math.inf, None)], "b": tmp_path, "c": torch.float16, "d": {1: True}})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, [None, None]],
+        "b": str(tmp_path),
+        "c": "torch.float16",
+        "d": {"1": True},
+    }
+    with pytest.raises(TypeError, match="set does not belong in JSON"):
+        write_json(tmp_path / "x.json", {"a": {1}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": NaN}', "NaN is not a number that JSON has"),
+        (b'{"a": -1e999}', "'-1e999' is not a number that JSON has"),
+        (b'{"a": {"b": 1, "b": 1}}', "a key is given twice"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "digits"),
+        (b'{"a": "' + b"a" * 1_000 + b'"}', "it has more than 1000 bytes"),
+        (b'\xff{"a": 1}', "utf-8"),
+    ],
+)
+def test_json_that_pythons_parser_lets_through_or_chokes_on_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ZipperError, match=rf"x.json is not readable JSON: .*{message}"):
+        read_json(tmp_path / "x.json", 1_000 if "more than" in message else 1_000_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 299_999, 599_999])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(
+    tmp_path: Path, dtype: torch.dtype, value: float, place: int
+) -> None:
+    tensors = {"odd": torch.zeros(3, dtype=torch.int8), "large": torch.full((600_000,), torch.finfo(dtype).max, dtype=dtype)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    check_finite(tmp_path / "x.safetensors", header(tmp_path / "x.safetensors"))
+    tensors["large"][place] = value
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ZipperError, match=r"x.safetensors: the tensor large holds NaN or infinity"):
+        check_finite(tmp_path / "x.safetensors", header(tmp_path / "x.safetensors"))
+
+
+def test_a_header_says_of_every_tensor_where_it_lies(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(6, dtype=torch.int64).view(2, 3),
+        "b": torch.randn(4, 5),
+        "c": torch.tensor(2.0, dtype=torch.float16),
+        "d": torch.tensor([True, False]),
+        "e": torch.zeros(0, 7),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    content, found = (tmp_path / "x.safetensors").read_bytes(), header(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        entry = found[name]
+        assert (entry.shape, entry.real) == (tuple(tensor.shape), tensor.is_floating_point())
+        np.testing.assert_array_equal(
+            np.frombuffer(content[entry.start : entry.stop], tensor.numpy().dtype), tensor.numpy().ravel()
+        )
