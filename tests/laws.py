@@ -20,7 +20,7 @@ from zipper.link import InputKind, LinkConfig
 from zipper.model import Zipper
 from zipper.sequence import Segment
 from zipper.testing import tiny_tower
-from zipper.tower import Strand, Tower
+from zipper.tower import Past, Strand, Tower
 
 # Nothing of one tower fits another: a mix-up is an error of shapes, or of ids.
 WIDTH = {"text": 16, "speech": 24, "image": 32}
@@ -159,8 +159,8 @@ def embeddings(model: Zipper) -> Iterator[dict[str, Tensor]]:
     made: dict[str, Tensor] = {}
 
     def leaf(name: str, tower: Tower) -> Any:
-        def embed(strand: Strand) -> Tensor:
-            made[name] = Tower.embed(tower, strand).detach().requires_grad_()
+        def embed(strand: Strand, past: Past | None = None) -> Tensor:
+            made[name] = Tower.embed(tower, strand, past).detach().requires_grad_()
             return made[name]
 
         return embed

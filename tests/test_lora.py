@@ -84,7 +84,7 @@ def test_what_cannot_be_adapted_is_a_clear_error() -> None:
     for lora, train_too, message in (
         ({"texd": RANK}, (), "lora names the tower 'texd'"),
         ({"text": RANK}, ("text",), "train and lora both name"),
-        ({"text": {"rank": 4}}, (), "cannot be adapted by lora="),
+        ({"text": {"rank": 4}}, (), r"lora\['text'\] sets \['rank'\]; a zip can keep"),
         ({"text": {"target_modules": ["nothing"]}}, (), "cannot be adapted by lora="),
     ):
         with pytest.raises(ZipperError, match=message):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from zipper.families import drawn
+
 # family -> model type of transformers, and what makes the tiny one take the paths that the large ones take.
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
@@ -59,10 +61,4 @@ def tiny_tower(
         kinds = ("sliding_attention", "sliding_attention", "full_attention")
         settings |= {"layer_types": [kinds[layer % 3] for layer in range(layers)]}
     config = AutoConfig.for_model(model_type, **(settings | special))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+    return drawn(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), seed)

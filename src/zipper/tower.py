@@ -1,8 +1,8 @@
 """Towers: pre-trained causal language models that can be run part way.
 
-This file is the only one that knows how Hugging Face models are built. One driver reads attribute names and signatures,
-never model families, and `Tower.check` compares it with the model's own forward: what it cannot run bit for bit is
-refused, never guessed. It knows nothing of modalities, links or other towers.
+How a model is run part way is the driver's business. This file says what a tower reads and what it has read, and compares
+with the model's own logits: what cannot be run bit for bit is refused, never guessed. It knows nothing of modalities, links
+or other towers.
 """
 
 import hashlib
@@ -11,31 +11,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
 
+from zipper import hub
+from zipper.driver import Attributes, Pass, Reading, Recorded, Way, block_lists
+from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.errors import ZipperError as ZipperError
 
-# Names of the parts around the blocks in Hugging Face's models. A part under another name makes `check` fail.
-LEARNED_POSITIONS = ("wpe", "embed_positions")
-EMBEDDING_NORMS = ("word_embeddings_layernorm", "embed_norm", "embedding_norm")
-EMBEDDING_DROPOUTS = ("drop", "emb_dropout", "embd_dropout", "embed_dropout", "embedding_dropout")
-EMBEDDING_SCALES = ("embedding_multiplier", "embedding_scale")  # numbers; most models scale inside the embedding module
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f")
-PAST_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")  # GPT-NeoX swallows past_key_values silently
-LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "use_cache", *PAST_ARGUMENTS)
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+WINDOWS = ("sliding_window", "attention_chunk_size")
+OTHER_WINDOWS = ("window_size", "sliding_window_size", "attention_window_size")  # inside the blocks
 LONGEST_CHECKED_WINDOW = 256  # tokens; check() reads past windows of up to this, so that it stays cheap for real models
+CASES = {"unpadded rows": 0, "left-padded rows": 3}  # what is compared bit by bit, tokens of padding
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-
-class UnsupportedTower(ZipperError):
-    """A model that the driver cannot run exactly as the model runs itself."""
+# What a tower can read, each with what stands before it: one document from the first slot on (there may be padding on its
+# right), padding on the left, several documents in a row or padding inside one.
+Rows = Literal["unpadded", "padded", "packed"]
+ROWS: tuple[Rows, ...] = ("unpadded", "padded", "packed")
 
 
 @final
@@ -86,14 +84,16 @@ class Past:
         """Slots held, padding included."""
         return 0 if self.document is None else self.document.shape[1]
 
-    def append(self, document: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"]) -> None:
-        """Adds slots behind those held; the blocks add the keys and values. Raises ZipperError for other rows."""
-        if self.document is not None and self.position is not None:
-            if len(self.document) != len(document):
-                given, held = len(document), len(self.document)
-                raise ZipperError(f"The strand has {given} rows, the past {held}. Use Past.select to bring it to {given}.")
-            document, position = torch.cat([self.document, document], 1), torch.cat([self.position, position], 1)
-        self.document, self.position = document, position
+    def extended(
+        self, document: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"]
+    ) -> tuple[Int[Tensor, "batch slots"], Int[Tensor, "batch slots"]]:
+        """Documents and positions of the slots held and of these behind them. Raises ZipperError for other rows."""
+        if self.document is None or self.position is None:
+            return document, position
+        if len(self.document) != len(document):
+            given, held = len(document), len(self.document)
+            raise ZipperError(f"The strand has {given} rows, the past {held}. Use Past.select to bring it to {given}.")
+        return torch.cat([self.document, document], 1), torch.cat([self.position, position], 1)
 
     def compact(self) -> None:
         """Moves every row's valid slots to the right end, in order; drops the columns that are padding in all rows."""
@@ -105,7 +105,7 @@ class Past:
         width = int(valid.sum(1).max())
         slots = torch.sort(valid, dim=1, stable=True).indices[:, self.length - width :]  # padding sorts first
         self.document, self.position = self.document.gather(1, slots), self.position.gather(1, slots)
-        for layer in self.cache.layers:
+        for layer in self._written():
             index = slots[:, None, :, None].to(layer.keys.device)
             layer.keys, layer.values = (torch.take_along_dim(held, index, 2) for held in (layer.keys, layer.values))
 
@@ -115,7 +115,7 @@ class Past:
             return
         index = torch.as_tensor(rows, device=self.document.device)
         self.document, self.position = self.document[index], self.position[index]
-        for layer in self.cache.layers:
+        for layer in self._written():
             there = index.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[there], layer.values[there]
 
@@ -126,52 +126,46 @@ class Past:
         if self.document is None or self.position is None:
             return
         self.document, self.position = self.document[:, :length], self.position[:, :length]
-        for layer in self.cache.layers:
+        for layer in self._written():
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
-
-@final
-@dataclass(frozen=True)
-class Pass:
-    """What the blocks of one forward need beside the hidden states; masks and rotary positions by layer type."""
-
-    mask: dict[str, Tensor | None]
-    rotary: dict[str, Any]
-    position: Int[Tensor, "batch length"]
-    past: Past | None
+    def _written(self) -> list[Any]:
+        """The layers of the cache that hold something: a block that reads another block's keys has none of its own."""
+        return [layer for layer in self.cache.layers if layer.is_initialized]
 
 
 @final
 class Tower(nn.Module):
     """A Hugging Face causal LM, run part way: `embed`, `start`, `run` some blocks, `run` the rest, `unembed`.
 
-    The model is used as it is: not copied, not changed, no hooks. Raises UnsupportedTower where its structure is none
-    that the driver knows; `check` finds the rest.
+    The model is used as it is: not copied, not changed, no hooks. A few tokens decide which way it is run, the same way every
+    time. Raises UnsupportedTower where neither way repeats the model's own logits; `check` looks closer.
 
-    layers: number of blocks. width: of the hidden states between them. vocabulary: number of ids.
+    layers: number of blocks. width: of the hidden states between them. vocabulary: number of ids. rows: the most that it can read
+    of ROWS, else there is a ZipperError. revision: the commit of the hub that it was loaded from, "" where it came from elsewhere.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, revision: str = "") -> None:
         super().__init__()
         self.model = model
+        self.revision = revision
         config = model.config.get_text_config()
-        name = self.name
         if config.is_encoder_decoder or not model.can_generate():
-            raise UnsupportedTower(f"{name} is no causal language model. Give a decoder-only model such as GPT-2 or Llama.")
-        self.layers: int = config.num_hidden_layers
-        self.width: int = config.hidden_size
-        self.vocabulary: int = config.vocab_size
-        self._body, self._blocks = _find_blocks(model, self.layers)
-        self._kinds = tuple(getattr(config, "layer_types", None) or ["all"] * self.layers)
-        self._accepts = tuple(_layer_arguments(name, block) for block in self.blocks)
-        if unknown := set(self._kinds) - {*LAYER_TYPES, "all"}:
-            raise UnsupportedTower(f"{name} has blocks of type {sorted(unknown)}; a tower needs attention in every block.")
+            raise UnsupportedTower(f"{self.name} is no causal language model. Give a decoder-only model such as GPT-2 or Llama.")
         if not isinstance(model.get_output_embeddings(), nn.Module):
-            raise UnsupportedTower(f"{name} has no output head. Give the causal language model, not its bare body.")
+            raise UnsupportedTower(f"{self.name} has no output head. Give the causal language model, not its bare body.")
+        with self._refusing("its configuration is of no known kind"):
+            self.layers: int = config.num_hidden_layers
+            self.width: int = config.hidden_size
+            self.vocabulary: int = config.vocab_size
+        self.rows: Rows = "packed"
+        with _evaluating(self), torch.no_grad():
+            self._way, self.rows = self._found(self._sample(0))
 
     @classmethod
-    def load(cls, source: str | Path | PreTrainedModel, dtype: torch.dtype | None = None) -> "Tower":
-        """A tower from a local folder, a hub id or a loaded model; dtype None keeps the checkpoint's.
+    def load(cls, source: str | Path | PreTrainedModel, dtype: torch.dtype | None = None, revision: str | None = None) -> "Tower":
+        """A tower from a local folder, a hub id or a loaded model; dtype None keeps the checkpoint's. revision: branch, tag or
+        commit of a hub id, None = main; a folder or a model has none, and it is not looked at.
 
         Runs no remote code and reads no pickle. Raises ZipperError where there is no such model, UnsupportedTower where
         there is one that the driver cannot run.
@@ -186,15 +180,18 @@ class Tower(nn.Module):
                 "For adapters give the base, and their settings as lora=..."
             )
         folder = Path(source).expanduser()
-        local = folder.is_dir() or isinstance(source, Path) or _names_a_path(source)
+        local = folder.is_dir() or isinstance(source, Path) or hub.names_a_path(source)
         if local and not (folder / "config.json").is_file():
             problem = "has no config.json" if folder.is_dir() else "does not exist"
             raise ZipperError(f"The folder {folder} {problem}. Give one written by save_pretrained, or a hub id like gpt2.")
         where = f"the folder {folder}" if local else f"the hub id {source}"
+        # Resolved once, so that all files are of one commit; transformers no longer says which one it took.
+        commit = "" if local else hub.commit(str(source), revision)
         loader: Any = AutoModelForCausalLM
         try:
             model, report = loader.from_pretrained(
                 folder if local else source,
+                revision=commit or "main",
                 dtype=dtype or "auto",
                 local_files_only=local,
                 use_safetensors=True,
@@ -205,7 +202,7 @@ class Tower(nn.Module):
             raise ZipperError(f"Cannot load a causal language model from {where}: {error}") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights
             raise ZipperError(f"The checkpoint in {where} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
-        return cls(model)
+        return cls(model, commit)
 
     @property
     def name(self) -> str:
@@ -213,14 +210,14 @@ class Tower(nn.Module):
         return type(self.model).__name__
 
     @property
-    def body(self) -> Any:
-        """The module that owns the blocks, the embeddings and the final norm."""
-        return self.model.get_submodule(self._body)
+    def recorded(self) -> bool:
+        """Whether its own forward says what its blocks are given; else attributes do."""
+        return isinstance(self._way, Recorded)
 
     @property
     def blocks(self) -> Any:
         """The model's decoder layers, in order."""
-        return self.model.get_submodule(self._blocks)
+        return self._way.blocks
 
     @property
     def config(self) -> Any:
@@ -249,101 +246,52 @@ class Tower(nn.Module):
 
     def forward(self, strand: Strand, past: Past | None = None) -> Float[Tensor, "batch length vocabulary"]:
         """The tower alone: the model's own logits."""
-        h = self.embed(strand)
+        h = self.embed(strand, past)
         return self.unembed(self.run(h, range(self.layers), self.start(strand, h, past)))
 
-    def embed(self, strand: Strand) -> Float[Tensor, "batch length width"]:
-        """Everything before the first block: token embedding, its scale and norm, learned positions, dropout."""
-        body, position = self.body, strand.position.clamp(min=0)
-        h = self.model.get_input_embeddings()(strand.ids)
-        if scale := _first(body, EMBEDDING_SCALES):
-            h = h * scale
-        if project := _first(body, ("project_in",)):
-            h = project(h)
-        if norm := _first(body, EMBEDDING_NORMS):
-            h = norm(h)
-        if table := _first(body, LEARNED_POSITIONS):
-            h = h + _learned_positions(table, position, strand.document >= 0)
-        if dropout := _first(body, EMBEDDING_DROPOUTS):
-            h = dropout(h)
-        return h
+    def embed(self, strand: Strand, past: Past | None = None) -> Float[Tensor, "batch length width"]:
+        """Everything before the first block: token embedding, its scale and norm, learned positions, dropout.
+
+        Towers that read no left padding need the past of rows that go on; to others it makes no difference.
+        """
+        return self._way.embed(self._reading(strand, past))
 
     def start(self, strand: Strand, h: Float[Tensor, "batch length width"], past: Past | None = None) -> Pass:
         """What the blocks of this forward need. With a past, adds the strand's slots to it (`run` adds the rest)."""
-        position = strand.position.clamp(min=0)
-        slots, slot_positions = strand.document, position
-        cache = None
+        reading = self._reading(strand, past)
         if past is not None:
-            past.append(strand.document, position)
-            assert past.document is not None and past.position is not None
-            slots, slot_positions, cache = past.document, past.position, past.cache
-        kinds = set(self._kinds)
-        if _is_plain(slots, slot_positions):
-            # Always a padding mask, never positions: without a mask transformers takes positions that do not step by 1
-            # for a packed row. Where every slot is valid it drops the mask itself: the kernel is the bare model's.
-            made = create_masks_for_generate(self.config, h, slots >= 0, cache, position_ids=None)
-            mask = {kind: made[kind] if isinstance(made, dict) else made for kind in kinds}
-        else:
-            mask = {kind: self._mask(kind, slots, slot_positions, h) for kind in kinds}
-        return Pass(mask, {kind: self._rotary(kind, h, position) for kind in kinds}, position, past)
+            past.document, past.position = reading.document, reading.slot_position
+        return self._way.start(reading, h)
 
     def run(self, h: Float[Tensor, "batch length width"], layers: range, run: Pass) -> Float[Tensor, "batch length width"]:
         """Blocks layers.start .. layers.stop - 1. With a past, each appends its keys and values to the cache."""
         blocks = self.blocks
-        cache = None if run.past is None else run.past.cache
         for index in layers:
-            kind = self._kinds[index]
-            given = {
-                "attention_mask": run.mask[kind],
-                "position_ids": run.position,
-                "position_embeddings": run.rotary[kind],
-                "use_cache": cache is not None,
-            } | dict.fromkeys(PAST_ARGUMENTS, cache)
-            output = blocks[index](h, **{name: given[name] for name in self._accepts[index]})
+            given, named = run.calls[index]
+            output = blocks[index](h, *given, **named)
             h = output[0] if isinstance(output, tuple) else output
         return h
 
     def unembed(self, h: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
         """Everything after the last block: final norm, head, and the scale or soft-cap of the logits."""
-        body, config = self.body, self.config
-        if norm := _first(body, FINAL_NORMS):
-            h = norm(h)
-        if project := _first(body, ("project_out",)):
-            h = project(h)
-        head: Any = self.model.get_output_embeddings()
-        logits = head(h)
-        if (scale := _first(self.model, ("logit_scale",))) is not None:
-            logits = logits * scale
-        if (divisor := _first(config, ("logits_scaling",))) is not None:
-            logits = logits / divisor
-        if (cap := _first(config, ("final_logit_softcapping",))) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return self._way.unembed(h)
 
     def check(self, seed: int = 0) -> None:
-        """Compares the driver with the model's own forward on random ids: unpadded, left-padded, in steps with a past.
+        """Compares with the model's own logits on random ids: unpadded and left-padded rows, at once and in steps with a past.
 
-        Runs in eval mode, restores the training mode of every module, and leaves the global random state alone. Sliding
-        windows of more than 256 tokens are not reached. Raises UnsupportedTower where any logit differs in any bit.
+        There every bit must agree. Rows in steps must be close to rows at once, and documents in padded and packed rows to
+        those documents alone: the matrices have other shapes there. Runs in eval mode, restores the training mode of every
+        module, and leaves the global random state alone. Windows of more than 256 tokens are not reached. Raises
+        UnsupportedTower.
         """
-        windows = [getattr(self.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
-        window = max((size for size in windows if size <= LONGEST_CHECKED_WINDOW), default=0)
-        length = min(window + 13, getattr(self.config, "max_position_embeddings", None) or window + 13)
-        ids = torch.randint(self.vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
-        unpadded = Strand.alone(ids.to(next(self.parameters()).device))
-        document = unpadded.document.clone()
-        document[1, :3] = -1
-        padded = Strand.alone(unpadded.ids, document)
         with _evaluating(self), torch.no_grad():
-            for case, strand in (("unpadded", unpadded), ("left-padded", padded)):
-                self._compare(f"{case} rows", strand, steps=())
-                self._compare(f"{case} rows read in steps", strand, steps=(length - 3, 1, 2))
+            self._prove(self._sample(seed))
 
     def adapt(self, settings: Mapping[str, Any]) -> None:
         """Adds a LoRA adapter (arXiv:2106.09685) to the model in place, by peft: the base is frozen, the adapter learns.
 
         settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The function does not change at
-        birth. An adapted tower keeps the adapter that it has; other settings than that one's are a ZipperError, as unknown ones are.
+        birth. An adapted tower keeps the adapter that it has; settings other than that one's are a ZipperError, as unknown ones.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -384,63 +332,157 @@ class Tower(nn.Module):
         held = self.model.state_dict(keep_vars=True)
         return {name.replace(".base_layer.", "."): tensor for name, tensor in held.items() if ".lora_" not in name}
 
-    def _rotary(self, kind: str, h: Tensor, position: Tensor) -> Any:
-        rotary = _first(self.body, ("rotary_emb",))
-        if rotary is None:
-            return None
-        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-        return rotary(h, position, kind) if by_type else rotary(h, position)
+    def _found(self, ids: Int[Tensor, "batch length"]) -> tuple[Way, Rows]:
+        """The first way that repeats the model's own logits, and what it can read."""
+        reason = self._refusal(f"it has no list of {self.layers} blocks")
+        for path in block_lists(self.model, self.layers):
+            for way in (Attributes, Recorded):
+                self.rows = "packed"
+                try:
+                    with self._refusing("its own forward fails"):
+                        self._way = way(self.model, path)
+                    for case, padding in CASES.items():
+                        self._compare(case, self._padded(ids, padding), (ids.shape[1],))
+                    self.rows = self._readable(ids)
+                    if self.recorded:  # the unusual ones pay for a closer look
+                        self._prove(ids)
+                    return self._way, self.rows
+                except UnsupportedTower as error:
+                    reason = error
+        raise reason
 
-    def _mask(self, kind: str, document: Tensor, position: Tensor, h: Tensor) -> Tensor:
-        """The mask of packed rows and of rows with gaps, as separate rows would have it: windows count positions."""
-        config = self.config
-        length, slots = h.shape[1], document.shape[1]
-        slot = torch.arange(slots, device=document.device)
-        reader = slice(slots - length, slots)
-        allowed = (document[:, reader, None] == document[:, None, :]) & (document >= 0)[:, None, :]
-        allowed &= slot[None, None, :] <= slot[None, reader, None]
-        if kind == "sliding_attention" or (kind == "all" and getattr(config, "sliding_window", None)):
-            allowed &= position[:, reader, None] - position[:, None, :] < config.sliding_window
-        if kind == "chunked_attention" or (kind == "all" and getattr(config, "attention_chunk_size", None)):
-            chunk = position // config.attention_chunk_size
-            allowed &= chunk[:, reader, None] == chunk[:, None, :]
-        if config._attn_implementation == "sdpa":
-            return allowed[:, None]
-        if config._attn_implementation == "eager":
-            return torch.where(allowed, 0.0, torch.finfo(h.dtype).min).to(h.dtype)[:, None]
-        raise ZipperError(
-            f"{self.name} attends by '{config._attn_implementation}'; packed rows and rows with padding inside need "
-            "'sdpa' or 'eager'. Call model.set_attn_implementation('sdpa') first."
-        )
+    def _reading(self, strand: Strand, past: Past | None) -> Reading:
+        """The strand with the past before it. Raises ZipperError for rows that the model cannot read."""
+        position = strand.position.clamp(min=0)
+        slots = (strand.document, position) if past is None else past.extended(strand.document, position)
+        reading = Reading(strand.ids, position, *slots, None if past is None else past.cache)
+        if self.rows != "packed" and not reading.plain:
+            raise ZipperError(f"{self.name} reads no packed rows and no padding inside a row. Give each document its own row.")
+        if self.rows == "unpadded" and not reading.by_slots:
+            raise ZipperError(
+                f"{self.name} counts positions by slots: it reads no padding on the left, and to go on with a row it needs "
+                "its past. Pad rows on the right."
+            )
+        return reading
 
-    def _compare(self, case: str, strand: Strand, steps: tuple[int, ...]) -> None:
-        """Raises UnsupportedTower unless driver and model agree in every bit. steps: lengths read one by one."""
+    def _sample(self, seed: int) -> Int[Tensor, "batch length"]:
+        """Two rows of random ids, longer than the window if that is no longer than LONGEST_CHECKED_WINDOW."""
+        windows = [self._size(name) for name in (*WINDOWS, *OTHER_WINDOWS)]
+        window = max((size for size in windows if size <= LONGEST_CHECKED_WINDOW), default=0)
+        length = min(window + 13, self._size("max_position_embeddings") or window + 13)
+        return torch.randint(self.vocabulary, (2, length), generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def _size(self, name: str) -> int:
+        """A number of the configuration, 0 where there is none."""
+        size = getattr(self.config, name, None)
+        return size if isinstance(size, int) and size > 0 else 0
+
+    def _padded(self, ids: Int[Tensor, "batch length"], padding: int) -> Strand:
+        """Rows, the last one with so much padding on the left; positions as the model itself would count them there."""
+        document = torch.zeros_like(ids)
+        document[-1, :padding] = -1
+        if self.rows != "unpadded" and "position_ids" in inspect.signature(self.model.forward).parameters:
+            return Strand.alone(ids, document)
+        slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return Strand(ids, slots, slots, document)
+
+    def _own(self, ids: Tensor, valid: Tensor, position: Tensor, cache: Any) -> Tensor:
+        """The model's own logits; without padding they are asked for as simply as possible."""
+        given = {"past_key_values": cache, "use_cache": cache is not None}
+        if not valid.all():
+            given |= {"attention_mask": valid.long(), "position_ids": position + self._way.offset}
         takes = inspect.signature(self.model.forward).parameters
         model: Any = self.model
-        past, cache = (self.new_past(), DynamicCache()) if steps else (None, None)
-        stop = 0
-        for length in steps or (strand.ids.shape[1],):
+        logits: Tensor = model(ids, **{name: value for name, value in given.items() if name in takes}).logits
+        return logits
+
+    def _compare(self, case: str, strand: Strand, steps: tuple[int, ...], past: Past | None = None) -> list[Tensor]:
+        """Logits of a strand read in steps of so many tokens. Raises UnsupportedTower where the model's own are others."""
+        cache = None if past is None else DynamicCache()
+        found, stop = [], 0
+        for length in steps:
             start, stop = stop, stop + length
             part = Strand(*(getattr(strand, field.name)[:, start:stop] for field in fields(Strand)))
-            given = {
-                "attention_mask": (strand.document[:, :stop] >= 0).long(),
-                "position_ids": part.position,
-                "past_key_values": cache,
-                "use_cache": cache is not None,
-            }
-            own = model(part.ids, **{name: value for name, value in given.items() if name in takes}).logits
-            try:
-                ours = self(part, past)
-            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise UnsupportedTower(f"{self.name} cannot be a tower: on {case} its blocks fail: {error}") from error
-            if ours.shape != own.shape or not torch.equal(ours[part.document >= 0], own[part.document >= 0]):
-                gap = f"{(ours - own).abs().max():.3g}" if ours.shape == own.shape else "their shape"
-                raise UnsupportedTower(
-                    f"{self.name} cannot be a tower: on {case} its logits differ by {gap} from those of its parts run "
-                    "one by one, so it does something around its blocks that zipper does not know. Use another model."
-                )
-            if past is not None and [layer.get_seq_length() for layer in past.cache.layers] != [stop] * self.layers:
-                raise UnsupportedTower(f"{self.name} cannot be a tower: not every block writes the key/value cache.")
+            valid = strand.document[:, :stop] >= 0
+            with self._refusing(f"on {case} its own forward fails"):
+                own = self._own(part.ids, valid, part.position, cache)
+            with self._refusing(f"on {case} its blocks fail"):
+                found.append(self(part, past))
+            here = valid[:, start:]
+            if found[-1].shape != own.shape or not torch.equal(found[-1][here], own[here]):
+                gap = f"{(found[-1] - own)[here].abs().max():.3g}" if found[-1].shape == own.shape else "their shape"
+                raise self._refusal(f"on {case} its own logits differ by {gap} from those of its parts run one by one")
+            if past is not None and _lengths(past.cache) != _lengths(cache):
+                raise self._refusal(f"on {case} its blocks write other keys and values to the cache than in its own forward")
+        return found
+
+    def _prove(self, ids: Int[Tensor, "batch length"]) -> None:
+        """What `check` says, on these ids."""
+        for case, padding in CASES.items():
+            strand, length = self._padded(ids, padding), ids.shape[1]
+            (whole,) = self._compare(case, strand, (length,))
+            steps = torch.cat(self._compare(f"{case} in steps", strand, (length - 3, 1, 2), self.new_past()), 1)
+            valid = strand.document >= 0
+            if not self._close(steps[:, :-3][valid[:, :-3]], whole[:, :-3][valid[:, :-3]]):
+                raise self._refusal(f"on {case} a token sees what comes after it")
+            if not self._close(steps[:, -3:].flatten(0, 1), whole[:, -3:].flatten(0, 1)):
+                raise self._refusal(f"on {case} in steps a token does not see all that came before it")
+        for rows in ROWS:
+            if not self._reads(rows, ids):
+                raise self._refusal(f"the documents in {rows} rows are not read as alone")
+            if rows == self.rows:
+                break
+
+    def _readable(self, ids: Int[Tensor, "batch length"]) -> Rows:
+        """The most that it can read of ROWS."""
+        # In half precision the error of a model that counts positions or windows by itself may be as small as rounding.
+        sure = self.model.dtype == torch.float32 or (self._way.told and not any(map(self._size, OTHER_WINDOWS)))
+        for rows in reversed(ROWS if sure else ROWS[:1]):
+            if self._reads(rows, ids):
+                return rows
+        raise self._refusal("a row with padding on its right is not read as without")
+
+    def _reads(self, rows: Rows, ids: Int[Tensor, "batch length"]) -> bool:
+        """Whether the documents in such rows have the logits that the model gives them alone, up to rounding."""
+        padding, document = [-1] * 3, [1] * (ids.shape[1] - 3)
+        layouts: dict[Rows, list[list[int]]] = {
+            "unpadded": [document + padding],
+            "padded": [padding + document],
+            "packed": [[0] * 3 + document, document[:2] + padding + document[2:]],
+        }
+        layout = torch.tensor(layouts[rows], device=ids.device)
+        strand = Strand.alone(ids[: len(layout)], layout)
+        try:
+            logits = self(strand)
+        except FAILURES:
+            return False
+        alone = strand.ids[layout == 1].view(len(layout), -1)
+        own = self._own(alone, torch.ones_like(alone, dtype=torch.bool), alone, None)
+        return bool(logits.isfinite().all()) and self._close(logits[layout == 1], own.flatten(0, 1))
+
+    def _close(self, found: Float[Tensor, "tokens vocabulary"], truth: Float[Tensor, "tokens vocabulary"]) -> bool:
+        """Whether logits are the same up to rounding: relative to their spread, which the softmax sees, 1e-3 for every token.
+
+        In half precision 0.1 for most: rounding adds up over the blocks, and a token may go to another expert.
+        """
+        truth = truth.float()
+        error = (found.float() - truth).norm(dim=-1) / (truth - truth.mean(-1, keepdim=True)).norm(dim=-1)
+        if self.model.dtype == torch.float32:
+            return bool((error <= 1e-3).all())
+        return bool(error.median() <= 0.1)
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Turns what goes wrong in transformers' code into UnsupportedTower."""
+        try:
+            yield
+        except ZipperError:
+            raise
+        except FAILURES as error:
+            raise self._refusal(f"{what}: {type(error).__name__}: {str(error).strip().rstrip('.')}") from error
+
+    def _refusal(self, reason: str) -> UnsupportedTower:
+        return UnsupportedTower(f"{self.name} cannot be a tower: {reason}. Use another model.")
 
 
 def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
@@ -454,53 +496,9 @@ def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
     return total.hexdigest()
 
 
-def _first(owner: Any, names: tuple[str, ...]) -> Any:
-    """The first of these attributes that is there and not None."""
-    return next((found for name in names if (found := getattr(owner, name, None)) is not None), None)
-
-
-def _find_blocks(model: PreTrainedModel, layers: int) -> tuple[str, str]:
-    """Names of the body and of its list of blocks: the outermost list of as many modules as the model has layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return name.rpartition(".")[0], name
-    raise UnsupportedTower(f"{type(model).__name__} has no list of {layers} blocks. Give a decoder-only transformer.")
-
-
-def _layer_arguments(name: str, block: nn.Module) -> tuple[str, ...]:
-    """Which of LAYER_ARGUMENTS a block takes."""
-    _, *parameters = inspect.signature(block.forward).parameters.values()  # the first one is the hidden states
-    takes = tuple(p.name for p in parameters if p.name in LAYER_ARGUMENTS)
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if missing := [p.name for p in named if p.default is p.empty and p.name not in takes]:
-        raise UnsupportedTower(f"{name}'s blocks want {', '.join(missing)}, which zipper does not know how to give.")
-    if "attention_mask" not in takes or not set(takes) & set(PAST_ARGUMENTS):
-        raise UnsupportedTower(f"{name}'s blocks take no attention mask or no key/value cache. Give an attention model.")
-    return takes
-
-
-def _learned_positions(table: Any, position: Tensor, valid: Tensor) -> Tensor:
-    takes = inspect.signature(table.forward).parameters
-    if "position_ids" not in takes:
-        return table(position)
-    given = {"attention_mask": valid.long(), "position_ids": position}
-    return table(**{name: value for name, value in given.items() if name in takes})
-
-
-def _is_plain(document: Tensor, position: Tensor) -> bool:
-    """Whether each row is one document whose positions step with its slots: then slots are as good as positions."""
-    valid = document >= 0
-    shift = position - torch.arange(position.shape[1], device=position.device)
-    far = torch.iinfo(position.dtype).max
-    # The least of a row's values is not below its greatest: all are equal, or there are none.
-    same = [x.masked_fill(~valid, far).amin(1) >= x.masked_fill(~valid, -far).amax(1) for x in (document, shift)]
-    return bool(torch.stack(same).all())
-
-
-def _names_a_path(source: str) -> bool:
-    """Whether a source is meant as a folder, not as a hub id: ./x, ../x, ~/x, /x, a/b/c, or x in a folder there is."""
-    parent = Path(source).parent
-    return source.startswith((".", "~", "/")) or source.count("/") > 1 or (parent != Path() and parent.is_dir())
+def _lengths(cache: Any) -> list[int]:
+    """Slots that each layer of a cache holds."""
+    return [layer.get_seq_length() for layer in cache.layers]
 
 
 @contextmanager
