@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zipper.baseline import Baseline
 from zipper.link import Link
 from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper, visible
@@ -74,7 +75,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tower(model: Zipper, pipeline: Pipeline, name: str) -> dict[str, Any]:
+def _tower(model: Zipper | Baseline, pipeline: Pipeline, name: str) -> dict[str, Any]:
     tower, modality = model.config.towers[name], pipeline.modalities[name]
     return {
         "family": model.tower(name).config.model_type,

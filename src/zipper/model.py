@@ -7,6 +7,7 @@ unimodal path: the bare tower, no projection, no link.
 
 import dataclasses
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zipper import checkpoint
+from zipper import checkpoint, hub
+from zipper.card import card
 from zipper.errors import ZipperError
+from zipper.files import parse
 from zipper.generation import Limits, default_limit, generate
 from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory
 from zipper.sampling import Sampling
@@ -28,6 +32,25 @@ from zipper.tower import Past, Strand, Tower
 
 Junction = dict[str, int]
 TowerSource = str | Path | PreTrainedModel | Tower
+
+#: What a file may ask of a zip: (least, most) by field. No model lies beyond.
+LIMITS = {
+    "width": (1, 1 << 20),
+    "layers": (1, checkpoint.MOST_LAYERS),
+    "vocabulary": (1, 1 << 27),
+    "begin": (0, 1 << 27),
+    "end": (0, 1 << 27),
+    "tokens": (0.0, 1e6),
+    "junctions": (1, checkpoint.MOST_LAYERS),
+    "head_width": (1, 1 << 16),
+    "feedforward": (0.0, 64.0),
+    "projection_depth": (0, 64),
+    "gate_init": (-100.0, 100.0),
+    "dropout": (0.0, 0.999),
+}
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+#: Settings of an adapter that a file may name; peft knows others, which import modules or name files.
+ADAPTER = set("r lora_alpha lora_dropout target_modules exclude_modules bias use_rslora use_dora fan_in_fan_out".split())
 
 
 @dataclass(frozen=True)
@@ -62,8 +85,8 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class ZipperConfig:
-    """The whole shape of a zip. junctions: for each, {tower: number of its blocks that run before the exchange}. dropped: links that
-    are not there ("0:text>speech", see `zipper prune`)."""
+    """The whole shape of a zip. junctions: for each, {tower: number of its blocks that run before the exchange}. dropped: links
+    that are not there ("0:text>speech", see `zipper prune`)."""
 
     towers: dict[str, TowerConfig]
     junctions: tuple[Junction, ...]
@@ -75,17 +98,22 @@ class ZipperConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ZipperConfig":
-        """The inverse of `to_dict`; unknown or missing keys are a ZipperError."""
+    def from_dict(cls, data: Mapping[str, Any], where: str = "This is not the configuration of a zip") -> "ZipperConfig":
+        """The inverse of `to_dict`. Raises a ZipperError that begins with `where` for keys, types and numbers that do not fit."""
+        config = parse(cls, data, where, LIMITS)
+        for name, tower in config.towers.items():
+            if max(tower.begin, tower.end) >= tower.vocabulary or tower.dtype not in DTYPES:
+                raise ZipperError(f"{where}: the tower {name!r} has ids outside its vocabulary, or a dtype not among {DTYPES}.")
+            rank = (tower.lora or {}).get("r", 8)
+            if tower.lora and (not tower.lora.keys() <= ADAPTER or type(rank) is not int or not 0 < rank <= tower.width):
+                raise ZipperError(f"{where}: the tower {name!r} has an adapter that no file may ask for: {tower.lora!s:.200}.")
         try:
-            return cls(
-                {name: TowerConfig(**tower) for name, tower in data["towers"].items()},
-                tuple(dict(junction) for junction in data["junctions"]),
-                LinkConfig(**data["link"]),
-                tuple(data.get("dropped", ())),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ZipperError(f"This is not the configuration of a zip: {error}.") from error
+            _junctions({name: tower.layers for name, tower in config.towers.items()}, None, config.junctions)
+        except ZipperError as error:
+            raise ZipperError(f"{where}: {error}") from error
+        if foreign := {*config.dropped} - {link_name(*link) for link in dataclasses.replace(config, dropped=()).link_names()}:
+            raise ZipperError(f"{where}: it drops {sorted(foreign)[0]!a:.80}, which is no link between its towers.")
+        return config
 
     def link_names(self) -> list[tuple[int, str, str]]:
         """(junction, source, target) of every link, in an order that is not that of the dicts."""
@@ -193,6 +221,9 @@ class Zipper(nn.Module):
             _known(option, given or (), towers)
         if both := sorted({*train} & {*(lora or ())}):
             raise ZipperError(f"train and lora both name {both}. An adapter stands on a frozen tower: name it in one of them.")
+        for name, settings in (lora or {}).items():
+            if unknown := sorted({*settings} - ADAPTER):
+                raise ZipperError(f"lora[{name!r}] sets {unknown}; a zip can keep {', '.join(sorted(ADAPTER))}.")
         if isinstance(input_projection, Mapping):
             _known("input_projection", input_projection, towers)
         loaded = {name: source if isinstance(source, Tower) else Tower.load(source) for name, source in towers.items()}
@@ -228,7 +259,7 @@ class Zipper(nn.Module):
                 tokens=(tokens or {}).get(name, 0.0),
                 dtype=_dtype(tower),
                 digest=tower.pin(),
-                revision=getattr(tower.model.config, "_commit_hash", None) or "",
+                revision=tower.revision,
                 lora=dict(lora[name]) if lora and name in lora else None,
             )
         config = ZipperConfig(
@@ -299,6 +330,13 @@ class Zipper(nn.Module):
     def unembed(self, tower: str, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
         """Logits of one tower's states."""
         return self._tower(tower).unembed(hidden)
+
+    def nll(
+        self, tower: str, hidden: Float[Tensor, "batch length width"], targets: Int[Tensor, "batch length"]
+    ) -> Float[Tensor, "batch length"]:
+        """-log p(target) in nats, by the softmax of the tower's own vocabulary (sec. 3)."""
+        logits = self.unembed(tower, hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def ends(self) -> dict[str, Ends]:
         """Begin and end ids of every tower."""
@@ -372,6 +410,7 @@ class Zipper(nn.Module):
         """
         with checkpoint.whole(Path(folder)) as temporary:
             self.write(temporary, include, record)
+            (temporary / checkpoint.CARD).write_text(card(temporary, self.sizes()), encoding="utf-8")
 
     def write(self, folder: Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """The files of `save_pretrained`, written into an existing folder."""
@@ -394,6 +433,12 @@ class Zipper(nn.Module):
         config = dataclasses.replace(self.config, towers=towers)
         checkpoint.save(folder, config.to_dict(), self.new_parameters(), {}, dict(record or {}))
 
+    def push_to_hub(self, repo: str, private: bool = False, revision: str | None = None, include: Sequence[str] = ()) -> str:
+        """Save the zip and upload it to a repository of the hub, in one commit; returns the commit's URL. See `zipper.hub.push`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "zip", include)
+            return hub.push(Path(folder) / "zip", repo, private, revision)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -401,30 +446,31 @@ class Zipper(nn.Module):
         towers: Mapping[str, TowerSource] | None = None,
         dtype: torch.dtype | None = None,
         allow_mismatch: bool = False,
+        revision: str | None = None,
     ) -> "Zipper":
-        """Load a zip. source: its folder. towers: where a base lies now, for those that moved; a model that is in memory is shared,
-        not copied. dtype: of all parts; default as saved.
+        """Load a zip. source: its folder or a repository of the hub. towers: where a base lies now, for those that moved; a model
+        that is in memory is shared, not copied, and keeps its dtype. dtype: of all other parts; default as saved. revision: a
+        branch, tag or commit of the repository.
 
         Raises ZipperError when a file is damaged or a base is not the one that the zip was trained on (hashes are compared);
         allow_mismatch makes the second a warning.
         """
-        folder = Path(source)
-        config = ZipperConfig.from_dict(checkpoint.load(folder)[0])
+        local = hub.fetch(source, revision)
+        folder = local.folder
+        path = folder / checkpoint.CONFIG
+        config = ZipperConfig.from_dict(checkpoint.load(folder, local.root)[0], f"{path} is not the configuration of a zip")
         _known("towers", towers or (), config.towers)
         loaded, found = {}, {}
         for name, pin in config.towers.items():
             inside = folder / pin.source if pin.source == f"towers/{name}" else pin.source
-            base = (towers or {}).get(name, inside)
-            loaded[name] = base if isinstance(base, Tower) else Tower.load(base, dtype=getattr(torch, pin.dtype))
-            found[name] = dataclasses.replace(
-                pin,
-                source=_absolute(str(base)) if isinstance(base, str | Path) else pin.source,
-                digest=loaded[name].pin(),
-            )
-            if found[name].digest != pin.digest:
+            base, kept = (towers or {}).get(name, inside), getattr(torch, pin.dtype)
+            commit = pin.revision or None if base == pin.source else None
+            loaded[name] = base if isinstance(base, Tower) else Tower.load(base, *(() if _in_memory(base) else (kept, commit)))
+            digest = loaded[name].pin(kept)
+            if digest != pin.digest:
                 mismatch = (
-                    f"The tower {name!r} from {found[name].source} is not the one this zip was trained on: its content hash is "
-                    f"{found[name].digest[:16]}, the zip wants {pin.digest[:16]}."
+                    f"The tower {name!r} from {base if isinstance(base, str | Path) else 'memory'} is not the one this zip was "
+                    f"trained on: its content hash is {digest[:16]}, the zip wants {pin.digest[:16]}."
                 )
                 if not allow_mismatch:
                     raise ZipperError(
@@ -432,10 +478,29 @@ class Zipper(nn.Module):
                         "(allow_mismatch=True, --allow-mismatch)."
                     )
                 warnings.warn(f"{mismatch} It was allowed: what the links say may be noise to it.", stacklevel=2)
-        model = cls(loaded, dataclasses.replace(config, towers=found))
+            sizes = [(getattr(pin, size), getattr(loaded[name], size)) for size in checkpoint.SIZES]
+            if any(said != real for said, real in sizes):
+                raise ZipperError(
+                    f"{path} says of the tower {name!r} that {' and '.join(checkpoint.SIZES)} are {[said for said, _ in sizes]}; "
+                    f"of the one from {base if isinstance(base, str | Path) else 'memory'} they are {[real for _, real in sizes]}."
+                )
+            found[name] = dataclasses.replace(pin, digest=digest)
+            if isinstance(base, str | Path):
+                found[name] = dataclasses.replace(found[name], source=_absolute(str(base)), revision=loaded[name].revision)
+        config = dataclasses.replace(config, towers=found)
+        try:
+            for name, tower in found.items():
+                if tower.lora is not None:  # peft makes no adapter without memory; one of this rank takes little
+                    loaded[name].adapt(tower.lora)
+            with torch.device("meta"):  # no memory, no random numbers for what the file will bring, or will not
+                model = cls(loaded, config)
+        except ZipperError as error:
+            raise ZipperError(f"{path} does not fit: {error}") from error
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
         if dtype is not None:
-            model.cast(dtype)
+            shared = [name for name, base in (towers or {}).items() if _in_memory(base)]
+            for part in (model.inputs, model.links, *(tower for name, tower in model.towers.items() if name not in shared)):
+                _cast(part, dtype)
         return model
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -445,6 +510,10 @@ class Zipper(nn.Module):
     def pin(self, tower: str, dtype: torch.dtype) -> str:
         """Content hash of a tower as it is now, in `dtype`; a frozen one keeps the `digest` of its configuration."""
         return self._tower(tower).pin(dtype)
+
+    def sizes(self) -> dict[str, int]:
+        """{tower: number of its parameters}, adapters left out."""
+        return {name: sum(p.numel() for n, p in self.tower(name).named_parameters() if ".lora_" not in n) for name in self.towers}
 
     def new_parameters(self) -> dict[str, Tensor]:
         """Links, input projections and adapters by name: what zipping added."""
@@ -482,7 +551,7 @@ class Zipper(nn.Module):
 
         hidden, passes, done = {}, {}, {}
         for name, strand in strands.items():
-            h = towers[name].embed(strand)
+            h = towers[name].embed(strand, past.get(name))
             if name in self.inputs and len(state.towers) > 1:
                 fused = torch.ones_like(strand.ids, dtype=torch.bool) if cached else _shared(name, strands)
                 h = torch.where(fused[..., None], self.inputs[name](h), h)
@@ -565,6 +634,10 @@ def _read(link: Link, read: Strand, memory: Memory | None, unread: tuple[Tensor,
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _in_memory(source: TowerSource) -> bool:
+    return isinstance(source, Tower | PreTrainedModel)
 
 
 def _dtype(tower: Tower) -> str:

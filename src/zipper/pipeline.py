@@ -1,6 +1,7 @@
 """Pipeline: model and modalities, raw in, raw out. The only object that most users, the command line, the server and the evaluation
 touch."""
 
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
-from zipper import checkpoint
+from zipper import checkpoint, hub
 from zipper.audio import Audio
+from zipper.baseline import KIND, Baseline
+from zipper.card import card
 from zipper.errors import ZipperError
 from zipper.generation import Limits, generate
 from zipper.modality import Modality
@@ -29,7 +32,7 @@ SHIPPED = Path(__file__).parent / "shipped" / "spoken_commands"
 class Pipeline:
     """A zipped model with the modalities of its towers (same names)."""
 
-    def __init__(self, model: Zipper, modalities: Mapping[str, Modality]) -> None:
+    def __init__(self, model: Zipper | Baseline, modalities: Mapping[str, Modality]) -> None:
         if set(modalities) != set(model.towers):
             raise ZipperError(f"The model has the towers {sorted(model.towers)}, the modalities given are {sorted(modalities)}.")
         for name, modality in modalities.items():
@@ -47,18 +50,27 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path | None = None,
+        source: str | Path | None = None,
         towers: Mapping[str, TowerSource] | None = None,
         dtype: torch.dtype | None = torch.float32,
         allow_mismatch: bool = False,
+        revision: str | None = None,
     ) -> "Pipeline":
-        """Load what `save_pretrained` wrote; None loads the model that comes with the package.
+        """Load what `save_pretrained` wrote, from a folder or a repository of the hub (revision: a branch, tag or commit of it);
+        None loads the model that comes with the package.
 
         towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises ZipperError for a damaged file, a
         foreign base, tokenizer or codebook; allow_mismatch makes a foreign one a warning.
         """
-        folder = SHIPPED if folder is None else Path(folder)
-        model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)
+        local = hub.fetch(SHIPPED if source is None else source, revision)
+        folder = local.folder
+        model: Zipper | Baseline
+        if _is_baseline(folder):
+            if towers:
+                raise ZipperError(f"{folder} is a baseline: it holds all its weights, so it takes no towers={sorted(towers)}.")
+            model = Baseline.from_pretrained(folder, dtype)
+        else:
+            model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)  # the snapshot in the hub's cache is a folder too
         if not (folder / PINS).is_file():
             raise ZipperError(
                 f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
@@ -78,7 +90,10 @@ class Pipeline:
                     )
                 warnings.warn(f"{mismatch} It was allowed: its ids may mean something else to the model.", stacklevel=2)
             modalities[name] = modality
-        return cls(model, modalities)
+        try:
+            return cls(model, modalities)
+        except ZipperError as error:
+            raise ZipperError(f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}") from error
 
     def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """Save model and modalities in one folder, whole or not at all; see `Zipper.save_pretrained`."""
@@ -87,6 +102,14 @@ class Pipeline:
             for name, modality in self.modalities.items():
                 modality.save(temporary / "modalities" / name)
             checkpoint.write_json(temporary / PINS, {name: m.fingerprint for name, m in self.modalities.items()})
+            if isinstance(self.model, Zipper):
+                (temporary / checkpoint.CARD).write_text(card(temporary, self.model.sizes()), encoding="utf-8")
+
+    def push_to_hub(self, repo: str, private: bool = False, revision: str | None = None, include: Sequence[str] = ()) -> str:
+        """Save model and modalities and upload them to a repository of the hub, in one commit; returns the commit's URL."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "zip", include)
+            return hub.push(Path(folder) / "zip", repo, private, revision)
 
     def run(
         self,
@@ -131,6 +154,13 @@ class Pipeline:
         return Segment("speech", [self.units.voice_id(name)]) if name else "speech"
 
     @property
+    def zip(self) -> Zipper:
+        """The model, where it is a zip; a ZipperError where it is a single decoder, which has no links and no towers of its own."""
+        if not isinstance(self.model, Zipper):
+            raise ZipperError("This model is a single decoder, the baseline: it has no towers and links. Give a zip.")
+        return self.model
+
+    @property
     def units(self) -> SpeechUnits:
         """The modality "speech"; a ZipperError where this model has none."""
         speech = self._modality("speech")
@@ -146,3 +176,12 @@ class Pipeline:
     def _encode(self, segment: Segment) -> Segment:
         modality = self._modality(segment.tower)
         return segment if isinstance(segment.content, list) else replace(segment, content=modality.encode(segment.content))
+
+
+def _is_baseline(folder: Path) -> bool:
+    """What its configuration says it is; whoever loads it checks the file."""
+    try:
+        config = checkpoint.read_json(folder / checkpoint.CONFIG).get("config")
+    except ZipperError:
+        return False
+    return isinstance(config, dict) and config.get("kind") == KIND

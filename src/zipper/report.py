@@ -223,7 +223,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
             axes.legend(ncols=1 + (len(lines) > 4))
 
     ends = [f"{title}: {name} {values[-1]:.3f}" for title, lines in panels.items() for name, (_, values) in lines.items()]
-    return _svg(draw, (9.6, 2.7 * -(-len(panels) // 2)), "Curves over steps; at the end " + "; ".join(ends))
+    return svg(draw, (9.6, 2.7 * -(-len(panels) // 2)), "Curves over steps; at the end " + "; ".join(ends))
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def _attention(seen: AttentionMap) -> str:
 
     label = f"Cross-attention: {seen.reader} reads {seen.read}"
     inches = (9.6, 0.7 + 0.16 * len(rows) + 0.1 * max(map(len, columns)))
-    picture = _svg(draw, inches, f"{label}, {len(seen.target)} by {len(seen.source)} tokens")
+    picture = svg(draw, inches, f"{label}, {len(seen.target)} by {len(seen.source)} tokens")
     strongest = f"the strongest is {seen.weights.max(initial=0.0):.2f}"
     return (
         f"<figure><figcaption>{escape(label)}. The deeper the colour, the more weight; {strongest}.</figcaption>{picture}</figure>"
@@ -455,7 +455,7 @@ def _cut(label: str, most: int = 16) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def _svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: str) -> str:
+def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: str) -> str:
     """A figure as SVG for inside a page: no header, no metadata, no ids that a second figure would repeat.
 
     matplotlib makes the remaining ids from what they name and a salt: the label keeps them apart, and the same from run to run.

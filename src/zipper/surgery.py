@@ -185,7 +185,7 @@ def swap_pipeline(
     if unknown := sorted({*given} - {*towers}):
         raise ZipperError(f"The modality {unknown[0]!r} is given, but that tower stays. Give modalities of {sorted(towers)} only.")
     ends = {name: (modality.begin, modality.end) for name, modality in given.items()}
-    model, report = swap(pipeline.model, towers, train, ends, tokens, gate, seed)
+    model, report = swap(pipeline.zip, towers, train, ends, tokens, gate, seed)
     new = pipeline.modalities | given
     for name, change in report.towers.items():
         if name not in given and change.before.vocabulary != change.after.vocabulary:
