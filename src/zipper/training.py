@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zipper import checkpoint
+from zipper.baseline import Baseline
 from zipper.data import Row, read
 from zipper.errors import ZipperError
 from zipper.link import InputKind, LinkConfig
@@ -49,8 +49,11 @@ class TrainConfig:
     output: folder of the run. towers: name -> folder or hub id of a pre-trained tower, or the configuration of a fresh one
     ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder. data, dev: JSONL manifests; rows: use only the
     first so many of `data`. tasks: {"speech -> text": share of samples}. train: towers that learn; with one tower it always does.
-    every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the shape
-    is then its own. calibrate: rows on which links are calibrated before the first step (`Link.calibrate`, 0 = not).
+    every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the
+    shape is then its own. calibrate: rows on which links are calibrated before the first step (`Link.calibrate`, 0 = not).
+    baseline: not a zip but one decoder with an extended vocabulary (`Baseline`), all of which learns: {"base": the tower that is
+    extended} and, if wanted, "rows": [towers whose embeddings the new rows start from], "parameters": how many it is to have,
+    "positions": room.
 
     steps, batch: optimizer steps and samples in each, over all processes. lr_*: peak learning rates of new parts, of gates and of
     trained towers; linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak. loss_weight: per tower.
@@ -75,6 +78,7 @@ class TrainConfig:
     junctions: Sequence[Mapping[str, int]] | None = None
     link: LinkConfig = field(default_factory=LinkConfig)
     start: str | None = None
+    baseline: Mapping[str, Any] | None = None
     calibrate: int = 0
     input_projection: InputKind | Mapping[str, InputKind] = "residual"
     lora: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -119,16 +123,29 @@ class TrainConfig:
         for name, source in self.towers.items():
             if isinstance(source, Mapping) and len(self.towers) > 1 and name not in self.train:
                 raise ZipperError(f"The tower {name!r} is a fresh one that would never learn. Name it in train, or give a folder.")
+        if self.baseline is not None:
+            settings = {*self.baseline}
+            if "base" not in settings or settings - {"base", "rows", "parameters", "positions"}:
+                raise ZipperError(f"baseline is {dict(self.baseline)}; it has base and may have rows, parameters and positions.")
+            if unknown := sorted({self.baseline["base"], *self.baseline.get("rows", ())} - {*self.towers}):
+                raise ZipperError(f"baseline names {unknown}; this recipe has the towers {sorted(self.towers)}.")
+            if any(isinstance(self.towers[name], Mapping) for name in (self.baseline["base"], *self.baseline.get("rows", ()))):
+                raise ZipperError("A baseline starts from pre-trained towers: give folders or hub ids.")
+            if self.start or self.calibrate or self.lora:
+                raise ZipperError("A baseline has no links and no frozen tower: leave out start, calibrate and lora.")
         for task in self.tasks:
             for tower in Task.parse(task).towers:
                 if tower not in self.towers:
                     raise ZipperError(f"The task {task!r} names the tower {tower!r}; this recipe has {sorted(self.towers)}.")
 
 
+Model = Zipper | Baseline
+
+
 class Objective(nn.Module):
     """The model as something that turns batches into losses; what DDP wraps: one forward a step, whatever tasks a process drew."""
 
-    def __init__(self, model: Zipper) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -139,13 +156,14 @@ class Objective(nn.Module):
             wanted = {name: weight > 0 for name, weight in batch.weights.items() if (weight > 0).any()}
             hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
             for name, where in wanted.items():
-                logits = self.model.unembed(name, hidden[name][where][None])[0]
-                each = F.cross_entropy(logits.float(), batch.targets[name][where], reduction="none")
-                losses[name] = losses.get(name, 0.0) + (each * batch.weights[name][where]).sum()
+                states = hidden[name]
+                where, targets, weights = (x.to(states.device) for x in (where, batch.targets[name], batch.weights[name]))
+                each = self.model.nll(name, states[where][None], targets[where][None])[0]
+                losses[name] = losses.get(name, 0.0) + (each * weights[where]).sum()
         return losses
 
 
-def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]) -> Zipper:
+def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]) -> Model:
     """The model that a run starts from. Mean segment lengths (for positions and caps) are measured on the first 1,000 rows."""
     if config.start is not None:
         started = Zipper.from_pretrained(config.start, dtype=torch.float32)
@@ -156,6 +174,24 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         for name, modality in modalities.items():
             _pinned(name, Path(config.start) / "towers" / name, modality)
         return started
+    items = [item for name in config.tasks for task in [Task.parse(name)] for item in task.given + task.produced]
+    fields = {tower_of(item): item.partition(":")[0] for item in items}
+    tokens = {tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows[:1000]])) for tower, name in fields.items()}
+    ends = {name: (modality.begin, modality.end) for name, modality in modalities.items()}
+    if config.baseline is not None:
+        base, starts = config.baseline["base"], config.baseline.get("rows", ())
+        for name in (base, *starts):
+            _pinned(name, Path(config.towers[name]), modalities[name])
+        return Baseline.from_tower(
+            {base: Tower.load(config.towers[base], dtype=torch.float32)},
+            added={name: modality.vocabulary for name, modality in modalities.items() if name != base},
+            ends=ends,
+            tokens=tokens,
+            rows={name: config.towers[name] for name in starts},
+            parameters=config.baseline.get("parameters"),
+            positions=config.baseline.get("positions", 0),
+            seed=config.seed,
+        )
     towers: dict[str, Tower] = {}
     for name, source in config.towers.items():
         modality = modalities[name]
@@ -173,9 +209,6 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
                 f"The tower {name!r} knows {towers[name].vocabulary} ids, its modality in {config.modalities[name]} makes "
                 f"{modality.vocabulary}. Give the modality that the tower was trained with."
             )
-    items = [item for name in config.tasks for task in [Task.parse(name)] for item in task.given + task.produced]
-    fields = {tower_of(item): item.partition(":")[0] for item in items}
-    tokens = {tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows[:1000]])) for tower, name in fields.items()}
     model = Zipper.from_towers(
         towers,
         every=config.every,
@@ -184,7 +217,7 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         link=config.link,
         input_projection=config.input_projection,
         lora=config.lora,
-        ends={name: (modality.begin, modality.end) for name, modality in modalities.items()},
+        ends=ends,
         tokens=tokens,
         seed=config.seed,
     )
@@ -206,7 +239,7 @@ def _pinned(name: str, source: Path, modality: Modality) -> None:
         )
 
 
-def _check(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Zipper) -> None:
+def _check(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Model) -> None:
     """Every row has what every task wants, and the towers can read it; otherwise a ZipperError names file and line."""
     for number, row in enumerate(rows, 1):
         try:
@@ -240,7 +273,7 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     model = build(config, modalities, rows)
     for path, some in ((config.data, rows), (config.dev, dev)):
         _check(path, some, tasks, model)
-    if config.calibrate:
+    if isinstance(model, Zipper) and config.calibrate:
         samples = [task.segments(row) for task in tasks.values() for row in rows[: config.calibrate]]
         with torch.no_grad():
             model.calibrate(collate(samples, model.ends()).strands)
@@ -344,12 +377,12 @@ class Progress:
         return better
 
 
-def gates(model: Zipper) -> dict[str, float]:
+def gates(model: Model) -> dict[str, float]:
     """|tanh(gate)| of every link's attention (0 = the link is silent)."""
     return {name: float(link.gate.detach().tanh().abs()) for name, link in model.links.items()}  # type: ignore[operator]
 
 
-def _optimizer(model: Zipper, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW in groups: trained towers, gates, other new parts; weight decay on matrices only."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -396,7 +429,7 @@ def _batches(
     tasks: Mapping[str, Task],
     config: TrainConfig,
     step: int,
-    model: Zipper,
+    model: Model,
     accelerator: Accelerator,
 ) -> tuple[list[Batch], dict[str, float]]:
     """This process's batches of one step, one per task (so that what a task cannot see costs nothing), and the global number of
@@ -419,7 +452,7 @@ def _batches(
     return [_corrupt(batch, config, model) for batch in batches], counts
 
 
-def _corrupt(batch: Batch, config: TrainConfig, model: Zipper) -> Batch:
+def _corrupt(batch: Batch, config: TrainConfig, model: Model) -> Batch:
     """Some ids that carry a loss are read as random ones (never a begin token); targets stay."""
     strands = dict(batch.strands)
     for name, chance in config.corrupt.items():
@@ -448,7 +481,7 @@ def _record(config: TrainConfig, progress: Progress, found: Mapping[str, float])
     return {"recipe": dataclasses.asdict(config), "step": progress.step, "dev": dict(found)}
 
 
-def _save(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Parameter, str], progress: Progress, keep: int) -> None:
+def _save(folder: Path, model: Model, optimizer: Any, names: Mapping[nn.Parameter, str], progress: Progress, keep: int) -> None:
     """One checkpoint, whole or not at all: all but the frozen towers, the optimizer's moments, where the run stands. No pickle."""
     kept = {name: p for p, name in names.items() if p.requires_grad or not name.startswith("towers.")}
     tensors = {name: p.detach().cpu().contiguous() for name, p in kept.items()}
@@ -468,7 +501,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def _restore(folder: Path, model: Zipper, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Progress:
+def _restore(folder: Path, model: Model, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Progress:
     """The newest checkpoint that is whole, put into model and optimizer; an empty Progress where there is none."""
     for path in reversed(_checkpoints(folder)):
         try:
