@@ -144,14 +144,20 @@ _ONE_AT_A_TIME = threading.Lock()  # the library keeps its state in globals
 
 
 def synthesize(utterance: Utterance) -> Audio:
-    """The utterance said by eSpeak NG, without silence at the ends; the same bits whatever was said before. Takes 5 ms.
-
-    The library keeps state between utterances that no call resets (neither a random seed nor initialising again does), so it is
-    unloaded after each. Raises ZipperError if it is not installed or the voice is none of VOICES.
-    """
-    loader = extra("espeakng_loader")
+    """The utterance as `say` says it. Raises ZipperError if eSpeak NG is not installed or the voice is none of VOICES."""
     if utterance.voice not in VOICES:
         raise ZipperError(f"no voice {utterance.voice!r} in the built-in corpus. Take one of {', '.join(VOICES)}.")
+    return say(utterance.text, ESPEAK_VOICE, PITCH[utterance.voice])
+
+
+def say(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> Audio:
+    """A text said by eSpeak NG, without silence at the ends; the same bits whatever was said before. Takes 5 ms.
+
+    voice: eSpeak's name. pitch: 0 .. 99. rate_wpm: words a minute by eSpeak's own count, pauses included; 175 is its default.
+    The library keeps state between utterances that no call resets (neither a random seed nor initialising again does), so it is
+    unloaded after each. Raises ZipperError if it is not installed or has no such voice.
+    """
+    loader = extra("espeakng_loader")
     said: list[bytes] = []
 
     def hear(samples: int | None, count: int, events: int | None) -> int:
@@ -162,17 +168,19 @@ def synthesize(utterance: Utterance) -> Audio:
     with _ONE_AT_A_TIME:
         library = ctypes.CDLL(loader.get_library_path())
         try:
-            synchronous, utf8, pitch = 2, 1, 3  # speak_lib.h
+            synchronous, utf8, rate, pitched = 2, 1, 1, 3  # speak_lib.h
             rate_hz = library.espeak_Initialize(synchronous, 0, str(loader.get_data_path()).encode(), 0)
             callback = _CALLBACK(hear)
             library.espeak_SetSynthCallback(callback)
-            if rate_hz <= 0 or library.espeak_SetVoiceByName(ESPEAK_VOICE.encode()):
+            variant = Path(loader.get_data_path(), "voices", "!v", voice.partition("+")[2])  # an unknown one is ignored in silence
+            if rate_hz <= 0 or not variant.exists() or library.espeak_SetVoiceByName(voice.encode()):
                 raise ZipperError(
-                    f"eSpeak NG has no voice {ESPEAK_VOICE}. Its installation is incomplete: pip install -U espeakng-loader."
+                    f"eSpeak NG has no voice {voice}. Take another, or complete the installation: pip install -U espeakng-loader."
                 )
-            library.espeak_SetParameter(pitch, PITCH[utterance.voice], 0)
-            text = utterance.text.encode() + b"\0"
-            library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 0, 0, utf8, None, None)
+            library.espeak_SetParameter(rate, rate_wpm, 0)
+            library.espeak_SetParameter(pitched, pitch, 0)
+            encoded = text.encode() + b"\0"
+            library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, 0, 0, utf8, None, None)
             library.espeak_Synchronize()
             library.espeak_Terminate()
         finally:

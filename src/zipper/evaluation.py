@@ -189,10 +189,11 @@ def _another(text: str, candidates: Sequence[str], chance: random.Random) -> str
 class Judge:
     """pocketsphinx with its US English acoustic model, a language model of the domain and the domain's words only.
 
-    It never heard a voice of ours and shares nothing with our models. It only speaks for sentences of its domain: a word outside
-    cannot be heard. Report its rate on true audio beside every result.
+    It shares nothing with our models, and never heard a voice of ours unless it was adapted to them. It only speaks for sentences
+    of its domain: a word outside cannot be heard. Report its rate on true audio beside every result.
 
-    language_model: ARPA. dictionary: lines of word and phones.
+    language_model: ARPA. dictionary: lines of word and phones. acoustic_model: a folder that adaptation.adapt wrote, "" for
+    pocketsphinx's own.
 
     White noise 41 dB under the speech is what makes it hear: a synthetic voice pauses in exact zeros, which the acoustic model
     never met. A decoder lives for one utterance, because one that is used again carries statistics over even when they are reset:
@@ -201,25 +202,25 @@ class Judge:
 
     language_model: str
     dictionary: str
+    acoustic_model: str = ""
     name: ClassVar[str] = "pocketsphinx"
 
     @classmethod
-    def from_sentences(cls, sentences: Sequence[str], order: int = 2) -> "Judge":
+    def from_sentences(cls, sentences: Sequence[str], order: int = 2, acoustic_model: str | Path = "") -> "Judge":
         """A judge for a domain that looks like these sentences (never those it will judge).
 
         Raises ZipperError naming the words without a pronunciation, or if pocketsphinx is missing.
         """
-        return cls(arpa(sentences, order), pronunciations({word for line in sentences for word in normalise(line).split()}))
+        words = {word for line in sentences for word in normalise(line).split()}
+        return cls(arpa(sentences, order), pronunciations(words), str(acoustic_model))
 
     def transcribe(self, audio: Audio) -> str:
         """The words heard, "" for none. Any rate and loudness."""
-        samples = audio.resample(JUDGE_RATE_HZ).level(LOUD).samples if len(audio.samples) else audio.samples
-        noise = np.random.default_rng(0).standard_normal(len(samples)) * NOISE
-        pulses = (np.clip(samples + noise, -1, 1) * 32_767).astype(np.int16)
+        heard_pulses = pulses(audio)
         decoder = self._decoder()
         decoder.start_utt()
-        if len(pulses):
-            decoder.process_raw(pulses.tobytes(), full_utt=True)
+        if heard_pulses:
+            decoder.process_raw(heard_pulses, full_utt=True)
         decoder.end_utt()
         heard = decoder.hyp()
         return heard.hypstr if heard else ""
@@ -231,13 +232,20 @@ class Judge:
             model.write_text(self.language_model, encoding="utf-8")
             dictionary.write_text(self.dictionary, encoding="utf-8")
             return pocketsphinx.Decoder(
-                hmm=pocketsphinx.get_model_path("en-us/en-us"),
+                hmm=self.acoustic_model or pocketsphinx.get_model_path("en-us/en-us"),
                 lm=str(model),
                 dict=str(dictionary),
                 fwdflat=False,  # second passes over the first one's lattice: slower, no better
                 bestpath=False,
                 loglevel="FATAL",
             )
+
+
+def pulses(audio: Audio) -> bytes:
+    """What pocketsphinx gets to hear: 16 bits at its rate, levelled, with the noise that Judge speaks of."""
+    samples = audio.resample(JUDGE_RATE_HZ).level(LOUD).samples if len(audio.samples) else audio.samples
+    noise = np.random.default_rng(0).standard_normal(len(samples)) * NOISE
+    return (np.clip(samples + noise, -1, 1) * 32_767).astype(np.int16).tobytes()
 
 
 def judge_audio(judge: Judge, audios: Sequence[Audio], workers: int = 2) -> list[str]:
