@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo check format slow docs clean
+.PHONY: help setup demo check format slow matrix docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,8 +38,13 @@ format: setup  ## rewrite the files as the gate wants them
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-docs: setup  ## write docs/cli.md from the command line's own parser
+matrix: setup  ## the towers' tests on the oldest transformers that is supported
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cache/transformers-5.5.0 transformers==5.5.0 -c constraints.txt
+	PYTHONPATH=.cache/transformers-5.5.0 $(BIN)/python -m pytest -q tests/test_tower.py tests/test_families.py
+
+docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
+	$(BIN)/python -c "import pathlib, zipper.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
 
 clean:  ## remove the environment and the tools' caches; runs/ and .cache/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

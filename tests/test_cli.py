@@ -399,7 +399,7 @@ def bad_json(folder: Path) -> str:
 
 def nothing(folder: Path) -> str:
     shutil.rmtree(folder)
-    return "model does not exist. Give the folder that save_pretrained"
+    return "model is no folder and not wholly in the hub's cache"
 
 
 @pytest.mark.parametrize("harm", [foreign_codebook, cut_weights, bad_json, nothing])

@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the results as JSON")
 
     p = add("show", show, "Towers, junctions, what trains, parameters, gates, size on disk.", "zipper show runs/demo/model")
-    p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
     _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         "Try a model's promises: frozen towers unharmed, no leaks, packed and cached as one; 1 if one is broken.",
         "zipper verify",
     )
-    p.add_argument("model", nargs="?", type=Path, help="a saved model (default: the shipped one)")
+    p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
     _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -161,12 +161,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, help="measure on this manifest (JSONL) instead of the built-in dev part")
     p.add_argument("--rows", type=_count, default=60, help="rows to measure on (default 60)")
     p.add_argument("--json", action="store_true", help="print what was found as JSON")
+    p = add(
+        "reproduce",
+        reproduce,
+        "The paper's experiments: every table, each cell once; goes on where it was stopped. 1 if a cell failed.",
+        "zipper reproduce --preset cpu --quick",
+    )
+    p.add_argument("--preset", choices=["cpu", "gpu", "quick"], default="cpu", help="how much is done (default cpu)")
+    p.add_argument("--quick", action="store_true", help="every table of the preset with a few steps, to see that all works")
+    p.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="folder of the results (default runs/reproduce)")
+    p.add_argument("--only", default="", metavar="TABLE,TABLE", help="only these tables, e.g. table1,figure3")
+    p.add_argument("--workers", type=_count, default=2, help="cells side by side, a thread each (default 2)")
+    p.add_argument("--judge", type=Path, help="a pipeline as second judge on the commands (default: the shipped one)")
+    p.add_argument("--json", action="store_true", help="print results.json at the end; the tables go to stderr")
     p = add("push", push, "Upload a saved model to the hub, in one commit.", "zipper push runs/demo/model me/my-zip --private")
     p.add_argument("model", type=Path, help="a saved model, with every tower that is not on the hub inside")
     p.add_argument("repo", help="hub repository; made if there is none")
     p.add_argument("--private", action="store_true", help="if the repository is new, only its owner sees it")
     p.add_argument("--revision", help="branch to commit to, made from main if there is none (default main)")
     p.add_argument("--message", default="Upload a zip", help="of the commit")
+
+    p = add(
+        "towers",
+        towers,
+        "Which decoders of the installed transformers can be towers, tried on tiny random models.",
+        "zipper towers llama bloom",
+    )
+    p.add_argument("family", nargs="*", help="names of transformers' causal-LM mapping (default: all)")
+    p.add_argument("--json", action="store_true", help="print as JSON")
     return top
 
 
@@ -187,7 +209,7 @@ def _count(text: str) -> int:
 
 
 def _model_option(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", type=Path, help="a saved model (default: the one that comes with the package)")
+    p.add_argument("--model", help="a saved model: folder or hub id (default: the one that comes with the package)")
     _mismatch_option(p)
 
 
@@ -214,6 +236,14 @@ def _pipeline(given: argparse.Namespace) -> Any:
     from zipper.pipeline import Pipeline
 
     return Pipeline.from_pretrained(given.model, allow_mismatch=given.allow_mismatch)
+
+
+def _folder(given: argparse.Namespace) -> Path:
+    """Where the files of the given model are."""
+    from zipper import hub
+    from zipper.pipeline import SHIPPED
+
+    return hub.fetch(given.model).folder if given.model else SHIPPED
 
 
 def _writable(path: Path) -> None:
@@ -393,9 +423,8 @@ def evaluate(given: argparse.Namespace) -> None:
 def show(given: argparse.Namespace) -> None:
     """zipper show"""
     from zipper.inspection import describe, table
-    from zipper.pipeline import SHIPPED
 
-    found = describe(_pipeline(given), given.model or SHIPPED)
+    found = describe(_pipeline(given), _folder(given))
     print(json.dumps(found, indent=1) if given.json else table(found))
 
 
@@ -403,9 +432,18 @@ def verify(given: argparse.Namespace) -> int:
     """zipper verify"""
     import dataclasses
 
+    import torch
+
+    from zipper.model import Zipper
+    from zipper.pipeline import PINS
     from zipper.verify import verify as run_verification
 
-    checks = run_verification(_pipeline(given).model)
+    folder = _folder(given)
+    if (folder / PINS).is_file():
+        model = _pipeline(given).zip
+    else:  # a model that was saved without modalities has promises too
+        model = Zipper.from_pretrained(folder, dtype=torch.float32, allow_mismatch=given.allow_mismatch)
+    checks = run_verification(model)
     if given.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:
@@ -430,7 +468,7 @@ def swap(given: argparse.Namespace) -> None:
     record = checkpoint.load(given.model)[1]
     old = Pipeline.from_pretrained(given.model, dtype=None)
     new, report = surgery.swap_pipeline(old, towers, modalities, given.train, means)
-    new.save_pretrained(given.output, surgery.inside(new.model, given.model), record | {"swap": dataclasses.asdict(report)})
+    new.save_pretrained(given.output, surgery.inside(new.zip, given.model), record | {"swap": dataclasses.asdict(report)})
     print(json.dumps(dataclasses.asdict(report), indent=1) if given.json else f"{report.table()}\n{given.output}: saved")
 
 
@@ -447,14 +485,14 @@ def prune(given: argparse.Namespace) -> None:
     raw = data.manifest(given.data, given.rows) if given.data else corpus.rows("dev", given.rows, whole.units)
     folder = given.data.parent if given.data else Path()
     rows = [data.encode(row, whole.modalities, folder, f"{given.data or 'dev'}, line {n}") for n, row in enumerate(raw, 1)]
-    samples = surgery.batches(whole.model, rows)
-    found = surgery.activity(whole.model, [batch for some in samples.values() for batch in some])
+    samples = surgery.batches(whole.zip, rows)
+    found = surgery.activity(whole.zip, [batch for some in samples.values() for batch in some])
     links = given.links or surgery.idle(found, given.below)
     if not links:
         raise ZipperError(f"No link adds less than {given.below}: the least is {min(link.share for link in found.values()):.4f}.")
     stored = Pipeline.from_pretrained(given.model, dtype=None)  # so that what stays keeps its bits on the disk too
-    pruned = Pipeline(surgery.prune(stored.model, links), stored.modalities)
-    costs = surgery.costs(whole.model, samples)
+    pruned = Pipeline(surgery.prune(stored.zip, links), stored.modalities)
+    costs = surgery.costs(whole.zip, samples)
     sizes = [sum(p.numel() for p in model.new_parameters().values()) for model in (stored.model, pruned.model)]
     before = _rates(whole, raw, rows, given.data is None)
     result: dict[str, Any] = {
@@ -462,10 +500,10 @@ def prune(given: argparse.Namespace) -> None:
         "new_parameters": dict(zip(("before", "after"), sizes, strict=True)),
         "rows": len(rows),
     }
-    pruned.save_pretrained(given.output, surgery.inside(pruned.model, given.model), record | {"pruned": result})
+    pruned.save_pretrained(given.output, surgery.inside(pruned.zip, given.model), record | {"pruned": result})
     loaded = Pipeline.from_pretrained(given.output)
     after = _rates(loaded, raw, rows, given.data is None)
-    losses = [surgery.losses(pipeline.model, samples) for pipeline in (whole, loaded)]
+    losses = [surgery.losses(pipeline.zip, samples) for pipeline in (whole, loaded)]
     result["nats_per_token"] = {task: {"before": loss, "after": losses[1][task]} for task, loss in losses[0].items()}
     result["wer"] = {task: {"before": rate, "after": after[task]} for task, rate in before.items()}
     if given.json:
@@ -508,8 +546,49 @@ def _named(option: str, items: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def reproduce(given: argparse.Namespace) -> int:
+    """zipper reproduce"""
+    from contextlib import nullcontext, redirect_stdout
+
+    from zipper import experiments
+
+    _writable(given.output / "results.json")
+    only = [name.strip() for name in given.only.split(",") if name.strip()]
+    said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]
+    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+        found, failed = experiments.reproduce(
+            given.preset,
+            given.output,
+            given.quick,
+            only,
+            given.workers,
+            str(given.judge.absolute()) if given.judge else "",
+            " ".join(["zipper reproduce", *filter(None, said)]),
+        )
+    if given.json:
+        print(json.dumps(found, indent=1))
+    for name, why in failed.items():
+        print(f"zipper reproduce: {name} failed: {why}", file=sys.stderr)
+    return int(bool(failed))
+
+
 def push(given: argparse.Namespace) -> None:
     """zipper push"""
     from zipper import hub
 
     print(hub.push(given.model, given.repo, private=given.private, revision=given.revision, message=given.message))
+
+
+def towers(given: argparse.Namespace) -> None:
+    """zipper towers"""
+    import dataclasses
+
+    import transformers
+    from tqdm import tqdm
+
+    from zipper import families
+
+    transformers.logging.set_verbosity_error()  # it warns of every tiny model
+    chosen = given.family or families.names()
+    found = [families.tried(name) for name in tqdm(chosen, desc="towers", unit="family", disable=None)]
+    print(json.dumps([dataclasses.asdict(family) for family in found], indent=1) if given.json else families.table(found))

@@ -253,7 +253,7 @@ def _map(pipeline: Pipeline, row: Row, given: str, produced: str) -> AttentionMa
     """Where the produced segment of a true pair looks in the given one."""
     ids = {"text": pipeline.modalities["text"].encode(row["text"]), "speech": row["speech"]}
     strands = collate([[Segment(name, ids[name]) for name in (given, produced)]], pipeline.model.ends()).strands
-    weights = attention(pipeline.model, strands, given, produced).numpy()
+    weights = attention(pipeline.zip, strands, given, produced).numpy()
     labels = {name: [_label(pipeline, name, i) for i in strand.ids[0].tolist()] for name, strand in strands.items()}
     return AttentionMap(produced, given, weights, labels[produced], labels[given])
 
