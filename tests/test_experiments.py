@@ -14,7 +14,7 @@ import torch
 
 from zipper import data, experiments
 from zipper.errors import ZipperError
-from zipper.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Ground, Job, Result, Score
+from zipper.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Ground, Job, Result
 from zipper.training import TrainConfig
 
 PRESETS = pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
@@ -36,7 +36,7 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         sentences=str(world.folder / "pairs.jsonl"),
         judge=str(world.zip),
     )
-    return {"corpus": dataclasses.asdict(ground), "rate": {"scale": 2.0}}
+    return {"corpus": dataclasses.asdict(ground), "rate": {"rates": {"lr_new": 4e-3, "lr_tower": 1e-3}}}
 
 
 def spec(arm: str = ZIP, tables: tuple[str, ...] = ("table1",), pairs: int = 20, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def test_every_arm_searches_its_rate_with_the_same_budget() -> None:
     spend = experiments.budget("cpu")
     searches = [job.spec for job in experiments.jobs(experiments.cells(spend), spend) if job.kind == "rate"]
     assert {s["cell"]["arm"] for s in searches} == {*ARMS}
-    assert len({(tuple(s["scales"]), s["cell"]["changes"]["steps"], s["dev"], s["batch"]) for s in searches}) == 1
+    assert len(searches) == len({*ARMS})
+    assert len({(len(s["tried"]), s["cell"]["changes"]["steps"], s["dev"], s["batch"]) for s in searches}) == 1
 
 
 def test_a_jobs_file_is_another_when_anything_that_decides_it_is_another(tmp_path: Path) -> None:
@@ -181,8 +182,8 @@ def test_a_run_that_is_stopped_stops_its_workers(tmp_path: Path) -> None:
 # --- a cell ---
 
 
-def config(needs: dict[str, Any], *arguments: Any, scale: float = 1.0, **changes: Any) -> TrainConfig:
-    return experiments.configure(spec(*arguments, **changes), needs, Path("nowhere"), scale)
+def config(needs: dict[str, Any], *arguments: Any, rates: dict[str, float] | None = None, **changes: Any) -> TrainConfig:
+    return experiments.configure(spec(*arguments, **changes), needs, Path("nowhere"), rates or {})
 
 
 def test_arms_of_a_table_differ_in_nothing_but_themselves(needs: dict[str, Any]) -> None:
@@ -200,10 +201,9 @@ def test_fewer_pairs_are_the_first_of_more(needs: dict[str, Any]) -> None:
     assert (few.rows, many.rows) == (8, 24) and dataclasses.replace(few, rows=24) == many
 
 
-def test_a_scale_multiplies_all_learning_rates_and_a_change_has_the_last_word(needs: dict[str, Any]) -> None:
-    base, other = config(needs), config(needs, scale=2.5, patience=7, link={"gate_init": 0.0})
-    for name in ("lr_new", "lr_gate", "lr_tower"):
-        assert getattr(other, name) == pytest.approx(2.5 * getattr(base, name))
+def test_rates_that_were_found_are_used_and_a_change_has_the_last_word(needs: dict[str, Any]) -> None:
+    base, other = config(needs), config(needs, rates={"lr_new": 7e-3, "lr_tower": 2e-5}, patience=7, link={"gate_init": 0.0})
+    assert (other.lr_new, other.lr_tower, other.lr_gate) == (7e-3, 2e-5, base.lr_gate)
     assert other.patience == 7 and other.link == dataclasses.replace(base.link, gate_init=0.0)
 
 
@@ -228,7 +228,7 @@ def test_a_cell_is_trained_and_evaluated(needs: dict[str, Any], tmp_path: Path) 
         assert score.words == [len(text.split()) for text in texts] and score.characters == [len(text) for text in texts]
         assert len(score.edits) == 5 and 0 <= score.unended <= 1
     assert found.steps == 2 and found.best_step in (1, 2) and {*found.dev} == {*experiments.TASKS}
-    assert found.rates["lr_tower"] == pytest.approx(2.0 * experiments.RATES["lr_tower"])
+    assert found.rates == needs["rate"]["rates"]
     assert found.parameters["new"] < found.parameters["trained"] < found.parameters["total"]
     text, speech = found.perplexity["text"], found.perplexity["speech"]
     assert text["identical"] == 1 and text["before"] == text["after"] != text["zip"]
@@ -252,9 +252,10 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
 
 
 def test_the_search_takes_the_rate_with_the_least_dev_loss(needs: dict[str, Any], tmp_path: Path) -> None:
-    found = experiments.search_rates(spec(steps=3) | {"scales": [0.0, 1.0, 300.0]}, needs, tmp_path)
-    assert len(found["dev"]) == 3 and found["dev"][str(found["scale"])] == min(found["dev"].values())
-    assert found["scale"] == 1.0
+    tried = [{"lr_new": 0.0, "lr_tower": 0.0}, {"lr_new": 2e-3, "lr_tower": 5e-4}, {"lr_new": 1.0, "lr_tower": 0.5}]
+    found = experiments.search_rates(spec(steps=3) | {"tried": tried}, needs, tmp_path)
+    assert len(found["dev"]) == 3 and min(found["dev"]) == found["dev"][1]
+    assert found["rates"] == tried[1]
 
 
 def test_oracle_and_floor_stand_beside_every_test_set(needs: dict[str, Any], tmp_path: Path) -> None:
@@ -285,26 +286,3 @@ def test_a_worker_writes_what_it_found(needs: dict[str, Any], tmp_path: Path) ->
     written = json.loads((tmp_path / "towers" / "t.json").read_text())
     assert written["kind"] == "tower" and written["core_s"] > 0
     assert (Path(written["found"]["text-S"]) / "config.json").is_file()
-
-
-# --- tables ---
-
-
-def result(arm: str, seed: int, edits: list[int], tables: tuple[str, ...] = ("table1", "figure2")) -> Result:
-    cell = Cell(f"{arm} {seed}", tables, arm, "S", "commands", 100, seed, {"steps": 5})
-    both = [Score(t, "commands", f"judge of {t}", edits, [4, 6], [20, 50], 0.0) for t in ("asr", "tts")]
-    return Result(cell, steps=5, scores=both)
-
-
-def test_a_table_has_a_line_for_all_seeds_of_an_arm() -> None:
-    head, columns, *body = experiments.table(
-        "table1", [result(ZIP, 0, [1, 0]), result(ZIP, 1, [1, 2]), result(FROZEN, 0, [0, 0])]
-    ).splitlines()
-    assert head == TABLES["table1"] and columns.split()[-2:] == ["ASR", "commands"]
-    assert [line.split("  ")[-1] for line in body] == ["20.00 (10.00-30.00)", "0.00"]
-
-
-def test_figure_2_counts_words_by_the_length_of_their_sentence() -> None:
-    _, columns, line = experiments.table("figure2", [result(ZIP, 0, [1, 3])]).splitlines()
-    assert "0-30" in columns and "45-60" in columns and "100" not in columns.replace("1000", "")
-    assert line.split()[-2:] == ["25.00", "50.00"]

@@ -555,6 +555,7 @@ def reproduce(given: argparse.Namespace) -> int:
     _writable(given.output / "results.json")
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]
+    said.append(f"--judge {given.judge}" * bool(given.judge))
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
         found, failed = experiments.reproduce(
             given.preset,

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from zipper.link import LinkConfig
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
+from zipper.results import TITLES, plain, write
 from zipper.sequence import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
@@ -43,24 +44,11 @@ from zipper.training import TrainConfig, build, gates, train
 
 VERSION = 1  # raise it when a change of the code changes what a job finds: it is in every file's name
 
-TABLES = {
-    "table1": "Table 1: speech to text",
-    "table2": "Table 2: text to speech",
-    "figure2": "Figure 2: text to speech by length of the transcript",
-    "figure3": "Figure 3: by number of pairs",
-    "figure4a": "Figure 4a: input projections",
-    "figure4b": "Figure 4b: number of junctions",
-    "towers": "Towers before and after: perplexity",
-    "gate": "Gates at birth",
-    "positions": "Positions in cross-attention",
-    "depth": "Depth of the cross projection",
-    "lora": "An adapter on the text tower against a frozen one",
-}
+TABLES = tuple(TITLES)
 HEADLINE = ("table1", "table2", "figure2", "figure3", "towers")
 VARIED = ("figure4a", "figure4b", "gate", "positions", "depth", "lora")
 HEARD = {"table2", "figure2"}  # tables of sound: vocoder and independent ear, the dear part of an evaluation
 SILENT = {"table1", "towers"}  # tables that need no produced speech
-LENGTHS = (0, 30, 45, 60, 100, 1_000)  # characters, figure 2
 
 ZIP, FROZEN, BOTH, LORA = "zip, speech trained", "zip, speech frozen", "zip, text trained too", "zip, LoRA on text"
 PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
@@ -70,7 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
     FROZEN: {"train": ()},
     BOTH: {"train": ("text", "speech")},
     LORA: {
-        "train": ("speech",),
+        "train": (),
         "lora": {"text": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
     },
     PLAIN: {},
@@ -78,8 +66,15 @@ ARMS: dict[str, dict[str, Any]] = {
     ROWS: {},
 }
 BASELINES = (PLAIN, MATCHED, ROWS)
-RATES = {"lr_new": 2e-3, "lr_gate": 3e-4, "lr_tower": 5e-4}  # where the search of a zip begins (docs/log.md)
-BASELINE_RATES = {"lr_tower": 1.5e-3}
+#: What the search of learning rates tries, as many for every arm. A scale on all rates of a zip is no search: new parameters want
+#: more than a trained tower bears (docs/log.md). Gates keep 3e-4.
+TRIED: dict[str, tuple[dict[str, float], ...]] = {
+    FROZEN: tuple({"lr_new": rate} for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)),
+    ZIP: tuple({"lr_new": new, "lr_tower": tower} for new, tower in product((2e-3, 5e-3), (2e-4, 5e-4))),
+    PLAIN: tuple({"lr_tower": rate} for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)),
+}
+TRIED |= {BOTH: TRIED[ZIP], LORA: TRIED[FROZEN], MATCHED: TRIED[PLAIN], ROWS: TRIED[PLAIN]}
+LR_GATE = 3e-4
 LINK = {"gate_init": 1.2, "dropout": 0.1}
 NOISE_DB = 25  # of the noisy test set: the shipped model has 0.3 % at 40 dB, 28 % at 20 dB
 TASKS = {"speech -> text": 1.0, "text -> voiced:speech": 1.26}  # the paper's shares (A.3)
@@ -149,10 +144,10 @@ class Result:
 class Budget:
     """How much a preset does.
 
-    pairs: all there are. steps: of a cell with all or many of them, few: with few (`is_few`), ablation: that varies one thing,
-    prose_steps: on prose. search: steps of each short run of the search, scales: what it multiplies the arm's learning rates with.
-    sweep: numbers of pairs beside all. shapes: of towers that are pre-trained here, for tower_steps steps, on so many `unpaired`
-    utterances of prose. arms, values: how many at most in side tables and ablations.
+    seeds: of the headline cells on the first corpus; all else has one. pairs: all there are. steps: of a cell with all of them,
+    few: with less, ablation: that varies one thing, large: of size L, prose: on prose. search: steps of each short run of the
+    search. sweep: numbers of pairs beside all, the first two with all seeds. shapes: of towers that are pre-trained here, for
+    tower_steps steps, on so many `unpaired` utterances of prose. arms, values: how many at most in side tables and ablations.
     """
 
     name: str
@@ -162,6 +157,8 @@ class Budget:
     steps: int
     few: int
     ablation: int
+    large: int
+    prose: int
     search: int
     sweep: tuple[int, ...]
     test: int
@@ -169,16 +166,10 @@ class Budget:
     tower_steps: int
     shapes: dict[str, dict[str, Any]]
     unpaired: int
-    prose_steps: int
     arms: int = 6
     values: int = 3
-    scales: tuple[float, ...] = (0.4, 1.0, 2.5)
     batch: int = 32
     mixed_precision: str = "no"
-
-    def is_few(self, pairs: int) -> bool:
-        """Whether so many pairs are few: other steps, and learning rates of their own."""
-        return 8 * pairs < self.pairs
 
 
 LARGE = demo.TEXT_TOWER | {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 8}
@@ -188,17 +179,18 @@ CPU = Budget(
     corpora=("commands", "prose"),
     seeds=3,
     pairs=8000,
-    steps=500,
-    few=150,
+    steps=600,
+    few=200,
     ablation=250,
-    search=60,
-    sweep=(800, 400, 2400, 240, 80, 24, 8),
+    large=400,
+    prose=400,
+    search=80,
+    sweep=(800, 80, 2400, 400, 240, 24, 8),
     test=300,
     dev=100,
     tower_steps=1200,
     shapes=SHAPES,
     unpaired=20_000,
-    prose_steps=800,
 )
 QUICK = replace(
     CPU,
@@ -208,13 +200,14 @@ QUICK = replace(
     steps=20,
     few=20,
     ablation=20,
+    large=20,
+    prose=20,
     search=4,
     sweep=(40,),
     test=24,
     dev=16,
     tower_steps=40,
     unpaired=400,
-    prose_steps=20,
     arms=2,
     values=1,
 )
@@ -234,14 +227,15 @@ GPU = replace(
     steps=3000,
     few=800,
     ablation=1000,
+    large=3000,
+    prose=3000,
     search=300,
-    sweep=(12_000, 4000, 1200, 400, 120, 40),
+    sweep=(4000, 400, 12_000, 1200, 120, 40),
     test=600,
     dev=300,
     tower_steps=10_000,
     shapes={"text-S": _WIDE, "text-L": _WIDER, "speech": _WIDE},
     unpaired=60_000,
-    prose_steps=3000,
     batch=64,
     mixed_precision="bf16",
 )
@@ -274,36 +268,39 @@ def cells(spend: Budget) -> list[Cell]:
         size: str = "S",
         **changes: Any,
     ) -> None:
-        steps = spend.few if spend.is_few(pairs) else spend.prose_steps if where == "prose" else spend.steps
+        steps = (
+            spend.few if pairs < spend.pairs else spend.large if size == "L" else spend.prose if where == "prose" else spend.steps
+        )
         said = [f"{key}={json.dumps(value, sort_keys=True)}" for key, value in changes.items()]
         name = "/".join([where, size, arm, f"pairs={pairs}", *said, f"seed={seed}"])
         found[name] = Cell(name, tuple(tables), arm, size, where, pairs, seed, {"steps": steps} | changes)
 
-    main, four = (ZIP, MATCHED, FROZEN, PLAIN, ROWS, BOTH), (ZIP, MATCHED, FROZEN, PLAIN)
-    headline = [pairs for pairs in spend.sweep if spend.is_few(pairs)][:2]
+    main = (ZIP, MATCHED, FROZEN, PLAIN)
     for seed in range(spend.seeds):
         for arm in main:
             add(arm, HEADLINE, seed)
-        for pairs, arm in product(headline, four[: spend.arms]):
+        for pairs, arm in product(spend.sweep[:2], main):
             add(arm, ("figure3",), seed, pairs)
+    for arm in (ROWS, BOTH):
+        add(arm, HEADLINE)
     short: dict[str, Any] = {"steps": spend.ablation}
-    add(ZIP, VARIED, **short)
+    add(FROZEN, VARIED, **short)  # both towers frozen: what differs is the links, and it learns fastest
     for kind in ("paper", "residual")[: spend.values]:
-        add(ZIP, ("figure4a",), input_projection=kind, **short)
+        add(FROZEN, ("figure4a",), input_projection=kind, **short)
     for blocks in ((2,), (1, 3))[: spend.values]:
-        add(ZIP, ("figure4b",), every=None, junctions=[{"text": n, "speech": n} for n in blocks], **short)
+        add(FROZEN, ("figure4b",), every=None, junctions=[{"text": n, "speech": n} for n in blocks], **short)
     for gate in (0.0, 0.6)[: spend.values]:
-        add(ZIP, ("gate",), link={"gate_init": gate}, **short)
-    add(ZIP, ("positions",), link={"rotary": False}, **short)
+        add(FROZEN, ("gate",), link={"gate_init": gate}, **short)
+    add(FROZEN, ("positions",), link={"rotary": False}, **short)
     for depth in (1, 0, 3)[: spend.values]:  # a link without a projection cannot be calibrated
-        add(ZIP, ("depth",), calibrate=0, link={"projection_depth": depth}, **short)
+        add(FROZEN, ("depth",), calibrate=0, link={"projection_depth": depth}, **short)
     add(LORA, ("lora",), **short)
-    for pairs, arm in product([pairs for pairs in spend.sweep if pairs not in headline], four):
+    for pairs, arm in product(spend.sweep[2:], main[:2]):
         add(arm, ("figure3",), 0, pairs)
-    for where, seed, arm in product(others, range(spend.seeds), main[: spend.arms]):
-        add(arm, HEADLINE, seed, where=where)
-    for arm in four[: spend.arms]:
+    for arm in main[: min(3, spend.arms)]:
         add(arm, HEADLINE, size="L")
+    for where, arm in product(others, main[: spend.arms]):
+        add(arm, HEADLINE, where=where)
     return list(found.values())
 
 
@@ -345,35 +342,27 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
     def once(job: Job) -> Job:
         return found.setdefault(job.key, job)
 
-    for cell in some:
-        prose = cell.corpus == "prose"
-        sizes: dict[str, Any] = {
-            "pairs": spend.pairs,
-            "dev": spend.dev,
-            "test": spend.test,
-            "unpaired": spend.unpaired if prose else 0,
-        }
-        sizes |= {} if prose else {"judge": judge}
-        ground = once(Job("corpus", cell.corpus, {"corpus": cell.corpus} | sizes))
-        fresh = [f"text-{cell.size}", "speech"] if prose else [f"text-{cell.size}"] * (cell.size != "S")
+    common = {"dev": spend.dev, "test": spend.test, "batch": spend.batch, "mixed_precision": spend.mixed_precision}
+
+    def grounds(name: str, size: str) -> tuple[Job, ...]:
+        """The corpus and the towers that it lacks."""
+        prose = name == "prose"
+        rows = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test, "unpaired": spend.unpaired if prose else 0}
+        ground = once(Job("corpus", name, {"corpus": name} | rows | ({} if prose else {"judge": judge})))
+        fresh = [f"text-{size}", "speech"] if prose else [f"text-{size}"] * (size != "S")
         training = {"steps": spend.tower_steps, "batch": spend.batch, "mixed_precision": spend.mixed_precision}
-        towers = [
-            once(Job("tower", f"{cell.corpus}-{n}", {"tower": n, "shape": spend.shapes[n]} | training, (ground,))) for n in fresh
-        ]
-        few = spend.is_few(cell.pairs)
-        pairs = next((n for n in spend.sweep if 20 * n <= spend.pairs), spend.sweep[-1]) if few else spend.pairs
-        probe = Cell("", (), cell.arm, cell.size, cell.corpus, pairs, 0, {"steps": spend.search})
-        common = {"dev": spend.dev, "test": spend.test, "batch": spend.batch, "mixed_precision": spend.mixed_precision}
-        search = once(
-            Job(
-                "rate",
-                f"{cell.corpus}/{cell.size}/{cell.arm}/{'few' if few else 'many'}",
-                {"cell": asdict(probe), "scales": spend.scales, **common},
-                (ground, *towers),
-            )
-        )
-        once(Job("reference", cell.corpus, {}, (ground,)))
-        once(Job("cell", cell.name, {"cell": asdict(cell), **common}, (ground, *towers, search)))
+        towers = [Job("tower", f"{name}-{n}", {"tower": n, "shape": spend.shapes[n]} | training, (ground,)) for n in fresh]
+        return ground, *map(once, towers)
+
+    for cell in some:
+        # One search an arm, at size S with all pairs of the first corpus: with 400 pairs it found the same (docs/log.md).
+        where = spend.corpora[0]
+        probe = Cell("", (), cell.arm, "S", where, spend.pairs, 0, {"steps": spend.search})
+        tried = {"cell": asdict(probe), "tried": TRIED[cell.arm], **common}
+        search = once(Job("rate", f"{where}/{cell.arm}", tried, grounds(where, "S")))
+        stands = grounds(cell.corpus, cell.size)
+        once(Job("reference", cell.corpus, {}, stands[:1]))
+        once(Job("cell", cell.name, {"cell": asdict(cell), **common}, (*stands, search)))
     return list(found.values())
 
 
@@ -384,7 +373,8 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 class Ground:
     """What the cells of a corpus stand on, as paths. modalities, towers: folders by name; towers are called text-S, text-L, speech.
     alone: per modality the manifests to pre-train on and its dev part. tests: manifests by test set. sentences: the first `known`
-    of them make the judge's language model. judge: a pipeline that is the second judge, by units; None where there is none."""
+    of them make the judge's language model, of n-grams to `order`; ear: its acoustic model, "" for its own. judge: a pipeline that
+    is the second judge, by units; None where there is none."""
 
     modalities: dict[str, str]
     towers: dict[str, str]
@@ -395,6 +385,8 @@ class Ground:
     sentences: str
     judge: str | None
     known: int = demo.DOMAIN
+    order: int = 2
+    ear: str = ""
 
 
 Needs = Mapping[str, Any]  # what the needed jobs found: "corpus", "tower" (all of them as one dict) and "rate"
@@ -480,6 +472,8 @@ def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
         sentences=at["sentences"],
         judge=None,
         known=len(known),
+        order=3,
+        ear=str(folder / "judge"),
     )
 
 
@@ -511,22 +505,21 @@ def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
 
 
 def search_rates(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
-    """A short run with each scale of the arm's learning rates; the one with the least dev loss is taken."""
-    losses = {}
-    for scale in spec["scales"]:
-        config = configure(spec, needs, folder / f"x{scale}", scale)
+    """A short run with each choice of learning rates that is tried; the one with the least dev loss is taken."""
+    losses = []
+    for n, rates in enumerate(spec["tried"]):
+        config = configure(spec, needs, folder / str(n), rates)
         _trained(config)
         found = _record(config)["dev"].values()
-        losses[scale] = statistics.fmean(found) if found else float("inf")
+        losses.append(statistics.fmean(found) if found else float("inf"))
         shutil.rmtree(config.output)
-    best = min(losses, key=lambda scale: losses[scale])
-    return {"scale": best, "dev": {str(scale): loss for scale, loss in losses.items()}}
+    return {"rates": spec["tried"][int(np.argmin(losses))], "tried": spec["tried"], "dev": losses}
 
 
 def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """Train a cell and evaluate its best model by dev loss: a `Result` as plain data."""
     cell, ground = _cell(spec), Ground(**needs["corpus"])
-    config = configure(spec, needs, folder, needs["rate"]["scale"])
+    config = configure(spec, needs, folder, needs["rate"]["rates"])
     pipeline = _trained(config)
     pipeline.model.to("cuda" if torch.cuda.is_available() else "cpu")
     record, model = _record(config), pipeline.model
@@ -538,7 +531,7 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
         parameters={name: sum(p.numel() for p in some) for name, some in sizes.items()},
         steps=metrics[-1]["step"],
         best_step=record["step"],
-        rates={name: getattr(config, name) for name in (BASELINE_RATES if cell.arm in BASELINES else RATES)},
+        rates=dict(needs["rate"]["rates"]),
         dev=record["dev"],
         scores=scores(pipeline, ground, cell.tables),
         gates=gates(model),
@@ -567,8 +560,7 @@ def references(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str,
                 found["floor"].append(_score("tts", test, judge, texts, other))
     where = Path(ground.data).parent.name.partition("-")[0]
     return {
-        arm: asdict(Result(Cell(f"{where}/{arm}", tuple(TABLES), arm, "S", where, 0, 0, {}), scores=list(by)))
-        for arm, by in found.items()
+        arm: asdict(Result(Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {}), scores=list(by))) for arm, by in found.items()
     }
 
 
@@ -581,8 +573,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Needs, Path], dict[str, Any]]] = {
 }
 
 
-def configure(spec: Mapping[str, Any], needs: Needs, folder: Path, scale: float) -> TrainConfig:
-    """The recipe of a cell: what all have in common, the arm's own, the cell's changes. scale: of the arm's learning rates."""
+def configure(spec: Mapping[str, Any], needs: Needs, folder: Path, rates: Mapping[str, float]) -> TrainConfig:
+    """The recipe of a cell: what all have in common, the arm's own, the cell's changes."""
     cell, ground = _cell(spec), Ground(**needs["corpus"])
     baseline, changes = cell.arm in BASELINES, dict(cell.changes)
     steps = changes["steps"]
@@ -608,15 +600,20 @@ def configure(spec: Mapping[str, Any], needs: Needs, folder: Path, scale: float)
     if baseline:
         own: dict[str, Any] = {"rows": ["speech"]} if cell.arm == ROWS else {}
         if cell.arm == MATCHED:
-            like = configure({**spec, "cell": asdict(replace(cell, arm=ZIP))}, needs, folder, scale)
+            like = configure({**spec, "cell": asdict(replace(cell, arm=ZIP))}, needs, folder, {})
             own = {"parameters": _size(replace(like, link=replace(like.link, whiten=True)))}  # as it is once calibrated
         fields["baseline"] = {"base": "text"} | own
     else:
         link = LinkConfig(**(LINK | changes.pop("link", {})))
         rows = 500 if steps > 50 else 50  # 500 take 15 core-s, as long as so few steps do
-        fields |= {"link": link, "every": {"text": 1, "speech": 1}, "calibrate": rows, "input_projection": "none"}
-    rates = {name: rate * scale for name, rate in (BASELINE_RATES if baseline else RATES).items()}
-    return TrainConfig(**(fields | ARMS[cell.arm] | rates | changes))
+        fields |= {
+            "link": link,
+            "every": {"text": 1, "speech": 1},
+            "calibrate": rows,
+            "input_projection": "none",
+            "lr_gate": LR_GATE,
+        }
+    return TrainConfig(**(fields | ARMS[cell.arm] | dict(rates) | changes))
 
 
 def scores(pipeline: Pipeline, ground: Ground, tables: Sequence[str]) -> list[Score]:
@@ -650,7 +647,7 @@ class Ears:
             heard[demo.SECOND] = [s.content for s in demo.transcribe(second, units)]
         if aloud or not heard:
             sentences = [row["text"] for row in data.manifest(Path(self.ground.sentences), self.ground.known)]
-            judge = Judge.from_sentences(sentences)
+            judge = Judge.from_sentences(sentences, self.ground.order, self.ground.ear)
             heard[judge.name] = [judge.transcribe(self.units.decode(list(ids))) for ids in units]
         return heard
 
@@ -765,7 +762,7 @@ def cost(job: Job) -> float:
     start += 6.0 if cell.arm in BASELINES else 15.0
     step *= (1.6 if cell.size == "L" else 1.0) * (1.6 if cell.corpus == "prose" else 1.0) * spec["batch"] / 32
     if job.kind == "rate":
-        return start + len(spec["scales"]) * (3 + 1.1 * cell.changes["steps"] * step)
+        return start + len(spec["tried"]) * (3 + 1.1 * cell.changes["steps"] * step)
     heard = 0.15 if HEARD & {*cell.tables} else 0.0
     said = 0.0 if {*cell.tables} <= SILENT else 0.1
     return start + 1.1 * cell.changes["steps"] * step + job.spec["test"] * (0.03 + said + heard)
@@ -854,7 +851,6 @@ def reproduce(
         raise ZipperError(f"There is no table {unknown[0]!r}. Take some of {', '.join(TABLES)}.")
     spend = budget(preset, quick)
     queue = jobs([cell for cell in cells(spend) if not only or {*cell.tables} & {*only}], spend, judge)
-    wanted = only or tuple(TABLES)
     minutes = sum(cost(job) for job in queue if not job.path(output).exists()) / workers / 60
     print(f"{len(queue)} jobs, {sum(job.kind == 'cell' for job in queue)} of them cells; about {minutes:.0f} minutes", flush=True)
 
@@ -875,18 +871,14 @@ def reproduce(
         return content
 
     def done(job: Job) -> None:
-        if job.kind != "cell":
-            return
-        results = [Result.from_dict(result) for result in gather()["results"]]
-        for name in job.spec["cell"]["tables"]:
-            if name in wanted:
-                print(f"\n{table(name, results)}", flush=True)
+        if job.kind == "cell" and (shown := [name for name in job.spec["cell"]["tables"] if name in (only or TABLES)]):
+            print(f"\n{plain(gather(), shown)}", flush=True)
 
     failed = execute(queue, output, workers, done)
     content = gather()
-    results = [Result.from_dict(result) for result in content["results"]]
-    for name in wanted:
-        print(f"\n{table(name, results)}", flush=True)
+    print(f"\n{plain(content, only)}", flush=True)
+    if content["results"]:
+        write(content, output)
     return content, failed
 
 
@@ -897,49 +889,3 @@ def _commit() -> str:
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-# --- plain tables ---
-
-
-def table(name: str, results: Sequence[Result]) -> str:
-    """A table as text: a line for all seeds of a cell; rates in per cent, the mean over seeds and their range."""
-    mine: dict[tuple[str, ...], list[Result]] = {}
-    for result in (r for r in results if name in r.cell.tables):
-        cell = result.cell
-        varied = "".join(f"; {k} {json.dumps(v)}" for k, v in cell.changes.items() if k != "steps")
-        key = (cell.corpus, cell.size, cell.arm + varied, str(cell.pairs), str(cell.changes.get("steps", 0)))
-        mine.setdefault(key, []).append(result)
-    columns = list(dict.fromkeys(column for some in mine.values() for result in some for column in _columns(name, result)))
-    head = ("corpus", "size", "arm", "pairs", "steps", "seeds", *columns)
-    body: list[tuple[str, ...]] = []
-    for row, some in mine.items():
-        values = [[found[c] for r in some if c in (found := _columns(name, r))] for c in columns]
-        body.append((*row, str(len(some)), *(_spread(v) for v in values)))
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    written = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
-    return "\n".join([TABLES[name], *written])
-
-
-def _columns(name: str, result: Result) -> dict[str, float]:
-    """What a table shows of a result: {heading: number}."""
-    if name == "towers":
-        return {f"{tower} {when}": value for tower, by in result.perplexity.items() for when, value in by.items()}
-    tasks = {"table1": ("asr",), "table2": ("tts",), "figure2": ("tts",)}.get(name, ("asr", "tts"))
-    found = {}
-    for score in (score for score in result.scores if score.task in tasks):
-        heading = f"{score.task.upper()} {score.test}" + (f" by {score.judge}" if score.task == "tts" else "")
-        bins = list(pairwise(LENGTHS)) if name == "figure2" else [(0, 1_000_000)]
-        for low, high in bins:
-            inside = [i for i, n in enumerate(score.characters) if low <= n < high]
-            if words := sum(score.words[i] for i in inside):
-                length = f" {low}-{high}" if name == "figure2" else ""
-                found[heading + length] = 100 * sum(score.edits[i] for i in inside) / words
-    return found
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f})"
