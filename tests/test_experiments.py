@@ -253,9 +253,10 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
 
 def test_the_search_takes_the_rate_with_the_least_dev_loss(needs: dict[str, Any], tmp_path: Path) -> None:
     tried = [{"lr_new": 0.0, "lr_tower": 0.0}, {"lr_new": 2e-3, "lr_tower": 5e-4}, {"lr_new": 1.0, "lr_tower": 0.5}]
-    found = experiments.search_rates(spec(steps=3) | {"tried": tried}, needs, tmp_path)
+    found = experiments.search_rates(spec(steps=3) | {"tried": tried, "near": 0.0}, needs, tmp_path)
     assert len(found["dev"]) == 3 and min(found["dev"]) == found["dev"][1]
     assert found["rates"] == tried[1]
+    assert experiments.search_rates(spec(steps=3) | {"tried": tried, "near": 9.0}, needs, tmp_path)["rates"] == tried[0]
 
 
 def test_oracle_and_floor_stand_beside_every_test_set(needs: dict[str, Any], tmp_path: Path) -> None:

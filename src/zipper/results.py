@@ -43,6 +43,7 @@ TITLES = {
     "positions": "Positions in cross-attention",
     "depth": "Depth of the cross projection",
     "lora": "An adapter on the text tower against a frozen one",
+    "rates": "Learning rates: those that were found, and the next lower ones",
     "towers": "What the towers could do, before and after",
 }
 # The paper's own figures: other data, other towers, other judges. Its text towers T and G, with a speech tower of 128M, stand
@@ -611,13 +612,17 @@ def _sweep(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
 def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     """One thing varied: a row per value, a column per test set and judge."""
     shown = sorted(_of(groups, name), key=lambda group: len(group.cell["changes"]))
+    if name == "rates":
+        same = {(group.cell["arm"], group.cell["corpus"], group.cell["size"]) for group in shown}
+        found = [g for g in _of(groups, "table1") if (g.cell["arm"], g.cell["corpus"], g.cell["size"]) in same]
+        shown = sorted([*found, *shown], key=lambda group: group.cell["arm"])
     if not shown:
         return []
     keys = [key for task in ("asr", "tts") for key in _keys(shown, task)]
     tasks = list(dict.fromkeys(task for group in shown for task in group.mean("dev")))
     rows = [
         (
-            _changed(group.cell) or group.arm,
+            (name == "rates") * f"{group.arm} " + _changed(group.cell) or group.arm,
             f"{group.cell['pairs']:,}",
             str(len(group.results)),
             f"{group.mean('parameters').get('trained', 0):,.0f}",
