@@ -10,10 +10,10 @@ export GOMP_SPINCOUNT := 0
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo check format slow matrix docs clean
+.PHONY: help setup demo check format slow kill-test matrix docs clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/installed  ## .venv with everything; runs again only when pyproject.toml or constraints.txt changed
 
@@ -37,6 +37,9 @@ format: setup  ## rewrite the files as the gate wants them
 
 slow: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+kill-test: setup  ## 100 SIGKILLs of a run of one process, half inside saves; minutes (tools/kill_test.py --ranks 2: of two)
+	$(BIN)/python tools/kill_test.py
 
 matrix: setup  ## the towers' tests on the oldest transformers that is supported
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cache/transformers-5.5.0 transformers==5.5.0 -c constraints.txt

@@ -1,7 +1,9 @@
 """Files of strangers: what they say is compared with what they are before it is believed."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from zipper.errors import ZipperError
-from zipper.files import check_finite, header, parse, read_json, write_json
+from zipper.files import check_finite, flush, header, parse, read_json, saving, write, write_json
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,78 @@ def test_a_header_says_of_every_tensor_where_it_lies(tmp_path: Path) -> None:
         np.testing.assert_array_equal(
             np.frombuffer(content[entry.start : entry.stop], tensor.numpy().dtype), tensor.numpy().ravel()
         )
+
+
+# --- writing
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace, seen = tmp_path / "file", os.replace, []
+
+    def look(a: Path, b: Path) -> None:
+        seen.append((path.read_bytes() if path.exists() else None, Path(a).read_bytes()))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", look)
+    for content in (b"old", b"new"):
+        write(path, content)
+    assert seen == [(None, b"old"), (b"old", b"new")]
+    assert path.read_bytes() == b"new"
+    (tmp_path / ".file.zipper-new").write_bytes(b"what a killed writer left")
+    write(path, b"newer")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"newer")]
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_its_file_system_cannot_flush_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EINVAL))
+    flush(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        flush(tmp_path / "file")
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        flush(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "x"), "No space left on device. All is well. Make room on the disk and try again."),
+        (
+            OSError(errno.EROFS, "x", "/a/b"),
+            "Read-only file system (/a/b). All is well. Make the place writable, or choose another",
+        ),
+        (Exception("Quota! (os error 122)"), "Disk quota exceeded. All is well. Make room in your quota and try again."),
+        (OSError("something else"), "something else. All is well. Mend that and try again."),
+    ],
+)
+def test_what_the_system_says_becomes_what_happened_what_is_safe_and_what_to_do(error: Exception, message: str) -> None:
+    with pytest.raises(ZipperError) as raised, saving(Path("run"), "All is well."):
+        raise error
+    assert str(raised.value).startswith(f"run could not be saved: {message}")
+    with pytest.raises(ZipperError) as raised, saving(Path("run"), "All is well."):
+        raise ZipperError("it was read back") from error
+    assert str(raised.value).startswith(f"run could not be saved: {message}")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ZipperError("The base is foreign."), Exception("42")])
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, saving(Path("run"), "All is well."):
+        raise error
+    assert raised.value is error
+    missing = ZipperError("x does not exist. Give another.")
+    missing.__cause__ = FileNotFoundError(errno.ENOENT, "x")
+    with pytest.raises(ZipperError, match=r"does not exist. Give another"), saving(Path("run"), "All is well."):
+        raise missing

@@ -12,8 +12,9 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zipper.errors import ZipperError
-from zipper.files import Entry, check_finite, header
+from zipper.files import Entry, check_finite, flush, header, saving
 from zipper.files import read_json as read_json
 from zipper.files import sha256 as sha256
 from zipper.files import write_json as write_json
@@ -46,6 +47,9 @@ _TOWER_FILE = r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|
 _FOREIGN = re.compile(
     r"auto_map|custom_|quantization_config|compression_config|transformers_weights|_?(attn|experts)_implementation"
 )
+# What a killed save leaves: the folder being written (or, after its place was taken, the one before), the one before where there is
+# no exchange, the one being removed; then eight random letters. Nobody's own backup is called that.
+_LEFT = re.compile(r"\.(?P<name>.+)\.zipper-(?P<kind>new|old|gone)\.\w{8}")
 _DEPTH = re.compile(r"layer|block|depth")  # of such things a model has at most MOST_LAYERS
 MOST_LAYERS = 10_000
 MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B has 128 MiB of masks
@@ -54,60 +58,164 @@ MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B h
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """Write a folder so that a reader sees the old one or the new one, never a mix: yields a temporary sibling, and on success
-    adds the manifest, flushes it to the disk and puts it into place. On failure the old folder is untouched.
+    adds the manifest, flushes everything to the disk and puts it into place. On failure the old folder is untouched.
 
-    On Linux the old folder and the new one change places in one step. Elsewhere there is a moment without either: killed in it, the
-    old one is left beside, as .<name>.old.<something>. Refuses (ZipperError) to replace a folder that is not one of ours.
+    On Linux the old folder and the new one change places in one step. Elsewhere, and on file systems that cannot, there is a moment
+    without either: killed in it, the old one is put back by the next `whole` or `clean`. A ZipperError refuses to replace a folder
+    that is not one of ours, and says what is safe where the disk is full, read-only or broken.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ZipperError(f"{folder} exists and holds something else than a saved model. Choose another folder or empty it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        for path in temporary.rglob("*"):
-            _flush(path)
-        seal(temporary)
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
-        if not folder.exists() or not _exchange(temporary, folder):
-            with _aside(folder):
-                os.rename(temporary, folder)
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder = Path(os.path.realpath(folder))  # a link stays one
+    with saving(folder, "What was saved before is as it was."):
+        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise ZipperError(f"{folder} exists and holds something else than a saved model. Choose another folder or empty it.")
+        _make(folder.parent)
+        clean(folder.parent)
+        with _beside(folder, "new") as temporary:
+            try:
+                temporary.chmod(0o755)
+                yield temporary
+                for path in _inside(temporary):
+                    flush(path)
+                seal(temporary)
+                flush(temporary / MANIFEST)
+                flush(temporary)
+                _place(temporary, folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    with saving(folder, "It is whole and in its place, but a power cut may bring back the one before."):
+        flush(folder.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # the old one; not before the new one is sure to stay
 
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder: the hash of every file in it, but not of README.md and of hidden ones (the hub's)."""
-    found = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    found = ((path, path.relative_to(folder)) for path in sorted(_inside(folder)) if path.is_file())
     own = ((path, name) for path, name in found if name.parts[0][0] != "." and str(name) not in (MANIFEST, CARD))
     (folder / MANIFEST).write_bytes(_manifest({name.as_posix(): sha256(path) for path, name in own}))
 
 
 def remove(folder: Path) -> None:
     """Take a saved folder away, if there is one: in one rename, so that no reader ever sees half of it."""
-    with _aside(folder):
-        pass
+    if folder.exists():
+        with saving(folder, "Nothing else was touched.", "removed"), _beside(folder, "gone") as gone:
+            try:
+                os.rename(folder, gone / folder.name)
+            finally:
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def clean(place: Path) -> None:
+    """Take away what killed saves and removals left in a folder; what a live process is writing stays.
+
+    An old folder whose successor did not come into its place goes back there.
+    """
+    left = [(path, name) for path in place.glob(".*") if (name := _LEFT.fullmatch(path.name))]
+    if left:
+        flush(place)  # what was put into its place stays there, before what was in it is deleted
+    for path, name in left:
+        with _locked(path, alone=True) as dead:
+            if not dead:
+                continue
+            if name["kind"] == "old" and (path / name["name"]).exists() and not (place / name["name"]).exists():
+                os.rename(path / name["name"], place / name["name"])
+                flush(place)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(folders: Iterable[Path]) -> Path | None:
+    """The last of these saved folders that is whole, with a warning for each that is passed over; None if there is none.
+
+    Raises a ZipperError for one that cannot be read: it may be whole, and whoever goes on without it would lose it.
+    """
+    for folder in reversed([*folders]):
+        try:
+            check(folder)
+        except (ZipperError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise ZipperError(
+                    f"{folder} cannot be read: {cause}. It may be whole, so none before it is taken instead. "
+                    f"Make it readable and try again, or delete it."
+                ) from error
+            warnings.warn(f"Skipping a checkpoint that is not whole. {error}", stacklevel=2)
+        else:
+            return folder
+    return None
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Every file and folder in a folder. One that cannot be listed is an error (Path.rglob passes over it)."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop):
+        yield from (Path(place) / name for name in (*folders, *names))
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, and flush that they are there."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
 
 
 @contextmanager
-def _aside(folder: Path) -> Iterator[None]:
-    """Move a folder out of the way, if there is one; it comes back on failure and is deleted on success."""
-    if not folder.exists():
-        yield
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    os.rename(folder, old / folder.name)
+def _beside(folder: Path, kind: str) -> Iterator[Path]:
+    """A new folder beside another, which `clean` leaves alone for as long as this process lives."""
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.zipper-{kind}.", dir=folder.parent))
+    with _locked(place, alone=False):
+        yield place
+
+
+@contextmanager
+def _locked(folder: Path, alone: bool) -> Iterator[bool]:
+    """Hold a folder, with others or alone; whether that could be had. The system lets go when the process dies."""
+    import fcntl  # not on Windows, where a model can be read but not saved
+
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield
-    except BaseException:
-        os.rename(old / folder.name, folder)
-        raise
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # somebody holds it; or the file system has no locks, and nobody can know
+            held = False
+        yield held
     finally:
-        shutil.rmtree(old)
+        os.close(descriptor)
+
+
+def _place(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another, if there is one; in one step where the system can."""
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _exchange(new, folder):
+        with _beside(folder, "old") as aside:
+            old = aside / folder.name
+            try:
+                os.rename(folder, old)
+                _follow(old, new, folder)
+            finally:
+                with suppress(OSError):
+                    aside.rmdir()  # unless the old one lies there still: `clean` will know what to do
+
+
+def _follow(old: Path, new: Path, folder: Path) -> None:
+    """Put a new folder where an old one was, the old one where the new one was; on failure the old one back."""
+    try:
+        os.rename(new, folder)
+    except BaseException as error:
+        try:
+            os.rename(old, folder)
+        except OSError:
+            raise ZipperError(
+                f"{folder} could not be saved: {error}. What was saved before lies in {old}; the next save puts it back."
+            ) from None
+        raise
+    with suppress(OSError):
+        os.rename(old, new)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -355,11 +463,3 @@ class _Few(TorchFunctionMode):
         if self.left < 0:
             raise ZipperError("it has more parts than its files hold tensors")
         return function(*args, **(kwargs or {}))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

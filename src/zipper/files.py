@@ -1,14 +1,18 @@
 """Files of strangers: what JSON and safetensors files say of themselves is checked before it is believed.
 
 A size is compared with a limit before memory is taken for it, a value with the type that its field names, a tensor's place with
-the file it lies in. This file knows neither zips nor models, and does not need torch.
+the file it lies in. What is written here is on the disk before it takes its place. This file knows neither zips nor models, and
+does not need torch.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,6 +31,13 @@ WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "
 # The bits that are all ones in NaN and infinity, and in no other number.
 _EXPONENT = {"F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
+
+_WHAT_TO_DO = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room in your quota",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "Look after the disk (dmesg names the fault)",
+} | dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make the place writable, or choose another")
 
 T = TypeVar("T")
 Limits = Mapping[str, tuple[int | float, int | float]]
@@ -49,7 +60,53 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, one readable way for the whole project. JSON has no NaN and no infinity: null stands for them."""
-    path.write_text(json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(path, (json.dumps(_plain(data), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part, whenever the writer or the power goes."""
+    if path.exists() and not path.is_file():  # a pipe or a terminal, which nothing may replace
+        path.write_bytes(content)
+        return
+    beside = path.with_name(f".{path.name}.zipper-new")  # one that a killed writer left is written over
+    beside.write_bytes(content)
+    flush(beside)
+    os.replace(beside, path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or which files a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # there are network file systems that cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def saving(path: Path, safe: str, done: str = "saved") -> Iterator[None]:
+    """Makes a ZipperError of what the system says when it cannot write: what happened, what is safe, what to do.
+
+    safe: a sentence. Libraries written in Rust give the system's error in words; other errors pass unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, ZipperError) else error
+        if isinstance(cause, OSError):
+            number, place = cause.errno or 0, f" ({cause.filename})" * bool(cause.filename)
+        elif said := re.search(r"\(os error (\d+)\)", str(cause)):
+            number, place = int(said[1]), ""
+        else:
+            raise
+        if isinstance(error, ZipperError) and number == errno.ENOENT:  # it says better what is missing
+            raise
+        reason = os.strerror(number) if number else str(cause)
+        do = _WHAT_TO_DO.get(number, "Mend that")
+        raise ZipperError(f"{path} could not be {done}: {reason}{place}. {safe} {do} and try again.") from error
 
 
 def sha256(path: Path) -> str:
