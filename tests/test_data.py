@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import tiny
 
 from zipper import data
@@ -35,6 +36,21 @@ def test_text_ids_and_sound_become_ids(tmp_path: Path) -> None:
 def test_a_field_is_a_modality_or_a_name_and_a_modality(tmp_path: Path) -> None:
     path = manifest(tmp_path, {"question:speech": [1, 2], "answer:speech": [3], "hint:text": "call", "template": 3, "x:image": [1]})
     assert data.read(path, MODALITIES) == [{"question": [1, 2], "answer": [3], "hint": tiny.text().encode("call")}]
+
+
+def test_a_piece_of_a_sound_gives_the_ids_of_that_piece(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32)
+    soundfile.write(tmp_path / "all.flac", noise, 16_000, subtype="PCM_24")
+    soundfile.write(tmp_path / "piece.flac", noise[8_000:24_000], 16_000, subtype="PCM_24")
+    path = manifest(tmp_path, {"speech": {"path": "all.flac", "start": 0.5, "stop": 1.5}}, {"speech": {"path": "all.flac"}})
+    piece, whole = data.read(path, MODALITIES)
+    assert piece["speech"] == tiny.units().encode(tmp_path / "piece.flac")
+    assert whole["speech"] == tiny.units().encode(tmp_path / "all.flac")
+    row = {"speech": {"bytes": (tmp_path / "piece.flac").read_bytes(), "path": None}}
+    assert data.encode(row, MODALITIES, tmp_path, "row 1") == piece
+    for start, stop in [(2.5, None), (1.0, 0.5), (-1.0, 1.0)]:
+        with pytest.raises(ZipperError, match=r"line 1: .*all.flac lasts 2.00 s; .* are no piece of it"):
+            data.read(manifest(tmp_path, {"speech": {"path": "all.flac", "start": start, "stop": stop}}), MODALITIES)
 
 
 def test_speech_with_a_known_voice_is_also_voiced(tmp_path: Path) -> None:
@@ -82,7 +98,10 @@ def test_a_written_manifest_reads_the_same_and_leaves_nothing_beside_it(tmp_path
         ({"speech": "rows.jsonl"}, r"line 2: .*rows.jsonl is not readable sound"),
         ({"text": "42 €"}, r"line 2: this tokenizer cannot write 2 4 €"),
         ({"text": None}, r"line 2: 'text' holds None; give text, the path of a file or a list of ids"),
-        ({"speech": {"path": "x"}}, r"line 2: 'speech' holds \{'path': 'x'\}; give"),
+        ({"speech": {"file": "x"}}, r"line 2: 'speech' holds \{'file': 'x'\}; give"),
+        ({"speech": {"start": 1}}, r"line 2: 'speech' holds \{'start': 1\}; give"),
+        ({"speech": {"path": "x", "start": "1"}}, r"line 2: 'speech' holds .*; give"),
+        ({"speech": {"path": "gone.wav"}}, r"line 2: .*gone.wav does not exist"),
         ({"text": 7}, r"line 2: 'text' holds 7; give"),
     ],
 )

@@ -5,6 +5,7 @@ Everything here is one channel of float32 samples in [-1, 1] with its rate besid
 
 import functools
 import importlib
+import io
 import os
 import tempfile
 from dataclasses import dataclass
@@ -67,26 +68,38 @@ class Audio:
         return self if power < 1e-12 else Audio(self.samples * np.float32(loud / power**0.5), self.rate_hz)
 
 
-def read(path: str | Path, rate_hz: int | None = None, resample: bool = True) -> Audio:
+def read(
+    source: str | Path | bytes, rate_hz: int | None = None, resample: bool = True, start_s: float = 0.0, stop_s: float | None = None
+) -> Audio:
     """The sound of a wav, flac, mp3, ogg or opus file, its channels averaged.
 
-    rate_hz: the rate wanted; None keeps the file's. Raises ZipperError for what is no such file, and for sound that is empty,
+    source: a path, or the content of a file. rate_hz: the rate wanted; None keeps the file's. start_s, stop_s: the piece wanted, in
+    seconds (None: to the end). Raises ZipperError for what is no such file, and for sound that is empty,
     holds NaN or infinity, has an odd rate (8 to 192 kHz are fine), more than 8 channels, or lasts more than 600 s; the header
     is checked before anything is decoded.
     """
-    soundfile, path = extra("soundfile"), Path(path)
-    if not path.is_file():
+    soundfile = extra("soundfile")
+    path = Path("(sound given as bytes)" if isinstance(source, bytes) else source)
+    if not isinstance(source, bytes) and not path.is_file():
         raise ZipperError(
             f"{path} is a folder, a sound file was wanted." if path.is_dir() else f"{path} does not exist. Give a sound file."
         )
     try:
-        with soundfile.SoundFile(path) as file:
-            _check_header(path, file.frames, file.samplerate, file.channels)
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else path) as file:
+            start = round(start_s * file.samplerate)
+            stop = file.frames if stop_s is None else min(file.frames, round(stop_s * file.samplerate))
+            if (start_s, stop_s) != (0.0, None) and not 0 <= start < stop:
+                raise ZipperError(
+                    f"{path} lasts {file.frames / file.samplerate:.2f} s; {start_s} to {stop_s} s are no piece of it."
+                )
+            _check_header(path, stop - start, file.samplerate, file.channels)
             if rate_hz not in (None, file.samplerate) and not resample:
                 raise ZipperError(
                     f"{path} is {file.samplerate} Hz, these units need {rate_hz} Hz. Pass resample=True or convert it first."
                 )
-            blocks = [block.mean(axis=1) for block in file.blocks(BLOCK, dtype="float32", always_2d=True, frames=file.frames)]
+            if start:
+                file.seek(start)
+            blocks = [block.mean(axis=1) for block in file.blocks(BLOCK, dtype="float32", always_2d=True, frames=stop - start)]
             audio = Audio(np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise ZipperError(f"{path} is not readable sound ({error}). Give a wav, flac, mp3 or ogg file.") from error

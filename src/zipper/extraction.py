@@ -1,0 +1,316 @@
+"""Extraction: one pass over a source that checks, encodes and counts every sample, and leaves unit files (zipper.rows).
+
+A shard's name is the hash of all that decides its content: raw rows, size and time of the sound files they name, modalities. So a
+pass that was killed goes on where it was, and a corpus that changed costs only what changed; who does the work leaves no trace.
+"""
+
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from itertools import islice
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from zipper import data, layouts
+from zipper.audio import Audio
+from zipper.data import Row, Sample
+from zipper.errors import ZipperError
+from zipper.files import sha256, write_json
+from zipper.modality import Modality
+from zipper.modality import load as load_modality
+from zipper.rows import BAD, PROVENANCE, Rows, provenance, read_record, write_shard
+
+FORMAT = 1
+SHARD = 256  # samples; some 50 minutes of speech: what a kill costs each process
+_WAVE = 1024  # shards whose raw rows a cluster holds at once
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of samples that have no ids. bad: "error" stops at the first, "warn" and "skip" leave them out and list them in
+    bad.jsonl. most_bad: the share of all samples above which even those raise a ZipperError."""
+
+    bad: str = "error"
+    most_bad: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bad not in ("error", "warn", "skip"):
+            raise ZipperError(f"bad is {self.bad!r}; it must be error, warn or skip.")
+        if not 0 <= self.most_bad <= 1:
+            raise ZipperError(f"most_bad is {self.most_bad}; it is a share of the samples, from 0 to 1.")
+
+
+class Job(NamedTuple):
+    """A shard to be made: its file, its raw rows, and the fingerprints of the modalities in modalities/ beside it."""
+
+    path: Path
+    samples: Sequence[Sample]
+    modalities: tuple[tuple[str, str], ...]
+
+
+#: Of a shard: {"samples": how many were read, "seconds": of sound kept, "bad": [{"where", "id", "why"}]}.
+Record = dict[str, Any]
+#: Runs jobs somewhere and gives their records in the order of the jobs.
+Spread = Callable[[Callable[[Job], Record], Iterable[Job]], Generator[Record]]
+
+
+def extract(
+    source: str,
+    folder: Path,
+    modalities: Mapping[str, Modality],
+    policy: Policy | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    shard: int = SHARD,
+    spread: Spread | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> Rows:
+    """A source (see zipper.layouts) as unit files in `folder`; what is there already is not made again.
+
+    split, limit: only this part of it, only its first so many samples. shard: samples a file. spread: who works (default: a process
+    a core). report: called after every shard made with {"samples", "bad", "seconds" of sound, "real_time": seconds of sound a
+    second}. The files are the same bytes whoever works and however often the pass was killed. Raises ZipperError for a source that
+    is not there or empty, bad samples that the policy does not bear, and a folder that holds units of something else.
+    """
+    policy, spread = policy or Policy(), spread or processes()
+    pins = tuple(sorted((name, modality.fingerprint) for name, modality in modalities.items()))
+    origin = {"source": source, "split": split, "limit": limit, "modalities": dict(pins)}
+    if (folder / PROVENANCE).is_file() and any(provenance(folder).get(key) != value for key, value in origin.items()):
+        raise ZipperError(f"{folder} holds the units of another source, part, tokenizer or codebook. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, modality in modalities.items():
+        modality.save(folder / "modalities" / name)
+    paths: list[Path] = []
+
+    def missing() -> Iterator[Job]:
+        found = islice(layouts.samples(source, split), limit)
+        while chunk := list(islice(found, shard)):
+            paths.append(folder / f"units-{_key(chunk, modalities, pins)}.safetensors")
+            if read_record(paths[-1]) is None:
+                yield Job(paths[-1], chunk, pins)
+
+    since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
+    with tqdm(desc=f"units of {source}", unit="sample", disable=None) as bar, closing(spread(_make, missing())) as records:
+        for record in records:
+            made["samples"] += record["samples"]
+            made["bad"] += len(record["bad"])
+            made["seconds"] += record["seconds"]
+            made["real_time"] = made["seconds"] / (time.monotonic() - since)
+            bar.update(record["samples"])
+            bar.set_postfix(bad=made["bad"], real_time=f"{made['real_time']:.0f}x")
+            if report:
+                report(made)
+            if policy.bad == "error":
+                _bear(record, policy, folder)
+    return _finish(folder, paths, origin, policy)
+
+
+def load(
+    source: str,
+    modalities: Mapping[str, Modality],
+    limit: int | None = None,
+    policy: Policy | None = None,
+    split: str | None = None,
+    cache: Path = Path(".cache/units"),
+) -> Sequence[Row]:
+    """A source for training: a manifest in memory, a folder of unit files as it is, anything else as unit files in the cache.
+
+    A manifest whose bad samples are to be left out goes through the cache too.
+    """
+    policy = policy or Policy()
+    if (Path(source) / PROVENANCE).is_file() or (source.endswith(".jsonl") and policy.bad == "error" and split is None):
+        return data.read(Path(source), modalities, limit)
+    parts = [source, split, limit, *sorted((name, modality.fingerprint) for name, modality in modalities.items())]
+    folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return extract(source, folder, modalities, policy, split, limit)
+
+
+def processes(workers: int | None = None) -> Spread:
+    """Spread over so many fresh processes of one thread each (None: one a core); a single job or worker stays in this process."""
+    count = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+    def spread(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
+        jobs = iter(jobs)
+        first = list(islice(jobs, 2 if count > 1 else 0))
+        if len(first) < 2:
+            yield from map(work, [*first, *jobs])
+            return
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
+        with _one_thread():
+            waiting = deque(pool.submit(work, job) for job in first)
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > 2 * count:  # no more raw rows in memory than keep everyone busy
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return spread
+
+
+def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
+    """Spread over a Ray cluster by Ray Data, a task a shard. Every machine sees the folder, and the source, at the same paths."""
+    try:
+        ray = importlib.import_module("ray.data")
+    except ImportError as error:
+        raise ZipperError(f"Ray Data is not installed ({error}). Do: pip install 'zipper-lm[ray]'") from error
+    jobs = iter(jobs)
+    while wave := list(islice(jobs, _WAVE)):
+        # Bytes in, bytes out: Arrow would give rows with unlike keys one shape. They travel, and are kept nowhere.
+        items = [{"number": n, "job": pickle.dumps((work, job))} for n, job in enumerate(wave)]
+        done = ray.from_items(items, override_num_blocks=len(items)).map(_far).take_all()
+        yield from (json.loads(row["record"]) for row in sorted(done, key=lambda row: row["number"]))
+
+
+def _far(row: dict[str, Any]) -> dict[str, Any]:
+    """A job on another machine."""
+    work, job = pickle.loads(row["job"])
+    return {"number": row["number"], "record": json.dumps(work(job))}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes begun in here have one thread each for their numbers, which is read when those are loaded."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _begin() -> None:
+    """A worker does not outlive the process that started it, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _make(job: Job) -> Record:
+    """Encode the samples of a shard and write it."""
+    modalities = _modalities(job.path.parent / "modalities", job.modalities)
+    rows, names, seconds, bad = [], [], [], []
+    for number, sample in enumerate(job.samples):
+        name = str(sample.row.get("id", number))
+        try:
+            if sample.problem:
+                raise ZipperError(f"{sample.where} {sample.problem}")
+            heard = data.hear(sample.row, modalities, sample.folder, sample.where)
+            rows.append(data.encode(heard, modalities, sample.folder, sample.where))
+        except ZipperError as error:
+            bad.append({"where": sample.where, "id": name, "why": str(error)})
+            continue
+        names.append(name)
+        seconds.append(_seconds(heard))
+    record = {"samples": len(job.samples), "seconds": sum(seconds, 0.0), "bad": bad}
+    write_shard(job.path, rows, names, seconds, record)
+    return record
+
+
+def _seconds(heard: Mapping[str, Any]) -> float:
+    """How long the sounds of a row are; where it has ids only, what it says itself."""
+    lengths = [value.seconds for value in heard.values() if isinstance(value, Audio)]
+    said = heard.get("duration")
+    if not lengths and isinstance(said, int | float) and math.isfinite(said):
+        return float(said)
+    return sum(lengths, 0.0)
+
+
+@lru_cache(maxsize=1)
+def _modalities(folder: Path, pins: tuple[tuple[str, str], ...]) -> dict[str, Modality]:
+    """Loaded once a process, however many shards it makes."""
+    return {name: load_modality(folder / name) for name, _ in pins}
+
+
+def _key(chunk: Sequence[Sample], modalities: Mapping[str, Modality], pins: Sequence[tuple[str, str]]) -> str:
+    """A hash of all that decides a shard."""
+    digest = hashlib.sha256(json.dumps([FORMAT, pins]).encode())
+    for sample in chunk:
+        row = sample.row
+        digest.update(json.dumps([row, sample.problem], sort_keys=True, default=_hashed).encode())
+        for key in data.sounds(row, modalities):
+            path = row[key] if isinstance(row[key], str) else row[key].get("path")
+            if path and (sample.folder / path).is_file():
+                status = (sample.folder / path).stat()
+                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _hashed(value: Any) -> str:
+    """For JSON: what it has no way to say."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def _bear(record: Mapping[str, Any], policy: Policy, folder: Path) -> None:
+    """Raise or warn as the policy says, if some of so many samples are bad."""
+    bad, read = record["bad"], record["samples"]
+    if bad and policy.bad == "error":
+        raise ZipperError(f"{bad[0]['why']} (To leave bad samples out, choose skip or warn.)")
+    told = f"{len(bad)} of {read} samples are bad, e.g. {bad[0]['why']} All are listed in {folder / BAD}." if bad else ""
+    if len(bad) > policy.most_bad * read:
+        raise ZipperError(f"{told} That is more than the share of {policy.most_bad:g} that was allowed.")
+    if bad and policy.bad == "warn":
+        warnings.warn(told, stacklevel=4)
+
+
+def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], policy: Policy) -> Rows:
+    """Count, judge, and say that all is there."""
+    records = [record for path in paths if (record := read_record(path)) is not None]
+    total = {
+        "samples": sum(record["samples"] for record in records),
+        "bad": [line for record in records for line in record["bad"]],
+        "seconds": sum(record["seconds"] for record in records),
+    }
+    if not total["samples"]:
+        raise ZipperError(f"There is no sample in {origin['source']} of the split {origin['split']!r}.")
+    data.write(folder / BAD, total["bad"])
+    _bear(total, policy, folder)
+    rows = Rows(paths)
+    counted = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("zipper-lm", "numpy", "safetensors")},
+        **origin,
+        "samples": total["samples"],
+        "bad": len(total["bad"]),
+        "rows": len(rows),
+        "seconds": round(total["seconds"], 3),
+        "fields": {name: _counts(rows, name) for name in rows.fields},
+        "shards": [{"file": path.name, "sha256": sha256(path)} for path in paths],
+    }
+    beside = folder / f".{PROVENANCE}.{os.getpid()}"
+    write_json(beside, counted)
+    os.replace(beside, folder / PROVENANCE)
+    for path in {*folder.glob("units-*.safetensors")} - {*paths}:  # of what the source was before
+        path.unlink()
+    return rows
+
+
+def _counts(rows: Rows, field: str) -> dict[str, int]:
+    lengths = rows.lengths_of(field)
+    lengths = lengths[lengths >= 0]
+    return {"rows": len(lengths), "ids": int(lengths.sum()), "longest": int(lengths.max(initial=0))}
