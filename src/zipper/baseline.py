@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zipper import checkpoint, hub
+from zipper import checkpoint, hub, loss
 from zipper.errors import ZipperError
 from zipper.generation import Limits, default_limit, generate
 from zipper.model import TowerConfig, TowerSource
@@ -229,9 +228,9 @@ class Baseline(nn.Module):
         self, tower: str, hidden: Float[Tensor, "batch length width"], targets: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length"]:
         """-log p(target) in nats by the one softmax over all ids of all modalities; targets are the modality's own ids."""
-        logits = self._decoder.unembed(hidden).float()
-        wanted = targets + self._shift(tower)
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(targets)
+        decoder, wanted = self._decoder, targets + self._shift(tower)
+        flat = loss.nll(lambda h: decoder.unembed(h[None])[0], hidden.flatten(0, 1), wanted.flatten(), decoder.vocabulary)
+        return flat.view_as(targets)
 
     def ends(self) -> dict[str, Ends]:
         """Begin and end ids of every modality, among its own ids."""

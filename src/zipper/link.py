@@ -6,12 +6,14 @@ modalities, tokens or time.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from zipper.errors import ZipperError
 
@@ -56,6 +58,18 @@ class Memory(NamedTuple):
 
     keys: Float[Tensor, "batch heads source head_width"]
     values: Float[Tensor, "batch heads source head_width"]
+
+
+def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
+    """A mask as FlexAttention wants it: blocks in which nothing is visible are passed over. Made once for all links of a pair."""
+    size = (mask.shape[0], None, mask.shape[1], mask.shape[2])
+    return create_block_mask(lambda batch, head, target, source: mask[batch, target, source], *size, device=mask.device)
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with."""
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 def mlp(width_in: int, width_out: int, depth: int, hidden: int) -> nn.Sequential:
@@ -191,15 +205,19 @@ class Link(nn.Module):
         memory: Memory,
         mask: Bool[Tensor, "batch target source"],
         position: Int[Tensor, "batch target"],
+        blocks: BlockMask | None = None,
     ) -> Float[Tensor, "batch target width"]:
         """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of the mask with nothing
-        visible gets exactly 0 from both, forwards and backwards."""
+        visible gets exactly 0 from both, forwards and backwards. blocks: `block_mask(mask)`, to attend by FlexAttention."""
         visible = mask.any(-1, keepdim=True)
         x_in = x.to(self.query.weight.dtype)
         query = self._query(x_in, position)
         # An empty row attends to everything and is then discarded: finite on every kernel, where a fully masked softmax may be
         # NaN and poison the gradients of the whole batch (pytorch #103963).
-        attended = F.scaled_dot_product_attention(query, memory.keys, memory.values, (mask | ~visible)[:, None])
+        if blocks is None:
+            attended = F.scaled_dot_product_attention(query, memory.keys, memory.values, (mask | ~visible)[:, None])
+        else:
+            attended = _flex(query.is_cuda)(query, *memory, block_mask=blocks)
         added = torch.tanh(self.gate) * self._drop(self.out(attended.transpose(1, 2).flatten(2)))
         if self.feedforward is not None:
             added = added + torch.tanh(self.feedforward_gate) * self._drop(self.feedforward(x_in + added))

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from zipper import checkpoint, hub
+from zipper import checkpoint, hub, loss
 from zipper.card import card
 from zipper.errors import ZipperError
 from zipper.files import parse
 from zipper.generation import Limits, default_limit, generate
-from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory
+from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory, block_mask
 from zipper.sampling import Sampling
 from zipper.sequence import Ends, Segment
 from zipper.tower import Past, Strand, Tower
@@ -162,7 +162,13 @@ class State:
 
 
 class Zipper(nn.Module):
-    """Towers zipped by links. Build it with `from_towers`, load it with `from_pretrained`."""
+    """Towers zipped by links. Build it with `from_towers`, load it with `from_pretrained`.
+
+    attention: how links attend where nothing is cached, as in training: "sdpa", or "flex" for FlexAttention, which passes over the
+    blocks of packed rows in which nothing is visible. "flex" is for CUDA; on a CPU it has no backward (not measured on CUDA).
+    """
+
+    attention: Literal["sdpa", "flex"] = "sdpa"
 
     def __init__(self, towers: Mapping[str, Tower], config: ZipperConfig) -> None:
         super().__init__()
@@ -335,8 +341,9 @@ class Zipper(nn.Module):
         self, tower: str, hidden: Float[Tensor, "batch length width"], targets: Int[Tensor, "batch length"]
     ) -> Float[Tensor, "batch length"]:
         """-log p(target) in nats, by the softmax of the tower's own vocabulary (sec. 3)."""
-        logits = self.unembed(tower, hidden).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        vocabulary = self._tower(tower).vocabulary
+        flat = loss.nll(lambda h: self.unembed(tower, h[None])[0], hidden.flatten(0, 1), targets.flatten(), vocabulary)
+        return flat.view_as(targets)
 
     def ends(self) -> dict[str, Ends]:
         """Begin and end ids of every tower."""
@@ -545,6 +552,8 @@ class Zipper(nn.Module):
             for source in read
             if source != target and (mask := visible(strands[target], read[source].to(towers[target].device))).any()
         }
+        flex = self.attention == "flex" and not cached
+        blocks = {pair: block_mask(mask) for pair, mask in masks.items()} if flex else {}
         state = dataclasses.replace(
             state, read=read, past={**state.past, **past}, memory=dict(state.memory), unread=dict(state.unread)
         )
@@ -558,12 +567,12 @@ class Zipper(nn.Module):
             hidden[name], passes[name], done[name] = h, towers[name].start(strand, h, past.get(name)), 0
         live = {n for n, _, _ in self.config.link_names()}  # a junction without links is none
         for n, junction in enumerate(self.config.junctions if len(state.towers) > 1 else ()):
-            for name in junction.keys() & strands.keys() if n in live else ():
+            for name in (name for name in junction if name in strands and n in live):
                 hidden[name] = towers[name].run(hidden[name], range(done[name], junction[name]), passes[name])
                 done[name] = junction[name]
             if taps is not None:
                 taps.append(hidden)
-            hidden = self._exchange(n, hidden, strands, state, masks)
+            hidden = self._exchange(n, hidden, strands, state, masks, blocks)
         for name in [name for name in strands if name in state.outputs]:
             hidden[name] = towers[name].run(hidden[name], range(done[name], towers[name].layers), passes[name])
         return {name: h for name, h in hidden.items() if name in state.outputs}, state
@@ -575,6 +584,7 @@ class Zipper(nn.Module):
         strands: Mapping[str, Strand],
         state: State,
         masks: Mapping[tuple[str, str], Bool[Tensor, "batch target source"]],
+        blocks: Mapping[tuple[str, str], BlockMask],
     ) -> dict[str, Tensor]:
         """One junction: every target reads the states that its sources had before it; the new dict is made from the old one.
 
@@ -594,7 +604,8 @@ class Zipper(nn.Module):
                     link = self.link(n, source, target)
                     state.memory[name] = _read(link, state.read[source], state.memory.get(name), state.unread.pop(name, ()))
                     strand = strands[target]
-                    new[target] = new[target] + link(hidden[target], state.memory[name], masks[source, target], strand.position)
+                    seen = masks[source, target], strand.position, blocks.get((source, target))
+                    new[target] = new[target] + link(hidden[target], state.memory[name], *seen)
         return new
 
 

@@ -4,10 +4,11 @@ A segment begins with its tower's begin token and ends with its end token. Segme
 linear sequence; every token's rank in it is its time. Nothing here knows what the ids mean.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -73,40 +74,37 @@ def collate(
     """
     rows = [[i] for i in range(len(samples))] if packed is None else [list(r) for r in packed]
     names = list(dict.fromkeys(segment.tower for sample in samples for segment in sample))
-    columns: dict[str, list[list[list[float]]]] = {name: [[[] for _ in range(6)] for _ in rows] for name in names}
+    length = {name: [sum(len(s.content) + 2 for i in row for s in samples[i] if s.tower == name) for row in rows] for name in names}
+    # Ids, position, time, document, targets; arrays are several times faster to fill than lists.
+    columns = {name: np.zeros((5, len(rows), max(length[name])), np.int64) for name in names}
+    weights = {name: np.zeros(columns[name].shape[1:], np.float32) for name in names}
+    for name in names:
+        columns[name][3] = PADDING
     for r, row in enumerate(rows):
+        slot = {name: columns[name].shape[2] - length[name][r] if left else 0 for name in names}
         for document, index in enumerate(row):
             time = 0
             position = dict.fromkeys(names, 0)
             for segment in samples[index]:
-                begin, end = _ends(ends, segment.tower)
-                ids = [begin, *segment.content, end]
-                n, p = len(ids), position[segment.tower]
-                parts: tuple[Iterable[float], ...] = (
-                    ids,
-                    range(p, p + n),
-                    range(time, time + n),
-                    [document] * n,
-                    [*ids[1:], 0],
-                    [segment.weight] * (n - 1) + [0.0],
-                )
-                for column, part in zip(columns[segment.tower][r], parts, strict=True):
-                    column.extend(part)
-                position[segment.tower] += n
+                name, n = segment.tower, len(segment.content) + 2
+                start, p = slot[name], position[name]
+                part = columns[name][:, r, start : start + n]
+                part[0, 0], part[0, -1] = _ends(ends, name)
+                part[0, 1:-1] = segment.content
+                part[1] = np.arange(p, p + n)
+                part[2] = np.arange(time, time + n)
+                part[3] = document
+                part[4, :-1] = part[0, 1:]
+                weights[name][r, start : start + n - 1] = segment.weight
+                slot[name] += n
+                position[name] += n
                 time += n
-    strands, targets, weights = {}, {}, {}
-    for name, per_row in columns.items():
-        length = max(len(row[0]) for row in per_row)
-        fill = (0, 0, 0, PADDING, 0, 0.0)
-
-        def lay(k: int, dtype: torch.dtype, per_row: Any = per_row, length: int = length, fill: Any = fill) -> Tensor:
-            pad = [[fill[k]] * (length - len(row[k])) for row in per_row]
-            return torch.tensor([p + row[k] if left else row[k] + p for row, p in zip(per_row, pad, strict=True)], dtype=dtype)
-
-        strands[name] = Strand(*(lay(k, torch.long) for k in range(4)))
-        targets[name] = lay(4, torch.long)
-        weights[name] = lay(5, torch.float32)
-    return Batch(strands, targets, weights)
+    parts = {name: [torch.from_numpy(column) for column in columns[name]] for name in names}
+    return Batch(
+        {name: Strand(*part[:4]) for name, part in parts.items()},
+        {name: part[4] for name, part in parts.items()},
+        {name: torch.from_numpy(weight) for name, weight in weights.items()},
+    )
 
 
 def _ends(ends: Mapping[str, Ends], tower: str) -> Ends:
