@@ -1,17 +1,23 @@
 """Inspection: what `show` says is what is there; an attention map is what the links do."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from tiny import World
 
-from zipper.inspection import attention, describe, table
-from zipper.link import Link
+from zipper.audio import Audio
+from zipper.data import encode
+from zipper.inspection import activity, attention, describe, gradient_norms, log_samples, parts, samples, table
+from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sequence import Segment, collate
+from zipper.tasks import ASR, Task
+from zipper.training import Objective
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +97,96 @@ def test_an_attention_map_is_the_mean_over_heads_and_junctions(pipe: Pipeline, t
     assert text.shape == (8, 6)
     assert (text[:5] == 0).all()  # nothing was said before
     torch.testing.assert_close(text[5:].sum(1), torch.ones(3))
+
+
+def test_parts_hold_every_parameter_that_trains_once(pipe: Pipeline) -> None:
+    found = parts(pipe.zip)
+    assert set(found) == {"tower speech", "links text>speech", "links speech>text", "gates", "input text", "input speech"}
+    listed = [p for some in found.values() for p in some]
+    assert len(listed) == len({*map(id, listed)})
+    assert {*map(id, listed)} == {id(p) for p in pipe.zip.parameters() if p.requires_grad}
+    assert sum(p.numel() for p in found["gates"]) == 4  # two links, attention and feed-forward
+
+
+def test_an_adapter_is_a_part() -> None:
+    towers = {name: tiny.tower(modality) for name, modality in (("text", tiny.text()), ("speech", tiny.units()))}
+    lora = {"text": {"r": 2, "target_modules": ["q_proj"]}}
+    model = Zipper.from_towers(towers, lora=lora, link=LinkConfig(head_width=16), input_projection="none")
+    found = parts(model)
+    assert set(found) == {"adapter text", "links text>speech", "links speech>text", "gates"}
+    assert sum(p.numel() for p in found["adapter text"]) == 2 * 2 * (32 + 32)
+
+
+def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(pipe: Pipeline, world: World) -> None:
+    model = pipe.zip
+    batch = collate([[Segment("speech", [7, 8, 9]), Segment("text", [3, 4, 5], 1.0)]], model.ends())
+    assert set(gradient_norms(model).values()) == {0.0}  # no backward yet
+    sum(Objective(model)([batch]).values()).backward()
+    found = gradient_norms(model)
+    by_hand = {
+        part: math.sqrt(sum(float(p.grad.square().sum()) for p in some if p.grad is not None))
+        for part, some in parts(model).items()
+    }
+    assert found == pytest.approx(by_hand, rel=1e-5)
+    assert found["links text>speech"] == 0.0  # speech came first and saw nothing
+    assert found["tower speech"] > 0
+    whole = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(float(whole), rel=1e-5)
+    model.zero_grad()
+
+
+def test_activity_is_what_a_link_adds_as_a_share_of_the_stream(pipe: Pipeline) -> None:
+    model = pipe.zip
+    batch = collate([[Segment("speech", [7, 8, 9]), Segment("text", [3, 4, 5], 1.0)]], model.ends())
+    added: dict[str, torch.Tensor] = {}
+    original = Link.forward
+
+    def watched(self: Link, x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        out = original(self, x, *given)
+        added["share"] = (out.norm(dim=-1) / x.norm(dim=-1)).mean()
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(Link, "forward", watched)
+        model.hidden(batch.strands)
+    found = activity(model, [batch])
+    assert found["0:speech>text"].share == pytest.approx(float(added["share"]), rel=1e-5)
+    assert (found["0:speech>text"].seen, found["0:text>speech"].seen) == (5, 0)
+    assert found["0:speech>text"].attention == pytest.approx(math.tanh(0.6))
+
+
+class Page:
+    """A tracker, and its writer, that keep what they are given."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.writer = name, self
+        self.texts: dict[str, str] = {}
+        self.sounds: dict[str, tuple[int, int]] = {}
+
+    def log(self, values: dict[str, str], step: int) -> None:
+        self.texts |= values
+
+    def add_audio(self, tag: str, heard: torch.Tensor, step: int, sample_rate: int) -> None:
+        assert heard.ndim == 2
+        assert heard.abs().max() <= 1
+        self.sounds[tag] = (step, sample_rate)
+
+
+def test_samples_say_what_was_given_wanted_and_made(pipe: Pipeline, world: World) -> None:
+    raw = tiny.pairs(2, seed=3)
+    rows = [encode(row, pipe.modalities, world.folder, "here") for row in raw]
+    tts = Task.parse("text -> voiced:speech")
+    found = samples(pipe, [ASR, tts], rows)
+    assert len(found) == 2 * 2 * 3
+    assert found["speech -> text/1/wanted text"] == raw[1]["text"]
+    assert found["text -> voiced:speech/0/given text"] == raw[0]["text"]
+    assert found["speech -> text/0/made text"] == pipe.run([Segment("speech", rows[0]["speech"])], ["text"])[0].content
+    given = found["speech -> text/0/given speech"]
+    assert isinstance(given, Audio)
+    np.testing.assert_array_equal(given.samples, pipe.units.decode(raw[0]["speech"]).samples)
+    pages = [Page("tensorboard"), Page("another")]
+    log_samples(pages, found, step=7)
+    texts = {f"sample/{name}" for name, sample in found.items() if isinstance(sample, str)}
+    assert [{*page.texts} for page in pages] == [texts, texts]
+    assert pages[0].sounds["sample/speech -> text/0/given speech"] == (7, given.rate_hz)
+    assert not pages[1].sounds

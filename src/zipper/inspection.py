@@ -1,18 +1,26 @@
-"""Inspection: what a saved model is made of, for `zipper show` and for people."""
+"""Inspection: what a model is made of and what its parts do, for `zipper show`, for the rows of metrics and for people.
 
-from collections.abc import Mapping
+It looks and changes nothing; it knows nothing of optimizers, steps or files of a run.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from zipper.audio import Audio
 from zipper.baseline import Baseline
 from zipper.link import Link
 from zipper.modality.speech import SpeechUnits
-from zipper.model import Zipper, visible
+from zipper.model import Zipper, link_name, visible
 from zipper.pipeline import Pipeline
+from zipper.sequence import Batch
+from zipper.tasks import Task
 from zipper.tower import Strand
 
 
@@ -48,6 +56,90 @@ def attention(model: Zipper, strands: Mapping[str, Strand], source: str, target:
             assert isinstance(link, Link)
             found.append(link.attention(hidden[target], link.read(hidden[source], read.position), mask, reading.position)[0])
     return torch.stack(found).mean(0)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How much one link adds. attention, feedforward: gates after the tanh. share: |added| / |state|, the mean over the tokens of
+    the target that see something. seen: how many those were; where there were none the share says nothing."""
+
+    attention: float
+    feedforward: float | None
+    share: float
+    seen: int
+
+
+@torch.inference_mode()
+def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
+    """What each link adds to the states of its target on these samples, as the model is; nothing is changed."""
+    names = {link_name(*link): link for link in model.config.link_names()}
+    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    for strands in (batch.strands for batch in samples):
+        taps = model.taps(strands)
+        for name, (n, source, target) in names.items():
+            if {source, target} <= strands.keys():
+                read, reading, x, link = strands[source], strands[target], taps[n][target], model.link(n, source, target)
+                mask = visible(reading, read)
+                added = link(x, link.read(taps[n][source], read.position), mask, reading.position)
+                share = (added.float().norm(dim=-1) / x.float().norm(dim=-1).clamp(min=1e-30))[mask.any(-1)]
+                total[name], seen[name] = total[name] + float(share.sum()), seen[name] + share.numel()
+    found = {}
+    for name, where in names.items():
+        link = model.link(*where)
+        ffw = None if link.feedforward is None else float(link.feedforward_gate.float().tanh())
+        found[name] = Activity(float(link.gate.float().tanh()), ffw, total[name] / max(1, seen[name]), seen[name])
+    return found
+
+
+def parts(model: Zipper | Baseline) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by part: "tower NAME", "adapter NAME", "input NAME", "links SOURCE>TARGET", "gates"."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        kind, owner, _ = name.split(".", 2)
+        if kind == "towers":
+            part = f"{'adapter' if '.lora_' in name else 'tower'} {owner}"
+        elif kind == "links":
+            part = "gates" if name.endswith("gate") else f"links {owner.partition(':')[2]}"
+        else:
+            part = f"input {owner}"
+        if parameter.requires_grad:
+            found.setdefault(part, []).append(parameter)
+    return found
+
+
+def gradient_norms(model: Zipper | Baseline) -> dict[str, float]:
+    """Norm of the gradient of each of `parts`, as it is now; 0 where a part has none. Their squares add up to the whole's."""
+    found = {}
+    for part, parameters in parts(model).items():
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found[part] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded over processes
+    return found
+
+
+def samples(pipeline: Pipeline, tasks: Sequence[Task], rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, str | Audio]:
+    """What a model, in eval mode, makes of encoded rows: {"TASK/ROW/given TOWER", ".../wanted TOWER", ".../made TOWER": text or
+    sound}. Greedy, so it repeats. Raises ZipperError for rows that lack what a task wants."""
+    found: dict[str, str | Audio] = {}
+    for task in tasks:
+        produced = pipeline.run_batch([task.prompt(row) for row in rows], task.outputs)
+        for n, row in enumerate(rows):
+            true = [replace(s, content=pipeline.modalities[s.tower].decode(list(s.content))) for s in task.segments(row)]
+            split = len(task.given)
+            for what, segments in (("given", true[:split]), ("wanted", true[split:]), ("made", produced[n])):
+                found |= {f"{task}/{n}/{what} {segment.tower}": segment.content for segment in segments}
+    return found
+
+
+def log_samples(trackers: Iterable[Any], found: Mapping[str, str | Audio], step: int) -> None:
+    """Give `samples` to trackers of accelerate: text to every one of them, sound to TensorBoard, which can play it."""
+    texts = {f"sample/{name}": sample for name, sample in found.items() if isinstance(sample, str)}
+    for tracker in trackers:
+        tracker.log(texts, step=step)
+        if tracker.name == "tensorboard":
+            for name, sound in found.items():
+                if isinstance(sound, Audio) and len(sound.samples):
+                    heard = torch.from_numpy(sound.samples).clamp(-1, 1)[None]
+                    tracker.writer.add_audio(f"sample/{name}", heard, step, sample_rate=sound.rate_hz)
 
 
 def table(found: dict[str, Any]) -> str:

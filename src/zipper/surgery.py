@@ -6,7 +6,7 @@ only such links says what it says alone. Frozen towers are shared by the old zip
 
 import copy
 import dataclasses
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import nn
 from zipper import checkpoint
 from zipper.data import Row
 from zipper.errors import ZipperError
+from zipper.inspection import Activity as Activity
+from zipper.inspection import activity as activity
 from zipper.modality import Modality
-from zipper.model import Junction, TowerConfig, TowerSource, Zipper, ZipperConfig, link_name, visible
+from zipper.model import Junction, TowerConfig, TowerSource, Zipper, ZipperConfig, link_name
 from zipper.pipeline import PINS, Pipeline
 from zipper.sequence import Batch, collate
 from zipper.tasks import Task
@@ -222,17 +224,6 @@ def kinship(old: Tower, new: Tower) -> float:
     return product / (lengths[0] * lengths[1]) ** 0.5 if all(lengths) else 0.0
 
 
-@dataclass(frozen=True)
-class Activity:
-    """How much one link adds. attention, feedforward: gates after the tanh. share: |added| / |state|, the mean over the tokens of
-    the target that see something. seen: how many those were; where there were none the share says nothing."""
-
-    attention: float
-    feedforward: float | None
-    share: float
-    seen: int
-
-
 def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, list[Batch]]:
     """Rows of `zipper.data` as samples of every ordered pair of towers that they have fields for: {"speech -> text": batches}."""
     named = [name for name in model.config.towers if all(name in row for row in rows)]
@@ -243,28 +234,6 @@ def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, lis
     ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
     parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
     return {str(task): [collate([task.segments(row) for row in part], model.ends()) for part in parts] for task in tasks}
-
-
-@torch.inference_mode()
-def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
-    """What each link adds to the states of its target on these samples, as the model is; nothing is changed."""
-    names = {link_name(*link): link for link in model.config.link_names()}
-    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for strands in (batch.strands for batch in samples):
-        taps = model.taps(strands)
-        for name, (n, source, target) in names.items():
-            if {source, target} <= strands.keys():
-                read, reading, x, link = strands[source], strands[target], taps[n][target], model.link(n, source, target)
-                mask = visible(reading, read)
-                added = link(x, link.read(taps[n][source], read.position), mask, reading.position)
-                share = (added.float().norm(dim=-1) / x.float().norm(dim=-1).clamp(min=1e-30))[mask.any(-1)]
-                total[name], seen[name] = total[name] + float(share.sum()), seen[name] + share.numel()
-    found = {}
-    for name, where in names.items():
-        link = model.link(*where)
-        ffw = None if link.feedforward is None else float(link.feedforward_gate.float().tanh())
-        found[name] = Activity(float(link.gate.float().tanh()), ffw, total[name] / max(1, seen[name]), seen[name])
-    return found
 
 
 def idle(found: Mapping[str, Activity], below: float) -> list[str]:
