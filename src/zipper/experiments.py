@@ -28,10 +28,10 @@ from torch import Tensor
 
 from zipper import corpus, data, demo, prose, report
 from zipper.audio import Audio
-from zipper.checkpoint import CONFIG, load
+from zipper.checkpoint import load
 from zipper.errors import ZipperError
 from zipper.evaluation import Judge, floor_random, floor_template, lines
-from zipper.files import read_json, write_json
+from zipper.files import write_json
 from zipper.link import LinkConfig
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
@@ -76,7 +76,12 @@ TRIED: dict[str, tuple[dict[str, float], ...]] = {
 TRIED |= {BOTH: TRIED[ZIP], LORA: TRIED[FROZEN], MATCHED: TRIED[PLAIN], ROWS: TRIED[PLAIN]}
 NEAR = 0.01  # of choices this near to the least dev loss the lowest is taken: what leads in a short run may not bear a long one
 #: The choice below the one that was found on the commands, run to the end as a check of the search.
-LOWER = {ZIP: {"lr_new": 2e-3}, FROZEN: {"lr_new": 2.5e-3}, MATCHED: {"lr_tower": 2.5e-3}, PLAIN: {"lr_tower": 2.5e-3}}
+LOWER: dict[str, dict[str, Any]] = {
+    ZIP: {"lr_new": 2e-3},
+    FROZEN: {"lr_new": 2.5e-3},
+    MATCHED: {"lr_tower": 2.5e-3},
+    PLAIN: {"lr_tower": 2.5e-3},
+}
 LR_GATE = 3e-4
 LINK = {"gate_init": 1.2, "dropout": 0.1}
 NOISE_DB = 25  # of the noisy test set: the shipped model has 0.3 % at 40 dB, 28 % at 20 dB
@@ -505,7 +510,7 @@ def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
         save_every=max(1, steps // 8),
         trackers=(),
     )
-    _trained(config)
+    train(config, resume=True)
     return {name: str(folder / "model" / "towers" / modality)}
 
 
@@ -515,7 +520,7 @@ def search_rates(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[st
     losses = []
     for n, rates in enumerate(spec["tried"]):
         config = configure(spec, needs, folder / str(n), rates)
-        _trained(config)
+        train(config, resume=True)
         found = _record(config)["dev"].values()
         losses.append(statistics.fmean(found) if found else float("inf"))
         shutil.rmtree(config.output)
@@ -527,7 +532,7 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
     """Train a cell and evaluate its best model by dev loss: a `Result` as plain data."""
     cell, ground = _cell(spec), Ground(**needs["corpus"])
     config = configure(spec, needs, folder, needs["rate"]["rates"])
-    pipeline = _trained(config)
+    pipeline = train(config, resume=True)
     pipeline.model.to("cuda" if torch.cuda.is_available() else "cpu")
     record, model = _record(config), pipeline.model
     sizes = {"total": model.parameters(), "new": model.new_parameters().values()}
@@ -735,16 +740,6 @@ def _size(config: TrainConfig) -> int:
     """Parameters of the model that a recipe begins with."""
     modalities = {name: load_modality(Path(folder)) for name, folder in config.modalities.items()}
     return sum(p.numel() for p in build(config, modalities, [{}]).parameters())
-
-
-def _trained(config: TrainConfig) -> Pipeline:
-    """`train`, which goes on where an earlier process stopped. One that is told to stop ends here, so that a half-trained model is
-    never taken for a whole one."""
-    pipeline = train(config, resume=True)
-    state = read_json(max((Path(config.output) / "checkpoints").glob("step-*")) / CONFIG)
-    if state["step"] < config.steps and not state["stopped"]:
-        raise SystemExit(f"stopped at step {state['step']} of {config.steps}")
-    return pipeline
 
 
 def _record(config: TrainConfig) -> dict[str, Any]:

@@ -1,43 +1,54 @@
 """Training: one loop for a tower alone (next-token prediction) and for a zip (alignment on pairs).
 
-A run is a function of its TrainConfig: data order, task choice, dropout and learning rate depend on (seed, step) alone, so a run
-that was killed and resumed ends with the weights of the run that was not.
+A run is a function of its TrainConfig: data order, task choice and learning rate depend on (seed, step) alone, noise (dropout,
+`corrupt`) on the number of the process too. A checkpoint stands between two steps, never inside one. So a run that was killed and
+resumed ends with the weights of the run that was not; on another number of processes with the same ones up to rounding, if it has
+no noise.
 """
 
+import contextlib
+import copy
 import dataclasses
+import hashlib
 import json
 import math
-import shutil
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, broadcast_object_list
+from jaxtyping import Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed._composable.checkpoint_activation import checkpoint as recomputed
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper import checkpoint
+from zipper import checkpoint, files, inspection, plan
 from zipper.baseline import Baseline
-from zipper.data import Row, read
+from zipper.data import Row
 from zipper.errors import ZipperError
+from zipper.extraction import Policy, load
+from zipper.files import saving
 from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
+from zipper.packing import lengths, pack
 from zipper.pipeline import PINS, Pipeline
+from zipper.rows import Rows, draws, mixed_seed
 from zipper.sequence import Batch, collate
+from zipper.sharding import like, shard, whole
 from zipper.tasks import Task, tower_of
 from zipper.tower import Tower
 
@@ -47,32 +58,50 @@ class TrainConfig:
     """Everything that decides a run; saved as config.json beside its results.
 
     output: folder of the run. towers: name -> folder or hub id of a pre-trained tower, or the configuration of a fresh one
-    ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder. data, dev: JSONL manifests; rows: use only the
-    first so many of `data`. tasks: {"speech -> text": share of samples}. train: towers that learn; with one tower it always does.
-    every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a saved zip of these towers to go on from; the
-    shape is then its own. calibrate: rows on which links are calibrated before the first step (`Link.calibrate`, 0 = not).
+    ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder. data, dev: sources (`zipper.layouts`: a JSONL
+    manifest, a folder of unit files, "librispeech:FOLDER" ...); data may be {source: weight}, a mixture. rows: use only the first
+    so many of each source of `data`. bad, most_bad: what becomes of samples that cannot be read (`Policy`). least_ids, most_ids:
+    rows with fewer or more ids, over all fields, are left out. tasks: {"speech -> text": share of samples}. train: towers that
+    learn; with one tower it always does. every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a saved
+    zip of these towers to go on from; the shape is then its own. calibrate: rows of each source, at most 1,000, on which links are
+    calibrated before the first step (`Link.calibrate`, 0 = not).
     baseline: not a zip but one decoder with an extended vocabulary (`Baseline`), all of which learns: {"base": the tower that is
     extended} and, if wanted, "rows": [towers whose embeddings the new rows start from], "parameters": how many it is to have,
     "positions": room.
 
-    steps, batch: optimizer steps and samples in each, over all processes. lr_*: peak learning rates of new parts, of gates and of
-    trained towers; linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak. loss_weight: per tower.
+    steps, batch: optimizer steps and samples in each, over all processes and micro-batches. accumulate: micro-batches into which a
+    process cuts its part of a step; the gradient stays that of the whole batch, up to rounding. lr_*: peak learning rates of new
+    parts, of gates and of trained towers; linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak.
+    loss_weight: per tower. pack: {tower: most tokens in a row}: samples of a task share rows; the loss stays the same.
     corrupt: per tower, the chance that a token of a segment with loss is read as a random one while the targets stay: against
     overfitting and exposure bias. dropout of links stands in `link`.
     eval_every, patience: dev loss every so many steps; stop after that many evaluations without a new best (0 = never).
     save_every, keep: steps between checkpoints and how many are kept. The best model by mean dev loss is what the run returns.
     save_dtype: "float16" or "bfloat16" halves the returned model on disk; training itself is in float32 (and `mixed_precision`).
+
+    shard: where several processes run, each keeps a piece of every parameter (FSDP2) instead of all of them (DDP); where a task
+    has no sample for a process, that one runs a sample of another for nothing. recompute: blocks are run again in the backward
+    pass instead of keeping what they computed: less memory, more time, the same bits. compile: the blocks by torch.compile, each
+    for itself; a slow start, other rounding. attention: of links, "sdpa" or "flex", which is for packed rows on CUDA.
+    frozen_dtype: "bfloat16" keeps frozen weights, and the states between the blocks of such a tower, in half the bytes and to 8
+    bits of precision. Dev losses are then those of a slightly other tower (the shipped zip's: 0.0963 -> 0.0962 and 0.1825 -> 0.1826
+    nats); what is saved names the tower as it was given.
     """
 
     output: str
     towers: Mapping[str, Any]
     modalities: Mapping[str, str]
-    data: str
+    data: str | Mapping[str, float]
     dev: str
     tasks: Mapping[str, float]
     steps: int
     rows: int | None = None
+    bad: str = "error"
+    most_bad: float = 0.01
+    least_ids: int = 0
+    most_ids: int | None = None
     batch: int = 32
+    accumulate: int = 1
     train: tuple[str, ...] = ()
     every: Mapping[str, int] | None = None
     junctions: Sequence[Mapping[str, int]] | None = None
@@ -92,7 +121,13 @@ class TrainConfig:
     weight_decay: float = 0.01
     loss_weight: Mapping[str, float] = field(default_factory=dict)
     corrupt: Mapping[str, float] = field(default_factory=dict)
+    pack: Mapping[str, int] = field(default_factory=dict)
     mixed_precision: str = "no"
+    frozen_dtype: str | None = None
+    shard: bool = False
+    recompute: bool = False
+    compile: bool = False
+    attention: str = "sdpa"
     eval_every: int = 200
     eval_rows: int = 128
     patience: int = 0
@@ -106,18 +141,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
             raise ZipperError(f"tasks is {dict(self.tasks)}; it needs at least one task with a positive share.")
-        for name in ("steps", "batch", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
+        for name in ("steps", "batch", "accumulate", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ZipperError(f"{name} is {number}; it must be at least 1.")
-        for name in ("warmup", "patience", "calibrate", "seed"):
+        Policy(self.bad, self.most_bad)
+        if not isinstance(self.data, str) and (not self.data or min(self.data.values()) < 0 or sum(self.data.values()) <= 0):
+            raise ZipperError(f"data is {dict(self.data)}; it needs at least one source with a positive weight.")
+        for name in ("warmup", "patience", "calibrate", "seed", "least_ids"):
             if (number := getattr(self, name)) < 0:
                 raise ZipperError(f"{name} is {number}; it must be at least 0.")
-        for name, choices in {"mixed_precision": ("no", "bf16"), "save_dtype": (None, "float32", "float16", "bfloat16")}.items():
+        known = {
+            "mixed_precision": ("no", "bf16"),
+            "save_dtype": (None, "float32", "float16", "bfloat16"),
+            "frozen_dtype": (None, "bfloat16"),
+            "attention": ("sdpa", "flex"),
+        }
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ZipperError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}.")
         if set(self.modalities) != set(self.towers):
             raise ZipperError(f"The towers are {sorted(self.towers)}, the modalities {sorted(self.modalities)}. Give one for each.")
-        for name in ("train", "lora", "loss_weight", "corrupt"):
+        for name in ("train", "lora", "loss_weight", "corrupt", "pack"):
             if unknown := sorted({*getattr(self, name)} - {*self.towers}):
                 raise ZipperError(f"{name} names {unknown}; this recipe has the towers {sorted(self.towers)}.")
         for name, source in self.towers.items():
@@ -133,6 +177,8 @@ class TrainConfig:
                 raise ZipperError("A baseline starts from pre-trained towers: give folders or hub ids.")
             if self.start or self.calibrate or self.lora:
                 raise ZipperError("A baseline has no links and no frozen tower: leave out start, calibrate and lora.")
+        if self.pack and min(self.pack.values()) < 1:
+            raise ZipperError(f"pack is {dict(self.pack)}; a row needs room for at least 1 token.")
         for task in self.tasks:
             for tower in Task.parse(task).towers:
                 if tower not in self.towers:
@@ -140,6 +186,31 @@ class TrainConfig:
 
 
 Model = Zipper | Baseline
+
+#: Fields that say where a run lies and how it is computed, not what: a resumed run may change them.
+FREE = (
+    "output",
+    "log_every",
+    "save_every",
+    "keep",
+    "save_dtype",
+    "trackers",
+    "accumulate",
+    "shard",
+    "recompute",
+    "compile",
+    "attention",
+)
+#: What a row of metrics says of the clock; all else in it is a function of the recipe.
+CLOCK = ("tokens_per_s", "matmul_share", "started", "seconds")
+
+
+@final
+class Stopped(SystemExit):
+    """SIGTERM came; the run is saved and goes on with resume. Not caught, it ends the process with 143, as shells know it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 class Objective(nn.Module):
@@ -150,21 +221,24 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Per tower the weighted sum of -log p(target) in nats; logits only where there is something to predict."""
+        """Per tower the weighted sum of -log p(target) in nats; logits only where there is something to predict.
+
+        A weight below 0 counts as 0, but its logits are computed (`_batches` says what for).
+        """
         losses: dict[str, Tensor] = {}
         for batch in batches:
-            wanted = {name: weight > 0 for name, weight in batch.weights.items() if (weight > 0).any()}
+            wanted = {name: weight != 0 for name, weight in batch.weights.items() if (weight != 0).any()}
             hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
             for name, where in wanted.items():
                 states = hidden[name]
                 where, targets, weights = (x.to(states.device) for x in (where, batch.targets[name], batch.weights[name]))
                 each = self.model.nll(name, states[where][None], targets[where][None])[0]
-                losses[name] = losses.get(name, 0.0) + (each * weights[where]).sum()
+                losses[name] = losses.get(name, 0.0) + (each * weights[where].clamp(min=0)).sum()
         return losses
 
 
 def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]) -> Model:
-    """The model that a run starts from. Mean segment lengths (for positions and caps) are measured on the first 1,000 rows."""
+    """The model that a run starts from. rows: a sample of the data, on which the mean lengths of segments are measured."""
     if config.start is not None:
         started = Zipper.from_pretrained(config.start, dtype=torch.float32)
         if set(started.towers) != set(config.towers):
@@ -176,7 +250,7 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         return started
     items = [item for name in config.tasks for task in [Task.parse(name)] for item in task.given + task.produced]
     fields = {tower_of(item): item.partition(":")[0] for item in items}
-    tokens = {tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows[:1000]])) for tower, name in fields.items()}
+    tokens = {tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows])) for tower, name in fields.items()}
     ends = {name: (modality.begin, modality.end) for name, modality in modalities.items()}
     if config.baseline is not None:
         base, starts = config.baseline["base"], config.baseline.get("rows", ())
@@ -253,110 +327,214 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     """Run a recipe to its end and return the best model by dev loss, which is also saved as `output`/model.
 
     resume: go on from the newest whole checkpoint in `output`, if there is one. report: called with every metrics row.
-    SIGTERM saves a checkpoint and stops. Raises ZipperError for a recipe or data that do not fit.
+    SIGTERM lets the step end, saves a checkpoint and raises Stopped. Raises ZipperError for a recipe or data that do not fit, and
+    where the checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files count by content).
     """
+    if absent := sorted({*config.trackers} - {*map(str, get_available_trackers())}):  # accelerate would go on without a word
+        raise ZipperError(
+            f"The trackers {absent} are not installed here, or unknown. There are {[*map(str, get_available_trackers())]}."
+        )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=list(config.trackers) or None,
-        project_dir=config.output,
+        project_config=ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     folder = Path(config.output)
-    if config.batch < accelerator.num_processes:
-        raise ZipperError(f"batch is {config.batch}; {accelerator.num_processes} processes need at least one sample each.")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ZipperError(f"Launched with {accelerator.distributed_type.value}. Launch plain processes; shard=True cuts the model.")
+    if config.batch < accelerator.num_processes * config.accumulate:
+        raise ZipperError(
+            f"batch is {config.batch}; {accelerator.num_processes} processes need at least one sample each, in each of "
+            f"{config.accumulate} micro-batches."
+        )
     if not resume and (folder / "config.json").exists():
         raise ZipperError(f"{folder} holds a run already. Pass --resume to go on with it, or choose another output.")
     modalities = {name: load_modality(Path(path)) for name, path in config.modalities.items()}
     tasks = {name: Task.parse(name) for name in config.tasks}
-    rows = read(Path(config.data), modalities, limit=config.rows)
-    dev = read(Path(config.dev), modalities, limit=config.eval_rows)
+    sources, policy = _weights(config), Policy(config.bad, config.most_bad)
+    with accelerator.main_process_first():  # one process makes unit files, the others find them
+        parts = [Part(source, load(source, modalities, config.rows, policy), weight) for source, weight in sources.items()]
+        dev = load(config.dev, modalities, config.eval_rows, policy)
+    parts = [part.within(config.least_ids, config.most_ids) for part in parts]
+    rows = [row for part in parts for row in part.rows[:FIRST]]
     model = build(config, modalities, rows)
-    for path, some in ((config.data, rows), (config.dev, dev)):
-        _check(path, some, tasks, model)
+    for source, some in (*((part.source, part.rows) for part in parts), (config.dev, dev)):
+        _check(source, some, tasks, model)
+    course = _course(config, model, modalities, parts, dev)
+    if config.frozen_dtype:
+        for name, p in model.named_parameters():
+            if name.startswith("towers.") and not p.requires_grad:
+                p.data = p.data.to(getattr(torch, config.frozen_dtype))
     if isinstance(model, Zipper) and config.calibrate:
-        samples = [task.segments(row) for task in tasks.values() for row in rows[: config.calibrate]]
+        looked_at = [row for part in parts for row in part.rows[: min(FIRST, config.calibrate)]]
+        samples = [task.segments(row) for task in tasks.values() for row in looked_at]
         with torch.no_grad():
             model.calibrate(collate(samples, model.ends()).strands)
+    if isinstance(model, Zipper):
+        model.attention = "flex" if config.attention == "flex" else "sdpa"
     bare = Objective(model)
-    objective, optimizer = accelerator.prepare(bare, _optimizer(model, config))
+    cut = config.shard and accelerator.num_processes > 1
+    complete = copy.deepcopy(model) if cut and accelerator.is_main_process else model  # what is saved
+    objective = _spread(bare, config, accelerator, cut)
+    optimizer = accelerator.prepare(_optimizer(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    progress = _restore(folder, model, optimizer, names) if resume else Progress()
+    progress = _restore(folder, optimizer, names, course, accelerator.is_main_process) if resume else Progress()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "config.json", dataclasses.asdict(config))
-        _forget(folder, progress.step)
-    accelerator.init_trackers("tensorboard")
+        with saving(folder, "The checkpoints in it are as they were."):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(folder / "config.json", dataclasses.asdict(config))
+            _forget(folder, progress.step)
+    accelerator.init_trackers(folder.name)
 
     def evaluate() -> dict[str, float]:
         bare.eval()
-        with torch.inference_mode():
-            found = {name: _mean_loss(bare, task, dev, config, accelerator.device) for name, task in tasks.items()}
+        with torch.no_grad():  # no inference mode: parameters gathered in it would serve no backward
+            found = [_mean_loss(bare, task, dev, config, accelerator.device) for task in tasks.values()]
         bare.train()
-        return found
+        # What follows from it is the same everywhere, whatever the processes run on.
+        told = broadcast(torch.tensor(found, dtype=torch.float64, device=accelerator.device)).tolist()
+        return dict(zip(tasks, told, strict=True))
+
+    def look(step: int) -> dict[str, float]:
+        """How much each link adds on some dev rows; to trackers also what the model makes of the first of them."""
+        if cut:  # a link or tower run for itself would not be gathered
+            return {}
+        bare.eval()
+        batches = [collate([task.segments(row) for row in dev[:16]], model.ends()) for task in tasks.values()]
+        links = inspection.activity(model, [batch.to(accelerator.device) for batch in batches]) if isinstance(model, Zipper) else {}
+        if accelerator.trackers and accelerator.is_main_process:
+            made = inspection.samples(Pipeline(model, modalities), list(tasks.values()), dev[:2])
+            inspection.log_samples(accelerator.trackers, made, step)
+        bare.train()
+        return {f"branch/{name}": link.share for name, link in links.items() if link.seen}
+
+    def keep_model(found: Mapping[str, float]) -> None:
+        tensors = _changing(names) if cut else {}
+        if accelerator.is_main_process:
+            complete.load_state_dict(tensors, strict=False)
+            Pipeline(complete, modalities).save_pretrained(folder / "model", record=_record(config, progress, found))
 
     bare.train()
-    since, tokens, stop = time.monotonic(), 0.0, False
+    begun = progress.step
+    begin = since = time.monotonic()
+    tokens, work, rate, stop = 0.0, 0.0, 0.0, False
     bar = tqdm(total=config.steps, initial=progress.step, desc=folder.name, unit="step", disable=not accelerator.is_main_process)
     with bar, _sigterm() as came:
         while progress.step < config.steps and not progress.stopped and not stop:
             step = progress.step
-            torch.manual_seed(_mix(config.seed, step, accelerator.process_index))
+            torch.manual_seed(mixed_seed(config.seed, step, accelerator.process_index))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, config)
-            batches, counts = _batches(rows, tasks, config, step, model, accelerator)
-            losses = objective(batches)
-            total = sum(config.loss_weight.get(name, 1.0) * loss / counts[name] for name, loss in losses.items())
-            # DDP averages gradients over processes; counts are global, so the sum is what is wanted.
-            accelerator.backward(total * accelerator.num_processes)
-            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+            turns, counts = _batches(parts, tasks, config, step, model, accelerator)
+            sums = dict.fromkeys(counts, 0.0)
+            for turn, batches in enumerate(turns, 1):
+                with contextlib.nullcontext() if turn == len(turns) else accelerator.no_sync(objective):
+                    losses = objective(batches)
+                    total = sum(config.loss_weight.get(name, 1.0) * loss / counts[name] for name, loss in losses.items())
+                    # Gradients are averaged over processes; counts are global, so the sum is what is wanted.
+                    accelerator.backward(total * accelerator.num_processes)
+                for name, loss in losses.items():
+                    sums[name] += float(loss.detach())
+            logs = step + 1 == config.steps or (step + 1) % config.log_every == 0
+            norms = inspection.gradient_norms(model) if logs else {}
+            norm = whole(accelerator.clip_grad_norm_(list(names), config.clip))
             optimizer.step()
             optimizer.zero_grad()
             progress.step = step = step + 1
             bar.update()
 
             # What the processes saw of this step; all of them must stop at the same one.
-            mine = [float(losses[name].detach()) / counts[name] if name in losses else 0.0 for name in counts]
-            mine += [sum(int((s.document >= 0).sum()) for batch in batches for s in batch.strands.values()), len(came)]
-            *found, count, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
-            tokens += count
+            mine = [sums[name] / counts[name] for name in counts]
+            loads = [plan.Load.of([batch]) for batches in turns for batch in batches if _tokens(batch)]
+            mine += [
+                sum(sum(load.tokens.values()) for load in loads),
+                sum(plan.cost(model, load).flops for load in loads),
+                len(came),
+            ]
+            *found, count, done, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            tokens, work = tokens + count, work + done
             for name, loss in zip(counts, found, strict=True):
                 before, steps = progress.seen.get(name, (0.0, 0.0))
                 progress.seen[name] = [before + loss, steps + 1.0]
             row: dict[str, Any] = {}
-            if step % config.log_every == 0 or step == config.steps:
+            if logs:
                 row |= {f"loss/{name}": loss / steps for name, (loss, steps) in progress.seen.items()}
                 row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
-                row |= {"tokens_per_s": tokens / (time.monotonic() - since)}
+                row |= {f"grad/{part}": value for part, value in norms.items()}
+                spent = time.monotonic() - since
+                if not rate:
+                    rate = _rate(model, loads, config, accelerator) * accelerator.num_processes
+                row |= {"tokens_per_s": tokens / spent, "matmul_share": work / (spent * rate)}
                 row |= {f"gate/{name}": value for name, value in gates(model).items()}
-                bar.set_postfix({name: f"{row[f'loss/{name}']:.3f}" for name in progress.seen})
-                progress.seen, since, tokens = {}, time.monotonic(), 0.0
+                shown = {name: f"{row[f'loss/{name}']:.3f}" for name in progress.seen}
+                bar.set_postfix(shown | {"tokens/s": f"{row['tokens_per_s']:,.0f}", "matmul": f"{row['matmul_share']:.0%}"})
+                progress.seen, since, tokens, work = {}, time.monotonic(), 0.0, 0.0
             if step % config.eval_every == 0 or step == config.steps:
+                asked = time.monotonic()
                 dev_loss = evaluate()
-                row |= {f"dev/{name}": value for name, value in dev_loss.items()}
-                if progress.saw(float(np.mean(list(dev_loss.values()))), config.patience) and accelerator.is_main_process:
-                    Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, dev_loss))
+                row |= {f"dev/{name}": value for name, value in dev_loss.items()} | look(step)
+                if progress.saw(float(np.mean(list(dev_loss.values()))), config.patience):
+                    keep_model(dev_loss)
+                since += time.monotonic() - asked  # tokens per second are those of steps
+            if row:
+                row |= {"started": begun, "seconds": time.monotonic() - begin}  # zipper show: how long, and where it was resumed
             if row and accelerator.is_main_process:
-                with (folder / "metrics.jsonl").open("a") as file:
+                with (
+                    saving(folder / "metrics.jsonl", "The checkpoints are whole."),
+                    (folder / "metrics.jsonl").open("a") as file,
+                ):
                     file.write(json.dumps({"step": step, **row}) + "\n")
                 accelerator.log(row, step=step)
                 if report:
                     report({"step": step, **row})
             last = step == config.steps or progress.stopped or stop
-            if (step % config.save_every == 0 or last) and accelerator.is_main_process:
-                _save(folder, model, optimizer, names, progress, config.keep)
-        if stop:
+            if step % config.save_every == 0 or last:
+                _save(folder, optimizer, names, progress, course, config.keep, write=accelerator.is_main_process)
+        stop = bool(stop) and progress.step < config.steps and not progress.stopped
+        if stop and accelerator.is_main_process:
             bar.write(f"Stopped at step {progress.step} by SIGTERM; go on with resume.", file=sys.stderr)
-    if accelerator.is_main_process:
-        if not (folder / "model").is_dir():  # stopped before the first evaluation
-            Pipeline(model, modalities).save_pretrained(folder / "model", record=_record(config, progress, {}))
-        if config.save_dtype:
-            best = Pipeline.from_pretrained(folder / "model")
-            best.model.cast(getattr(torch, config.save_dtype))
-            best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
+    accelerator.wait_for_everyone()
+    if not stop and not (folder / "model").is_dir():  # no dev loss was a number
+        keep_model({})
+    if config.save_dtype and not stop and accelerator.is_main_process:
+        best = Pipeline.from_pretrained(folder / "model")
+        best.model.cast(getattr(torch, config.save_dtype))
+        best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if stop:
+        raise Stopped
     return Pipeline.from_pretrained(folder / "model")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one source, how many ids each has over all fields, and the weight of the source in the mixture."""
+
+    source: str
+    rows: Sequence[Row]
+    weight: float
+    lengths: Int64[np.ndarray, " rows"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = self.rows.lengths if isinstance(self.rows, Rows) else np.array([sum(map(len, row.values())) for row in self.rows])
+        object.__setattr__(self, "lengths", found)
+
+    def within(self, least: int, most: int | None) -> "Part":
+        """Without the rows that have fewer or more ids."""
+        kept = np.flatnonzero((self.lengths >= least) & (self.lengths <= (most or self.lengths.max(initial=0))))
+        if len(kept) == len(self.lengths):
+            return self
+        if not len(kept):
+            raise ZipperError(f"No row of {self.source} has {least} to {most} ids; they have {self.lengths.min()} and more.")
+        rows = self.rows.select(kept) if isinstance(self.rows, Rows) else [self.rows[i] for i in kept.tolist()]
+        return Part(self.source, rows, self.weight)
+
+
+def _weights(config: TrainConfig) -> dict[str, float]:
+    return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
 
 
 @dataclass
@@ -379,7 +557,29 @@ class Progress:
 
 def gates(model: Model) -> dict[str, float]:
     """|tanh(gate)| of every link's attention (0 = the link is silent)."""
-    return {name: float(link.gate.detach().tanh().abs()) for name, link in model.links.items()}  # type: ignore[operator]
+    return {name: float(whole(link.gate).tanh().abs()) for name, link in model.links.items()}  # type: ignore[arg-type]
+
+
+def _spread(objective: Objective, config: TrainConfig, accelerator: Accelerator, cut: bool) -> nn.Module:
+    """The objective as this process runs it: on its device, by DDP where there are several, unless it is cut into pieces."""
+    towers = dict.fromkeys(tower for tower in objective.model.towers.values() if isinstance(tower, Tower))
+    blocks = [block for tower in towers for block in tower.blocks]
+    for block in blocks:
+        if config.compile:
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if config.recompute:
+            recomputed(block)
+    prepared: nn.Module = accelerator.prepare_model(objective, evaluation_mode=cut)
+    if cut:
+        shard(objective, blocks, accelerator.device)
+    return prepared
+
+
+def _rate(model: Model, loads: Sequence[plan.Load], config: TrainConfig, accelerator: Accelerator) -> float:
+    """Operations per second of the product that most of a step is, on this process's device."""
+    shape = plan.largest_product(model, max(loads, key=lambda load: sum(load.tokens.values())))
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return plan.matmul_rate(*shape, dtype, str(accelerator.device))
 
 
 def _optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
@@ -404,52 +604,73 @@ def _schedule(step: int, config: TrainConfig) -> float:
     return config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+FIRST = 1000  # rows of each source that are looked at before the first step
 POOL = 16  # batches whose rows are sorted by length together, so that rows of a batch are of like length
 
 
-def _order(rows: Sequence[Row], batch: int, step: int, seed: int) -> list[Row]:
+def _order(parts: Sequence[Part], batch: int, step: int, seed: int) -> list[Row]:
     """The rows of one step, a function of (seed, step): epochs are permutations; pools of batches are sorted by length and cut."""
     pool, within = divmod(step, POOL)
-    picked = []
-    for k in range(pool * POOL * batch, (pool + 1) * POOL * batch):
-        epoch, place = divmod(k, len(rows))
-        picked.append(_permutation(seed, epoch, len(rows))[place])
-    picked.sort(key=lambda i: sum(map(len, rows[i].values())))
-    which = np.random.default_rng(_mix(seed, pool, 1)).permutation(POOL)[within]
-    return [rows[i] for i in picked[which * batch : (which + 1) * batch]]
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> Any:
-    return np.random.default_rng(_mix(seed, epoch, 2)).permutation(n)
+    which = range(pool * POOL * batch, (pool + 1) * POOL * batch)
+    picked = draws(which, seed, [len(part.rows) for part in parts], [part.weight for part in parts])
+    picked.sort(key=lambda at: parts[at[0]].lengths[at[1]])
+    cut = np.random.default_rng(mixed_seed(seed, pool, 1)).permutation(POOL)[within]
+    return [parts[part].rows[row] for part, row in picked[cut * batch : (cut + 1) * batch]]
 
 
 def _batches(
-    rows: Sequence[Row],
+    parts: Sequence[Part],
     tasks: Mapping[str, Task],
     config: TrainConfig,
     step: int,
     model: Model,
     accelerator: Accelerator,
-) -> tuple[list[Batch], dict[str, float]]:
-    """This process's batches of one step, one per task (so that what a task cannot see costs nothing), and the global number of
-    target tokens per tower."""
-    random = np.random.default_rng(_mix(config.seed, step, 3))
+) -> tuple[list[list[Batch]], dict[str, float]]:
+    """This process's micro-batches of one step, each one batch per task (so that what a task cannot see costs nothing), and the
+    global number of target tokens per tower.
+
+    A sharded model wants the same tasks of every process: one without a sample of its own runs another's for nothing.
+    """
+    random = np.random.default_rng(mixed_seed(config.seed, step, 3))
     names = list(tasks)
     shares = np.array([config.tasks[name] for name in names])
     chosen = random.choice(len(names), size=config.batch, p=shares / shares.sum())
-    mine: dict[str, list[Any]] = {}
+    processes, me = accelerator.num_processes, accelerator.process_index
+    mine: list[dict[str, list[Any]]] = [{} for _ in range(config.accumulate)]
+    first: list[dict[str, Any]] = [{} for _ in range(config.accumulate)]
     counts: dict[str, float] = {}
-    for k, row in enumerate(_order(rows, config.batch, step, config.seed)):
+    for k, row in enumerate(_order(parts, config.batch, step, config.seed)):
         name = names[chosen[k]]
         segments = tasks[name].segments(row)
         for segment in segments:
             if segment.weight:
                 counts[segment.tower] = counts.get(segment.tower, 0.0) + segment.weight * (len(segment.content) + 1)
-        if k % accelerator.num_processes == accelerator.process_index:
-            mine.setdefault(name, []).append(segments)
-    batches = [collate(samples, model.ends()).to(accelerator.device) for samples in mine.values()]
-    return [_corrupt(batch, config, model) for batch in batches], counts
+        place, process = divmod(k, processes)
+        turn = place * config.accumulate // len(range(process, config.batch, processes))
+        first[turn].setdefault(name, segments)
+        if process == me:
+            mine[turn].setdefault(name, []).append(segments)
+    turns: list[list[Batch]] = [[] for _ in mine]
+    for turn, samples in enumerate(mine):
+        for name, sample in first[turn].items():
+            if name in samples or config.shard:
+                drawn = samples.get(name, [sample])
+                packed = pack([lengths(one) for one in drawn], config.pack) if config.pack else None
+                batch = collate(drawn, model.ends(), packed=packed).to(accelerator.device)
+                batch = batch if name in samples else _silent(batch)
+                turns[turn].append(_corrupt(batch, config, model))
+    return turns, counts
+
+
+def _silent(batch: Batch) -> Batch:
+    """The same batch, to be run and not to count."""
+    return dataclasses.replace(batch, weights={name: -weight for name, weight in batch.weights.items()})
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens that a batch reads, if it counts."""
+    counts = any((weight > 0).any() for weight in batch.weights.values())
+    return sum(int((strand.document >= 0).sum()) for strand in batch.strands.values()) if counts else 0
 
 
 def _corrupt(batch: Batch, config: TrainConfig, model: Model) -> Batch:
@@ -481,19 +702,68 @@ def _record(config: TrainConfig, progress: Progress, found: Mapping[str, float])
     return {"recipe": dataclasses.asdict(config), "step": progress.step, "dev": dict(found)}
 
 
-def _save(folder: Path, model: Model, optimizer: Any, names: Mapping[nn.Parameter, str], progress: Progress, keep: int) -> None:
-    """One checkpoint, whole or not at all: all but the frozen towers, the optimizer's moments, where the run stands. No pickle."""
-    kept = {name: p for p, name in names.items() if p.requires_grad or not name.startswith("towers.")}
-    tensors = {name: p.detach().cpu().contiguous() for name, p in kept.items()}
+def _changing(names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """All but the frozen towers, whole; all processes must ask."""
+    return {name: whole(p) for p, name in names.items() if p.requires_grad or not name.startswith("towers.")}
+
+
+def _save(
+    folder: Path,
+    optimizer: Any,
+    names: Mapping[nn.Parameter, str],
+    progress: Progress,
+    course: Mapping[str, Any],
+    keep: int,
+    write: bool,
+) -> None:
+    """One checkpoint, whole or not at all: all but the frozen towers, the optimizer's moments, where the run stands and what
+    decides it. No pickle, and nothing that depends on how many processes there are: all take part, one of them writes."""
+    tensors = _changing(names)
     for p, moments in optimizer.state.items():
         for key, value in moments.items():
-            tensors[f"optimizer/{key}/{names[p]}"] = value.detach().cpu().contiguous()
+            tensors[f"optimizer/{key}/{names[p]}"] = whole(value)
+    if not write:
+        return
     with checkpoint.whole(folder / "checkpoints" / f"step-{progress.step:07d}") as temporary:
         save_file(tensors, temporary / "training.safetensors")
-        state = dataclasses.asdict(progress) | {"best": None if math.isinf(progress.best) else progress.best}
+        state = dataclasses.asdict(progress) | {"best": None if math.isinf(progress.best) else progress.best, "course": course}
         checkpoint.write_json(temporary / checkpoint.CONFIG, state)
-    for old in _checkpoints(folder)[:-keep]:
-        checkpoint.remove(old)
+    with saving(folder / "checkpoints", "The newest checkpoint is whole."):
+        for old in _checkpoints(folder)[:-keep]:
+            checkpoint.remove(old)
+
+
+def _course(
+    config: TrainConfig, model: Model, modalities: Mapping[str, Modality], parts: Sequence[Part], dev: Sequence[Row]
+) -> dict[str, Any]:
+    """All that decides the numbers of a run, as JSON gives it back: the recipe but for FREE, in place of paths what lies there,
+    and which parameters learn."""
+    towers = {
+        name: source if isinstance(source, Mapping) else model.config.towers[name].digest or source
+        for name, source in config.towers.items()
+    }
+    start = Path(config.start or "") / checkpoint.MANIFEST
+    found = {
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
+        "towers": towers,
+        "modalities": {name: modality.fingerprint for name, modality in modalities.items()},
+        "start": checkpoint.sha256(start) if config.start and start.is_file() else config.start,
+        "data": {_content(part.rows): part.weight for part in parts},
+        "dev": _content(dev),
+        "learns": sorted(name for name, p in model.named_parameters() if p.requires_grad),
+    }
+    course: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return course
+
+
+def _content(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows in their order."""
+    content = hashlib.sha256()
+    for row in rows:
+        for name, ids in sorted(row.items()):
+            content.update(f"{name} {len(ids)} ".encode() + np.asarray(ids, "<i8").tobytes())
+        content.update(b"\n")
+    return content.hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -501,27 +771,34 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def _restore(folder: Path, model: Model, optimizer: Any, names: Mapping[nn.Parameter, str]) -> Progress:
-    """The newest checkpoint that is whole, put into model and optimizer; an empty Progress where there is none."""
-    for path in reversed(_checkpoints(folder)):
-        try:
-            checkpoint.check(path)
-        except ZipperError as error:
-            warnings.warn(f"Skipping a checkpoint that is not whole. {error}", stacklevel=3)
-            continue
-        tensors = load_file(path / "training.safetensors")
-        state = checkpoint.read_json(path / checkpoint.CONFIG)
-        for p, name in names.items():
-            if p.requires_grad or name in tensors:
-                if name not in tensors or tensors[name].shape != p.shape:
-                    raise ZipperError(f"{path} was made by another recipe: {name} differs. Choose another output folder.")
-                p.data.copy_(tensors[name])
-                prefix = {key.split("/")[1] for key in tensors if key.startswith("optimizer/") and key.endswith(f"/{name}")}
-                moments = {key: tensors[f"optimizer/{key}/{name}"] for key in prefix}
-                if moments:
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-        return Progress(**(state | {"best": math.inf if state["best"] is None else state["best"]}))
-    return Progress()
+def _restore(folder: Path, optimizer: Any, names: Mapping[nn.Parameter, str], course: Mapping[str, Any], write: bool) -> Progress:
+    """The newest checkpoint that is whole, put into model and optimizer; an empty Progress where there is none. Raises ZipperError
+    for one of a run that goes another way."""
+    path = checkpoint.newest(_checkpoints(folder)) if write else None
+    path = broadcast_object_list([path])[0]  # all processes go on from the same one
+    if path is None:
+        return Progress()
+    tensors = load_file(path / "training.safetensors")
+    state = checkpoint.read_json(path / checkpoint.CONFIG)
+    before = state.pop("course", course)  # zipper 0.1 did not say
+    if other := sorted(name for name in before.keys() | course.keys() if before.get(name) != course.get(name)):
+        first = other[0]
+        raise ZipperError(
+            f"{path} was made by another recipe: other {', '.join(other)} ({first} was {before.get(first)!s:.80}, is "
+            f"{course.get(first)!s:.80}). Resume with the old recipe, or choose another output folder, perhaps with "
+            f"start={str(folder / 'model')!r}."
+        )
+    for p, name in names.items():
+        if p.requires_grad or name in tensors:
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise ZipperError(f"{path} was made by another recipe: {name} differs. Choose another output folder.")
+            with torch.no_grad():
+                p.copy_(like(tensors[name], p))
+            prefix = sorted(key.split("/")[1] for key in tensors if key.startswith("optimizer/") and key.endswith(f"/{name}"))
+            moments = {key: tensors[f"optimizer/{key}/{name}"] for key in prefix}
+            if moments:
+                optimizer.state[p] = {k: v if k == "step" else like(v, p) for k, v in moments.items()}
+    return Progress(**(state | {"best": math.inf if state["best"] is None else state["best"]}))
 
 
 def _forget(folder: Path, step: int) -> None:
@@ -534,17 +811,12 @@ def _forget(folder: Path, step: int) -> None:
         except json.JSONDecodeError:  # killed while writing it
             break
     if metrics.exists():
-        metrics.write_text("".join(kept))
+        files.write(metrics, "".join(kept).encode())
     for path in _checkpoints(folder):
         if path.name > f"step-{step:07d}":
             checkpoint.remove(path)
-    for path in (folder / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path)
-
-
-def _mix(*parts: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    for place in (folder, folder / "checkpoints"):
+        checkpoint.clean(place)
 
 
 @contextmanager
