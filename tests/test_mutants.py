@@ -176,7 +176,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "a link's memory is not reordered": (model.State, "select", "m.keys[rows], m.values[rows]", "m.keys, m.values"),
     "what waits to be read is not reordered": (model.State, "select", "h[rows] for h in parts", "h for h in parts"),
     # Generation.
-    "positions go on for rows that have ended": (generation._Clock, "say", "position + alive * ids", "position + ids"),
+    "positions go on for rows that have ended": (generation.Clock, "say", "position + alive * ids", "position + ids"),
     "an end token is not read": (generation, "_segment", "token[:, None], alive)", "token[:, None], going)"),
     "rows that have ended draw on": (
         generation,

@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "every produced",
     ),
     "positions start again with each segment": (
-        [(generation._Clock, "say", "position[:, None] + step", "step.expand_as(ids)")],
+        [(generation.Clock, "say", "position[:, None] + step", "step.expand_as(ids)")],
         "every produced",
     ),
 }
@@ -263,9 +263,9 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "every produced",
     ),
     "a given segment has no end": ([(generation, "collate", "*segment.content, end]", "*segment.content]")], "every produced"),
-    "the clock stands still": ([(generation._Clock, "say", "self.time + alive * ids.shape[1]", "self.time")], "every produced"),
+    "the clock stands still": ([(generation.Clock, "say", "self.time + alive * ids.shape[1]", "self.time")], "every produced"),
     "positions go on for rows that have ended": (
-        [(generation._Clock, "say", "position + alive * ids.shape[1]", "position + ids.shape[1]")],
+        [(generation.Clock, "say", "position + alive * ids.shape[1]", "position + ids.shape[1]")],
         "every produced",
     ),
     "a segment is longer than its cap": ([(generation, "_segment", ">= caps[row]", "> caps[row]")], "every produced"),

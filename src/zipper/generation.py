@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from zipper.errors import ZipperError
@@ -57,7 +57,8 @@ def generate(
 
     prompts: given segments, contents are ids without begin and end; all rows of a batch follow the same plan. outputs: tower
     names in order; a Segment instead of a name forces its ids as the beginning of what is produced. limits: most tokens per
-    segment, default `model.limit`. A segment that hits its limit is closed and returned with ended=False.
+    segment, default `model.limit`. A segment that hits its limit is closed and returned with ended=False. A row in which a tower
+    has no room for a segment gets it and those after it empty, with ended=False; a ZipperError where that is so in every row.
     """
     plan = [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
     if not plan or not prompts:
@@ -73,15 +74,16 @@ def generate(
             raise ZipperError(f"limits[{tower!r}] is {limit}; a limit is a number of tokens, at least 1.")
     produced = [segment.tower for segment in plan]
     state = model.start(tuple(dict.fromkeys(shape + produced)), tuple(dict.fromkeys(produced)))
-    clock = _Clock(len(prompts), model.ends())
+    clock = Clock(len(prompts), model.ends())
     if shape:
         _, state = model.step(clock.read(prompts), state)
 
     generators = sampling.generators(len(prompts))
     results: list[list[Segment]] = [[] for _ in prompts]
+    room = torch.ones(len(prompts), dtype=torch.bool)
     for number, forced in enumerate(plan):
         tower, last = forced.tower, number == len(plan) - 1
-        caps = torch.tensor([model.limit(tower, seen, (limits or {}).get(tower)) for seen in clock.seen()])
+        caps = _caps(model, tower, clock.seen(), (limits or {}).get(tower), room)
         state = state.compact(tower)
         ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last)
         for row, result in enumerate(results):
@@ -92,19 +94,18 @@ def generate(
 def _segment(
     model: Model,
     state: Any,
-    clock: "_Clock",
+    clock: "Clock",
     forced: Segment,
     caps: Int[Tensor, " batch"],
     sampling: Sampling,
     generators: list[torch.Generator],
     last: bool,
 ) -> tuple[list[list[int]], list[float], list[bool], Any]:
-    """One segment for every row: (ids without begin and end, log-probability, ended by itself, state)."""
+    """One segment for every row: (ids without begin and end, log-probability, ended by itself, state). A cap of 0: no segment."""
     tower, (begin, end) = forced.tower, model.ends()[forced.tower]
-    rows = len(caps)
-    ids: list[list[int]] = [list(forced.content) for _ in range(rows)]
+    rows, alive = len(caps), caps > 0
+    ids: list[list[int]] = [list(forced.content) if here else [] for here in alive]
     scores, ended = [0.0] * rows, [False] * rows
-    alive = torch.ones(rows, dtype=torch.bool)
     hidden, state = model.step({tower: clock.say(tower, torch.tensor([[begin, *forced.content]] * rows), alive)}, state)
     while True:
         logits = model.unembed(tower, hidden[tower][:, -1:])[:, 0].float()
@@ -133,7 +134,22 @@ def _segment(
     return ids, scores, ended, state
 
 
-class _Clock:
+def _caps(
+    model: Model, tower: str, seen: Sequence[Mapping[str, int]], wanted: int | None, room: Bool[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The limit of the next segment in every row, 0 where there is no room for it; such a row leaves `room`, in place."""
+    caps = torch.zeros(len(seen), dtype=torch.long)
+    for row in room.nonzero().flatten().tolist():
+        try:
+            caps[row] = model.limit(tower, seen[row], wanted)
+        except ZipperError:
+            room[row] = False
+            if not room.any():
+                raise
+    return caps
+
+
+class Clock:
     """Positions and times of every row: how many tokens each tower, and the whole sequence, has had."""
 
     def __init__(self, rows: int, ends: Mapping[str, Ends]) -> None:

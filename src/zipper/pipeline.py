@@ -14,6 +14,7 @@ from zipper import checkpoint, hub
 from zipper.audio import Audio
 from zipper.baseline import KIND, Baseline
 from zipper.card import card
+from zipper.engine import Engine
 from zipper.errors import ZipperError
 from zipper.generation import Limits, generate
 from zipper.modality import Modality
@@ -136,6 +137,10 @@ class Pipeline:
         plan = [self._encode(item) if isinstance(item, Segment) else item for item in outputs]
         produced = generate(self.model, prompts, plan, sampling or Sampling(), limits)
         return [[replace(s, content=self.modalities[s.tower].decode(s.content)) for s in row] for row in produced]
+
+    def engine(self, rows: int = 8) -> Engine:
+        """Runs many requests at once, `rows` of them side by side, with the weights as they are now; contents are ids."""
+        return Engine(self.model, rows)
 
     def transcribe(self, speech: Audio | str | Path) -> str:
         """Speech to text: an Audio or the path of a sound file -> its words."""

@@ -1,6 +1,7 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p. Every row has its own random stream, so that what is drawn
-for it does not depend on its neighbours in a batch."""
+"""From logits to the next token: greedy, temperature, top-k, top-p, and rules on what a segment may say. Every row has its own
+random stream, so that what is drawn for it does not depend on its neighbours in a batch."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,62 @@ class Sampling:
     def generators(self, rows: int) -> list[torch.Generator]:
         """One random stream per row."""
         return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
+
+
+#: From the ids of a segment so far to those that may come next, its end id among them if it may end; None = any.
+Allowed = Callable[[Sequence[int]], Iterable[int] | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a segment may say, whoever chooses.
+
+    allowed: see `Allowed`. repetition: the log-probability of an id that the segment holds already is multiplied by it, 1 = let be
+    (the penalty of CTRL, arXiv:1909.05858, on log-probabilities, which are never positive). period, repeats: a segment that ends
+    in the same 1 to `period` ids so many times is closed: speech units that loop go on for ever. 0 = loops are let be; a long
+    silence is a loop too.
+    """
+
+    allowed: Allowed | None = None
+    repetition: float = 1.0
+    period: int = 0
+    repeats: int = 4
+
+    def __post_init__(self) -> None:
+        if self.repetition < 1 or self.period < 0 or self.repeats < 2:
+            raise ZipperError(
+                f"Rules want repetition >= 1, period >= 0 and repeats >= 2; they got {self.repetition}, {self.period} and "
+                f"{self.repeats}."
+            )
+
+    def weigh(self, logprobs: Float[Tensor, " vocabulary"], ids: Sequence[int]) -> Float[Tensor, " vocabulary"]:
+        """Log-probabilities behind `ids`, what is not allowed at -inf. Raises a ZipperError where nothing is left."""
+        if self.repetition != 1 and ids:
+            held = torch.tensor(sorted({*ids}), device=logprobs.device)
+            logprobs = logprobs.index_copy(0, held, logprobs[held] * self.repetition)
+        if self.allowed is not None and (few := self.allowed(ids)) is not None:
+            kept = torch.full_like(logprobs, -torch.inf)
+            few = torch.tensor(sorted({*few}), dtype=torch.long, device=logprobs.device)
+            logprobs = kept.index_copy(0, few, logprobs[few])
+            if bool((logprobs == -torch.inf).all()):
+                raise ZipperError(f"Behind {list(ids)[-8:]} no id is allowed, not even the end. Let `allowed` name one.")
+        return logprobs
+
+    def loops(self, ids: Sequence[int]) -> bool:
+        """Whether the segment ends in a loop."""
+        return any(
+            len(ids) >= n * self.repeats and list(ids[-n * self.repeats :]) == list(ids[-n:]) * self.repeats
+            for n in range(1, self.period + 1)
+        )
+
+
+def one_of(sequences: Iterable[Sequence[int]], end: int) -> Allowed:
+    """Allows these sequences of ids and nothing else, each followed by `end`."""
+    tree: dict[tuple[int, ...], set[int]] = {}
+    for sequence in sequences:
+        for n, i in enumerate([*sequence, end]):
+            tree.setdefault(tuple(sequence[:n]), set()).add(i)
+    return lambda ids: tree.get(tuple(ids), ())
 
 
 def choose(

@@ -1,0 +1,460 @@
+"""The fast way to read: a zip as plain tensors, for a few tokens of a few sequences at a time.
+
+Towers whose blocks are like Llama's are run here without transformers: fused projections, keys and values in buffers with room to
+grow, no masks, no padding. What is read in one call is ragged: the tokens of all sequences stand in one matrix, and only attention
+goes sequence by sequence. A tower counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the
+way for all others. Weights are taken at construction, and must not change after it. Nothing here knows of sampling or plans.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int8
+from torch import Tensor, nn
+
+from zipper.link import Link, Memory
+from zipper.model import Zipper, link_name
+from zipper.tower import Strand, Tower, UnsupportedTower
+
+BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of a row
+#: With AMX a product with one row is slow as a matrix product, without AMX as a matrix-vector product (docs/log.md).
+AMX = torch.cpu._is_amx_tile_supported()
+
+
+@final
+class Matrix:
+    """x -> x W^T + b of one or several linear layers that read the same."""
+
+    def __init__(self, layers: Sequence[nn.Linear], int8: bool = False) -> None:
+        """int8: W in 8 bits, one scale a row, and x in bfloat16; not where the width of x is no multiple of 32."""
+        weights = [layer.weight.detach() for layer in layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        if biases and len(biases) < len(layers):
+            raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
+        self.bias: Tensor | None = torch.cat(biases) if biases else None
+        self.scale: Float[Tensor, " out"] | None = None
+        self.weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
+        self.vector = AMX and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if int8 and weight.shape[1] % 32 == 0:  # torch's kernel reads beyond the end of other rows
+            scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+            self.weight = (weight.float() / scale[:, None]).round().to(torch.int8)
+            self.scale = scale.bfloat16()
+
+    @property
+    def bytes(self) -> int:
+        """That one product reads."""
+        return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.scale) if t is not None)
+
+    def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """The product, in x's dtype."""
+        if self.scale is not None:
+            y = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
+        elif self.vector and len(x) == 1:
+            y = torch.mv(self.weight, x[0])[None]
+        else:
+            return F.linear(x, self.weight, self.bias)
+        return y if self.bias is None else y + self.bias
+
+
+@final
+class Cache:
+    """Keys and values of what one sequence has read in one tower, with room to grow: explicit lengths instead of joined tensors."""
+
+    def __init__(self, layers: int, heads: int, head_width: int, like: Tensor) -> None:
+        self.length = 0
+        self.held: Float[Tensor, "layers 2 heads room head_width"] = like.new_empty((layers, 2, heads, 0, head_width))
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values of each, as views
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many more; grows by half at least, so that a long segment is seldom copied."""
+        wanted, room = self.length + tokens, self.held.shape[3]
+        if wanted > room:
+            self._move(max(wanted, room + room // 2, 64))
+
+    def fork(self) -> "Cache":
+        """A copy that goes on by itself."""
+        twin = copy.copy(self)
+        twin._move(self.length + 32)
+        return twin
+
+    def _move(self, room: int) -> None:
+        """To other memory, with room for so many tokens."""
+        moved = _empty((*self.held.shape[:3], room, self.held.shape[4]), self.held)
+        moved[:, :, :, : self.length] = self.held[:, :, :, : self.length]
+        self.held = moved
+        self.layers = [(layer[0], layer[1]) for layer in moved]
+
+
+class Angles(NamedTuple):
+    """Rotary positions of tokens, laid out for `_turn`."""
+
+    cos: Float[Tensor, "tokens 1 head_width"]
+    sin: Float[Tensor, "tokens 1 head_width"]
+
+
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for keys and values, uninitialised; tests fill it with NaN."""
+    return like.new_empty(shape)
+
+
+@dataclass
+class Session:
+    """One sequence: what it has read. towers: those of its plan. outputs: those that will produce, the others run no further than
+    their last junction. memory, unread: as in `model.State`, of links that `towers` hold."""
+
+    towers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    caches: dict[str, Cache] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    unread: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@final
+class Fused:
+    """A zip compiled for decoding; see the module."""
+
+    def __init__(self, model: Zipper, int8: bool = False) -> None:
+        """int8: blocks, heads and links with weights in 8 bits. Raises UnsupportedTower where a tower is not of a known kind."""
+        self.model = model
+        self._towers = {name: _Tower(tower, int8) for name, tower in model.towers.items() if isinstance(tower, Tower)}
+        self._links = {name: _Link(link, int8) for name, link in model.links.items() if isinstance(link, Link)}
+        self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
+        self._stops = {name: tuple(_stops(name, model)) for name in self._towers}
+        for name in self._towers:
+            self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
+
+    def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
+        """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
+        return Session(tuple(towers), tuple(outputs))
+
+    def fork(self, session: Session) -> Session:
+        """A copy that goes on by itself. What links hold is shared: it is replaced, never written to."""
+        caches = {name: cache.fork() for name, cache in session.caches.items()}
+        return replace(session, caches=caches, memory=dict(session.memory), unread=dict(session.unread))
+
+    @torch.inference_mode()
+    def read(self, tower: str, pieces: Sequence[tuple[Session, Sequence[int]]]) -> list[Float[Tensor, " vocabulary"] | None]:
+        """Every session reads at least one more token of this tower. Returns the logits behind its last one, None where its plan
+        wants none. The tokens are later than all that the session has read, so they see all of it (`model.visible`)."""
+        answers: list[Tensor | None] = [None] * len(pieces)
+        paths: dict[tuple[bool, bool], list[int]] = {}  # a plan of one tower goes by no links, one that is silent stops early
+        for index, (session, _) in enumerate(pieces):
+            paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
+        for (linked, speaks), indices in paths.items():
+            logits = self._read(tower, [pieces[index] for index in indices], linked, speaks)
+            for index, row in zip(indices, [None] * len(indices) if logits is None else logits, strict=True):
+                answers[index] = row
+        return answers
+
+    def bytes(self, tower: str) -> tuple[int, int]:
+        """Weights that one token reads: of the tower, and of the links into it where all sources are visible."""
+        return self._towers[tower].bytes, sum(self._links[link].bytes for stop in self._stops[tower] for link in stop.reads)
+
+    def _read(self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool) -> Tensor | None:
+        tower, places, row = self._towers[name], [], 0
+        for session, ids in pieces:
+            cache = session.caches.setdefault(name, tower.cache())
+            cache.reserve(len(ids))
+            places.append(_Place(session, cache, row, row := row + len(ids)))
+        position = torch.cat([torch.arange(p.cache.length, p.cache.length + p.stop - p.start) for p in places])
+        h = F.embedding(torch.tensor([i for _, ids in pieces for i in ids], device=tower.device), tower.table)
+        if linked and name in self.model.inputs:
+            h = self.model.inputs[name](h[None])[0]
+        angles, done = tower.angles(position), 0
+        turns: dict[float, Angles] = {}
+        for stop in self._stops[name] if linked else ():
+            h, done = tower.run(h, range(done, stop.layer), angles, places), stop.layer
+            h = self._exchange(stop, h, position.to(h.device), places, turns)
+        if speaks:
+            h = tower.run(h, range(done, tower.layers), angles, places)
+        for place in places:
+            place.cache.length += place.stop - place.start
+        return tower.unembed(h[[place.stop - 1 for place in places]]) if speaks else None
+
+    def _exchange(
+        self, stop: "_Stop", h: Tensor, position: Tensor, places: Sequence["_Place"], turns: dict[float, Angles]
+    ) -> Float[Tensor, "tokens width"]:
+        """A junction: what the other towers will read of this one is kept, what this one sees of them is added."""
+        for name in stop.shows:
+            for place in places:
+                if name.rpartition(">")[2] in place.session.towers:
+                    place.session.unread[name] = (*place.session.unread.get(name, ()), h[place.start : place.stop])
+        new = h
+        for name in stop.reads:
+            link = self._links[name]
+            seeing = [p for p in places if name in p.session.memory or name in p.session.unread]
+            if not seeing:
+                continue
+            if link.scale in self._turns and link.scale not in turns:
+                turns[link.scale] = self._turns[link.scale](position)
+            memories = [_memory(link.link, name, place.session) for place in seeing]
+            lengths = [place.stop - place.start for place in seeing]
+            if len(seeing) == len(places):
+                new = new + link(h, turns.get(link.scale), lengths, memories)
+            else:
+                rows = torch.cat([torch.arange(p.start, p.stop, device=h.device) for p in seeing])
+                turned = Angles(*(part[rows] for part in turns[link.scale])) if turns else None
+                new = new.index_add(0, rows, link(h[rows], turned, lengths, memories))
+        return new
+
+    @torch.inference_mode()
+    def _prove(self, name: str, tolerance: float) -> None:
+        """Raises UnsupportedTower unless random ids, some at once and some one by one, have the logits of the tower itself, up to
+        `tolerance` of their spread."""
+        tower = self.model.towers[name]
+        assert isinstance(tower, Tower)
+        ids = torch.randint(tower.vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(tower.device)
+        truth = tower(Strand.alone(ids))[0, 7:].float()
+        session = self.open([name], [name])
+        found = [self.read(name, [(session, part)])[0] for part in (ids[0, :8].tolist(), *ids[0, 8:, None].tolist())]
+        error = (torch.stack([row for row in found if row is not None]).float() - truth).norm(dim=-1)
+        if not (error / (truth - truth.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
+            raise UnsupportedTower(f"The logits of {tower.name} differ from its own by {float(error.max()):.3g} on the fast path.")
+
+
+class _Place(NamedTuple):
+    """Where the tokens of one session stand in a ragged matrix: rows start .. stop - 1."""
+
+    session: Session
+    cache: Cache
+    start: int
+    stop: int
+
+
+class _Stop(NamedTuple):
+    """A junction as one tower sees it: the number of blocks before it, links by which it reads, links by which it is read."""
+
+    layer: int
+    reads: tuple[str, ...]
+    shows: tuple[str, ...]
+
+
+def _stops(tower: str, model: Zipper) -> Iterator[_Stop]:
+    links = [(n, link_name(n, source, target), source, target) for n, source, target in model.config.link_names()]
+    for n, junction in enumerate(model.config.junctions):
+        here = [link for link in links if link[0] == n and tower in junction]
+        reads = tuple(name for _, name, _, target in here if target == tower)
+        shows = tuple(name for _, name, source, _ in here if source == tower)
+        if reads or shows:
+            yield _Stop(junction[tower], reads, shows)
+
+
+def _memory(link: Link, name: str, session: Session) -> Memory:
+    """What a link holds of this session, extended by the source states that it had not read yet."""
+    memory = session.memory.get(name)
+    if unread := session.unread.pop(name, ()):
+        states, read = torch.cat(unread), 0 if memory is None else memory.keys.shape[2]
+        fresh = link.read(states[None], torch.arange(read, read + len(states), device=states.device)[None])
+        fresh = Memory(fresh.keys.contiguous(), fresh.values.contiguous())  # read at every step from now on
+        memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
+        session.memory[name] = memory
+    assert memory is not None
+    return memory
+
+
+@final
+class _Tower:
+    """A tower whose blocks are like Llama's."""
+
+    def __init__(self, tower: Tower, int8: bool) -> None:
+        model: Any = tower.model
+        body, config = model.base_model, tower.config
+        try:
+            kinds = getattr(config, "layer_types", None) or [
+                "sliding" if getattr(config, "sliding_window", None) else "full_attention"
+            ]
+            if {*kinds} != {"full_attention"} or body.rotary_emb.rope_type not in ROTARY:
+                raise UnsupportedTower(f"{tower.name} attends in windows, or its rotary positions depend on the length of a row.")
+            self.table = model.get_input_embeddings().weight.detach()
+            self.blocks = [_Block(block, int8) for block in tower.blocks]
+            self.norm, self.head, self._rotary = _Norm(body.norm), Matrix([model.get_output_embeddings()], int8), body.rotary_emb
+        except AttributeError as error:
+            raise UnsupportedTower(f"{tower.name} is not built like Llama: {error}.") from error
+        self.layers, self.device = len(self.blocks), self.table.device
+        self.angles = _Table(self._computed)
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return self.head.bytes + sum(block.bytes for block in self.blocks)
+
+    def cache(self) -> Cache:
+        """An empty one."""
+        return Cache(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, self.table)
+
+    def run(
+        self, h: Float[Tensor, "tokens width"], layers: range, angles: Angles, places: Sequence[_Place]
+    ) -> Float[Tensor, "tokens width"]:
+        """Some of its blocks."""
+        for index in layers:
+            h = self.blocks[index](h, index, angles, places)
+        return h
+
+    def unembed(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
+        """Final norm and head."""
+        return self.head(self.norm(h))
+
+    def _computed(self, length: int) -> Angles:
+        cos, sin = self._rotary(self.table, torch.arange(length, device=self.device)[None])
+        return _paired(cos[0, :, : cos.shape[-1] // 2], sin[0, :, : sin.shape[-1] // 2])
+
+
+@final
+class _Block:
+    """Norm, grouped-query attention with rotary positions, norm, gated feed-forward."""
+
+    def __init__(self, block: Any, int8: bool) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        for part, known in ((block, BLOCK), (attention, ATTENTION), (mlp, MLP)):
+            if unknown := sorted({name for name, _ in part.named_children()} - known):
+                raise UnsupportedTower(f"A {type(part).__name__} holds {unknown}, which the fast path does not know.")
+        self.head_width, self.scale, self.activation = attention.head_dim, attention.scaling, mlp.act_fn
+        self.norm, self.second_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
+        self.qkv = Matrix([attention.q_proj, attention.k_proj, attention.v_proj], int8)
+        self.out, self.down = Matrix([attention.o_proj], int8), Matrix([mlp.down_proj], int8)
+        self.gate_up = Matrix([mlp.gate_proj, mlp.up_proj], int8)
+        self.head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if "q_norm" in attention._modules else []
+        self.heads, self.key_heads = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return sum(matrix.bytes for matrix in (self.qkv, self.out, self.gate_up, self.down))
+
+    def __call__(
+        self, h: Float[Tensor, "tokens width"], index: int, angles: Angles, places: Sequence[_Place]
+    ) -> Float[Tensor, "tokens width"]:
+        """States after the block; keys and values go into layer `index` of the caches."""
+        mixed = self.qkv(self.norm(h)).view(len(h), -1, self.head_width)
+        turned, values = mixed[:, : -self.key_heads], mixed[:, -self.key_heads :]
+        if self.head_norms:
+            parts = turned.split([self.heads, self.key_heads], 1)
+            turned = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
+        turned = _turn(turned, angles)
+        attended = []
+        for place in places:
+            here, past = slice(place.start, place.stop), place.cache.length
+            stop = past + place.stop - place.start
+            held, said = place.cache.layers[index]
+            held[:, past:stop] = turned[here, self.heads :].transpose(0, 1)
+            said[:, past:stop] = values[here].transpose(0, 1)
+            attended.append(_attend(turned[here, : self.heads], held[:, :stop], said[:, :stop], self.scale, causal=True))
+        h = h + self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
+        gate, up = self.gate_up(self.second_norm(h)).chunk(2, -1)
+        return h + self.down(self.activation(gate) * up)
+
+
+@final
+class _Link:
+    """`Link.forward` for tokens that all see something."""
+
+    def __init__(self, link: Link, int8: bool) -> None:
+        self.link, self.scale, self.norm = link, link.position_scale, _Norm(link.norm)
+        self.query, self.out = Matrix([link.query], int8), Matrix([link.out], int8)
+        self.gate, self.first = float(link.gate.detach().tanh()), None
+        if link.feedforward is not None:
+            norm, first, _, second = link.feedforward
+            assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+            self.second_norm, self.first, self.second = _Norm(norm), Matrix([first], int8), Matrix([second], int8)
+            self.second_gate = float(link.feedforward_gate.detach().tanh())
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return sum(matrix.bytes for matrix in (self.query, self.out, *((self.first, self.second) if self.first else ())))
+
+    def angles(self, length: int) -> Angles:
+        """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the first `length` positions."""
+        like = self.link.query.weight
+        half = self.link.config.head_width // 2
+        position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * self.scale
+        angle = position * 10_000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
+        return _paired(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+
+    def __call__(
+        self, h: Float[Tensor, "tokens width"], angles: Angles | None, lengths: Sequence[int], memories: Sequence[Memory]
+    ) -> Float[Tensor, "tokens width"]:
+        """What the link adds to the tokens of several sessions: so many of each, and its memory."""
+        x = h.to(self.link.query.weight.dtype)
+        query = self.query(self.norm(x)).view(len(x), self.link.heads, -1)
+        if angles is not None:
+            query = _turn(query, angles)
+        scale = query.shape[-1] ** -0.5
+        parts = zip(query.split(list(lengths)) if len(lengths) > 1 else [query], memories, strict=True)
+        attended = [_attend(part, memory.keys[0], memory.values[0], scale, causal=False) for part, memory in parts]
+        out = self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
+        added = out * self.gate
+        if self.first is not None:
+            inner = F.gelu(self.first(self.second_norm(torch.add(x, out, alpha=self.gate))))
+            added = added.add_(self.second(inner), alpha=self.second_gate)
+        return added.to(h.dtype)
+
+
+@final
+class _Norm:
+    """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), as one kernel."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight, self.bias, self.eps = module.weight.detach(), None, 0.0
+        if isinstance(module, nn.LayerNorm):
+            self.bias, self.eps = module.bias.detach(), module.eps
+        else:
+            self.eps = module.variance_epsilon
+
+    def __call__(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@final
+class _Table:
+    """Rotary positions, computed once; it grows when a longer sequence comes. angles: of the first so many positions."""
+
+    def __init__(self, angles: Callable[[int], Angles]) -> None:
+        self._angles = angles
+        self._held = angles(256)
+
+    def __call__(self, position: Int[Tensor, " tokens"]) -> Angles:
+        longest = int(position.max()) + 1
+        if longest > len(self._held.cos):
+            self._held = self._angles(max(longest, 2 * len(self._held.cos)))
+        return Angles(self._held.cos[position], self._held.sin[position])
+
+
+def _paired(cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]) -> Angles:
+    return Angles(torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
+
+
+def _turn(x: Float[Tensor, "tokens heads head_width"], angles: Angles) -> Float[Tensor, "tokens heads head_width"]:
+    """Rotary positions, halves paired: the two halves of `sin` have opposite signs."""
+    return torch.addcmul(x * angles.cos, x.roll(x.shape[-1] // 2, -1), angles.sin)
+
+
+def _attend(
+    query: Float[Tensor, "tokens heads head_width"],
+    keys: Float[Tensor, "key_heads slots head_width"],
+    values: Float[Tensor, "key_heads slots head_width"],
+    scale: float,
+    causal: bool,
+) -> Float[Tensor, "tokens attended"]:
+    """Attention of one sequence; heads that share keys become rows of one product. causal: the tokens are the last slots."""
+    tokens, heads, width = query.shape
+    (shared, slots), group = keys.shape[:2], heads // len(keys)
+    if tokens == 1:
+        rows = query.view(1, shared, group, width)
+        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).reshape(1, heads * width)
+    rows = query.view(tokens, shared, group, width).permute(1, 2, 0, 3).reshape(1, shared, group * tokens, width)
+    mask = None
+    if causal:
+        mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens).repeat(group, 1)
+    found = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=scale)
+    return found.view(shared, group, tokens, width).permute(2, 0, 1, 3).reshape(tokens, heads * width)

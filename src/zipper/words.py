@@ -1,0 +1,92 @@
+"""Words of a transcript: how sure the model was of each, and when it was said.
+
+Times come from the cross-attention: the path through it that both modalities walk forwards, as Whisper's word times
+(arXiv:2212.04356) do. Nothing here knows how ids become sound.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zipper.engine import Written
+from zipper.errors import ZipperError
+from zipper.inspection import attention
+from zipper.modality.text import Text
+from zipper.model import Zipper
+from zipper.sequence import Segment, collate
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word. confidence: the probability that the model gave to its tokens together, given what came before. start, stop: tokens
+    of the source between which it was said, None where nobody asked."""
+
+    text: str
+    confidence: float
+    start: int | None = None
+    stop: int | None = None
+
+
+def words(modality: Text, written: Written, source: Sequence[tuple[int, int]] | None = None) -> list[Word]:
+    """The words of a produced segment of text. A forced token counts as sure. source: what `spans` found for the same segment."""
+    sure = [0.0] * written.forced + list(written.logprobs)
+    groups: list[tuple[str, list[int]]] = []  # a word as it is written, and its tokens
+    before = ""
+    for index in range(len(written.ids)):
+        so_far = modality.decode(written.ids[: index + 1])
+        piece, before, behind = so_far[len(before) :], so_far, before[-1:]
+        if not groups or (groups[-1][0].strip() and (piece[:1].isspace() or behind.isspace())):
+            groups.append(("", []))
+        groups[-1] = (groups[-1][0] + piece, [*groups[-1][1], index])
+    found = []
+    for text, tokens in groups:
+        span = (None, None) if source is None else (source[tokens[0]][0], source[tokens[-1]][1])
+        found.append(Word(text.strip(), math.exp(sum(sure[index] for index in tokens)), *span))
+    return found
+
+
+@torch.inference_mode()
+def spans(model: Zipper, given: Segment, produced: Segment) -> list[tuple[int, int]]:
+    """For every id of `produced` the ids start .. stop - 1 of `given` that it was read from, by the links of the zip.
+
+    Raises a ZipperError where no link leads from one to the other, or one of them is empty.
+    """
+    if not given.content or not produced.content:
+        raise ZipperError("Words have times where there is sound and text; one of the two segments is empty.")
+    if not any(name.endswith(f":{given.tower}>{produced.tower}") for name in model.links):
+        raise ZipperError(f"No link leads from {given.tower!r} to {produced.tower!r} in this zip, so there are no times.")
+    strands = collate([[given, produced]], model.ends()).strands
+    looks = attention(model, strands, given.tower, produced.tower).float().cpu()
+    # Row i is what the token before id i saw when it said it; begin and end of the source are no sound.
+    return align(looks[: len(produced.content), 1:-1])
+
+
+def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
+    """Dynamic time warping: the forward path on which the targets look most; per target the sources [start, stop) on it.
+
+    A source that all targets look at (a pause, the end) says nothing, so that each is measured by its own mean and spread.
+    """
+    gain = np.asarray((looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64)
+    targets, sources = gain.shape
+    best = np.full((targets + 1, sources + 1), -np.inf)
+    best[0, 0] = 0.0
+    steps = ((1, 1), (0, 1), (1, 0))  # both go on, the source alone, the target alone
+    came = np.zeros((targets + 1, sources + 1), dtype=np.int8)
+    for t in range(1, targets + 1):
+        for s in range(1, sources + 1):
+            options = [best[t - i, s - j] for i, j in steps]
+            came[t, s] = int(np.argmax(options))
+            best[t, s] = options[came[t, s]] + gain[t - 1, s - 1]
+    found = [(sources, 0)] * targets
+    t, s = targets, sources
+    while t and s:
+        start, stop = found[t - 1]
+        found[t - 1] = (min(start, s - 1), max(stop, s))
+        i, j = steps[came[t, s]]
+        t, s = t - i, s - j
+    return found

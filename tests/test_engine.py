@@ -1,0 +1,401 @@
+"""The engine against `generate`: what a request gets among others, whenever they come and go, is what it gets alone."""
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, zipped
+from test_generation import assert_same
+
+from zipper import engine as engines
+from zipper import fused
+from zipper.engine import Engine, Reader, Request, Search, Stepwise, fastest
+from zipper.errors import ZipperError
+from zipper.fused import Fused
+from zipper.generation import generate
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+from zipper.sampling import Rules, Sampling, one_of
+from zipper.sequence import Segment
+from zipper.testing import tiny_tower
+
+THREE = {"text": "llama", "speech": "qwen3", "image": "llama"}
+ALL = {"text": 5, "speech": 4, "image": 6}
+LIMITS = {"text": 5, "speech": 4}
+PLANS: list[tuple[list[str], list[str | Segment]]] = [
+    (["speech"], ["text"]),
+    (["text"], ["speech"]),
+    (["speech"], ["text", "speech"]),
+    (["text", "speech"], ["text", "speech", "text"]),
+    ([], ["text", Segment("speech", [3, 4])]),
+    (["text"], ["text"]),
+    (["text", "image", "speech"], ["speech", "image", "image", "text"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has written is NaN, so that reading it shows."""
+    monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
+
+
+@pytest.fixture(params=["fused", "stepwise"])
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def reader(model: Zipper, way: str) -> Reader:
+    return Fused(model) if way == "fused" else Stepwise(model)
+
+
+def prompt(towers: Sequence[str], seed: int) -> list[Segment]:
+    dice = random.Random(seed)
+    return [Segment(t, [i for _, i in draw(dice, [t], 1, 6)]) for t in towers]
+
+
+def requests(n: int, temperature: float = 0.0) -> list[Request]:
+    """All plans in turn, each request with a seed of its own."""
+    found = []
+    for seed, (given, outputs) in zip(range(n), itertools.cycle(PLANS)):
+        limits = ALL if "image" in given else LIMITS
+        found.append(Request(prompt(given, seed), outputs, Sampling(temperature, seed=seed), limits))
+    return found
+
+
+def alone(model: Zipper, request: Request) -> list[Segment]:
+    (segments,) = generate(model, [request.segments], request.outputs, request.sampling, request.limits)
+    return segments
+
+
+# Batches.
+
+
+def test_requests_of_all_plans_side_by_side_get_their_own_greedy_answers(way: str) -> None:
+    model = zipped(THREE, {"text": 2})
+    wanted = requests(7)
+    for request, answer in zip(wanted, Engine(model, 4, reader(model, way)).run(wanted), strict=True):
+        is_the_greedy_answer(model, request.segments, request.outputs, ALL, answer.segments())
+
+
+def test_requests_that_draw_get_what_they_draw_alone(way: str) -> None:
+    model = zipped(THREE, {"text": 2})
+    wanted = requests(7, temperature=8.0)
+    answers = Engine(model, 4, reader(model, way)).run(wanted)
+    for request, answer in zip(wanted, answers, strict=True):
+        assert_same(answer.segments(), alone(model, request))
+    assert len({len(written.ids) for answer in answers for written in answer.written}) > 3
+
+
+def test_requests_come_and_go_at_any_step() -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    dice, running, answers = random.Random(0), Engine(model, 3), []
+    todo = [request for request in requests(20, temperature=8.0) if request.limits is LIMITS]
+    cancelled = set()
+    while len(answers) < len(todo) or running.step():
+        while len(answers) < len(todo) and dice.random() < 0.4:
+            answers.append(running.submit(todo[len(answers)]))
+        running.step()
+        if len(answers) % 5 == 4 and not answers[-1].done:
+            answers[-1].cancel()
+            cancelled.add(len(answers) - 1)
+    assert 2 <= len(cancelled) < len(todo) and running.load == (0, 0)
+    for number, (request, answer) in enumerate(zip(todo, answers, strict=True)):
+        assert answer.done
+        if number not in cancelled:
+            assert_same(answer.segments(), alone(model, request))
+
+
+def test_no_more_requests_run_than_there_are_rows() -> None:
+    model = zipped(LLAMAS)
+    running = Engine(model, 2)
+    for seed in range(5):
+        running.submit(Request(prompt(["text"], seed), ["speech"], limits=LIMITS))
+    assert running.load == (0, 5)
+    running.step()
+    assert running.load == (2, 3)
+
+
+def test_other_neighbours_of_the_same_shape_change_no_bit() -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    mine = Request([Segment("speech", [3, 4, 5])], ["text", "speech"], Sampling(1.0, seed=3), LIMITS)
+    scores = []
+    for other in (6, 9):
+        theirs = Request([Segment("speech", [other, 8, 2])], [Segment("text", []), "speech"], Sampling(1.0, seed=other), LIMITS)
+        answer = Engine(model, 3).run([theirs, mine, theirs])[1]
+        scores.append([written.logprobs[:3] for written in answer.written[:1]])
+    assert scores[0] == scores[1]
+
+
+def test_what_goes_wrong_in_one_request_is_its_own_affair(way: str) -> None:
+    towers = {name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}
+    model = Zipper.from_towers(towers, link=SMALL)
+
+    def fails(ids: Sequence[int]) -> None:
+        raise KeyError("their own code")
+
+    wanted = [
+        Request([Segment("text", [3] * 10)], ["text", "speech", "text"]),  # no room for the last one
+        Request([Segment("text", [3, 4])], ["speech"]),
+        Request([Segment("text", [3, 4])], ["speech"], rules={"speech": Rules(fails)}),
+    ]
+    full, well, broken = Engine(model, 3, reader(model, way)).run(wanted)
+    with pytest.raises(ZipperError, match="no room for another segment"):
+        full.segments()
+    assert [written.tower for written in full.written] == ["text", "speech"]
+    with pytest.raises(KeyError):
+        broken.segments()
+    assert_same(well.segments(), alone(model, wanted[1]))
+
+
+def test_a_batch_of_generate_survives_a_row_without_room() -> None:
+    model = Zipper.from_towers({name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL)
+    batch = [[Segment("text", [3] * 12)], [Segment("text", [5])]]
+    outputs: list[str | Segment] = ["speech", "text", "speech"]
+    limits = {"text": 2, "speech": 1}
+    full, well = generate(model, batch, outputs, Sampling(), limits)
+    assert_same(well, generate(model, batch[1:], outputs, Sampling(), limits)[0])
+    assert_same(full[:1], generate(model, batch[:1], outputs[:1], Sampling(), limits)[0])
+    assert [(s.content, s.ended, s.score) for s in full[1:]] == [([], False, 0.0)] * 2
+
+
+def test_a_long_prompt_is_read_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zipped(LLAMAS)
+    request = Request([Segment("speech", [3, 4, 5, 6, 7, 8]), Segment("text", [9, 2])], ["text"], limits=LIMITS)
+    monkeypatch.setattr(engines, "CHUNK", 3)
+    running = Engine(model, 1, reader(model, way))
+    answer = running.submit(request)
+    steps = 0
+    while not answer.written:
+        running.step()
+        steps += 1
+    assert steps == 3 + 2
+    running.run([])
+    while running.step():
+        pass
+    assert_same(answer.segments(), alone(model, request))
+
+
+# Streams.
+
+
+def test_tokens_come_as_they_are_produced(way: str) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    request = Request(prompt(["speech"], 1), ["text", Segment("speech", [5])], Sampling(3.0, seed=1), LIMITS)
+    running = Engine(model, 2, reader(model, way))
+    answer, other = running.submit(request), running.submit(requests(1)[0])
+    first = next(tokens := running.stream(answer))
+    assert not answer.done and first.tower == "text"
+    found = [first, *tokens]
+    assert answer.done
+    for number, segment in enumerate(alone(model, request)):
+        mine = [token for token in found if token.segment == number]
+        assert [token.id for token in mine] == segment.content[number:]  # the second one has a forced id
+        assert {token.tower for token in mine} <= {segment.tower}
+    list(running.stream(other))
+    assert_same(other.segments(), alone(model, requests(1)[0]))
+
+
+def test_what_is_given_may_come_bit_by_bit(way: str) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    whole = Request([Segment("text", [4]), Segment("speech", [3, 4, 5, 6, 7])], ["text"], limits=LIMITS)
+    running = Engine(model, 2, reader(model, way))
+    answer = running.submit(Request([Segment("text", [4]), Segment("speech", [3])], ["text"], limits=LIMITS, more=True))
+    assert list(running.stream(answer)) == [] and not answer.done, "it waits"
+    answer.feed([4, 5])
+    other = running.submit(requests(2)[1])
+    assert list(running.stream(answer)) == [] and not answer.written
+    answer.feed([6])
+    running.step()
+    answer.feed([7])
+    answer.finish()
+    tokens = list(running.stream(answer))
+    assert_same(answer.segments(), alone(model, whole))
+    assert [token.id for token in tokens] == answer.written[0].ids
+    assert_same(other.segments(), alone(model, requests(2)[1]))
+
+
+def test_what_is_fed_is_checked() -> None:
+    model = zipped(LLAMAS)
+    running = Engine(model, 1)
+    answer = running.submit(Request([Segment("speech", [3])], ["text"], more=True))
+    for ids, message in ([23], "id 23"), ([3] * 254, "at most 256"):
+        with pytest.raises(ZipperError, match=message):
+            answer.feed(ids)
+    answer.feed([4])
+    answer.finish()
+    with pytest.raises(ZipperError, match="is complete"):
+        answer.feed([4])
+    with pytest.raises(ZipperError, match="still running"):
+        answer.segments()
+
+
+# Search.
+
+
+@torch.inference_mode()
+def every_way(model: Zipper, given: Sequence[Segment], tower: str, cap: int, power: float) -> list[tuple[float, list[int], bool]]:
+    """All segments of up to `cap` tokens with their scores, token by token, best first: (score, ids, ended)."""
+    found = []
+    begin, end = model.ends()[tower]
+    vocabulary = [i for i in range(model.config.towers[tower].vocabulary) if i not in (begin, end)]
+    for n in range(cap + 1):
+        for ids in itertools.product(vocabulary, repeat=n):
+            for ended in (True, False) if n == cap else (True,):
+                logprobs = []
+                scored = Stepwise(model)
+                session = scored.open([*{s.tower for s in given}, tower], [tower])
+                for segment in given:
+                    a, b = model.ends()[segment.tower]
+                    scored.read(segment.tower, [(session, [a, *segment.content, b])])
+                for read, said in zip([begin, *ids], [*ids, end][: n + ended], strict=False):
+                    (logits,) = scored.read(tower, [(session, [read])])
+                    assert logits is not None
+                    logits[begin] = -torch.inf
+                    logprobs.append(float(logits.log_softmax(-1)[said]))
+                found.append((sum(logprobs) / ((5 + len(logprobs)) / 6) ** power, list(ids), ended))
+    return sorted(found, reverse=True, key=lambda each: each[0])
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_a_beam_that_holds_everything_finds_the_best_of_all_segments(power: float, way: str) -> None:
+    towers = {"text": tiny_tower("llama", 1, 16, 2, 6), "speech": tiny_tower("llama", 2, 16, 2, 5)}
+    model = Zipper.from_towers(towers, link=LinkConfig(head_width=8, gate_init=0.7))
+    given = [Segment("speech", [3, 2])]
+    ranked = every_way(model, given, "text", 2, power)
+    request = Request(given, ["text"], limits={"text": 2}, search=Search(64, 5, power))
+    (answer,) = Engine(model, 1, reader(model, way)).run([request])
+    (written,) = answer.written
+    assert [(list(h.ids), h.ended) for h in written.best] == [(ids, ended) for _, ids, ended in ranked[:5]]
+    assert [h.score for h in written.best] == pytest.approx([score for score, _, _ in ranked[:5]], abs=1e-4)
+    assert written.ids == ranked[0][1] and written.segment.score == pytest.approx(sum(written.best[0].logprobs))
+
+
+def test_a_beam_of_one_is_greedy_and_what_follows_sees_the_winner(way: str) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    for given, outputs in PLANS[:4]:
+        request = Request(prompt(given, 2), outputs, limits=LIMITS, search=Search(1))
+        (answer,) = Engine(model, 1, reader(model, way)).run([request])
+        is_the_greedy_answer(model, request.segments, outputs, LIMITS, answer.segments())
+
+
+def test_a_wider_beam_scores_no_less_and_runs_beside_others(way: str) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    wanted = [Request(prompt(["speech"], 3), ["text"], limits=LIMITS, search=Search(w, w, 0.0)) for w in (1, 4)]
+    narrow, wide, other = Engine(model, 3, reader(model, way)).run([*wanted, requests(1)[0]])
+    assert wide.written[0].best[0].score >= narrow.written[0].best[0].score - 1e-5
+    assert len({h.ids for h in wide.written[0].best}) == len(wide.written[0].best) == 4
+    assert_same(other.segments(), alone(model, requests(1)[0]))
+
+
+# Rules.
+
+
+@pytest.mark.parametrize("search", [None, Search(3)])
+def test_only_what_is_allowed_is_said(search: Search | None) -> None:
+    model = zipped(LLAMAS)
+    end = model.ends()["text"].end
+    choices = [[3, 4, 5], [3, 6], [7]]
+    for seed in range(4):
+        request = Request(prompt(["speech"], seed), ["text"], rules={"text": Rules(one_of(choices, end))}, search=search)
+        (segment,) = Engine(model, 1).run([request])[0].segments()
+        assert segment.content in choices and segment.ended
+
+
+def test_of_what_is_allowed_the_beam_finds_the_likeliest() -> None:
+    model = zipped(LLAMAS)
+    end, given = model.ends()["text"].end, prompt(["speech"], 5)
+    choices = [[3, 4, 5], [3, 6], [7], [8, 8]]
+    scores = {}
+    for ids in choices:
+        rules = {"text": Rules(one_of([ids], end))}
+        scores[tuple(ids)] = Engine(model, 1).run([Request(given, ["text"], rules=rules)])[0].segments()[0].score
+    search = Search(8, 4, 0.0)
+    (answer,) = Engine(model, 1).run([Request(given, ["text"], rules={"text": Rules(one_of(choices, end))}, search=search)])
+    assert {h.ids: h.score for h in answer.written[0].best} == pytest.approx(scores, abs=1e-4)
+    assert tuple(answer.written[0].ids) == max(scores, key=lambda ids: scores[ids])
+
+
+def test_nothing_allowed_is_an_error_of_that_request() -> None:
+    model = zipped(LLAMAS)
+    (answer,) = Engine(model, 1).run([Request([], ["text"], rules={"text": Rules(lambda ids: [])})])
+    with pytest.raises(ZipperError, match="no id is allowed"):
+        answer.segments()
+
+
+def says_one_thing(model: Zipper) -> Zipper:
+    text = model.tower("text")
+    with torch.no_grad():  # says the token 3 and nothing else, for ever
+        text.lm_head.weight.zero_()
+        text.lm_head.weight[3] = 1e3 * text.model.norm.weight
+    return model
+
+
+@pytest.mark.parametrize("search", [None, Search(2)])
+def test_a_loop_is_closed_and_says_so(search: Search | None) -> None:
+    model = says_one_thing(zipped(LLAMAS))
+    rules = {"text": Rules(period=3, repeats=4)}
+    request = Request([Segment("speech", [3])], ["text", "speech"], limits={"text": 50, "speech": 2}, rules=rules, search=search)
+    (answer,) = Engine(model, 1).run([request])
+    assert answer.written[0].ids == [3] * 4 and answer.written[0].stop == "loop"
+    looped = [*request.segments, Segment("text", [3] * 4)]
+    assert answer.segments()[1].content == generate(model, [looped], ["speech"], Sampling(), {"speech": 2})[0][0].content
+
+
+def test_a_loop_is_any_short_period_that_repeats() -> None:
+    rules = Rules(period=3, repeats=3)
+    assert rules.loops([9, 1, 1, 1]) and rules.loops([1, 2, 1, 2, 1, 2]) and rules.loops([5, 1, 2, 3, 1, 2, 3, 1, 2, 3])
+    assert not rules.loops([1, 1]) and not rules.loops([1, 1, 1, 2]) and not rules.loops([1, 2, 3, 4] * 3)
+    assert not Rules().loops([1] * 99)
+
+
+def test_what_was_said_is_less_likely_to_be_said_again() -> None:
+    logprobs = torch.tensor([0.5, 0.3, 0.2]).log()
+    weighed = Rules(repetition=2.0).weigh(logprobs, [0, 0, 2])
+    torch.testing.assert_close(weighed, torch.tensor([0.25, 0.3, 0.04]).log())
+    torch.testing.assert_close(Rules().weigh(logprobs, [0]), logprobs)
+
+
+# What an engine is asked.
+
+
+def test_the_fast_path_is_taken_where_it_is_known() -> None:
+    assert isinstance(fastest(zipped(LLAMAS)), Fused)
+    other = zipped({"text": "gpt2", "speech": "llama"})
+    assert isinstance(fastest(other), Stepwise)
+    request = Request(prompt(["speech"], 1), ["text", "speech"], limits=LIMITS)
+    assert_same(Engine(other).run([request])[0].segments(), alone(other, request))
+
+
+TALK = [Segment("speech", [3, 4])]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(TALK, []), "without outputs"),
+        (Request(TALK, ["txt"]), "no tower 'txt'"),
+        (Request([Segment("speech", [23])], ["text"]), "id 23"),
+        (Request(TALK, ["text"], limits={"txt": 3}), "no tower 'txt'"),
+        (Request(TALK, ["text"], limits={"text": 0}), "at least 1"),
+        (Request(TALK, ["text"], rules={"txt": Rules()}), "no tower 'txt'"),
+        (Request([], ["text"], more=True), "no given segment to feed"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_at_once(request_: Request, message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        Engine(zipped(LLAMAS)).submit(request_)
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for make in (
+        lambda: Search(2, 3),
+        lambda: Search(0, 0),
+        lambda: Search(length_power=-1.0),
+        lambda: Rules(repetition=0.5),
+        lambda: Rules(repeats=1),
+        lambda: Engine(zipped(LLAMAS), rows=0),
+    ):
+        with pytest.raises(ZipperError):
+            make()

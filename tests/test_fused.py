@@ -1,0 +1,253 @@
+"""The fast path against `Zipper.step`, which knows nothing of it: the same logits however tokens are read, in whatever company."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from laws import LLAMAS, draw, lay, number, zipped
+from torch import Tensor
+
+from zipper import fused
+from zipper.fused import Cache, Fused, Matrix, Session
+from zipper.link import PAPER_LINK, LinkConfig
+from zipper.model import Zipper
+from zipper.testing import tiny_tower
+from zipper.tower import UnsupportedTower
+
+KNOWN = ("llama", "qwen3")
+Words = Sequence[tuple[str, int]]
+
+
+@pytest.fixture(autouse=True)
+def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has written is NaN, so that reading it shows."""
+    monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
+
+
+def pieces(words: Words, dice: random.Random) -> list[tuple[str, list[int]]]:
+    """A linear sequence, cut where the tower changes and at random."""
+    cut: list[tuple[str, list[int]]] = []
+    for tower, i in words:
+        if cut and cut[-1][0] == tower and dice.random() < 0.6:
+            cut[-1][1].append(i)
+        else:
+            cut.append((tower, [i]))
+    return cut
+
+
+@torch.no_grad()
+def truth(model: Zipper, words: Words, towers: Sequence[str]) -> dict[int, Tensor]:
+    """{time: logits} by one step over the whole, in a plan of these towers."""
+    strands = lay([number(words)])
+    hidden, _ = model.step(strands, model.start(towers, towers))
+    found = {}
+    for name, strand in strands.items():
+        logits = model.unembed(name, hidden[name])[0]
+        found |= {int(time): logits[slot] for slot, time in enumerate(strand.time[0])}
+    return found
+
+
+def read(model: Fused, sessions: Sequence[Session], cut: Sequence[Sequence[tuple[str, list[int]]]]) -> list[dict[int, Tensor]]:
+    """Sessions read their pieces side by side, grouped by tower: {time: logits} of each."""
+    found: list[dict[int, Tensor]] = [{} for _ in sessions]
+    time, left = [0] * len(sessions), [list(parts) for parts in cut]
+    while any(left):
+        for tower in {parts[0][0] for parts in left if parts}:
+            group = [n for n, parts in enumerate(left) if parts and parts[0][0] == tower]
+            now = [left[n].pop(0)[1] for n in group]
+            answers = model.read(tower, [(sessions[n], ids) for n, ids in zip(group, now, strict=True)])
+            for n, ids, logits in zip(group, now, answers, strict=True):
+                time[n] += len(ids)
+                assert logits is not None
+                found[n][time[n] - 1] = logits
+    return found
+
+
+def assert_close(found: dict[int, Tensor], wanted: dict[int, Tensor], tolerance: float = 1e-5) -> None:
+    for time, logits in found.items():
+        torch.testing.assert_close(logits, wanted[time], atol=tolerance, rtol=0)
+
+
+ZIPS = {
+    "default": {"families": {"text": "llama", "speech": "qwen3"}, "every": {"text": 2}},
+    "three": {"families": {"text": "llama", "speech": "qwen3", "image": "llama"}},
+    "paper": {"families": LLAMAS, "preset": "paper", "link": PAPER_LINK.__class__(**{**PAPER_LINK.__dict__, "head_width": 8})},
+    "plain": {"families": LLAMAS, "input_projection": "none", "link": LinkConfig(width=32, head_width=8, feedforward=0.0)},
+}
+
+
+@pytest.mark.parametrize("kind", ZIPS)
+def test_pieces_of_several_sequences_side_by_side_are_one_step_over_each(kind: str) -> None:
+    model = zipped(**ZIPS[kind])  # type: ignore[arg-type]
+    names, fast = list(model.towers), Fused(model)
+    for seed in range(4):
+        dice = random.Random(seed)
+        rows = [draw(dice, names, dice.randint(2, 6)) for _ in range(4)]
+        sessions = [fast.open(names, names) for _ in rows]
+        for words, found in zip(rows, read(fast, sessions, [pieces(words, dice) for words in rows]), strict=True):
+            assert found
+            assert_close(found, truth(model, words, names))
+
+
+def test_plans_of_one_and_of_several_towers_go_side_by_side() -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    fast, words = Fused(model), [("text", 3), ("text", 4), ("text", 5)]
+    plans = [["text"], ["text", "speech"], ["text"]]
+    found = read(fast, [fast.open(plan, plan) for plan in plans], [[("text", [3, 4]), ("text", [5])]] * 3)
+    for plan, logits in zip(plans, found, strict=True):
+        assert_close(logits, truth(model, words, plan))
+    assert (found[0][2] - found[1][2]).abs().max() > 1e-3, "the second goes through an input projection"
+
+
+def test_a_long_sequence_outgrows_its_buffers() -> None:
+    model = zipped(LLAMAS)
+    fast, dice = Fused(model), random.Random(0)
+    words = [("text", dice.randrange(31)) for _ in range(70)] + [("speech", dice.randrange(23)) for _ in range(150)]
+    words += [("text", dice.randrange(31)) for _ in range(20)]
+    for seed in (0, 1):
+        (found,) = read(fast, [fast.open(["text", "speech"], ["text", "speech"])], [pieces(words, random.Random(seed))])
+        assert_close(found, truth(model, words, ["text", "speech"]), 2e-5)
+
+
+def test_positions_beyond_the_first_table_are_right() -> None:
+    model = Zipper.from_towers({"text": tiny_tower("llama", width=16, layers=2, positions=600)})
+    fast, dice = Fused(model), random.Random(0)
+    words = [("text", dice.randrange(97)) for _ in range(400)]
+    session = fast.open(["text"], ["text"])
+    first = fast.read("text", [(session, [i for _, i in words[:300]])])[0]
+    second = fast.read("text", [(session, [i for _, i in words[300:]])])[0]
+    assert first is not None and second is not None
+    assert_close({299: first, 399: second}, truth(model, words, ["text"]), 2e-5)
+
+
+def test_the_company_of_a_sequence_changes_no_bit_of_it() -> None:
+    """The same shapes beside it, other tokens: another neighbour must not be seen, nor its place in a matrix be felt."""
+    model = zipped(LLAMAS, {"text": 2})
+    fast, names = Fused(model), ["text", "speech"]
+    mine = [("speech", [3, 4, 5]), ("text", [6]), ("text", [7]), ("speech", [8])]
+    answers = []
+    for other in (2, 9):
+        theirs = [(tower, [(other + i) % 20 for i in ids]) for tower, ids in mine]
+        answers.append(read(fast, [fast.open(names, names) for _ in range(3)], [theirs, mine, theirs])[1])
+    assert all(torch.equal(answers[0][time], answers[1][time]) for time in answers[0]) and answers[0]
+
+
+def test_a_fork_goes_on_by_itself() -> None:
+    model = zipped(LLAMAS)
+    fast, names = Fused(model), ["text", "speech"]
+    session = fast.open(names, names)
+    start = [("speech", [3, 4]), ("text", [5, 6])]
+    read(fast, [session], [start])
+    twin = fast.fork(session)
+    ends = [[("text", [7]), ("speech", [8]), ("text", [9])], [("text", [10]), ("speech", [11]), ("text", [12])]]
+    for found, end in zip(read(fast, [session, twin], ends), ends, strict=True):
+        words = [(tower, i) for tower, ids in (*start, *end) for i in ids]
+        assert_close({time + 4: logits for time, logits in found.items()}, truth(model, words, names))
+
+
+def test_links_cost_no_bit_while_nothing_of_another_tower_is_visible() -> None:
+    model = zipped(LLAMAS, input_projection="none")
+    fast, cut = Fused(model), [[("text", [3, 4, 5]), ("text", [6])]]
+    (alone,) = read(fast, [fast.open(["text"], ["text"])], cut)
+    (zip_,) = read(fast, [fast.open(["text", "speech"], ["text", "speech"])], cut)
+    assert all(torch.equal(alone[time], zip_[time]) for time in alone)
+
+
+def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junction() -> None:
+    model = zipped(LLAMAS, {"text": 2})  # speech, of 4 blocks, has junctions after its blocks 1 and 2
+    fast = Fused(model)
+    session = fast.open(["speech", "text"], ["text"])
+    assert fast.read("speech", [(session, [3, 4])]) == [None]
+    written = ~session.caches["speech"].held[:, :, :, :2].isnan().flatten(1).all(1)
+    assert written.tolist() == [True, True, False, False]
+    (logits,) = fast.read("text", [(session, [5])])
+    assert logits is not None
+    assert_close({2: logits}, truth(model, [("speech", 3), ("speech", 4), ("text", 5)], ["speech", "text"]))
+
+
+def test_a_link_turns_source_states_into_keys_once_and_in_one_batch() -> None:
+    model, calls = zipped(LLAMAS), []
+    for name, link in model.links.items():
+        link.key.register_forward_hook(lambda module, given, out, name=name: calls.append((name, out.shape[1])))
+    fast = Fused(model)
+    cut = [("speech", [2]), ("speech", [3, 4]), ("text", [5]), ("text", [6]), ("speech", [7]), ("text", [8])]
+    read(fast, [fast.open(["speech", "text"], ["speech", "text"])], [cut])
+    for n in range(len(model.config.junctions)):
+        assert [tokens for name, tokens in calls if name == f"{n}:speech>text"] == [3, 1]
+        assert [tokens for name, tokens in calls if name == f"{n}:text>speech"] == [2]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "mistral", "gemma3", "gpt2"])
+def test_a_tower_is_read_as_it_reads_itself_or_refused(family: str) -> None:
+    model = Zipper.from_towers({"text": tiny_tower(family, width=16, layers=4)})
+    if family not in KNOWN:
+        with pytest.raises(UnsupportedTower):
+            Fused(model)
+        return
+    fast, words = Fused(model), [("text", i) for i in (3, 4, 5, 6, 7)]
+    (found,) = read(fast, [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5]), ("text", [6, 7])]])
+    assert_close(found, truth(model, words, ["text"]))
+
+
+def test_a_tower_with_other_arithmetic_in_familiar_parts_is_refused() -> None:
+    model = tiny_tower("llama")
+    fast_enough = Zipper.from_towers({"text": model})
+    block = fast_enough.tower("text").model.layers[0]
+    own = block.mlp.forward
+    block.mlp.forward = lambda x: 1.05 * own(x)
+    with pytest.raises(UnsupportedTower, match="differ from its own"):
+        Fused(fast_enough)
+
+
+def test_half_precision_and_eight_bits_stay_close() -> None:
+    towers = {name: tiny_tower("llama", seed, 32, 3) for seed, name in enumerate(LLAMAS)}
+    model = Zipper.from_towers(towers, link=LinkConfig(gate_init=0.7, head_width=8))
+    names, words = list(LLAMAS), [("speech", 3), ("speech", 5), ("text", 9), ("text", 7), ("speech", 4), ("text", 6)]
+    wanted, cut = truth(model, words, names), [pieces(words, random.Random(1))]
+
+    def error(fast: Fused) -> float:
+        (found,) = read(fast, [fast.open(names, names)], cut)
+        pairs = [(logits.float(), wanted[time]) for time, logits in found.items()]
+        return max(float((logits - truth).norm() / (truth - truth.mean()).norm()) for logits, truth in pairs)
+
+    assert 0 < error(Fused(model, int8=True)) < 0.05
+    model.cast(torch.bfloat16)
+    assert 0 < error(Fused(model)) < 0.05
+    assert 0 < error(Fused(model, int8=True)) < 0.08
+
+
+def test_a_matrix_of_several_layers_is_their_products_side_by_side() -> None:
+    layers = [torch.nn.Linear(32, n) for n in (8, 16)]
+    x = torch.randn(3, 32)
+    wanted = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(Matrix(layers)(x), wanted)
+    eight = Matrix(layers, int8=True)
+    assert (eight(x) - wanted).norm() / wanted.norm() < 0.02
+    assert Matrix(layers).bytes == 4 * (24 * 32 + 24) and eight.bytes == 24 * 32 + 4 * 24 + 2 * 24
+    narrow = torch.nn.Linear(24, 8)
+    torch.testing.assert_close(Matrix([narrow], int8=True)(x[:, :24]), narrow(x[:, :24]))
+    vector = Matrix([layer.bfloat16() for layer in layers])
+    vector.vector = True  # as on a machine with AMX
+    one = x[:1].bfloat16()
+    torch.testing.assert_close(vector(one), torch.cat([layer(one) for layer in layers], -1), atol=2e-2, rtol=2e-2)
+
+
+def test_the_bytes_of_a_token_are_those_of_the_weights_it_reads() -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    tower, links = Fused(model).bytes("text")
+    text = model.tower("text")
+    assert tower == 4 * sum(p.numel() for p in (*text.model.layers.parameters(), text.lm_head.weight) if p.ndim == 2)
+    reading = [link for name, link in model.links.items() if name.endswith(">text")]
+    assert links == 4 * sum(
+        m.weight.numel() for link in reading for m in (link.query, link.out, link.feedforward[1], link.feedforward[3])
+    )
+
+
+def test_a_cache_keeps_what_it_holds_when_it_grows() -> None:
+    cache = Cache(1, 1, 2, torch.zeros(1))
+    cache.reserve(3)
+    cache.held[:, :, :, :3] = 7.0
+    cache.length = 3
+    cache.reserve(100)
+    assert (cache.held[:, :, :, :3] == 7.0).all() and cache.held[:, :, :, 3:].isnan().all()
