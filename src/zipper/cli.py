@@ -8,7 +8,7 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,32 @@ def parser() -> argparse.ArgumentParser:
     _model_option(p)
     p.add_argument("--json", action="store_true", help="one JSON object per segment")
 
-    p = add("units", units, "Sound files to units, as a manifest for training.", "zipper units clips/ -o units.jsonl")
-    p.add_argument("audio", nargs="+", type=Path, help="sound files, or folders of them")
-    p.add_argument("-o", "--output", type=Path, required=True, help="manifest (JSONL) to write")
+    p = add(
+        "units",
+        units,
+        "A corpus to units on all cores, for training; goes on where it was stopped. Sound files become a manifest, other "
+        "sources a folder of unit files.",
+        "zipper units librispeech:data/LibriSpeech --split train-clean-100 -o units/clean100",
+    )
+    p.add_argument(
+        "source",
+        nargs="+",
+        help="sound files or folders of them; or one manifest (.jsonl), or KIND:PLACE, the kind one of librispeech, libritts, "
+        "librilight, sounds, parquet, arrow, audiofolder; behind it, where columns have other names, #text=COLUMN,speech=COLUMN",
+    )
+    p.add_argument("-o", "--output", type=Path, required=True, help="manifest (JSONL) or, of a corpus, folder to write")
     p.add_argument("--units", type=Path, help="codebook folder (default: the shipped one)")
+    p.add_argument("--text", type=Path, help="tokenizer folder, for the texts of a corpus (default: the shipped one)")
     p.add_argument(
         "--fit", type=_count, metavar="CODES", help="fit a new codebook of so many codes on this audio, saved at --units"
     )
+    p.add_argument("--split", help="only this part of a corpus, e.g. train-clean-100")
+    p.add_argument("--limit", type=_count, help="only its first so many samples")
+    p.add_argument("--bad", choices=["error", "warn", "skip"], default="error", help="what becomes of bad samples (default: error)")
+    p.add_argument("--most-bad", type=float, default=0.01, metavar="SHARE", help="refuse a corpus with more (default 0.01)")
+    p.add_argument("--workers", type=_count, help="processes (default: one a core)")
+    p.add_argument("--ray", action="store_true", help="work on the Ray cluster at hand instead, or on a local one")
+    p.add_argument("--json", action="store_true", help="print the counts as JSON")
 
     for name, about in {"pretrain": "Train one tower alone by next-token prediction.", "train": "Align towers on pairs."}.items():
         p = add(name, train, about, f"zipper {name} recipes/{'text_tower' if name == 'pretrain' else 'spoken_commands'}.py")
@@ -105,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--set", action="append", default=[], metavar="FIELD=JSON", help="change a field of the recipe, e.g. steps=100"
         )
+        p.add_argument(
+            "--plan", action="store_true", help="train nothing: print what trains, FLOPs, memory and time, once the data are there"
+        )
+        p.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     p = add("evaluate", evaluate, "Word error rates of ASR and TTS with oracle and floor.", "zipper evaluate --test 300 --json")
     p.add_argument("--test", type=_count, default=300, help="utterances of the built-in test part (default 300)")
@@ -114,8 +137,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, help="write the results with every raw text to this JSON file")
     p.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    p = add("show", show, "Towers, junctions, what trains, parameters, gates, size on disk.", "zipper show runs/demo/model")
-    p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
+    p = add(
+        "show",
+        show,
+        "Of a model: towers, junctions, what trains, gates, size on disk. Of a run's folder: its curves as a page, how it went.",
+        "zipper show runs/demo/model",
+    )
+    p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one), or the folder of a run")
+    p.add_argument("-o", "--output", type=Path, help="page to write of a run (default: run.html in its folder)")
     _mismatch_option(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -181,6 +210,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", help="branch to commit to, made from main if there is none (default main)")
     p.add_argument("--message", default="Upload a zip", help="of the commit")
 
+    p = add("bench", bench_train, "Measure this machine: training steps side by side.", "zipper bench train --size tiny --rounds 3")
+    what = p.add_subparsers(metavar="WHAT", required=True)
+    about = "Training steps of zips, of the decoder with an extended vocabulary and of the bare tower, in turn; medians of ratios."
+    p = what.add_parser("train", help=about, description=about)
+    p.set_defaults(command=bench_train, name="bench train")
+    p.add_argument("--size", default="30m", help="tiny, 30m (text) + 10m (speech), 0.5b or 1.5b + 138m (default 30m)")
+    p.add_argument("--rounds", type=_count, default=15, help="turns of each arm that count (default 15)")
+    p.add_argument("--warm", type=_count, default=2, help="turns before them (default 2)")
+    p.add_argument(
+        "--arms", default="bare,frozen,trained,expanded,padded,packed", metavar="ARM,ARM", help="only these (default all)"
+    )
+    p.add_argument("--pairs", type=_count, default=16, help="pairs in a step (default 16)")
+    p.add_argument("--room", type=_count, default=1024, help="tokens of speech in a packed row (default 1024)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast, frozen towers in bfloat16")
+    p.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of the links; flex is for cuda (default sdpa)")
+    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    p.add_argument("--hardware", default="", help="what to call this machine")
+    p.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    p.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    about = "Tokens of a zip, of its tower alone, of stock transformers and of other designs, in turn; medians of ratios."
+    p = what.add_parser("decode", help=about, description=about)
+    p.set_defaults(command=bench_decode, name="bench decode")
+    p.add_argument("--size", default="30m", help="tiny, 30m, 120m, 0.5b, 1.5b or 8b: the text tower (default 30m)")
+    p.add_argument("--rounds", type=_count, default=15, help="turns of each arm that count (default 15)")
+    p.add_argument("--warm", type=_count, default=2, help="turns before them (default 2)")
+    p.add_argument("--arms", default="", metavar="ARM,ARM", help="only these (default all)")
+    p.add_argument("--source", type=_count, default=128, help="tokens of speech that are visible (default 128)")
+    p.add_argument("--tokens", type=_count, default=32, help="tokens of text in a turn (default 32)")
+    p.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of weights and states (default float32)"
+    )
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    p.add_argument("--hardware", default="", help="what to call this machine")
+    p.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    p.add_argument("--json", action="store_true", help="print the results as JSON")
+
     p = add(
         "towers",
         towers,
@@ -196,10 +264,18 @@ def markdown() -> str:
     """docs/cli.md, made from the parser."""
     os.environ["COLUMNS"] = "100"
     top = parser()
-    subs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
     parts = ["# Command line\n\nMade by `make docs` from the parser; do not edit.\n"]
-    parts += [f"## zipper {name}\n\n```text\n{sub.format_help().rstrip()}\n```\n" for name, sub in subs.items()]
+    parts += [f"## {sub.prog}\n\n```text\n{sub.format_help().rstrip()}\n```\n" for sub in _commands(top)]
     return "\n".join(parts)
+
+
+def _commands(above: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The commands below one, each before those below it."""
+    for action in above._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield sub
+                yield from _commands(sub)
 
 
 def _count(text: str) -> int:
@@ -325,19 +401,28 @@ def run(given: argparse.Namespace) -> None:
 
 def units(given: argparse.Namespace) -> None:
     """zipper units"""
+    import shutil
+
     from tqdm import tqdm
 
-    from zipper import audio, data
+    from zipper import audio, data, extraction, layouts, rows
+    from zipper.modality import load
     from zipper.modality.speech import SpeechUnits, UnitsConfig
     from zipper.pipeline import SHIPPED
 
-    _writable(given.output)
-    endings = {".wav", ".flac", ".ogg", ".mp3", ".opus"}
-    files = [f for path in given.audio for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [f for f in files if f in given.audio or f.suffix.lower() in endings]
-    if not files:
-        raise ZipperError(f"There is no sound file in {', '.join(map(str, given.audio))}. Give wav, flac, ogg, opus or mp3 files.")
+    corpus = len(given.source) == 1 and layouts.names(given.source[0])
+    if not corpus:
+        _writable(given.output)
+        given_paths = [Path(path) for path in given.source]
+        files = [f for path in given_paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        files = [f for f in files if f in given_paths or f.suffix.lower() in layouts.SOUNDS]
+        if not files:
+            raise ZipperError(
+                f"There is no sound file in {', '.join(given.source)}. Give wav, flac, ogg, opus or mp3 files, or a corpus."
+            )
     if given.fit:
+        if corpus:
+            raise ZipperError("--fit wants sound files. Fit a codebook on some of this corpus first, then pass it as --units.")
         if given.units is None:
             raise ZipperError("--fit makes a new codebook. Pass --units FOLDER to say where it goes.")
         if (given.units / SpeechUnits.CONFIG).exists():
@@ -346,14 +431,42 @@ def units(given: argparse.Namespace) -> None:
         config = UnitsConfig(fitted_on=f"{len(files)} sound files")
         mels = [config.mel.picture(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file", disable=None)]
         SpeechUnits.fit(mels, given.fit, config).save(given.units)
-    speech = SpeechUnits.load(given.units or SHIPPED / "modalities" / "speech")
-    rows = []
-    for path in tqdm(files, desc="units", unit="file", disable=None):
-        sound = audio.read(path)
-        rows.append({"id": path.stem, "speech": speech.encode(sound), "duration_s": round(len(sound.samples) / sound.rate_hz, 3)})
-    data.write(given.output, rows)
-    seconds, found = sum(row["duration_s"] for row in rows), sum(len(row["speech"]) for row in rows)
-    print(f"{given.output}: {len(rows)} files, {seconds:.0f} s, {found} units")
+    modalities = {"speech": load(given.units or SHIPPED / "modalities" / "speech")}
+    if corpus:
+        source, folder = given.source[0], given.output
+        modalities["text"] = load(given.text or SHIPPED / "modalities" / "text")
+    else:
+        beside = given.output.with_name(f".{given.output.name}.parts")  # what a killed run goes on from
+        source, folder = str(beside / "sounds.jsonl"), beside / "units"
+        data.write(Path(source), [{"id": path.stem, "speech": str(path.absolute())} for path in files])
+    policy, speed = extraction.Policy(given.bad, given.most_bad), [0.0]
+    spread = extraction.on_ray if given.ray else extraction.processes(given.workers)
+    try:
+        found = extraction.extract(
+            source,
+            folder,
+            modalities,
+            policy,
+            given.split,
+            given.limit,
+            spread=spread,
+            report=lambda s: speed.append(s["real_time"]),
+        )
+    except ZipperError:
+        if not corpus and len(list(folder.glob("units-*"))) < 2:  # nothing worth keeping
+            shutil.rmtree(beside)
+        raise
+    told = {key: rows.provenance(folder)[key] for key in ("samples", "bad", "rows", "seconds", "fields")}
+    if not corpus:
+        each = zip(range(len(found)), found, found.seconds.tolist(), strict=True)
+        data.write(given.output, [{"id": found.name(n), "speech": row["speech"], "duration_s": round(s, 3)} for n, row, s in each])
+        shutil.rmtree(beside)
+    if given.json:
+        print(json.dumps(told | {"real_time": round(speed[-1], 1)}))
+    else:
+        ids = ", ".join(f"{count['ids']} of {name}" for name, count in told["fields"].items())
+        made = f"{told['rows']} {'samples' if corpus else 'files'} ({told['bad']} bad ones left out), {told['seconds']:.0f} s"
+        print(f"{given.output}: {made}, ids: {ids}; {speed[-1]:.0f} x real time")
 
 
 def train(given: argparse.Namespace) -> None:
@@ -372,11 +485,43 @@ def train(given: argparse.Namespace) -> None:
         raise ZipperError(
             f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several."
         )
-    _writable(Path(config.output) / "config.json")
+    if not given.plan:
+        _writable(Path(config.output) / "config.json")
     if "prepare" in recipe:
-        recipe["prepare"]()
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            recipe["prepare"]()
+    if given.plan:
+        _plan(config, given.json)
+        return
     training.train(config, resume=given.resume)
     print(f"{config.output}/model: the best by dev loss. See it with: zipper show {config.output}/model")
+
+
+def _plan(config: Any, as_json: bool) -> None:
+    """What a recipe will cost; builds its model and reads its data as training does."""
+    import torch
+
+    from zipper import extraction, modality, plan, training
+
+    modalities = {name: modality.load(Path(path)) for name, path in config.modalities.items()}
+    most = min(config.rows or plan.SAMPLE, plan.SAMPLE)
+    sources = [config.data] if isinstance(config.data, str) else [*config.data]
+    rows = [
+        row
+        for source in sources
+        for row in extraction.load(source, modalities, most, extraction.Policy(config.bad, config.most_bad))
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = training.build(config, modalities, rows)
+    if config.frozen_dtype:
+        for weight in model.towers.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(getattr(torch, config.frozen_dtype))
+    how = (config.mixed_precision, config.accumulate, config.recompute, device)
+    found = plan.plan(model, rows, config.tasks, config.batch, config.steps, *how)
+    print(json.dumps(found, indent=1) if as_json else plan.table(found))
 
 
 def _changed(config: Any, item: str) -> Any:
@@ -422,8 +567,17 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def show(given: argparse.Namespace) -> None:
     """zipper show"""
+    from zipper import history
     from zipper.inspection import describe, table
 
+    if given.model and (Path(given.model) / history.METRICS).is_file():
+        run, page = history.History.read(Path(given.model)), given.output or Path(given.model) / "run.html"
+        _writable(page)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        history.write(page, run)
+        said = run.summary() | {"page": str(page)}
+        print(json.dumps(said, indent=1) if given.json else f"{history.text(said)}\npage        {page}")
+        return
     found = describe(_pipeline(given), _folder(given))
     print(json.dumps(found, indent=1) if given.json else table(found))
 
@@ -578,6 +732,55 @@ def push(given: argparse.Namespace) -> None:
     from zipper import hub
 
     print(hub.push(given.model, given.repo, private=given.private, revision=given.revision, message=given.message))
+
+
+def bench_train(given: argparse.Namespace) -> None:
+    """zipper bench train"""
+    from zipper import bench
+    from zipper.bench import train as benchmark
+
+    if given.output:
+        _writable(given.output.with_suffix(".json"))
+    found = benchmark.bench(
+        given.size,
+        given.rounds,
+        given.warm,
+        given.arms.split(","),
+        given.pairs,
+        given.room,
+        given.device,
+        given.precision,
+        given.attention,
+        given.threads,
+        given.hardware,
+    )
+    lines = benchmark.table(found)
+    bench.write(given.output, found, lines)
+    print(json.dumps(found, indent=1) if given.json else lines)
+
+
+def bench_decode(given: argparse.Namespace) -> None:
+    """zipper bench decode"""
+    from zipper import bench
+    from zipper.bench import decode as benchmark
+
+    if given.output:
+        _writable(given.output.with_suffix(".json"))
+    found = benchmark.bench(
+        given.size,
+        given.rounds,
+        given.warm,
+        given.arms.split(",") if given.arms else tuple(benchmark.ARMS),
+        given.source,
+        given.tokens,
+        given.precision,
+        given.device,
+        given.threads,
+        given.hardware,
+    )
+    lines = benchmark.table(found)
+    bench.write(given.output, found, lines)
+    print(json.dumps(found, indent=1) if given.json else lines)
 
 
 def towers(given: argparse.Namespace) -> None:

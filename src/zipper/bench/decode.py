@@ -1,0 +1,334 @@
+"""`zipper bench decode`: tokens of text behind a source of speech, by a zip, by its text tower alone, by stock transformers, by a
+decoder with an extended vocabulary, and by Mllama's text model of the same sizes.
+
+Random weights from configurations: speed does not depend on them. Every arm is given the same ids to read instead of its own
+choice, so that all do the same work; before that, arms that compute the same thing must choose the same tokens.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MllamaForCausalLM, StaticCache
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+from zipper.bench import Ratio, Turn, machine, ratio, serve, take_turns
+from zipper.engine import Reader, Stepwise
+from zipper.errors import ZipperError
+from zipper.fused import Fused
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+
+#: Each arm, and what it is.
+ARMS = {
+    "zip": "zip, the source read and visible",
+    "blind": "zip, nothing of the other modality visible",
+    "bare": "the same loop, the text tower alone",
+    "steps": "zip, by Zipper.step",
+    "int8": "zip, weights in 8 bits",
+    "streams": "zip, eight sequences side by side",
+    "stock": "the text tower in stock transformers, dynamic cache",
+    "static": "the same, static cache, compiled",
+    "expanded": "one decoder with the units in its vocabulary, our loop, source and text in one sequence",
+    "mllama": "Mllama's text model of the same sizes, source as cross-attention states, stock",
+}
+#: (arm, arm below it, the target of the project): tokens per second of the first by those of the second. None: as many as the
+#: bytes that they read allow, and 3 % of the time for the rest.
+RATIOS = (
+    ("blind", "bare", 0.99),
+    ("zip", "bare", None),
+    ("zip", "stock", {"float32": 1.15, "bfloat16": 1.5}),
+    ("int8", "stock", 2.0),
+    ("zip", "static", 1.0),
+    ("zip", "expanded", 0.95),
+    ("zip", "steps", 1.0),
+    ("zip", "mllama", 1.0),
+    ("streams", "zip", 5.0),
+)
+STREAMS = 8
+EVERY = 2  # blocks between junctions
+
+
+def _llama(width: int, layers: int, heads: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": hidden}
+    ends = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": True}
+    return {"num_key_value_heads": heads, "max_position_embeddings": 4096, **shape, **ends}
+
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"text": _llama(64, 4, 2, 96, 96), "speech": _llama(64, 4, 2, 96, 64)},
+    "30m": {"text": _llama(384, 10, 6, 1024, 32_000), "speech": _llama(320, 10, 5, 864, 1028)},
+    "120m": {"text": _llama(768, 12, 12, 2048, 32_000), "speech": _llama(512, 12, 8, 1376, 1028)},
+    "0.5b": {"text": _llama(1024, 24, 16, 2816, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
+    "1.5b": {"text": _llama(2048, 24, 16, 5504, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
+    "8b": {"text": _llama(4096, 32, 32, 14_336, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an arm is told. source: tokens of speech. prompt, tokens: of text, read at once and then one by one. threads: 0 = as
+    many as torch takes."""
+
+    arm: str
+    size: str = "30m"
+    source: int = 128
+    prompt: int = 16
+    tokens: int = 32
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 0
+
+
+class Arm(NamedTuple):
+    """A way to decode. start: reads source and prompt, and makes a step that reads one id per sequence: logits of the first.
+    bytes: that a step reads, 0 = not counted."""
+
+    start: Callable[[], Callable[[int], Tensor]]
+    streams: int = 1
+    bytes: int = 0
+
+
+def bench(
+    size: str,
+    rounds: int,
+    warm: int = 2,
+    arms: Sequence[str] = tuple(ARMS),
+    source: int = 128,
+    tokens: int = 32,
+    precision: str = "float32",
+    device: str = "cpu",
+    threads: int = 0,
+    hardware: str = "",
+) -> dict[str, Any]:
+    """Measure; the result is plain data for JSON, `table` shows it. Raises ZipperError for unknown names, and where arms that
+    compute the same thing choose other tokens in float32."""
+    if unknown := sorted({*arms} - {*ARMS}):
+        raise ZipperError(f"There are no arms {unknown}; there are {', '.join(ARMS)}.")
+    if size not in SIZES or precision not in ("float32", "bfloat16"):
+        raise ZipperError(f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 and bfloat16.")
+    settings = {arm: asdict(Settings(arm, size, source, 16, tokens, precision, device, threads)) for arm in arms}
+    turns = take_turns("zipper.bench.decode", settings, rounds, warm)
+    _same(turns, [("zip", "steps"), ("zip", "streams"), ("blind", "bare"), ("bare", "stock"), ("stock", "static")], precision)
+    ratios = []
+    for fast, slow, target in RATIOS:
+        if fast in turns and slow in turns:
+            rates = [[turn["tokens"] / turn["decode_s"] for turn in turns[arm]] for arm in (fast, slow)]
+            wanted = target[precision] if isinstance(target, dict) else target
+            if wanted is None:
+                wanted = round(1 / (turns[fast][0]["bytes"] / turns[slow][0]["bytes"] + 0.03), 3)
+            ratios.append({"above": fast, "below": slow, "target": wanted, **ratio(*rates)._asdict()})
+    shared = {
+        name: value
+        for name, value in asdict(Settings("", size, source, 16, tokens, precision, device, threads)).items()
+        if name != "arm"
+    }
+    return {
+        **machine(hardware),
+        "rounds": rounds,
+        "settings": shared,
+        "arms": {arm: _summary(said) for arm, said in turns.items()},
+        "ratios": ratios,
+    }
+
+
+def _same(turns: Mapping[str, Sequence[Turn]], pairs: Sequence[tuple[str, str]], precision: str) -> None:
+    for one, other in pairs:
+        if precision == "float32" and one in turns and other in turns and turns[one][0]["choice"] != turns[other][0]["choice"]:
+            raise ZipperError(f"The arms {one!r} and {other!r} choose other tokens: what they take cannot be compared.")
+
+
+def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
+    step = statistics.median(turn["decode_s"] * turn["streams"] / turn["tokens"] for turn in turns)
+    found = {
+        "tokens_per_s": statistics.median(turn["tokens"] / turn["decode_s"] for turn in turns),
+        "prefill_s": statistics.median(turn["prefill_s"] for turn in turns),
+        "bytes_a_step": turns[0]["bytes"],
+        "bytes_per_s": turns[0]["bytes"] / step,
+        "read_bytes_per_s": statistics.median(turn["read"] for turn in turns),
+    }
+    return {**found, "turns": list(turns)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The results in markdown."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    said = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    lines = [f"# Decoding, {found['hardware']}, {found['month']}", ""]
+    lines += [f"`zipper bench decode`: {said}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A).", ""]
+    lines += ["| arm | tokens/s | prefill, ms | a step reads, MB | of the read bandwidth |", "|---|---|---|---|---|"]
+    for name, arm in found["arms"].items():
+        known = f"{arm['bytes_a_step'] / 1e6:.1f} | {100 * arm['bytes_per_s'] / arm['read_bytes_per_s']:.0f} %"
+        lines.append(
+            f"| {name}: {ARMS[name]} | {arm['tokens_per_s']:.1f} | {1000 * arm['prefill_s']:.0f} | "
+            f"{known if arm['bytes_a_step'] else '- | -'} |"
+        )
+    lines += ["", "| tokens/s | median of the rounds | 95 % interval | target |", "|---|---|---|---|"]
+    for row in found["ratios"]:
+        held = Ratio(row["median"], row["low"], row["high"])
+        verdict = f"{row['target']} ({'held' if held.median >= row['target'] else 'missed'})"
+        lines.append(f"| {row['above']} / {row['below']} | {held.median:.3f} | {held.low:.3f} to {held.high:.3f} | {verdict} |")
+    if {"zip", "bare"} <= found["arms"].keys() and found["arms"]["bare"]["bytes_a_step"]:
+        share = found["arms"]["zip"]["bytes_a_step"] / found["arms"]["bare"]["bytes_a_step"]
+        lines += [
+            "",
+            f"A step of the zip reads {share:.3f} times the bytes of the bare tower's: by them zip / bare is {1 / share:.3f}.",
+        ]
+    lines += ["", "Read bandwidth: a sum over 128 MB of float32, in the same process. Prefill: the source and 16 tokens of text."]
+    return "\n".join(lines) + "\n"
+
+
+def build(settings: Settings) -> Arm:
+    """An arm by its settings, with random weights."""
+    shapes, dtype = SIZES[settings.size], getattr(torch, settings.precision)
+    numbers = torch.Generator().manual_seed(1)
+    source = torch.randint(2, shapes["speech"]["vocab_size"], (settings.source,), generator=numbers).tolist()
+    prompt = torch.randint(2, shapes["text"]["vocab_size"], (settings.prompt,), generator=numbers).tolist()
+
+    def made(shape: Mapping[str, Any]) -> Any:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype)
+        return model.to(settings.device).eval()
+
+    if settings.arm == "mllama":
+        return _mllama(shapes["text"], len(source), prompt, dtype, settings.device)
+    if settings.arm in ("stock", "static"):
+        return _stock(made(shapes["text"]), prompt, settings.arm == "static", settings.prompt + settings.tokens)
+    if settings.arm == "expanded":
+        units = shapes["text"]["vocab_size"]
+        wide = Zipper.from_towers({"text": made({**shapes["text"], "vocab_size": units + shapes["speech"]["vocab_size"]})})
+        return _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt)
+    towers = {name: made(shapes[name]) for name in (("text",) if settings.arm == "bare" else ("text", "speech"))}
+    model = Zipper.from_towers(towers, every=dict.fromkeys(towers, EVERY), link=LinkConfig(gate_init=0.5), input_projection="none")
+    model.links.to(dtype)
+    reader = Stepwise(model) if settings.arm == "steps" else Fused(model, int8=settings.arm == "int8")
+    if settings.arm in ("bare", "blind"):
+        return _ours(reader, list(towers), [], prompt)
+    return _ours(reader, ["speech", "text"], source, prompt, STREAMS if settings.arm == "streams" else 1)
+
+
+def _ours(reader: Reader, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int = 1) -> Arm:
+    def start() -> Callable[[int], Tensor]:
+        sessions = [reader.open(plan, ["text"]) for _ in range(streams)]
+        for session in sessions:
+            if source:
+                reader.read("speech", [(session, source)])
+            reader.read("text", [(session, prompt)])
+
+        def step(i: int) -> Tensor:
+            logits = reader.read("text", [(session, [i]) for session in sessions])[0]
+            assert logits is not None
+            return logits
+
+        return step
+
+    return Arm(start, streams, _read(reader, plan, source, prompt, streams) if isinstance(reader, Fused) else 0)
+
+
+def _read(reader: Fused, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int) -> int:
+    """Bytes that a step reads behind the prompt: weights once, keys and values of every sequence."""
+    session = reader.open(plan, ["text"])
+    if source:
+        reader.read("speech", [(session, source)])
+    reader.read("text", [(session, prompt)])
+    tower, links = reader.bytes("text")
+    cache = session.caches["text"]
+    held = cache.held[:, :, :, : cache.length].nbytes + sum(part.nbytes for memory in session.memory.values() for part in memory)
+    return tower + links * bool(source) + streams * held
+
+
+def _stock(model: Any, prompt: Sequence[int], static: bool, room: int) -> Arm:
+    """What generate() does for a greedy token, without what it does besides: the forward of a model, and a cache."""
+    forward = torch.compile(model.forward) if static else model.forward
+
+    def start() -> Callable[[int], Tensor]:
+        cache = StaticCache(model.config, max_cache_len=room) if static else DynamicCache(config=model.config)
+        model(torch.tensor([list(prompt)], device=model.device), past_key_values=cache)
+        place = len(prompt)
+
+        def step(i: int) -> Tensor:
+            nonlocal place
+            given = {"cache_position": torch.tensor([place], device=model.device)} if static else {}
+            place += 1
+            logits: Tensor = forward(torch.tensor([[i]], device=model.device), past_key_values=cache, **given).logits[0, -1]
+            return logits
+
+        return step
+
+    return Arm(start)
+
+
+def _mllama(text: Mapping[str, Any], length: int, prompt: Sequence[int], dtype: torch.dtype, device: str) -> Arm:
+    """A layer of cross-attention behind every second block, as many as the zip has junctions; its source costs nothing to make."""
+    places = [layer + n for n, layer in enumerate(range(EVERY, text["num_hidden_layers"], EVERY))]
+    shape = {**text, "num_hidden_layers": text["num_hidden_layers"] + len(places), "cross_attention_layers": places}
+    made: Any = MllamaForCausalLM
+    torch.manual_seed(0)
+    model = made(MllamaTextConfig(**shape)).to(device, dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(0.5)  # they are born closed
+    states = torch.randn(1, length, text["hidden_size"], dtype=dtype, device=device)
+
+    def start() -> Callable[[int], Tensor]:
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([list(prompt)], device=model.device), cross_attention_states=states, past_key_values=cache)
+
+        def step(i: int) -> Tensor:
+            logits: Tensor = model(torch.tensor([[i]], device=model.device), past_key_values=cache).logits[0, -1]
+            return logits
+
+        return step
+
+    return Arm(start)
+
+
+@torch.inference_mode()
+def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
+    """One turn: source and prompt, then the ids one by one. choice: a number that tells the greedy tokens apart."""
+
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    began = now()
+    step = arm.start()
+    prefilled = now()
+    choice = 0
+    for i in ids:
+        choice = (choice * 31 + int(step(i).argmax())) % (1 << 40)
+    ended = now()
+    memory.sum()
+    read = memory.numel() * memory.element_size() / (now() - ended)
+    return {
+        "prefill_s": prefilled - began,
+        "decode_s": ended - prefilled,
+        "tokens": float(len(ids) * arm.streams),
+        "streams": float(arm.streams),
+        "bytes": float(arm.bytes),
+        "read": read,
+        "choice": float(choice),
+    }
+
+
+def main() -> None:
+    """An arm's process."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    vocabulary = SIZES[settings.size]["text"]["vocab_size"]
+    ids = torch.randint(2, vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(2)).tolist()
+    memory = torch.ones(1 << 25, device=settings.device)
+    serve(partial(timed, build(settings), ids, settings.device, memory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""`zipper bench train`: training steps of zips, of the decoder with an extended vocabulary and of the bare tower, side by side.
+
+Random weights from configurations: speed does not depend on them. What zips are compared with runs in stock transformers, as anyone
+would train it. The task is recognition: speech is given, text carries the loss.
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zipper.bench import Ratio, Turn, machine, ratio, resident, serve, take_turns
+from zipper.errors import ZipperError
+from zipper.link import Link, LinkConfig
+from zipper.model import Zipper
+from zipper.packing import lengths, pack
+from zipper.sequence import Segment, collate
+from zipper.tower import Tower
+from zipper.training import Objective
+
+Pair = dict[str, int]  # {tower: tokens, begin and end included}
+
+#: Each arm, and what it is.
+ARMS = {
+    "bare": "the text tower's own step in stock transformers, on rows as long as a pair",
+    "frozen": "zip, both towers frozen",
+    "trained": "zip, both towers trained",
+    "expanded": "the text tower with the units in its vocabulary, all trained, in stock transformers",
+    "padded": "frozen zip, lengths of the mix, a sample a row",
+    "packed": "frozen zip, lengths of the mix, packed rows",
+}
+#: (what is compared, arm, arm below it, the target of the project)
+RATIOS = (
+    ("pairs/s", "frozen", "trained", 1.8),
+    ("pairs/s", "frozen", "expanded", 4.0),
+    ("pairs/s", "packed", "padded", 1.5),
+    ("FLOP/s", "frozen", "bare", 0.85),
+    ("FLOP/s", "trained", "bare", 0.85),
+)
+EQUAL = {"speech": 350, "text": 50}  # seven seconds of speech; no arm pads
+LONGEST = 1002  # tokens of speech in `mix`: 20 seconds
+
+
+def _llama(width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": hidden}
+    ends = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
+    return {"model_type": "llama", "num_key_value_heads": heads, "max_position_embeddings": 4096, **shape, **ends, **more}
+
+
+_SPEECH = _llama(768, 16, 12, 2720, 1028)  # 138M
+_QWEN = {"model_type": "qwen2", "num_key_value_heads": 2}
+#: Name -> towers and the blocks between their junctions.
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"text": _llama(64, 4, 2, 96, 96), "speech": _llama(32, 3, 2, 64, 40), "every": {"text": 1, "speech": 1}},
+    "30m": {"text": _llama(384, 10, 6, 1024, 32_000), "speech": _llama(320, 8, 5, 864, 1028), "every": {"text": 3, "speech": 2}},
+    "0.5b": {"text": _llama(896, 24, 14, 4864, 151_936, **_QWEN), "speech": _SPEECH, "every": {"text": 6, "speech": 4}},
+    "1.5b": {"text": _llama(1536, 28, 12, 8960, 151_936, **_QWEN), "speech": _SPEECH, "every": {"text": 7, "speech": 4}},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an arm is told. pairs: in a step. room: tokens of speech in a packed row. precision: "float32", or "bf16": autocast, and
+    frozen towers in bfloat16. attention: of the links, see `Zipper`. threads: 0 = as many as torch takes."""
+
+    arm: str
+    size: str = "30m"
+    pairs: int = 16
+    room: int = 1024
+    device: str = "cpu"
+    precision: str = "float32"
+    attention: str = "sdpa"
+    threads: int = 0
+
+
+def mix(pairs: int, seed: int) -> list[Pair]:
+    """Utterances at 50 units and about 3.3 tokens of text a second. Half are like LibriSpeech's training parts: most between 11 and
+    17 seconds, the others anywhere below. Half are like LibriTTS: log-normal around 4.4 seconds, a mean of 5.8, at most 20."""
+    dice = random.Random(seed)
+    made = []
+    for number in range(pairs):
+        if number % 2:
+            seconds = min(20.0, max(0.8, dice.lognormvariate(1.48, 0.75)))
+        else:
+            seconds = dice.triangular(10, 16.7, 15) if dice.random() < 0.7 else dice.uniform(1.5, 11)
+        made.append({"speech": round(50 * seconds) + 2, "text": max(2, round(3.3 * seconds * dice.gauss(1, 0.12))) + 2})
+    return made
+
+
+def bench(
+    size: str,
+    rounds: int,
+    warm: int = 2,
+    arms: Sequence[str] = tuple(ARMS),
+    pairs: int = 16,
+    room: int = 1024,
+    device: str = "cpu",
+    precision: str = "float32",
+    attention: str = "sdpa",
+    threads: int = 0,
+    hardware: str = "",
+) -> dict[str, Any]:
+    """Measure; the result is plain data for JSON, `table` shows it. Raises ZipperError for unknown names."""
+    if unknown := sorted({*arms} - {*ARMS}):
+        raise ZipperError(f"There are no arms {unknown}; there are {', '.join(ARMS)}.")
+    if size not in SIZES:
+        raise ZipperError(f"There is no size {size!r}; there are {', '.join(SIZES)}.")
+    if room < LONGEST:
+        raise ZipperError(f"The mix has up to {LONGEST} tokens of speech, a packed row has room for {room}. Give --room {LONGEST}.")
+    settings = [Settings(arm, size, pairs, room, device, precision, attention, threads) for arm in arms]
+    turns = take_turns("zipper.bench.train", {s.arm: asdict(s) for s in settings}, rounds, warm)
+    found = {arm: _summary(said) for arm, said in turns.items()}
+    ratios = []
+    for what, above, below, target in RATIOS:
+        if above in turns and below in turns:
+            unit = "pairs" if what == "pairs/s" else "flops"
+            rates = [[turn[unit] / turn["seconds"] for turn in turns[arm]] for arm in (above, below)]
+            ratios.append({"what": what, "above": above, "below": below, "target": target, **ratio(*rates)._asdict()})
+    shared = {name: value for name, value in asdict(settings[0]).items() if name != "arm"} if settings else {}
+    return {**machine(hardware), "rounds": rounds, "settings": shared, "arms": found, "ratios": ratios}
+
+
+def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
+    seconds = [turn["seconds"] for turn in turns]
+    return {
+        "pairs_per_s": statistics.median(turn["pairs"] / turn["seconds"] for turn in turns),
+        "gflop_per_pair": statistics.mean(turn["flops"] / turn["pairs"] for turn in turns) / 1e9,
+        "gflop_per_s": statistics.median(turn["flops"] / turn["seconds"] for turn in turns) / 1e9,
+        "padding": statistics.mean(turn["padding"] for turn in turns),
+        "peak_memory": max(turn["peak_memory"] for turn in turns),
+        "trained_parameters": turns[0]["trained_parameters"],
+        "seconds": seconds,
+    }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The results in markdown."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    said = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    lines = [f"# Training steps, {found['hardware']}, {found['month']}", ""]
+    lines += [f"`zipper bench train`: {said}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A).", ""]
+    lines += ["| arm | pairs/s | GFLOP a pair | GFLOP/s | padding | trains | peak memory, MB |", "|---|---|---|---|---|---|---|"]
+    for name, arm in found["arms"].items():
+        lines.append(
+            f"| {name}: {ARMS[name]} | {arm['pairs_per_s']:.2f} | {arm['gflop_per_pair']:.2f} | {arm['gflop_per_s']:,.1f} | "
+            f"{100 * arm['padding']:.1f} % | {arm['trained_parameters'] / 1e6:.1f}M | {arm['peak_memory'] / 1e6:,.0f} |"
+        )
+    lines += ["", "| ratio | median of the rounds | 95 % interval | target |", "|---|---|---|---|"]
+    for row in found["ratios"]:
+        held = Ratio(row["median"], row["low"], row["high"])
+        verdict = "held" if held.median >= row["target"] else "missed"
+        lines.append(
+            f"| {row['what']}: {row['above']} / {row['below']} | {held.median:.2f} | {held.low:.2f} to {held.high:.2f} | "
+            f"{row['target']} ({verdict}) |"
+        )
+    lines += ["", "GFLOP by formula, of what cannot be left out: tokens without padding, frozen parts as far as a gradient goes"]
+    lines += ["through them. Memory is what a process has over its imports (on CUDA, what torch allocated). Pairs of the first"]
+    lines += [f"arms: {EQUAL['speech']} tokens of speech, {EQUAL['text']} of text; of the last two: `zipper.bench.train.mix`."]
+    return "\n".join(lines) + "\n"
+
+
+def matrices(part: nn.Module) -> int:
+    """Numbers in the matrices of linear layers."""
+    return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
+
+
+def zip_flops(model: Zipper, pairs: Sequence[Pair]) -> dict[str, float]:
+    """FLOPs of a step on pairs in which speech is given and text carries the loss, of matrices and of attention.
+
+    A product costs 2 forwards, 2 for the gradient of its input where something upstream learns, 2 for that of its weight where
+    that learns. Attention has two products, and two gradients each. Speech runs to its last junction, without a graph if frozen.
+    """
+    found = {"matrices": 0.0, "attention": 0.0}
+    last = model.config.junctions[-1]["speech"]
+    first = model.config.junctions[0]["text"]
+    for pair in pairs:
+        for name, n in pair.items():
+            tower, learns = model.towers[name], model.config.towers[name].train
+            assert isinstance(tower, Tower)
+            stop = last if name == "speech" else tower.layers
+            for index in range(stop):
+                graph = learns or (name == "text" and index >= first)
+                found["matrices"] += 2 * n * matrices(tower.blocks[index]) * (1 + graph + learns)
+                found["attention"] += _causal(tower, n) * (3 if graph else 1)
+            if name == "text":  # the last token predicts nothing
+                found["matrices"] += 2 * (n - 1) * tower.vocabulary * tower.width * (2 + learns)
+        for name, link in model.links.items():
+            assert isinstance(link, Link)
+            if name.endswith(">text"):
+                own = matrices(link.query) + matrices(link.out) + (matrices(link.feedforward) if link.feedforward else 0)
+                read = matrices(link.projection) + matrices(link.key) + matrices(link.value)
+                found["matrices"] += 6 * (pair["text"] * own + pair["speech"] * read)
+                found["attention"] += 3 * 4 * pair["text"] * pair["speech"] * link.query.out_features
+    return found
+
+
+def bare_flops(tower: Tower, tokens: int) -> dict[str, float]:
+    """FLOPs of a step of a tower that learns, on one row, logits at every position."""
+    blocks = sum(matrices(block) for block in tower.blocks)
+    return {
+        "matrices": 6.0 * tokens * (blocks + tower.vocabulary * tower.width),
+        "attention": 3 * tower.layers * _causal(tower, tokens),
+    }
+
+
+def _causal(tower: Tower, tokens: int) -> float:
+    """Forward FLOPs of one block's attention: 4 x width x the mean number of tokens that a token sees."""
+    return 4.0 * tokens * tower.width * (tokens + 1) / 2
+
+
+class Arm(NamedTuple):
+    """What takes a step: its number -> the pairs in it and the share of its slots that is padding. flops: of such pairs."""
+
+    model: nn.Module
+    step: Callable[[int], tuple[Sequence[Pair], float]]
+    flops: Callable[[Sequence[Pair]], float]
+
+
+def build(settings: Settings) -> Arm:
+    """An arm by its settings, with random weights."""
+    torch.manual_seed(0)
+    shapes, device = SIZES[settings.size], torch.device(settings.device)
+    half = torch.bfloat16 if settings.precision == "bf16" else None
+    size = settings.pairs
+    if settings.arm in ("bare", "expanded"):
+        more = {"vocab_size": shapes["text"]["vocab_size"] + shapes["speech"]["vocab_size"]} if settings.arm == "expanded" else {}
+        stock: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**shapes["text"], **more}), dtype=torch.float32)
+        stock.to(device).train()
+        optimizer = torch.optim.AdamW(stock.parameters())
+        tower, row = Tower(stock), sum(EQUAL.values())
+
+        def plain(number: int) -> tuple[Sequence[Pair], float]:
+            ids = torch.randint(2, stock.config.vocab_size, (size, row), device=device)
+            labels = ids.clone()
+            if settings.arm == "expanded":
+                labels[:, : EQUAL["speech"] + 1] = -100  # of the text, all but its begin
+            with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
+                loss = stock(ids, labels=labels).loss
+            _learn(stock, optimizer, loss)
+            return [EQUAL] * size, 0.0
+
+        return Arm(stock, plain, lambda pairs: len(pairs) * sum(bare_flops(tower, row).values()))
+
+    learns = ("text", "speech") if settings.arm == "trained" else ()
+    towers = {}
+    for name in ("text", "speech"):
+        made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name]), dtype=torch.float32)
+        towers[name] = Tower(made.eval())
+    model = Zipper.from_towers(towers, every=shapes["every"], train=learns, link=LinkConfig(gate_init=0.5), input_projection="none")
+    model.attention = "flex" if settings.attention == "flex" else "sdpa"
+    for name in () if half is None else {*towers} - {*learns}:
+        towers[name].to(half)
+    model.to(device).train()
+    objective = Objective(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    contents = {name: torch.randint(2, shapes[name]["vocab_size"], (4096,)).tolist() for name in towers}
+
+    def zipped(number: int) -> tuple[Sequence[Pair], float]:
+        chosen = mix(size, number) if settings.arm in ("padded", "packed") else [EQUAL] * size
+        samples = [
+            [Segment(name, contents[name][: pair[name] - 2], weight=float(name == "text")) for name in ("speech", "text")]
+            for pair in chosen
+        ]
+        rows = pack([lengths(sample) for sample in samples], {"speech": settings.room}) if settings.arm == "packed" else None
+        batch = collate(samples, model.ends(), packed=rows).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
+            loss = objective([batch])["text"] / batch.weights["text"].sum()
+        _learn(model, optimizer, loss)
+        slots = sum(strand.ids.numel() for strand in batch.strands.values())
+        return chosen, 1 - sum(sum(pair.values()) for pair in chosen) / slots
+
+    return Arm(model, zipped, lambda pairs: sum(zip_flops(model, pairs).values()))
+
+
+def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def timed(arm: Arm, before: int, numbers: Iterator[int]) -> Turn:
+    """One turn: a step and how long it took; `before` is what was in memory before there was a model."""
+    cuda = next(arm.model.parameters()).is_cuda
+    began = time.perf_counter()
+    pairs, padding = arm.step(next(numbers))
+    if cuda:
+        torch.cuda.synchronize()
+    return {
+        "seconds": time.perf_counter() - began,
+        "pairs": len(pairs),
+        "padding": padding,
+        "flops": arm.flops(pairs),
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else resident()[1] - before,
+        "trained_parameters": sum(p.numel() for p in arm.model.parameters() if p.requires_grad),
+    }
+
+
+def main() -> None:
+    """An arm's process."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    before = resident()[0]
+    serve(partial(timed, build(settings), before, count()))
+
+
+if __name__ == "__main__":
+    main()

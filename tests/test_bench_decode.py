@@ -1,0 +1,77 @@
+"""What the decoding benchmark compares: arms that must say the same tokens do, and count what they read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from zipper.bench import decode
+from zipper.bench.decode import ARMS, SIZES, Settings, bench, build, table, timed
+from zipper.cli import main
+from zipper.errors import ZipperError
+
+MEMORY = torch.ones(1000)
+IDS = [5, 9, 7, 30]
+
+
+def turn(arm: str, source: int = 12) -> dict[str, float]:
+    return timed(build(Settings(arm, "tiny", source=source, prompt=6, tokens=len(IDS))), IDS, "cpu", MEMORY)
+
+
+def test_arms_that_compute_the_same_choose_the_same_tokens() -> None:
+    choices = {arm: turn(arm)["choice"] for arm in ("zip", "steps", "streams", "blind", "bare", "stock")}
+    assert choices["zip"] == choices["steps"] == choices["streams"]
+    assert choices["blind"] == choices["bare"] == choices["stock"]
+    assert choices["zip"] != choices["blind"], "the source is seen"
+
+
+def test_the_other_arms_read_the_same_number_of_tokens() -> None:
+    for arm in ("int8", "expanded", "mllama", "streams"):
+        found = turn(arm)
+        assert found["tokens"] == len(IDS) * found["streams"] and found["decode_s"] > 0
+    assert found["streams"] == 8
+
+
+def test_a_step_reads_weights_once_and_keys_and_values_of_every_sequence() -> None:
+    shape = SIZES["tiny"]["text"]
+    width, hidden, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    tower = layers * (4 * width * width + 3 * width * hidden) + shape["vocab_size"] * width
+    link = 4 * width * width  # query, output, and a feed-forward of factor 1
+    links, own, memory = layers // 2 - 1, layers * 2 * 6 * width, 2 * 12 * width  # 6 tokens of text, 12 of speech
+    assert turn("bare")["bytes"] == turn("blind")["bytes"] == 4 * (tower + own)
+    assert turn("zip")["bytes"] == 4 * (tower + own + links * (link + memory))
+    assert turn("streams")["bytes"] == 4 * (tower + links * link + 8 * (own + links * memory))
+
+
+def test_mllama_sees_its_source() -> None:
+    arm = build(Settings("mllama", "tiny", source=3, prompt=2))
+    with torch.inference_mode():
+        assert not torch.equal(arm.start()(5), build(Settings("mllama", "tiny", source=9, prompt=2)).start()(5))
+
+
+def test_arms_that_choose_other_tokens_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {arm: [{"choice": float(n)}] for n, arm in enumerate(("zip", "steps"))}
+    monkeypatch.setattr(decode, "take_turns", lambda *given: said)
+    with pytest.raises(ZipperError, match="'zip' and 'steps' choose other tokens"):
+        bench("tiny", 1, arms=["zip", "steps"])
+
+
+def test_unknown_arms_and_sizes_are_refused() -> None:
+    with pytest.raises(ZipperError, match="no arms"):
+        bench("tiny", 1, arms=["zap"])
+    with pytest.raises(ZipperError, match="no size"):
+        bench("9b", 1)
+
+
+@pytest.mark.slow
+def test_the_command_measures_what_it_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = "zip,bare,steps,stock"
+    sizes = ["--size", "tiny", "--rounds", "2", "--warm", "1", "--tokens", "4"]
+    main(["bench", "decode", *sizes, "--arms", arms, "--output", str(tmp_path / "decode"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "decode.json").read_text())
+    lines = table(found)
+    assert lines == (tmp_path / "decode.md").read_text()
+    assert all(f"| {arm}: {ARMS[arm]}" in lines for arm in arms.split(","))
+    assert {(row["above"], row["below"]) for row in found["ratios"]} == {("zip", "bare"), ("zip", "stock"), ("zip", "steps")}
