@@ -83,7 +83,7 @@ def test_a_quick_run_is_the_same_plan_in_small() -> None:
         quick = experiments.plan(preset, quick=True)
         assert {table for cell in quick for table in cell.tables} == {*TABLES}
         assert {cell.corpus for cell in quick} == {cell.corpus for cell in experiments.plan(preset)}
-        assert max(cell.changes["steps"] for cell in quick) <= 60 and len(quick) <= 24
+        assert max(cell.changes["steps"] for cell in quick) <= 60 and len(quick) <= 28
 
 
 def test_an_unknown_preset_or_table_is_refused(tmp_path: Path) -> None:

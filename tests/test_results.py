@@ -152,8 +152,8 @@ def test_an_ablation_has_a_row_per_value() -> None:
         *flat(ZIP, 4, seeds=1, changes=changes, tables=["gate"]),
     ]
     text = results.tables(run(cells))
-    assert row(text, ZIP, "Gates") == [ZIP, "8,000", "1", "700", "0.30 - 0.70", "0.500", *["20.0 (20.0 to 20.0)"] * 2]
-    assert row(text, "link.gate_init 0.0", "Gates")[5:] == ["", *["40.0 (40.0 to 40.0)"] * 2]
+    assert row(text, ZIP, "Gates") == [ZIP, "8,000", "250", "1", "700", "0.30 - 0.70", "0.500", *["20.0 (20.0 to 20.0)"] * 2]
+    assert row(text, "link.gate_init 0.0", "Gates")[6:] == ["", *["40.0 (40.0 to 40.0)"] * 2]
     assert "Table 1" not in text
 
 

@@ -289,8 +289,11 @@ def cells(spend: Budget) -> list[Cell]:
             add(arm, HEADLINE, seed)
         for pairs, arm in product(spend.sweep[:2], main):
             add(arm, ("figure3",), seed, pairs)
-    for arm in (ROWS, BOTH):
-        add(arm, HEADLINE)
+    add(ROWS, HEADLINE)
+    for seed in range(spend.seeds):
+        add(BOTH, HEADLINE, seed)
+    for arm in main[:2]:
+        add(arm, ("schedule",), steps=2 * spend.steps)
     for arm in main[: spend.arms]:
         add(arm, ("rates",), **LOWER[arm])
     short: dict[str, Any] = {"steps": spend.ablation}

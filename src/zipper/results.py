@@ -44,6 +44,7 @@ TITLES = {
     "depth": "Depth of the cross projection",
     "lora": "An adapter on the text tower against a frozen one",
     "rates": "Learning rates: those that were found, and the next lower ones",
+    "schedule": "Twice the steps",
     "towers": "What the towers could do, before and after",
 }
 # The paper's own figures: other data, other towers, other judges. Its text towers T and G, with a speech tower of 128M, stand
@@ -612,7 +613,7 @@ def _sweep(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
 def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     """One thing varied: a row per value, a column per test set and judge."""
     shown = sorted(_of(groups, name), key=lambda group: len(group.cell["changes"]))
-    if name == "rates":
+    if name in ("rates", "schedule"):
         same = {(group.cell["arm"], group.cell["corpus"], group.cell["size"]) for group in shown}
         found = [g for g in _of(groups, "table1") if (g.cell["arm"], g.cell["corpus"], g.cell["size"]) in same]
         shown = sorted([*found, *shown], key=lambda group: group.cell["arm"])
@@ -622,8 +623,9 @@ def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     tasks = list(dict.fromkeys(task for group in shown for task in group.mean("dev")))
     rows = [
         (
-            (name == "rates") * f"{group.arm} " + _changed(group.cell) or group.arm,
+            " ".join(filter(None, [(name in ("rates", "schedule")) * group.arm, _changed(group.cell)])) or group.arm,
             f"{group.cell['pairs']:,}",
+            f"{group.cell['changes'].get('steps', 0):,}",
             str(len(group.results)),
             f"{group.mean('parameters').get('trained', 0):,.0f}",
             _gates(group),
@@ -633,7 +635,7 @@ def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
         for group in shown
     ]
     named = {"asr": "speech to text", "tts": "text to speech"}
-    head = ("", "pairs", "seeds", "trained parameters", "gates at the end", *(f"dev, {task}" for task in tasks))
+    head = ("", "pairs", "steps", "seeds", "trained parameters", "gates at the end", *(f"dev, {task}" for task in tasks))
     columns = [f"{named[key[0]]}, {_place(key)}" for key in keys]
     return [Grid("WER in % (95 % interval); dev: nats per token", (*head, *columns), rows)]
 
