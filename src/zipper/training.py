@@ -419,7 +419,7 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     bare.train()
     begun = progress.step
     begin = since = time.monotonic()
-    tokens, work, rate, stop = 0.0, 0.0, 0.0, False
+    tokens, rate, stop = 0.0, 0.0, False
     bar = tqdm(total=config.steps, initial=progress.step, desc=folder.name, unit="step", disable=not accelerator.is_main_process)
     with bar, _sigterm() as came:
         while progress.step < config.steps and not progress.stopped and not stop:
@@ -447,14 +447,10 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
 
             # What the processes saw of this step; all of them must stop at the same one.
             mine = [sums[name] / counts[name] for name in counts]
-            loads = [plan.Load.of([batch]) for batches in turns for batch in batches if _tokens(batch)]
-            mine += [
-                sum(sum(load.tokens.values()) for load in loads),
-                sum(plan.cost(model, load).flops for load in loads),
-                len(came),
-            ]
-            *found, count, done, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
-            tokens, work = tokens + count, work + done
+            read = sum(_tokens(batch) for batches in turns for batch in batches)
+            mine += [read, len(came)]
+            *found, count, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            tokens += count
             for name, loss in zip(counts, found, strict=True):
                 before, steps = progress.seen.get(name, (0.0, 0.0))
                 progress.seen[name] = [before + loss, steps + 1.0]
@@ -463,14 +459,15 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
                 row |= {f"loss/{name}": loss / steps for name, (loss, steps) in progress.seen.items()}
                 row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
                 row |= {f"grad/{part}": value for part, value in norms.items()}
-                spent = time.monotonic() - since
-                if not rate:
-                    rate = _rate(model, loads, config, accelerator) * accelerator.num_processes
-                row |= {"tokens_per_s": tokens / spent, "matmul_share": work / (spent * rate)}
+                row["tokens_per_s"] = tokens / (time.monotonic() - since)
+                if loads := [plan.Load.of([batch]) for batches in turns for batch in batches if _tokens(batch)]:
+                    rate = rate or _rate(model, loads, config, accelerator)
+                    work = sum(plan.cost(model, load).flops for load in loads) / read  # a token, in this process and step
+                    row["matmul_share"] = work * row["tokens_per_s"] / (rate * accelerator.num_processes)
                 row |= {f"gate/{name}": value for name, value in gates(model).items()}
                 shown = {name: f"{row[f'loss/{name}']:.3f}" for name in progress.seen}
-                bar.set_postfix(shown | {"tokens/s": f"{row['tokens_per_s']:,.0f}", "matmul": f"{row['matmul_share']:.0%}"})
-                progress.seen, since, tokens, work = {}, time.monotonic(), 0.0, 0.0
+                bar.set_postfix(shown | {"tokens/s": f"{row['tokens_per_s']:,.0f}"})
+                progress.seen, since, tokens = {}, time.monotonic(), 0.0
             if step % config.eval_every == 0 or step == config.steps:
                 asked = time.monotonic()
                 dev_loss = evaluate()
