@@ -30,7 +30,6 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, b
 from jaxtyping import Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed._composable.checkpoint_activation import checkpoint as recomputed
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -561,10 +560,13 @@ def _spread(objective: Objective, config: TrainConfig, accelerator: Accelerator,
     """The objective as this process runs it: on its device, by DDP where there are several, unless it is cut into pieces."""
     towers = dict.fromkeys(tower for tower in objective.model.towers.values() if isinstance(tower, Tower))
     blocks = [block for tower in towers for block in tower.blocks]
-    for block in blocks:
-        if config.compile:
-            block.forward = torch.compile(block.forward, dynamic=True)
-        if config.recompute:
+    for block in blocks if config.compile else ():
+        block.forward = torch.compile(block.forward, dynamic=True)
+    if config.recompute:
+        # Not public, but transformers' own recomputes nothing in towers that are in eval mode, as frozen ones are.
+        from torch.distributed._composable.checkpoint_activation import checkpoint as recomputed
+
+        for block in blocks:
             recomputed(block)
     prepared: nn.Module = accelerator.prepare_model(objective, evaluation_mode=cut)
     if cut:
