@@ -32,14 +32,16 @@ AMX = torch.cpu._is_amx_tile_supported()
 class Matrix:
     """x -> x W^T + b of one or several linear layers that read the same."""
 
-    def __init__(self, layers: Sequence[nn.Linear], int8: bool = False) -> None:
-        """int8: W in 8 bits, one scale a row, and x in bfloat16; not where the width of x is no multiple of 32."""
+    def __init__(self, layers: Sequence[nn.Linear], int8: bool = False, factor: float = 1.0) -> None:
+        """int8: W in 8 bits, one scale a row, and x in bfloat16; not where the width of x is no multiple of 32. factor: of the
+        whole product."""
         weights = [layer.weight.detach() for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = weight if factor == 1 else weight * factor
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         if biases and len(biases) < len(layers):
             raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
-        self.bias: Tensor | None = torch.cat(biases) if biases else None
+        self.bias: Tensor | None = torch.cat(biases) * factor if biases else None
         self.scale: Float[Tensor, " out"] | None = None
         self.weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
         self.vector = AMX and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
@@ -256,11 +258,16 @@ def _memory(link: Link, name: str, session: Session) -> Memory:
     if unread := session.unread.pop(name, ()):
         states, read = torch.cat(unread), 0 if memory is None else memory.keys.shape[2]
         fresh = link.read(states[None], torch.arange(read, read + len(states), device=states.device)[None])
-        fresh = Memory(fresh.keys.contiguous(), fresh.values.contiguous())  # read at every step from now on
+        fresh = Memory(*(_held(part).contiguous() for part in fresh))  # read at every step from now on
         memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
         session.memory[name] = memory
     assert memory is not None
     return memory
+
+
+def _held(part: Tensor) -> Tensor:
+    """Keys or values as they are kept: on a CPU in float32, where attention of one row takes a quarter of its time in 16 bits."""
+    return part.float() if part.device.type == "cpu" else part
 
 
 @final
@@ -291,7 +298,7 @@ class _Tower:
 
     def cache(self) -> Cache:
         """An empty one."""
-        return Cache(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, self.table)
+        return Cache(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, _held(self.table[:0]))
 
     def run(
         self, h: Float[Tensor, "tokens width"], layers: range, angles: Angles, places: Sequence[_Place]
@@ -361,13 +368,15 @@ class _Link:
 
     def __init__(self, link: Link, int8: bool) -> None:
         self.link, self.scale, self.norm = link, link.position_scale, _Norm(link.norm)
-        self.query, self.out = Matrix([link.query], int8), Matrix([link.out], int8)
-        self.gate, self.first = float(link.gate.detach().tanh()), None
+        self.query, self.out = Matrix([link.query], int8), Matrix([link.out], int8, float(link.gate.detach().tanh()))
+        self.first = None
         if link.feedforward is not None:
             norm, first, _, second = link.feedforward
             assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-            self.second_norm, self.first, self.second = _Norm(norm), Matrix([first], int8), Matrix([second], int8)
-            self.second_gate = float(link.feedforward_gate.detach().tanh())
+            # gelu(x) = x (1 + erf(x / sqrt(2))) / 2: with its constants and the gates in the matrices, two small kernels are left.
+            half, gate = 2**-0.5, float(link.feedforward_gate.detach().tanh())
+            self.second_norm = _Norm(norm)
+            self.first, self.second = Matrix([first], int8, half), Matrix([second], int8, half * gate)
 
     @property
     def bytes(self) -> int:
@@ -393,28 +402,30 @@ class _Link:
         scale = query.shape[-1] ** -0.5
         parts = zip(query.split(list(lengths)) if len(lengths) > 1 else [query], memories, strict=True)
         attended = [_attend(part, memory.keys[0], memory.values[0], scale, causal=False) for part, memory in parts]
-        out = self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
-        added = out * self.gate
+        added = self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
         if self.first is not None:
-            inner = F.gelu(self.first(self.second_norm(torch.add(x, out, alpha=self.gate))))
-            added = added.add_(self.second(inner), alpha=self.second_gate)
+            inner = self.first(self.second_norm(x + added)).float()
+            added = added + self.second(torch.addcmul(inner, inner, inner.erf()).to(x.dtype))
         return added.to(h.dtype)
 
 
 @final
 class _Norm:
-    """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), as one kernel."""
+    """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), in few kernels."""
 
     def __init__(self, module: Any) -> None:
         self.weight, self.bias, self.eps = module.weight.detach(), None, 0.0
         if isinstance(module, nn.LayerNorm):
             self.bias, self.eps = module.bias.detach(), module.eps
-        else:
-            self.eps = module.variance_epsilon
+        else:  # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into the weight
+            width = len(self.weight)
+            self.weight = self.weight.float() * width**0.5
+            self.floor = self.weight.new_tensor((width * module.variance_epsilon) ** 0.5)
 
     def __call__(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            return (x / torch.hypot(norm, self.floor) * self.weight).to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -449,15 +460,17 @@ def _attend(
     scale: float,
     causal: bool,
 ) -> Float[Tensor, "tokens attended"]:
-    """Attention of one sequence; heads that share keys become rows of one product. causal: the tokens are the last slots."""
+    """Attention of one sequence; heads that share keys become rows of one product. causal: the tokens are the last slots. In the
+    dtype of the query, whatever that of the keys is."""
     tokens, heads, width = query.shape
     (shared, slots), group = keys.shape[:2], heads // len(keys)
+    dtype, query = query.dtype, query.to(keys.dtype)
     if tokens == 1:
         rows = query.view(1, shared, group, width)
-        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).reshape(1, heads * width)
+        return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).reshape(1, heads * width).to(dtype)
     rows = query.view(tokens, shared, group, width).permute(1, 2, 0, 3).reshape(1, shared, group * tokens, width)
     mask = None
     if causal:
         mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens).repeat(group, 1)
     found = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=scale)
-    return found.view(shared, group, tokens, width).permute(2, 0, 1, 3).reshape(tokens, heads * width)
+    return found.view(shared, group, tokens, width).permute(2, 0, 1, 3).reshape(tokens, heads * width).to(dtype)
