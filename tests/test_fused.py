@@ -227,10 +227,24 @@ def test_a_matrix_of_several_layers_is_their_products_side_by_side() -> None:
     assert Matrix(layers).bytes == 4 * (24 * 32 + 24) and eight.bytes == 24 * 32 + 4 * 24 + 2 * 24
     narrow = torch.nn.Linear(24, 8)
     torch.testing.assert_close(Matrix([narrow], int8=True)(x[:, :24]), narrow(x[:, :24]))
-    vector = Matrix([layer.bfloat16() for layer in layers])
-    vector.vector = True  # as on a machine with AMX
-    one = x[:1].bfloat16()
-    torch.testing.assert_close(vector(one), torch.cat([layer(one) for layer in layers], -1), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(Matrix(layers, factor=0.5)(x), wanted / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_kernel_of_a_matrix_gives_the_same_product(
+    dtype: torch.dtype, amx: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "AMX", amx)
+    if not packed:
+        monkeypatch.setattr(fused, "PACKED", set())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for width, out in ((32, 48), (48, 32), (40, 40)):
+        layer = torch.nn.Linear(width, out, dtype=dtype)
+        for tokens in (1, 2, 8, 70):
+            x = torch.randn(tokens, width, dtype=dtype)
+            torch.testing.assert_close(Matrix([layer])(x), layer(x), atol=tolerance, rtol=tolerance)
 
 
 def test_the_bytes_of_a_token_are_those_of_the_weights_it_reads() -> None:

@@ -24,13 +24,17 @@ BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of a row
-#: With AMX a product with one row is slow as a matrix product, without AMX as a matrix-vector product (docs/log.md).
+#: With AMX a product with one row in bfloat16 is slow as a matrix product, without AMX as a matrix-vector product (docs/log.md).
 AMX = torch.cpu._is_amx_tile_supported()
+#: What oneDNN multiplies by weights that it has packed: one row in bfloat16 in half of the time, eight rows also in float32.
+PACKED: set[torch.dtype] = set()
+if torch.backends.mkldnn.is_available():
+    PACKED = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
 @final
 class Matrix:
-    """x -> x W^T + b of one or several linear layers that read the same."""
+    """x -> x W^T + b of one or several linear layers that read the same; on a CPU by whatever kernel is fastest there."""
 
     def __init__(self, layers: Sequence[nn.Linear], int8: bool = False, factor: float = 1.0) -> None:
         """int8: W in 8 bits, one scale a row, and x in bfloat16; not where the width of x is no multiple of 32. factor: of the
@@ -42,30 +46,33 @@ class Matrix:
         if biases and len(biases) < len(layers):
             raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
         self.bias: Tensor | None = torch.cat(biases) * factor if biases else None
-        self.scale: Float[Tensor, " out"] | None = None
         self.weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
-        self.vector = AMX and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        self.scale: Float[Tensor, " out"] | None = None
+        self.packed: Tensor | None = None  # W in oneDNN's own layout
+        self.row: Callable[[Float[Tensor, "1 in"]], Float[Tensor, "1 out"]] = self._product  # for one token
         if int8 and weight.shape[1] % 32 == 0:  # torch's kernel reads beyond the end of other rows
             scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
             self.weight = (weight.float() / scale[:, None]).round().to(torch.int8)
             self.scale = scale.bfloat16()
-        elif weight.device.type == "cpu" and weight.shape[0] > weight.shape[1] and not self.vector:
-            # Laid out along its longer side a matrix is read twice as fast for one row (docs/log.md); it looks the same.
-            self.weight = weight.T.contiguous().T
+        elif weight.device.type == "cpu" and weight.dtype in PACKED:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+            if weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:  # along its longer side, twice as fast
+                long = weight.T.contiguous()
+                self.row = lambda x: torch.mm(x, long)
+            elif weight.dtype == torch.bfloat16 and AMX:
+                self.row = lambda x: torch.mv(weight, x[0])[None]
+        self.bytes = sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.scale) if t is not None)
 
-    @property
-    def bytes(self) -> int:
-        """That one product reads."""
-        return sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.scale) if t is not None)
+    def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        if self.scale is not None:
+            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return F.linear(x, self.weight)
 
     def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """The product, in x's dtype."""
-        if self.scale is not None:
-            y = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
-        elif self.vector and len(x) == 1:
-            y = torch.mv(self.weight, x[0])[None]
-        else:
-            return F.linear(x, self.weight, self.bias)
+        y = self.row(x) if len(x) == 1 else self._product(x)
         return y if self.bias is None else y + self.bias
 
 
