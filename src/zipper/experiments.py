@@ -294,8 +294,6 @@ def cells(spend: Budget) -> list[Cell]:
         add(BOTH, HEADLINE, seed)
     for arm in main[:2]:
         add(arm, ("schedule",), steps=2 * spend.steps)
-    for arm in main[: spend.arms]:
-        add(arm, ("rates",), **LOWER[arm])
     short: dict[str, Any] = {"steps": spend.ablation}
     add(FROZEN, VARIED, **short)  # both towers frozen: what differs is the links, and it learns fastest
     for kind in ("paper", "residual")[: spend.values]:
@@ -314,6 +312,8 @@ def cells(spend: Budget) -> list[Cell]:
         add(arm, HEADLINE, size="L")
     for where, arm in product(others, main[: spend.arms]):
         add(arm, HEADLINE, where=where)
+    for arm in main[: spend.arms]:
+        add(arm, ("rates",), **LOWER[arm])
     return list(found.values())
 
 
@@ -606,7 +606,8 @@ def configure(spec: Mapping[str, Any], needs: Needs, folder: Path, rates: Mappin
         "warmup": min(40, 1 + steps // 8) if steps < 2000 else 200,
         "eval_every": max(5, steps // 10),
         "eval_rows": spec["dev"],
-        "patience": 3,
+        # The best by dev is kept, but no run is cut: with few pairs the loss on dev rises before it falls (docs/log.md).
+        "patience": 10,
         "save_every": max(1, steps // 4),
         "mixed_precision": spec["mixed_precision"],
         "trackers": (),
