@@ -1,6 +1,7 @@
 """Speech units: the codes are the nearest centroids, loudness and rate do not matter, a foreign codebook is found out."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from zipper import audio, modality
 from zipper.audio import Audio, Mel
 from zipper.errors import ZipperError
 from zipper.modality import Modality
-from zipper.modality.speech import SpeechUnits, UnitsConfig, kmeans, nearest, stacked
+from zipper.modality.speech import AHEAD, SpeechUnits, UnitsConfig, kmeans, nearest, stacked
 
 
 def babble(seed: int, seconds: float = 2.0, rate_hz: int = 16_000) -> Audio:
@@ -72,6 +73,52 @@ def test_codes_become_sound_that_has_those_codes() -> None:
     assert (sound.rate_hz, len(sound.samples)) == (16_000, 640 * len(codes))
     assert np.mean(np.array(UNITS.encode(sound)) == np.array(codes)) > 0.7
     assert len(UNITS.decode([]).samples) == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 60])
+def test_sound_made_in_parts_is_as_long_and_as_close_as_the_whole(chunk: int) -> None:
+    codes = UNITS.encode(babble(3))
+    parts = list(UNITS.stream([UNITS.begin, *codes, UNITS.end], chunk))
+    assert [len(part.samples) for part in parts[:-1]] == [640 * chunk] * (len(parts) - 1)
+    sound = Audio(np.concatenate([part.samples for part in parts]), 16_000)
+    assert len(sound.samples) == 640 * len(codes)
+
+    def error(sound: Audio) -> float:
+        return float(np.abs(UNITS.log_mel(sound) - UNITS.codebook[codes].reshape(-1, 40)).mean())
+
+    assert error(sound) < 1.15 * error(UNITS.decode(codes))
+    steps = np.abs(np.diff(sound.samples))  # where parts meet there are no clicks
+    joins = steps[640 * chunk - 1 :: 640 * chunk]
+    assert len(joins) == 0 or joins.mean() < 1.5 * steps.mean()
+
+
+def test_the_first_part_of_a_stream_comes_before_the_last_code_is_known() -> None:
+    told = []
+
+    def codes() -> Iterator[int]:
+        for code in range(20):
+            told.append(code)
+            yield code
+
+    next(UNITS.stream(codes(), chunk=5))
+    assert len(told) == 5 + AHEAD
+    assert list(UNITS.stream([])) == []
+    with pytest.raises(ZipperError, match="parts of 0 codes"):
+        next(UNITS.stream([1], chunk=0))
+
+
+def test_codes_heard_in_parts_are_nearly_those_of_the_whole() -> None:
+    sound = babble(4, seconds=3)
+    for length in (1_000, 3_333, 48_000):
+        parts = [Audio(sound.samples[start : start + length], 16_000) for start in range(0, 48_000, length)]
+        heard = list(UNITS.listen(parts))
+        assert len(heard) == len(parts) + 1
+        assert sum(map(len, heard[:-1])) == len(UNITS.encode(sound)) - AHEAD
+        flat = [code for part in heard for code in part]
+        assert len(flat) == len(UNITS.encode(sound))
+        assert np.mean(np.array(flat) == np.array(UNITS.encode(sound))) > 0.9
+    with pytest.raises(ZipperError, match="8000 Hz came behind sound of 16000 Hz"):
+        list(UNITS.listen([sound, Audio(sound.samples, 8_000)]))
 
 
 def test_kmeans_finds_clusters_that_are_there() -> None:

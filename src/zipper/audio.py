@@ -182,21 +182,37 @@ class Mel:
         power = np.abs(self._transform(samples, frames=-(-len(samples) // self.hop))) ** 2
         return np.log(np.maximum(power @ self.filters.T, np.float32(self.floor)))
 
-    def sound(self, picture: Float32[np.ndarray, "frames bins"], rounds: int = 40, momentum: float = 0.99) -> Audio:
+    def sound(
+        self,
+        picture: Float32[np.ndarray, "frames bins"],
+        rounds: int = 40,
+        momentum: float = 0.99,
+        said: Float32[np.ndarray, " before"] | None = None,
+    ) -> Audio:
         """Sound whose picture is close to this one, at `rate_hz`; the same for the same picture.
 
         Spectrum by non-negative least squares, phase by fast Griffin-Lim (Perraudin, Balazs, Sondergaard 2013) from that of a fixed
-        noise. rounds: 1.2 ms each for 2 s of sound.
+        noise. rounds: 1.2 ms each for 2 s of sound. said: the sound of the first frames, if it was made before; it stays as it is,
+        and what follows joins it.
         """
+        held = np.zeros(0, np.float32) if said is None else said
         magnitude = np.sqrt(self._spectrum(np.exp(picture)))
-        time = len(magnitude) * self.hop
-        noise = np.random.default_rng(0).standard_normal(time, dtype=np.float32)
+
+        def heard(spectrum: Complex64[np.ndarray, "frames frequencies"]) -> Float32[np.ndarray, " time"]:
+            samples = self._overlap(magnitude * _phase(spectrum))
+            samples[: len(held)] = held
+            return samples
+
+        noise = np.random.default_rng(0).standard_normal(len(magnitude) * self.hop, dtype=np.float32)
+        noise[: len(held)] = held
         spectrum = self._transform(noise, len(magnitude))
         before = np.zeros_like(spectrum)
         for _ in range(rounds):
-            now = self._transform(self._overlap(magnitude * _phase(spectrum)), len(magnitude))
+            now = self._transform(heard(spectrum), len(magnitude))
             spectrum, before = now + np.float32(momentum) * (now - before), now
-        samples = self._overlap(magnitude * _phase(spectrum))
+        samples = heard(spectrum)
+        if said is not None:
+            return Audio(samples.clip(-1, 1), self.rate_hz)
         return Audio(samples / max(1.0, float(np.abs(samples).max(initial=0.0))), self.rate_hz)
 
     @functools.cached_property

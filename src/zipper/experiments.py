@@ -292,8 +292,12 @@ def cells(spend: Budget) -> list[Cell]:
     add(ROWS, HEADLINE)
     for seed in range(spend.seeds):
         add(BOTH, HEADLINE, seed)
+    for where, arm in product(others, main[: spend.arms]):
+        add(arm, HEADLINE, where=where)
     for arm in main[:2]:
         add(arm, ("schedule",), steps=2 * spend.steps)
+    for pairs, arm in product(spend.sweep[2:], main[:2]):
+        add(arm, ("figure3",), 0, pairs)
     short: dict[str, Any] = {"steps": spend.ablation}
     add(FROZEN, VARIED, **short)  # both towers frozen: what differs is the links, and it learns fastest
     for kind in ("paper", "residual")[: spend.values]:
@@ -306,12 +310,8 @@ def cells(spend: Budget) -> list[Cell]:
     for depth in (1, 0, 3)[: spend.values]:  # a link without a projection cannot be calibrated
         add(FROZEN, ("depth",), calibrate=0, link={"projection_depth": depth}, **short)
     add(LORA, ("lora",), **short)
-    for pairs, arm in product(spend.sweep[2:], main[:2]):
-        add(arm, ("figure3",), 0, pairs)
     for arm in main[: min(3, spend.arms)]:
         add(arm, HEADLINE, size="L")
-    for where, arm in product(others, main[: spend.arms]):
-        add(arm, HEADLINE, where=where)
     for arm in main[: spend.arms]:
         add(arm, ("rates",), **LOWER[arm])
     return list(found.values())

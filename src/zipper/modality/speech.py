@@ -6,7 +6,7 @@ frames of a log-mel picture. The codebook is the whole definition; nothing here 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ LIMITS = {
     "stack": (1, 1_000),
 }
 BATCH = 8_192  # points per step of the k-means
+AHEAD = 2  # units that must be known behind those that are made into sound, or heard behind those that are told
+BEHIND = 3  # units of finished sound that the next part of a stream goes on from
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,48 @@ class SpeechUnits:
         """Sound of the codes, about 30 ms of work a second of sound; ids that are no codes are passed over."""
         codes = [code for code in ids if 0 <= code < self.codes]
         return self.config.mel.sound(self.codebook[codes].reshape(-1, self.config.mel.bins))
+
+    def listen(self, sounds: Iterable[Audio]) -> Iterator[list[int]]:
+        """Codes of a sound that comes in parts of one rate, as soon as they are known: some codes, perhaps none, for each part, and
+        the rest at the end. They differ from those of the whole where its loudness is not known yet. Everything heard is looked at
+        again with each part: for utterances, not for hours.
+        """
+        heard, told = Audio(np.zeros(0, np.float32), self.config.mel.rate_hz), 0
+        for sound in sounds:
+            if len(heard.samples) and sound.rate_hz != heard.rate_hz:
+                raise ZipperError(f"Sound of {sound.rate_hz} Hz came behind sound of {heard.rate_hz} Hz. Resample one of them.")
+            heard = Audio(np.concatenate([heard.samples, sound.samples]), sound.rate_hz)
+            known = self.encode(heard)[told:-AHEAD]
+            told += len(known)
+            yield known
+        yield self.encode(heard)[told:]
+
+    def stream(self, ids: Iterable[int], chunk: int = 10) -> Iterator[Audio]:
+        """Sound of codes while they are made: `chunk` codes at a time, each when `AHEAD` more are known; all of it together is as
+        long as what `decode` makes of them. Every part goes on from the sound before it (as RTISI-LA does, Zhu, Beauregard and Wyse
+        2007). Raises a ZipperError for a chunk of less than one code.
+        """
+        if chunk < 1:
+            raise ZipperError(f"Sound in parts of {chunk} codes was asked for. Take at least 1.")
+        per_unit, bins = self.config.stack * self.config.mel.hop, self.config.mel.bins
+        codes, said = list[int](), np.zeros(0, np.float32)  # those of the last part and all since; the sound of that part
+
+        def go_on(new: int) -> Audio:
+            nonlocal codes, said
+            past = len(said) // per_unit
+            sound = self.config.mel.sound(self.codebook[codes].reshape(-1, bins), said=said).samples
+            fresh = sound[len(said) : (past + new) * per_unit]
+            keep = max(0, past + new - BEHIND)
+            codes, said = codes[keep:], sound[keep * per_unit : (past + new) * per_unit]
+            return Audio(fresh, self.config.mel.rate_hz)
+
+        for code in ids:
+            if 0 <= code < self.codes:
+                codes.append(code)
+            if len(codes) - len(said) // per_unit == chunk + AHEAD:
+                yield go_on(chunk)
+        if left := len(codes) - len(said) // per_unit:
+            yield go_on(left)
 
     def voice_id(self, name: str) -> int:
         """The id that stands for a voice. Raises ZipperError for a name that is none."""
