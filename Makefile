@@ -6,11 +6,11 @@ BIN := .venv/bin
 
 # Two busy processes whose OpenMP threads spin are seven times slower than two that sleep (docs/log.md).
 export OMP_WAIT_POLICY := PASSIVE
-export GOMP_SPINCOUNT := 0
+export GOMP_SPINCOUNT := 3000
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo check format slow kill-test matrix docs clean
+.PHONY: help setup demo check format slow kill-test matrix docs record clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ matrix: setup  ## the towers' tests on the oldest transformers that is supported
 docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
 	$(BIN)/python -c "import pathlib, zipper.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
+
+record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
+	$(BIN)/python -m zipper.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper/bench/recorded.json
 
 clean:  ## remove the environment and the tools' caches; runs/ and .cache/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    # Waiting threads that spin starve each other on small machines; must be set before torch is imported.
+    # Waiting threads that spin for long starve each other on small machines, those that never spin are woken late: 3,000 rounds
+    # are some microseconds (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     try:
@@ -210,8 +212,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", help="branch to commit to, made from main if there is none (default main)")
     p.add_argument("--message", default="Upload a zip", help="of the commit")
 
-    p = add("bench", bench_train, "Measure this machine: training steps side by side.", "zipper bench train --size tiny --rounds 3")
-    what = p.add_subparsers(metavar="WHAT", required=True)
+    p = add(
+        "bench",
+        bench_all,
+        "Measure this machine, everything in short beside what was recorded (five minutes on two cores), or WHAT in full.",
+        "zipper bench decode --size 30m",
+    )
+    _bench_options(p)
+    what = p.add_subparsers(metavar="WHAT")
     about = "Training steps of zips, of the decoder with an extended vocabulary and of the bare tower, in turn; medians of ratios."
     p = what.add_parser("train", help=about, description=about)
     p.set_defaults(command=bench_train, name="bench train")
@@ -227,9 +235,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast, frozen towers in bfloat16")
     p.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of the links; flex is for cuda (default sdpa)")
     p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
-    p.add_argument("--hardware", default="", help="what to call this machine")
-    p.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
-    p.add_argument("--json", action="store_true", help="print the results as JSON")
+    _bench_options(p)
 
     about = "Tokens of a zip, of its tower alone, of stock transformers and of other designs, in turn; medians of ratios."
     p = what.add_parser("decode", help=about, description=about)
@@ -245,9 +251,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
-    p.add_argument("--hardware", default="", help="what to call this machine")
-    p.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
-    p.add_argument("--json", action="store_true", help="print the results as JSON")
+    _bench_options(p)
+
+    about = "A model of text and speech against real time: recordings and sentences, one and eight at a time, and the first sound."
+    p = what.add_parser("speech", help=about, description=about)
+    p.set_defaults(command=bench_speech, name="bench speech")
+    p.add_argument("--rounds", type=_count, default=5, help="turns of each arm that count (default 5)")
+    p.add_argument("--utterances", type=_count, default=16, help="in a turn (default 16)")
+    p.add_argument("--model", default="", help="a saved pipeline (default: the shipped one)")
+    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    _bench_options(p)
 
     p = add(
         "towers",
@@ -293,6 +306,12 @@ def _mismatch_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-mismatch", action="store_true", help="load it on another base, tokenizer or codebook than it was made with"
     )
+
+
+def _bench_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--hardware", default="", help="what to call this machine")
+    p.add_argument("-o", "--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    p.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:
@@ -734,51 +753,74 @@ def push(given: argparse.Namespace) -> None:
     print(hub.push(given.model, given.repo, private=given.private, revision=given.revision, message=given.message))
 
 
+def bench_all(given: argparse.Namespace) -> None:
+    """zipper bench"""
+    from zipper.bench import summary
+
+    _benchmark(given, lambda: summary.bench(hardware=given.hardware), summary.table)
+
+
 def bench_train(given: argparse.Namespace) -> None:
     """zipper bench train"""
-    from zipper import bench
     from zipper.bench import train as benchmark
 
-    if given.output:
-        _writable(given.output.with_suffix(".json"))
-    found = benchmark.bench(
-        given.size,
-        given.rounds,
-        given.warm,
-        given.arms.split(","),
-        given.pairs,
-        given.room,
-        given.device,
-        given.precision,
-        given.attention,
-        given.threads,
-        given.hardware,
+    _benchmark(
+        given,
+        lambda: benchmark.bench(
+            given.size,
+            given.rounds,
+            given.warm,
+            given.arms.split(","),
+            given.pairs,
+            given.room,
+            given.device,
+            given.precision,
+            given.attention,
+            given.threads,
+            given.hardware,
+        ),
+        benchmark.table,
     )
-    lines = benchmark.table(found)
-    bench.write(given.output, found, lines)
-    print(json.dumps(found, indent=1) if given.json else lines)
 
 
 def bench_decode(given: argparse.Namespace) -> None:
     """zipper bench decode"""
-    from zipper import bench
     from zipper.bench import decode as benchmark
+
+    _benchmark(
+        given,
+        lambda: benchmark.bench(
+            given.size,
+            given.rounds,
+            given.warm,
+            given.arms.split(",") if given.arms else tuple(benchmark.ARMS),
+            given.source,
+            given.tokens,
+            given.precision,
+            given.device,
+            given.threads,
+            given.hardware,
+        ),
+        benchmark.table,
+    )
+
+
+def bench_speech(given: argparse.Namespace) -> None:
+    """zipper bench speech"""
+    from zipper.bench import speech as benchmark
+
+    measured = partial(benchmark.bench, given.rounds, 1, given.model, given.utterances, given.threads, given.hardware)
+    _benchmark(given, measured, benchmark.table)
+
+
+def _benchmark(given: argparse.Namespace, measure: Callable[[], dict[str, Any]], table: Callable[[dict[str, Any]], str]) -> None:
+    """Measure, write where it was asked for, print."""
+    from zipper import bench
 
     if given.output:
         _writable(given.output.with_suffix(".json"))
-    found = benchmark.bench(
-        given.size,
-        given.rounds,
-        given.warm,
-        given.arms.split(",") if given.arms else tuple(benchmark.ARMS),
-        given.source,
-        given.tokens,
-        given.precision,
-        given.device,
-        given.threads,
-        given.hardware,
-    )
-    lines = benchmark.table(found)
+    found = measure()
+    lines = table(found)
     bench.write(given.output, found, lines)
     print(json.dumps(found, indent=1) if given.json else lines)
 
