@@ -204,6 +204,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", default="", metavar="TABLE,TABLE", help="only these tables, e.g. table1,figure3")
     p.add_argument("--workers", type=_count, default=2, help="cells side by side, a thread each (default 2)")
     p.add_argument("--judge", type=Path, help="a pipeline as second judge on the commands (default: the shipped one)")
+    p.add_argument(
+        "--report", type=Path, metavar="FILE", help="run nothing: write results.md and results.html of this results.json to OUTPUT"
+    )
     p.add_argument("--json", action="store_true", help="print results.json at the end; the tables go to stderr")
     p = add("push", push, "Upload a saved model to the hub, in one commit.", "zipper push runs/demo/model me/my-zip --private")
     p.add_argument("model", type=Path, help="a saved model, with every tower that is not on the hub inside")
@@ -723,8 +726,12 @@ def reproduce(given: argparse.Namespace) -> int:
     """zipper reproduce"""
     from contextlib import nullcontext, redirect_stdout
 
-    from zipper import experiments
+    from zipper import experiments, results
+    from zipper.files import read_json
 
+    if given.report:
+        results.write(read_json(given.report), given.output)
+        return 0
     _writable(given.output / "results.json")
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]

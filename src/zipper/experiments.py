@@ -75,13 +75,6 @@ TRIED: dict[str, tuple[dict[str, float], ...]] = {
 }
 TRIED |= {BOTH: TRIED[ZIP], LORA: TRIED[FROZEN], MATCHED: TRIED[PLAIN], ROWS: TRIED[PLAIN]}
 NEAR = 0.01  # of choices this near to the least dev loss the lowest is taken: what leads in a short run may not bear a long one
-#: The choice below the one that was found on the commands, run to the end as a check of the search.
-LOWER: dict[str, dict[str, Any]] = {
-    ZIP: {"lr_new": 2e-3},
-    FROZEN: {"lr_new": 2.5e-3},
-    MATCHED: {"lr_tower": 2.5e-3},
-    PLAIN: {"lr_tower": 2.5e-3},
-}
 LR_GATE = 3e-4
 LINK = {"gate_init": 1.2, "dropout": 0.1}
 NOISE_DB = 25  # of the noisy test set: the shipped model has 0.3 % at 40 dB, 28 % at 20 dB
@@ -312,8 +305,6 @@ def cells(spend: Budget) -> list[Cell]:
     add(LORA, ("lora",), **short)
     for arm in main[: min(3, spend.arms)]:
         add(arm, HEADLINE, size="L")
-    for arm in main[: spend.arms]:
-        add(arm, ("rates",), **LOWER[arm])
     return list(found.values())
 
 

@@ -43,7 +43,6 @@ TITLES = {
     "positions": "Positions in cross-attention",
     "depth": "Depth of the cross projection",
     "lora": "An adapter on the text tower against a frozen one",
-    "rates": "Learning rates: those that were found, and the next lower ones",
     "schedule": "Twice the steps",
     "towers": "What the towers could do, before and after",
 }
@@ -613,7 +612,7 @@ def _sweep(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
 def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     """One thing varied: a row per value, a column per test set and judge."""
     shown = sorted(_of(groups, name), key=lambda group: len(group.cell["changes"]))
-    if name in ("rates", "schedule"):
+    if name == "schedule":
         same = {(group.cell["arm"], group.cell["corpus"], group.cell["size"]) for group in shown}
         found = [g for g in _of(groups, "table1") if (g.cell["arm"], g.cell["corpus"], g.cell["size"]) in same]
         shown = sorted([*found, *shown], key=lambda group: group.cell["arm"])
@@ -623,7 +622,7 @@ def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     tasks = list(dict.fromkeys(task for group in shown for task in group.mean("dev")))
     rows = [
         (
-            " ".join(filter(None, [(name in ("rates", "schedule")) * group.arm, _changed(group.cell)])) or group.arm,
+            " ".join(filter(None, [(name == "schedule") * group.arm, _changed(group.cell)])) or group.arm,
             f"{group.cell['pairs']:,}",
             f"{group.cell['changes'].get('steps', 0):,}",
             str(len(group.results)),
