@@ -3,10 +3,12 @@
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, zipped
+from test_fused import truth
 from test_generation import assert_same
 
 from zipper import engine as engines
@@ -86,6 +88,54 @@ def test_requests_that_draw_get_what_they_draw_alone(way: str) -> None:
     for request, answer in zip(wanted, answers, strict=True):
         assert_same(answer.segments(), alone(model, request))
     assert len({len(written.ids) for answer in answers for written in answer.written}) > 3
+
+
+@torch.no_grad()
+def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
+    """By its definition, token by token, from the logits of the whole and of the tower without the others."""
+    model, scale = zipped(LLAMAS, {"text": 2}), 3.0
+    given, plan = [Segment("speech", [5, 6]), Segment("text", [3, 9, 4]), Segment("speech", [2])], ["text", "speech", "text"]
+    request = Request(given, plan, Sampling(guidance=scale), LIMITS)
+    (answer,) = Engine(model, 1, reader(model, way)).run([request])
+    said: list[tuple[str, int]] = []
+    for segment in given:
+        begin, end = model.ends()[segment.tower]
+        said += [(segment.tower, i) for i in (begin, *segment.content, end)]
+    changed = 0
+    for tower, segment in zip(plan, answer.segments(), strict=True):
+        begin, end = model.ends()[tower]
+        said.append((tower, begin))
+        for wanted in [*segment.content, *([end] if segment.ended else [])]:
+            own = [word for word in said if word[0] == tower]
+            seeing, blind = truth(model, said, list(LLAMAS))[len(said) - 1], truth(model, own, [tower])[len(own) - 1]
+            seeing[begin] = -torch.inf
+            guided = blind.log_softmax(-1) * (1 - scale) + seeing.log_softmax(-1) * scale
+            guided[begin] = -torch.inf
+            assert int(guided.argmax()) == wanted
+            changed += int(seeing.argmax()) != wanted
+            said.append((tower, wanted))
+        if not segment.ended:
+            said.append((tower, end))
+    assert changed, "without guidance other tokens are chosen"
+
+
+def test_guided_requests_side_by_side_get_what_generate_gives_them(way: str) -> None:
+    model = zipped(THREE, {"text": 2})
+    for temperature in (0.0, 4.0):
+        wanted = [replace(r, sampling=replace(r.sampling, guidance=2.0)) for r in requests(7, temperature)]
+        answers = Engine(model, 4, reader(model, way)).run(wanted)
+        for request, answer in zip(wanted, answers, strict=True):
+            assert_same(answer.segments(), alone(model, request))
+    unguided = [replace(r, sampling=replace(r.sampling, guidance=1.0)) for r in wanted]
+    assert [alone(model, r) for r in wanted] != [alone(model, r) for r in unguided]
+
+
+def test_a_guided_batch_is_its_rows() -> None:
+    model, plan, sampling = zipped(LLAMAS, {"text": 2}), ["text", "speech", "text"], Sampling(guidance=2.5)
+    prompts = [prompt(["speech", "text"], seed) for seed in range(5)]
+    together = generate(model, prompts, plan, sampling, LIMITS)
+    for row, segments in zip(prompts, together, strict=True):
+        assert_same(segments, generate(model, [row], plan, sampling, LIMITS)[0])
 
 
 def test_requests_come_and_go_at_any_step() -> None:
@@ -381,6 +431,7 @@ TALK = [Segment("speech", [3, 4])]
         (Request(TALK, ["text"], limits={"text": 0}), "at least 1"),
         (Request(TALK, ["text"], rules={"txt": Rules()}), "no tower 'txt'"),
         (Request([], ["text"], more=True), "no given segment to feed"),
+        (Request(TALK, ["text"], Sampling(guidance=2.0), search=Search()), "a search and with guidance"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_at_once(request_: Request, message: str) -> None:

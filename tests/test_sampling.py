@@ -91,5 +91,18 @@ def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
 
 @pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
 def test_numbers_out_of_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ZipperError, match="temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
+    with pytest.raises(ZipperError, match="temperature >= 0, top_k >= 0, 0 < top_p <= 1"):
         Sampling(**bad)
+
+
+def test_guidance_of_one_is_the_model_and_none_is_the_tower_alone() -> None:
+    seeing, blind = torch.randn(2, 3, 5).log_softmax(-1)
+    torch.testing.assert_close(Sampling(guidance=1.0).guide(seeing, blind), seeing)
+    torch.testing.assert_close(Sampling(guidance=0.0).guide(seeing, blind), blind)
+    torch.testing.assert_close(Sampling(guidance=3.0).guide(seeing, blind), 3 * seeing - 2 * blind)
+    seeing[0, 1] = blind[1, 2] = -torch.inf
+    guided = Sampling(guidance=2.0).guide(seeing, blind)
+    assert (guided == -torch.inf).nonzero().tolist() == [[0, 1], [1, 2]]
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ZipperError, match="guidance >= 0"):
+            Sampling(guidance=wrong)

@@ -322,12 +322,15 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this probability")
     p.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    p.add_argument(
+        "--guidance", type=float, default=1.0, help="beyond what the tower would say alone: 1 = off (default), try 2 for speech"
+    )
 
 
 def _sampling(given: argparse.Namespace) -> Any:
     from zipper.sampling import Sampling
 
-    return Sampling(given.temperature, given.top_k, given.top_p, given.seed)
+    return Sampling(given.temperature, given.top_k, given.top_p, given.seed, given.guidance)
 
 
 def _pipeline(given: argparse.Namespace) -> Any:

@@ -243,6 +243,10 @@ class Engine:
             self.model.check([Segment(tower, []) for tower in option])
         if wrong := [limit for limit in (request.limits or {}).values() if limit < 1]:
             raise ZipperError(f"A limit of {wrong[0]} was given; a limit is a number of tokens, at least 1.")
+        if request.search is not None and request.sampling.guidance != 1:
+            raise ZipperError(
+                "A request with a search and with guidance was made; guidance is for sampling. Leave one of them out."
+            )
         answer = Answer(request, self.model)
         self._waiting.append(answer)
         return answer
@@ -323,6 +327,8 @@ def _life(model: Model, reader: Reader, answer: Answer) -> Life:
     request, plan, ends = answer.request, _plan(answer.request), model.ends()
     given, produced = [s.tower for s in request.segments], [s.tower for s in plan]
     session = reader.open(tuple(dict.fromkeys(given + produced)), tuple(dict.fromkeys(produced)))
+    guided = request.sampling.guidance != 1 and len({*given, *produced}) > 1
+    alone = {tower: reader.open((tower,), (tower,)) for tower in {*produced} if guided}  # read their own segments only
     seen: dict[str, int] = {}
     for number, segment in enumerate(request.segments):
         tower, (begin, end) = segment.tower, ends[segment.tower]
@@ -333,7 +339,7 @@ def _life(model: Model, reader: Reader, answer: Answer) -> Life:
             while answer.fed and waits:
                 ids.append(answer.fed.popleft())
             for piece in _pieces([*ids, end] if whole else ids):
-                yield [(session, tower, piece)]
+                yield [(reading, tower, piece) for reading in _reading(session, alone, tower)]
                 seen[tower] = seen.get(tower, 0) + len(piece)
             if whole:
                 break
@@ -348,7 +354,7 @@ def _life(model: Model, reader: Reader, answer: Answer) -> Life:
         answer.written.append(written)
         writing = _Writing(written, *ends[tower], cap, request.rules.get(tower, Rules()))
         if request.search is None:
-            yield from _sampled(reader, session, writing, request.sampling, generator, last)
+            yield from _sampled(_reading(session, alone, tower), writing, request.sampling, generator, last)
         else:
             yield from _searched(reader, session, writing, request.search, last)
         seen[tower] = seen.get(tower, 0) + len(written.ids) + 2
@@ -371,16 +377,20 @@ class _Writing(NamedTuple):
         return logits.log_softmax(-1)
 
 
-def _sampled(
-    reader: Reader, session: Any, writing: _Writing, sampling: Sampling, generator: list[torch.Generator], last: bool
-) -> Life:
-    """One segment, token by token."""
+def _reading(session: Any, alone: Mapping[str, Any], tower: str) -> list[Any]:
+    """The sessions that read a segment of a tower."""
+    return [session, alone[tower]] if tower in alone else [session]
+
+
+def _sampled(sessions: Sequence[Any], writing: _Writing, sampling: Sampling, generator: list[torch.Generator], last: bool) -> Life:
+    """One segment, token by token. sessions: one that sees all, and where guidance is wanted one that sees its own tower only."""
     written, begin, end, cap, rules = writing
     next_ids = [begin, *written.ids]
     while not written.stop:
-        (logits,) = yield [(session, written.tower, next_ids)]
+        logits, *blind = yield [(session, written.tower, next_ids) for session in sessions]
         logprobs = writing.logprobs(logits)
-        token = int(choose(rules.weigh(logprobs, written.ids)[None], sampling, generator)[0])
+        guided = sampling.guide(logprobs, blind[0].float()) if blind else logprobs
+        token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
         if token == end:
             written.logprobs.append(float(logprobs[token]))
             written.stop = "end"
@@ -394,7 +404,7 @@ def _sampled(
         next_ids = [token]
     if not last:
         unread = written.ids[-1:] if written.stop == "loop" else []
-        yield [(session, written.tower, [*unread, end])]
+        yield [(session, written.tower, [*unread, end]) for session in sessions]
 
 
 class _Beam(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zipper.errors import ZipperError
@@ -78,6 +78,8 @@ def generate(
     if shape:
         _, state = model.step(clock.read(prompts), state)
 
+    towers = {*shape, *produced}
+    alone = {t: _Alone(model, t, prompts) for t in {*produced} if sampling.guidance != 1 and len(towers) > 1}
     generators = sampling.generators(len(prompts))
     results: list[list[Segment]] = [[] for _ in prompts]
     room = torch.ones(len(prompts), dtype=torch.bool)
@@ -85,7 +87,9 @@ def generate(
         tower, last = forced.tower, number == len(plan) - 1
         caps = _caps(model, tower, clock.seen(), (limits or {}).get(tower), room)
         state = state.compact(tower)
-        ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last)
+        if tower in alone:
+            alone[tower].state = alone[tower].state.compact(tower)
+        ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last, alone.get(tower))
         for row, result in enumerate(results):
             result.append(Segment(tower, ids[row], ended=ended[row], score=scores[row]))
     return results
@@ -100,20 +104,28 @@ def _segment(
     sampling: Sampling,
     generators: list[torch.Generator],
     last: bool,
+    alone: "_Alone | None",
 ) -> tuple[list[list[int]], list[float], list[bool], Any]:
     """One segment for every row: (ids without begin and end, log-probability, ended by itself, state). A cap of 0: no segment."""
     tower, (begin, end) = forced.tower, model.ends()[forced.tower]
     rows, alive = len(caps), caps > 0
+    going = alive  # rows that are alive after what is read next: those that end still read their end, for the segments after them
     ids: list[list[int]] = [list(forced.content) if here else [] for here in alive]
     scores, ended = [0.0] * rows, [False] * rows
-    hidden, state = model.step({tower: clock.say(tower, torch.tensor([[begin, *forced.content]] * rows), alive)}, state)
+    next_ids = torch.tensor([[begin, *forced.content]] * rows)
     while True:
+        hidden, state = model.step({tower: clock.say(tower, next_ids, alive)}, state)
+        blind = alone.read(next_ids, alive) if alone else None
+        alive = going
+        if not alive.any():
+            break
         logits = model.unembed(tower, hidden[tower][:, -1:])[:, 0].float()
         if begin != end:
             logits[:, begin] = -torch.inf  # a segment begins once
+        weighed = logits if blind is None else sampling.guide(logits, blind)
         # Only rows that are alive draw: the stream of one that has ended must not depend on how long its neighbours go on.
         token, streams = torch.full((rows,), end), [g for g, a in zip(generators, alive, strict=True) if a]
-        token[alive] = choose(logits[alive.to(logits.device)], sampling, streams).cpu()
+        token[alive] = choose(weighed[alive.to(logits.device)], sampling, streams).cpu()
         logprob = logits.log_softmax(-1).cpu().gather(-1, token[:, None])[:, 0]
         for row in alive.nonzero().flatten().tolist():
             ended[row] = bool(token[row] == end)
@@ -126,12 +138,24 @@ def _segment(
         going = alive & (token != end)
         if last and not going.any():
             break
-        # Rows that end here still read their end token, so that the segments after them can see it.
-        hidden, state = model.step({tower: clock.say(tower, token[:, None], alive)}, state)
-        alive = going
-        if not alive.any():
-            break
+        next_ids = token[:, None]
     return ids, scores, ended, state
+
+
+class _Alone:
+    """A tower that has read its own segments only: what guidance leads away from."""
+
+    def __init__(self, model: Model, tower: str, prompts: Sequence[Sequence[Segment]]) -> None:
+        self.model, self.tower = model, tower
+        self.state, self.clock = model.start((tower,), (tower,)), Clock(len(prompts), model.ends())
+        own = [[segment for segment in prompt if segment.tower == tower] for prompt in prompts]
+        if own[0]:
+            _, self.state = model.step(self.clock.read(own), self.state)
+
+    def read(self, ids: Int[Tensor, "batch length"], alive: Bool[Tensor, " batch"]) -> Float[Tensor, "batch vocabulary"]:
+        """Logits behind these ids, where a row is alive."""
+        hidden, self.state = self.model.step({self.tower: self.clock.say(self.tower, ids, alive)}, self.state)
+        return self.model.unembed(self.tower, hidden[self.tower][:, -1:])[:, 0].float()
 
 
 def _caps(
