@@ -222,7 +222,9 @@ def test_recomputed_blocks_keep_what_they_are_given_and_one_of_them_the_rest() -
 
 
 def test_the_matmul_rate_is_that_of_products_done_by_hand() -> None:
+    before = torch.get_rng_state()
     rate = matmul_rate(256, 256, 256, seconds=0.1)
+    assert torch.equal(torch.get_rng_state(), before), "it is measured in the middle of a run"
     left, right = torch.randn(256, 256), torch.randn(256, 256)
     spent = []
     for _ in range(50):

@@ -230,7 +230,8 @@ def matmul_rate(
     """Operations per second of (rows x width) @ (width x columns) on this machine: the best of rounds, for others may be using it
     too. Takes about `seconds`, also where that many rows would take longer: then fewer are multiplied."""
     device_type = torch.device(device).type
-    right = torch.randn(width, columns, device=device).to(dtype)
+    noise = torch.Generator(device).manual_seed(0)  # a run's own draws stay as they are
+    right = torch.randn(width, columns, device=device, generator=noise).to(dtype)
 
     def timed(left: Tensor) -> float:
         start = time.perf_counter()
@@ -241,11 +242,11 @@ def matmul_rate(
 
     with torch.inference_mode():
         some = min(rows, 16)
-        left = torch.randn(some, width, device=device).to(dtype)
+        left = torch.randn(some, width, device=device, generator=noise).to(dtype)
         timed(left)  # the first one also sets up threads and libraries
         while some < rows and timed(left) < seconds / 20:
             some = min(rows, 2 * some)
-            left = torch.randn(some, width, device=device).to(dtype)
+            left = torch.randn(some, width, device=device, generator=noise).to(dtype)
         rounds, until = [timed(left)], time.perf_counter() + seconds
         while len(rounds) < 3 or time.perf_counter() < until:
             rounds.append(timed(left))
