@@ -44,6 +44,17 @@ def test_a_step_reads_weights_once_and_keys_and_values_of_every_sequence() -> No
     assert turn("streams")["bytes"] == 4 * (tower + links * link + 8 * (own + links * memory))
 
 
+def test_the_work_of_a_prefill_is_that_of_blocks_and_links() -> None:
+    shape = SIZES["tiny"]["text"]  # both towers have it, and vocabularies of their own
+    width, hidden = shape["hidden_size"], shape["intermediate_size"]
+    block = 4 * width * width + 3 * width * hidden
+    source, prompt = 12, 6
+    assert turn("expanded", source)["prefill_flops"] == 2 * 4 * block * (source + prompt)
+    reading = 4 * width * width  # query, output and feed-forward
+    shown = 3 * width * width  # projection, keys and values
+    assert turn("zip", source)["prefill_flops"] == 2 * ((2 * block + shown) * source + (4 * block + reading) * prompt)
+
+
 def test_mllama_sees_its_source() -> None:
     arm = build(Settings("mllama", "tiny", source=3, prompt=2))
     with torch.inference_mode():

@@ -9,13 +9,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MllamaForCausalLM, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -25,6 +25,7 @@ from zipper.errors import ZipperError
 from zipper.fused import Fused
 from zipper.link import LinkConfig
 from zipper.model import Zipper
+from zipper.tower import Tower
 
 #: Each arm, and what it is.
 ARMS = {
@@ -89,11 +90,13 @@ class Settings:
 
 class Arm(NamedTuple):
     """A way to decode. start: reads source and prompt, and makes a step that reads one id per sequence: logits of the first.
-    bytes: that a step reads, 0 = not counted."""
+    bytes: that a step reads, prefill_flops: of source and
+    prompt, in products with weights; 0 = not counted."""
 
     start: Callable[[], Callable[[int], Tensor]]
     streams: int = 1
     bytes: int = 0
+    prefill_flops: float = 0.0
 
 
 def bench(
@@ -125,6 +128,11 @@ def bench(
             if wanted is None:
                 wanted = round(1 / (turns[fast][0]["bytes"] / turns[slow][0]["bytes"] + 0.03), 3)
             ratios.append({"above": fast, "below": slow, "target": wanted, **ratio(*rates)._asdict()})
+    prefill = {}
+    if {"zip", "expanded"} <= turns.keys():
+        seconds = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
+        work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
+        prefill = {"work": round(work, 3), "target": round(0.9 * work, 3), **ratio(*seconds)._asdict()}
     shared = {
         name: value
         for name, value in asdict(Settings("", size, source, 16, tokens, precision, device, threads)).items()
@@ -136,6 +144,7 @@ def bench(
         "settings": shared,
         "arms": {arm: _summary(said) for arm, said in turns.items()},
         "ratios": ratios,
+        "prefill": prefill,
     }
 
 
@@ -175,6 +184,13 @@ def table(found: Mapping[str, Any]) -> str:
         held = Ratio(row["median"], row["low"], row["high"])
         verdict = f"{row['target']} ({'held' if held.median >= row['target'] else 'missed'})"
         lines.append(f"| {row['above']} / {row['below']} | {held.median:.3f} | {held.low:.3f} to {held.high:.3f} | {verdict} |")
+    if row := found["prefill"]:
+        lines += [
+            "",
+            f"Prefill: the zip is {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) times as fast as the expanded decoder"
+            f", which does {row['work']:.2f} times its work in products with weights: {row['target']:.2f} was wanted "
+            f"({'held' if row['median'] >= row['target'] else 'missed'}).",
+        ]
     if {"zip", "bare"} <= found["arms"].keys() and found["arms"]["bare"]["bytes_a_step"]:
         share = found["arms"]["zip"]["bytes_a_step"] / found["arms"]["bare"]["bytes_a_step"]
         lines += [
@@ -204,14 +220,16 @@ def build(settings: Settings) -> Arm:
     if settings.arm == "expanded":
         units = shapes["text"]["vocab_size"]
         wide = Zipper.from_towers({"text": made({**shapes["text"], "vocab_size": units + shapes["speech"]["vocab_size"]})})
-        return _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt)
+        arm = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt)
+        return arm._replace(prefill_flops=_products(_blocks(wide, "text"), len(source) + len(prompt)))
     towers = {name: made(shapes[name]) for name in (("text",) if settings.arm == "bare" else ("text", "speech"))}
     model = Zipper.from_towers(towers, every=dict.fromkeys(towers, EVERY), link=LinkConfig(gate_init=0.5), input_projection="none")
     model.links.to(dtype)
     reader = Stepwise(model) if settings.arm == "steps" else Fused(model, int8=settings.arm == "int8")
     if settings.arm in ("bare", "blind"):
         return _ours(reader, list(towers), [], prompt)
-    return _ours(reader, ["speech", "text"], source, prompt, STREAMS if settings.arm == "streams" else 1)
+    arm = _ours(reader, ["speech", "text"], source, prompt, STREAMS if settings.arm == "streams" else 1)
+    return arm._replace(prefill_flops=_zip_prefill(model, len(source), len(prompt)))
 
 
 def _ours(reader: Reader, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int = 1) -> Arm:
@@ -230,6 +248,28 @@ def _ours(reader: Reader, plan: Sequence[str], source: Sequence[int], prompt: Se
         return step
 
     return Arm(start, streams, _read(reader, plan, source, prompt, streams) if isinstance(reader, Fused) else 0)
+
+
+def _products(parts: Iterable[nn.Module], tokens: int) -> float:
+    """FLOPs of so many tokens through the matrices of modules."""
+    return 2.0 * tokens * sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
+
+
+def _blocks(model: Zipper, name: str) -> Sequence[nn.Module]:
+    tower = model.towers[name]
+    assert isinstance(tower, Tower)
+    return list(tower.blocks)
+
+
+def _zip_prefill(model: Zipper, source: int, prompt: int) -> float:
+    """The source goes as far as its last junction and into the links, the prompt through the text tower and what links do to it."""
+    last = max(junction["speech"] for junction in model.config.junctions)
+    done = _products(_blocks(model, "speech")[:last], source) + _products(_blocks(model, "text"), prompt)
+    for n, _ in enumerate(model.config.junctions):
+        link = model.link(n, "speech", "text")
+        done += _products([link.query, link.out, *([link.feedforward] if link.feedforward else [])], prompt)
+        done += _products([link.projection, link.key, link.value, *([link.whiten] if link.whiten else [])], source)
+    return done
 
 
 def _read(reader: Fused, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int) -> int:
@@ -314,6 +354,7 @@ def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
         "tokens": float(len(ids) * arm.streams),
         "streams": float(arm.streams),
         "bytes": float(arm.bytes),
+        "prefill_flops": arm.prefill_flops,
         "read": read,
         "choice": float(choice),
     }
