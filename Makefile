@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 3000
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo check format slow kill-test matrix docs record clean
+.PHONY: help setup demo check format slow kill-test matrix docs report record clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ matrix: setup  ## the towers' tests on the oldest transformers that is supported
 docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
 	$(BIN)/python -c "import pathlib, zipper.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
+
+report: setup  ## docs/results.md and docs/results.html from the recorded run of `zipper reproduce`
+	$(BIN)/zipper reproduce --report $(lastword $(sort $(wildcard benchmarks/results/reproduce_cpu_*.json))) --output docs
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
 	$(BIN)/python -m zipper.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper/bench/recorded.json

@@ -6,6 +6,7 @@ All numbers are made up: every sentence has ten words, so that an edit more in e
 import json
 import random
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,16 @@ def test_a_result_that_lacks_something_or_compares_other_sentences_is_an_error()
         results.tables(run(flat(ZIP, 1), flat(MATCHED, 1, count=N - 1)))
     with pytest.raises(ZipperError, match="Run them again"):
         results.tables(run(flat(ZIP, 1, seeds=1), flat(ZIP, 1, count=N - 1)[1:]))
+
+
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_the_pages_of_the_recorded_run_are_made_from_its_json() -> None:
+    (recorded,) = RECORDED.glob("reproduce_cpu_*.json")
+    found = json.loads(recorded.read_text(encoding="utf-8"))
+    docs = RECORDED.parents[1] / "docs"
+    assert (docs / "results.md").read_text(encoding="utf-8") == results.tables(found), "make report"
+    page = unescape((docs / "results.html").read_text(encoding="utf-8")).replace("\xa0", " ")
+    assert all(verdict.claim in page and verdict.why in page for verdict in results.verdicts(found)), "make report"
+    assert found["commit"] and found["command"].startswith("zipper reproduce --preset cpu")
