@@ -3,7 +3,8 @@
 Towers whose blocks are like Llama's are run here without transformers: fused projections, keys and values in buffers with room to
 grow, no masks, no padding. What is read in one call is ragged: the tokens of all sequences stand in one matrix, and only attention
 goes sequence by sequence. A tower counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the
-way for all others. Weights are taken at construction, and must not change after it. Nothing here knows of sampling or plans.
+way for all others. Weights are taken at construction, and must not change after it; on a CPU they are copied, those of float32
+in two layouts. Nothing here knows of sampling or plans.
 """
 
 import copy
@@ -62,6 +63,8 @@ class Matrix:
             elif weight.dtype == torch.bfloat16 and AMX:
                 self.row = lambda x: torch.mv(weight, x[0])[None]
         self.bytes = sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.scale) if t is not None)
+        if self.packed is not None:
+            self.weight = weight.new_empty((0, weight.shape[1]))  # it is not read again
 
     def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         if self.scale is not None:
