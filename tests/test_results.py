@@ -360,3 +360,12 @@ def test_the_pages_of_the_recorded_run_are_made_from_its_json() -> None:
     page = unescape((docs / "results.html").read_text(encoding="utf-8")).replace("\xa0", " ")
     assert all(verdict.claim in page and verdict.why in page for verdict in results.verdicts(found)), "make report"
     assert found["commit"] and found["command"].startswith("zipper reproduce --preset cpu")
+
+
+def test_word_error_rates_in_the_readme_are_those_of_the_recorded_run() -> None:
+    root = RECORDED.parents[1]
+    section = (root / "README.md").read_text(encoding="utf-8").partition("### The paper's experiments")[2].partition("### Speed")[0]
+    rates = re.findall(r"\b\d+\.\d\b", section)
+    written = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    assert len(rates) > 15
+    assert [rate for rate in rates if not re.search(rf"\b{re.escape(rate)}\b", written)] == []
