@@ -1,6 +1,8 @@
 """Layouts: small corpora, rendered as the real ones lie on disk, give their samples; what does not fit is named."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,17 @@ def test_a_source_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
             next(layouts.samples(f"{kind}:{tmp_path / 'gone*'}"))
     with pytest.raises(ZipperError, match=r"gone.jsonl does not exist"):
         next(layouts.samples(str(tmp_path / "gone.jsonl")))
+
+
+def test_a_folder_of_a_corpus_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = librispeech(tmp_path)
+    real = os.scandir
+
+    def listed(path: Any) -> Any:
+        if str(path).endswith("121550"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(ZipperError, match="121550 cannot be listed: Permission denied"):
+        rows(f"librispeech:{root}")

@@ -113,7 +113,7 @@ def _training(record: Mapping[str, Any]) -> str:
 def _files(folder: Path, towers: Mapping[str, Any]) -> str:
     """Megabytes of the parts that are in the folder."""
     starts = {"links, input projections, adapters": checkpoint.TENSORS} | {f"tower {name}": f"towers/{name}/" for name in towers}
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in checkpoint.inside(folder) if path.is_file()}
     sizes = {
         part: sum(size for name, size in files.items() if name.startswith(start))
         for part, start in (starts | {"modalities": "modalities/"}).items()

@@ -74,7 +74,7 @@ def whole(folder: Path) -> Iterator[Path]:
             try:
                 temporary.chmod(0o755)
                 yield temporary
-                for path in _inside(temporary):
+                for path in inside(temporary):
                     flush(path)
                 seal(temporary)
                 flush(temporary / MANIFEST)
@@ -90,7 +90,7 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def seal(folder: Path) -> None:
     """Write the manifest of a folder: the hash of every file in it, but not of README.md and of hidden ones (the hub's)."""
-    found = ((path, path.relative_to(folder)) for path in sorted(_inside(folder)) if path.is_file())
+    found = ((path, path.relative_to(folder)) for path in sorted(inside(folder)) if path.is_file())
     own = ((path, name) for path, name in found if name.parts[0][0] != "." and str(name) not in (MANIFEST, CARD))
     (folder / MANIFEST).write_bytes(_manifest({name.as_posix(): sha256(path) for path, name in own}))
 
@@ -144,7 +144,7 @@ def newest(folders: Iterable[Path]) -> Path | None:
     return None
 
 
-def _inside(folder: Path) -> Iterator[Path]:
+def inside(folder: Path) -> Iterator[Path]:
     """Every file and folder in a folder. One that cannot be listed is an error (Path.rglob passes over it)."""
 
     def stop(error: OSError) -> None:

@@ -78,7 +78,11 @@ def _walk(folder: str, *endings: str) -> Iterator[tuple[Path, dict[str, dict[str
     root = Path(folder)
     if not root.is_dir():
         raise ZipperError(f"{root} is no folder. Give the one that holds the corpus.")
-    for above, folders, names in os.walk(root, followlinks=True):
+
+    def stop(error: OSError) -> None:  # os.walk would pass over it, and its samples would be missed by nobody
+        raise ZipperError(f"{error.filename} cannot be listed: {error.strerror}. Make it readable, or take it out of {root}.")
+
+    for above, folders, names in os.walk(root, onerror=stop, followlinks=True):
         folders.sort()
         found: dict[str, dict[str, Path]] = {}
         for name in sorted(names):
