@@ -177,12 +177,12 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "what waits to be read is not reordered": (model.State, "select", "h[rows] for h in parts", "h for h in parts"),
     # Generation.
     "positions go on for rows that have ended": (generation.Clock, "say", "position + alive * ids", "position + ids"),
-    "an end token is not read": (generation, "_segment", "token[:, None], alive)", "token[:, None], going)"),
+    "an end token is not read": (generation, "_segment", "next_ids, alive)}", "next_ids, going)}"),
     "rows that have ended draw on": (
         generation,
         "_segment",
-        "token[alive] = choose(logits[alive.to(logits.device)], sampling, streams).cpu()",
-        "token = choose(logits, sampling, generators)",
+        "token[alive] = choose(weighed[alive.to(logits.device)], sampling, streams).cpu()",
+        "token = choose(weighed, sampling, generators)",
     ),
 }
 

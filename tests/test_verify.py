@@ -213,7 +213,7 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
     ),
     "the cache is cut at the wrong end": ([(tower.Past, "compact", "self.length - width :", ": width")], "cached is full"),
     "what was read is read again": ([(Zipper, "_exchange", "state.unread.pop(", "state.unread.get(")], "cached is full"),
-    "an end is not read": ([(generation, "_segment", "token[:, None], alive)", "token[:, None], going)")], "every produced"),
+    "an end is not read": ([(generation, "_segment", "next_ids, alive)}", "next_ids, going)}")], "every produced"),
     "the end of a segment that was cut is not read": (
         [(generation, "_segment", "token[row] = end", "token[row] = end; alive[row] = False")],
         "every produced",
