@@ -23,7 +23,7 @@ def bench(size: str = SIZE, rounds: int = ROUNDS, hardware: str = "") -> dict[st
     found = {
         "decode": decode.bench(size, rounds, 1, ("zip", "bare", "stock", "int8", "streams"), hardware=hardware),
         "train": train.bench(size, rounds, 1, ("frozen", "trained", "expanded"), hardware=hardware),
-        "speech": speech.bench(rounds, 1, utterances=4, hardware=hardware),
+        "speech": speech.bench(rounds, 1, hardware=hardware),
     }
     return {**machine(hardware), "rounds": rounds, "size": size, **{kind: digest(one) for kind, one in found.items()}}
 
