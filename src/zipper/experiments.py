@@ -598,7 +598,7 @@ def configure(spec: Mapping[str, Any], needs: Needs, folder: Path, rates: Mappin
         "eval_every": max(5, steps // 10),
         "eval_rows": spec["dev"],
         # The best by dev is kept, but no run is cut: with few pairs the loss on dev rises before it falls (docs/log.md).
-        "patience": 10,
+        "patience": 0,
         "save_every": max(1, steps // 4),
         "mixed_precision": spec["mixed_precision"],
         "trackers": (),

@@ -50,14 +50,7 @@ class History:
 
     def lines(self, prefix: str) -> Lines:
         """Steps and values of every key that begins with `prefix`, without it."""
-        found: Lines = {}
-        for row in self.rows:
-            for key, value in row.items():
-                if key.startswith(prefix):
-                    steps, values = found.setdefault(key.removeprefix(prefix), ([], []))
-                    steps.append(row["step"])
-                    values.append(float(value))
-        return found
+        return report.series(self.rows, prefix)
 
     def last(self, prefix: str) -> dict[str, float]:
         """The last value of every such key."""

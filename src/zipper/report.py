@@ -197,10 +197,10 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     axes have the colour of the text around them. Raises ZipperError where there is nothing to draw or no matplotlib.
     """
     panels = {
-        "training loss, nats per token": _series(metrics, "loss/"),
-        "dev loss, nats per token": _series(metrics, "dev/"),
+        "training loss, nats per token": series(metrics, "loss/"),
+        "dev loss, nats per token": series(metrics, "dev/"),
     }
-    for link, line in _series(metrics, "gate/").items():
+    for link, line in series(metrics, "gate/").items():
         junction, _, direction = link.partition(":")
         source, _, target = direction.partition(">")
         panels.setdefault(f"gate |tanh|, {target} reads {source}", {})[f"junction {junction}"] = line
@@ -427,7 +427,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]
 # --- pictures and sound as text ---
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+def series(metrics: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of every key that begins with `prefix`, without it; rows that lack a key are skipped for that key."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for row in metrics:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from zipper import report
+from zipper import files, report
 from zipper.audio import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import RESAMPLES
@@ -467,9 +467,7 @@ def write(found: Mapping[str, Any], folder: Path) -> None:
     written = {"results.md": tables(found), "results.html": _page(found)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        files.write(folder / name, text.encode())
 
 
 def _document(found: Mapping[str, Any]) -> list[Section]:

@@ -107,6 +107,14 @@ def machine(hardware: str) -> dict[str, Any]:
     }
 
 
+def head(title: str, command: str, found: Mapping[str, Any]) -> list[str]:
+    """The first lines of a benchmark's table: where, how and with what it was taken."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    how = f"`{command}`: {settings}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A)."
+    return [f"# {title}, {found['hardware']}, {found['month']}", "", how, ""]
+
+
 def write(output: Path | None, found: Mapping[str, Any], lines: str) -> None:
     """OUTPUT.json and OUTPUT.md, where an output was asked for."""
     if output is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MllamaForCausalLM, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from zipper.bench import Ratio, Turn, machine, ratio, serve, take_turns
+from zipper.bench import Ratio, Turn, head, machine, ratio, serve, take_turns
 from zipper.engine import Reader, Stepwise
 from zipper.errors import ZipperError
 from zipper.fused import Fused
@@ -168,10 +168,7 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> str:
     """The results in markdown."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    said = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    lines = [f"# Decoding, {found['hardware']}, {found['month']}", ""]
-    lines += [f"`zipper bench decode`: {said}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A).", ""]
+    lines = head("Decoding", "zipper bench decode", found)
     lines += ["| arm | tokens/s | prefill, ms | a step reads, MB | of the read bandwidth |", "|---|---|---|---|---|"]
     for name, arm in found["arms"].items():
         known = f"{arm['bytes_a_step'] / 1e6:.1f} | {100 * arm['bytes_per_s'] / arm['read_bytes_per_s']:.0f} %"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from zipper import corpus
-from zipper.bench import Turn, machine, serve, take_turns
+from zipper.bench import Turn, head, machine, serve, take_turns
 from zipper.engine import Request
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
@@ -69,10 +69,7 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> str:
     """The results in markdown."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    said = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    lines = [f"# Speech in real time, {found['hardware']}, {found['month']}", ""]
-    lines += [f"`zipper bench speech`: {said}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A), medians.", ""]
+    lines = head("Speech in real time", "zipper bench speech", found)
     lines += ["| arm | seconds of work a second of sound | of it units <-> sound | first sound after, ms |", "|---|---|---|---|"]
     for name, arm in found["arms"].items():
         first = f"{1000 * arm['first_s']:.0f}" if arm["first_s"] else "-"

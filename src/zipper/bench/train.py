@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper.bench import Ratio, Turn, machine, ratio, resident, serve, take_turns
+from zipper import plan
+from zipper.bench import Ratio, Turn, head, machine, ratio, resident, serve, take_turns
 from zipper.errors import ZipperError
-from zipper.link import Link, LinkConfig
+from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.packing import lengths, pack
 from zipper.sequence import Segment, collate
@@ -145,10 +146,7 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Any]) -> str:
     """The results in markdown."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    said = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    lines = [f"# Training steps, {found['hardware']}, {found['month']}", ""]
-    lines += [f"`zipper bench train`: {said}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A).", ""]
+    lines = head("Training steps", "zipper bench train", found)
     lines += ["| arm | pairs/s | GFLOP a pair | GFLOP/s | padding | trains | peak memory, MB |", "|---|---|---|---|---|---|---|"]
     for name, arm in found["arms"].items():
         lines.append(
@@ -167,55 +165,6 @@ def table(found: Mapping[str, Any]) -> str:
     lines += ["through them. Memory is what a process has over its imports (on CUDA, what torch allocated). Pairs of the first"]
     lines += [f"arms: {EQUAL['speech']} tokens of speech, {EQUAL['text']} of text; of the last two: `zipper.bench.train.mix`."]
     return "\n".join(lines) + "\n"
-
-
-def matrices(part: nn.Module) -> int:
-    """Numbers in the matrices of linear layers."""
-    return sum(layer.weight.numel() for layer in part.modules() if isinstance(layer, nn.Linear))
-
-
-def zip_flops(model: Zipper, pairs: Sequence[Pair]) -> dict[str, float]:
-    """FLOPs of a step on pairs in which speech is given and text carries the loss, of matrices and of attention.
-
-    A product costs 2 forwards, 2 for the gradient of its input where something upstream learns, 2 for that of its weight where
-    that learns. Attention has two products, and two gradients each. Speech runs to its last junction, without a graph if frozen.
-    """
-    found = {"matrices": 0.0, "attention": 0.0}
-    last = model.config.junctions[-1]["speech"]
-    first = model.config.junctions[0]["text"]
-    for pair in pairs:
-        for name, n in pair.items():
-            tower, learns = model.towers[name], model.config.towers[name].train
-            assert isinstance(tower, Tower)
-            stop = last if name == "speech" else tower.layers
-            for index in range(stop):
-                graph = learns or (name == "text" and index >= first)
-                found["matrices"] += 2 * n * matrices(tower.blocks[index]) * (1 + graph + learns)
-                found["attention"] += _causal(tower, n) * (3 if graph else 1)
-            if name == "text":  # the last token predicts nothing
-                found["matrices"] += 2 * (n - 1) * tower.vocabulary * tower.width * (2 + learns)
-        for name, link in model.links.items():
-            assert isinstance(link, Link)
-            if name.endswith(">text"):
-                own = matrices(link.query) + matrices(link.out) + (matrices(link.feedforward) if link.feedforward else 0)
-                read = matrices(link.projection) + matrices(link.key) + matrices(link.value)
-                found["matrices"] += 6 * (pair["text"] * own + pair["speech"] * read)
-                found["attention"] += 3 * 4 * pair["text"] * pair["speech"] * link.query.out_features
-    return found
-
-
-def bare_flops(tower: Tower, tokens: int) -> dict[str, float]:
-    """FLOPs of a step of a tower that learns, on one row, logits at every position."""
-    blocks = sum(matrices(block) for block in tower.blocks)
-    return {
-        "matrices": 6.0 * tokens * (blocks + tower.vocabulary * tower.width),
-        "attention": 3 * tower.layers * _causal(tower, tokens),
-    }
-
-
-def _causal(tower: Tower, tokens: int) -> float:
-    """Forward FLOPs of one block's attention: 4 x width x the mean number of tokens that a token sees."""
-    return 4.0 * tokens * tower.width * (tokens + 1) / 2
 
 
 class Arm(NamedTuple):
@@ -237,7 +186,8 @@ def build(settings: Settings) -> Arm:
         stock: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**shapes["text"], **more}), dtype=torch.float32)
         stock.to(device).train()
         optimizer = torch.optim.AdamW(stock.parameters())
-        tower, row = Tower(stock), sum(EQUAL.values())
+        row = sum(EQUAL.values())
+        alone = Zipper.from_towers({"text": Tower(stock)}, train=("text",))
 
         def plain(number: int) -> tuple[Sequence[Pair], float]:
             ids = torch.randint(2, stock.config.vocab_size, (size, row), device=device)
@@ -249,7 +199,9 @@ def build(settings: Settings) -> Arm:
             _learn(stock, optimizer, loss)
             return [EQUAL] * size, 0.0
 
-        return Arm(stock, plain, lambda pairs: len(pairs) * sum(bare_flops(tower, row).values()))
+        reads = {"text": row * (row + 1) / 2.0}  # every token itself and those before it; stock makes logits at every position
+        each = plan.Load(1.0, {"text": float(row)}, {"text": float(row)}, reads)
+        return Arm(stock, plain, lambda pairs: plan.cost(alone, each * float(len(pairs))).flops)
 
     learns = ("text", "speech") if settings.arm == "trained" else ()
     towers = {}
@@ -265,13 +217,16 @@ def build(settings: Settings) -> Arm:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     contents = {name: torch.randint(2, shapes[name]["vocab_size"], (4096,)).tolist() for name in towers}
 
+    def sample(pair: Pair) -> list[Segment]:
+        return [Segment(name, contents[name][: pair[name] - 2], weight=float(name == "text")) for name in ("speech", "text")]
+
+    def flops(pairs: Sequence[Pair]) -> float:
+        return plan.cost(model, plan.Load.of([collate([sample(pair) for pair in pairs], model.ends())])).flops
+
     def zipped(number: int) -> tuple[Sequence[Pair], float]:
         chosen = mix(size, number) if settings.arm in ("padded", "packed") else [EQUAL] * size
-        samples = [
-            [Segment(name, contents[name][: pair[name] - 2], weight=float(name == "text")) for name in ("speech", "text")]
-            for pair in chosen
-        ]
-        rows = pack([lengths(sample) for sample in samples], {"speech": settings.room}) if settings.arm == "packed" else None
+        samples = [sample(pair) for pair in chosen]
+        rows = pack([lengths(some) for some in samples], {"speech": settings.room}) if settings.arm == "packed" else None
         batch = collate(samples, model.ends(), packed=rows).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
             loss = objective([batch])["text"] / batch.weights["text"].sum()
@@ -279,7 +234,7 @@ def build(settings: Settings) -> Arm:
         slots = sum(strand.ids.numel() for strand in batch.strands.values())
         return chosen, 1 - sum(sum(pair.values()) for pair in chosen) / slots
 
-    return Arm(model, zipped, lambda pairs: sum(zip_flops(model, pairs).values()))
+    return Arm(model, zipped, flops)
 
 
 def _learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
