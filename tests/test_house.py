@@ -42,6 +42,7 @@ ORDER = (
     "card",
     "model",
     "baseline",
+    "native",
     "fused",
     "engine",
     "audio",

@@ -3,13 +3,17 @@
 Towers whose blocks are like Llama's are run here without transformers: fused projections, keys and values in buffers with room to
 grow, no masks, no padding. What is read in one call is ragged: the tokens of all sequences stand in one matrix, and only attention
 goes sequence by sequence. A tower counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the
-way for all others. Weights are taken at construction, and must not change after it; on a CPU they are copied, those of float32
-in two layouts. Nothing here knows of sampling or plans.
+way for all others. Weights are taken at construction, and must not change after it; on a CPU some are copied into other layouts.
+There a few tokens go through one call of compiled code (`native`), many through torch's products. Nothing here knows of sampling
+or plans.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import addressof, pointer
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple, final
 
 import torch
@@ -17,7 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
-from zipper.link import Link, Memory
+from zipper import native
+from zipper.link import InputProjection, Link, Memory
 from zipper.model import Zipper, link_name
 from zipper.tower import Strand, Tower, UnsupportedTower
 
@@ -38,8 +43,7 @@ class Matrix:
     """x -> x W^T + b of one or several linear layers that read the same; on a CPU by whatever kernel is fastest there."""
 
     def __init__(self, layers: Sequence[nn.Linear], int8: bool = False, factor: float = 1.0) -> None:
-        """int8: W in 8 bits, one scale a row, and x in bfloat16; not where the width of x is no multiple of 32. factor: of the
-        whole product."""
+        """int8: W in 8 bits, one scale a row; not where the width of x is no multiple of 32. factor: of the whole product."""
         weights = [layer.weight.detach() for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         weight = weight if factor == 1 else weight * factor
@@ -47,36 +51,47 @@ class Matrix:
         if biases and len(biases) < len(layers):
             raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
         self.bias: Tensor | None = torch.cat(biases) * factor if biases else None
-        self.weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
         self.scale: Float[Tensor, " out"] | None = None
-        self.packed: Tensor | None = None  # W in oneDNN's own layout
-        self.row: Callable[[Float[Tensor, "1 in"]], Float[Tensor, "1 out"]] = self._product  # for one token
         if int8 and weight.shape[1] % 32 == 0:  # torch's kernel reads beyond the end of other rows
-            scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-            self.weight = (weight.float() / scale[:, None]).round().to(torch.int8)
-            self.scale = scale.bfloat16()
-        elif weight.device.type == "cpu" and weight.dtype in PACKED:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            if weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:  # along its longer side, twice as fast
-                long = weight.T.contiguous()
-                self.row = lambda x: torch.mm(x, long)
-            elif weight.dtype == torch.bfloat16 and AMX:
-                self.row = lambda x: torch.mv(weight, x[0])[None]
-        self.bytes = sum(t.numel() * t.element_size() for t in (self.weight, self.bias, self.scale) if t is not None)
-        if self.packed is not None:
-            self.weight = weight.new_empty((0, weight.shape[1]))  # it is not read again
+            self.scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+            weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
+        self.bytes = sum(t.numel() * t.element_size() for t in (weight, self.bias, self.scale) if t is not None)
+        self._weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
+        self._many, self._one = self._kernels(weight)
 
-    def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+    def _kernels(self, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """x -> x W^T by torch, for several tokens and for one."""
         if self.scale is not None:
-            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale).to(x.dtype)
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        return F.linear(x, self.weight)
+            scale = self.scale.bfloat16()
+            return (eight := lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype)), eight
+        if weight.device.type != "cpu" or weight.dtype not in PACKED:
+            return (plain := partial(F.linear, weight=weight)), plain
+        laid = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        packed = lambda x: torch.ops.mkldnn._linear_pointwise(x, laid, None, "none", [], "")  # noqa: E731
+        if native.library() is None and weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
+            long = weight.T.contiguous()  # along its longer side, twice as fast
+            return packed, lambda x: torch.mm(x, long)
+        if weight.dtype == torch.bfloat16 and AMX:
+            return packed, lambda x: torch.mv(weight, x[0])[None]
+        return packed, packed
 
     def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """The product, in x's dtype."""
-        y = self.row(x) if len(x) == 1 else self._product(x)
+        y = self._one(x) if len(x) == 1 else self._many(x)
         return y if self.bias is None else y + self.bias
+
+    @cached_property
+    def struct(self) -> native.Matrix:
+        """As the compiled step reads it: rows of weights as they were loaded, filled up with zeros."""
+        width = self._weight.shape[1]
+        weight = F.pad(self._weight, (0, -width % native.PAD)) if width % native.PAD else self._weight.contiguous()
+        scale, bias = _single(self.scale), _single(self.bias)
+        self._held = (weight, scale, bias)  # it points to them
+        return native.matrix(weight, scale, bias, width)
+
+
+def _single(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.float().contiguous()
 
 
 @final
@@ -141,8 +156,10 @@ class Fused:
         self.model = model
         self._towers = {name: _Tower(tower, int8) for name, tower in model.towers.items() if isinstance(tower, Tower)}
         self._links = {name: _Link(link, int8) for name, link in model.links.items() if isinstance(link, Link)}
+        self._inputs = {name: _Input(part) for name, part in model.inputs.items() if isinstance(part, InputProjection)}
         self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
         self._stops = {name: tuple(_stops(name, model)) for name in self._towers}
+        self._compiled = self._compile()
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
@@ -164,10 +181,25 @@ class Fused:
         for index, (session, _) in enumerate(pieces):
             paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
         for (linked, speaks), indices in paths.items():
-            logits = self._read(tower, [pieces[index] for index in indices], linked, speaks)
-            for index, row in zip(indices, [None] * len(indices) if logits is None else logits, strict=True):
-                answers[index] = row
+            for group in self._groups(indices, [len(ids) for _, ids in pieces]):
+                logits = self._read(tower, [pieces[index] for index in group], linked, speaks)
+                for index, row in zip(group, [None] * len(group) if logits is None else logits, strict=True):
+                    answers[index] = row
         return answers
+
+    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """What is read together: long pieces, and so many short ones as a compiled step takes."""
+        long = [index for index in indices if not self._compiled or lengths[index] > native.TOKENS]
+        if long:
+            yield long
+        group: list[int] = []
+        for index in (index for index in indices if index not in long):
+            if sum(lengths[i] for i in group) + lengths[index] > native.TOKENS:
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
 
     def bytes(self, tower: str) -> tuple[int, int]:
         """Weights that one token reads: of the tower, and of the links into it where all sources are visible."""
@@ -179,57 +211,109 @@ class Fused:
             cache = session.caches.setdefault(name, tower.cache())
             cache.reserve(len(ids))
             places.append(_Place(session, cache, row, row := row + len(ids)))
-        position = torch.cat([torch.arange(p.cache.length, p.cache.length + p.stop - p.start) for p in places])
+        positions = [slot for p in places for slot in range(p.cache.length, p.cache.length + p.stop - p.start)]
         h = F.embedding(torch.tensor([i for _, ids in pieces for i in ids], device=tower.device), tower.table)
-        if linked and name in self.model.inputs:
-            h = self.model.inputs[name](h[None])[0]
-        angles, done = tower.angles(position), 0
-        turns: dict[float, Angles] = {}
+        step = self._step if self._compiled and row <= native.TOKENS else self._run
+        spoken = step(name, h, positions, places, linked, speaks)
+        for place in places:
+            place.cache.length += place.stop - place.start
+        return spoken
+
+    def _run(
+        self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
+    ) -> Float[Tensor, "sessions vocabulary"] | None:
+        """Embeddings to logits, one kernel after another."""
+        tower, position, done = self._towers[name], torch.tensor(positions), 0
+        angles, turns = tower.angles(position), dict[float, Angles]()
+        if linked and name in self._inputs:
+            h = self._inputs[name].module(h[None])[0]
         for stop in self._stops[name] if linked else ():
             h, done = tower.run(h, range(done, stop.layer), angles, places), stop.layer
             h = self._exchange(stop, h, position.to(h.device), places, turns)
-        if speaks:
-            h = tower.run(h, range(done, tower.layers), angles, places)
-        for place in places:
-            place.cache.length += place.stop - place.start
-        return tower.unembed(h[[place.stop - 1 for place in places]]) if speaks else None
+        if not speaks:
+            return None
+        h = tower.run(h, range(done, tower.layers), angles, places)
+        return tower.unembed(h[[place.stop - 1 for place in places]])
+
+    def _step(
+        self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
+    ) -> Float[Tensor, "sessions vocabulary"] | None:
+        """The same by one call of compiled code."""
+        tower, far, done = self._towers[name], 1 + max(positions), 0
+        stages = [self._inputs[name].stage] if linked and name in self._inputs else []
+        alive: list[Any] = []  # what the call points to
+        for stop in self._stops[name] if linked else ():
+            stages += tower.stages[done : stop.layer]
+            done = stop.layer
+            if stop.shows:
+                kept = torch.empty_like(h, dtype=torch.float32)
+                alive.append(kept)
+                stages.append(native.Stage(keep=kept.data_ptr()))
+                _show(stop, kept, places)
+            seen = [link for link in stop.reads if any(_sees(link, place.session) for place in places)]
+            for number, link in enumerate(seen, 1):
+                turns = self._turns.get(self._links[link].scale)
+                angles = turns.single(far) if turns else (None, None)
+                stages.append(self._links[link].stage(link, angles, places, number == len(seen), alive))
+        spoken = [place.stop - 1 for place in places] if speaks else []
+        stages += tower.stages[done:] if speaks else []
+        tokens = [
+            (place.cache.held.data_ptr(), place.cache.held.shape[3], place.cache.length + number)
+            for place in places
+            for number in range(place.stop - place.start)
+        ]
+        half = tower.table.dtype == torch.bfloat16
+        logits = native.step(stages, tokens, spoken, tower.angles.single(far), h, tower.norm.struct, tower.head.struct, half)
+        return logits if speaks else None
+
+    def _compile(self) -> bool:
+        """Whether all that there is can be read by compiled code."""
+        kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
+        known = kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}
+        some = torch.linspace(-9, 9, 99)
+        gated = all(torch.equal(block.activation(some), F.silu(some)) for tower in self._towers.values() for block in tower.blocks)
+        return known and gated and native.library() is not None
 
     def _exchange(
         self, stop: "_Stop", h: Tensor, position: Tensor, places: Sequence["_Place"], turns: dict[float, Angles]
     ) -> Float[Tensor, "tokens width"]:
         """A junction: what the other towers will read of this one is kept, what this one sees of them is added."""
-        for name in stop.shows:
-            for place in places:
-                if name.rpartition(">")[2] in place.session.towers:
-                    place.session.unread[name] = (*place.session.unread.get(name, ()), h[place.start : place.stop])
+        _show(stop, h, places)
         new = h
         for name in stop.reads:
-            link = self._links[name]
-            seeing = [p for p in places if name in p.session.memory or name in p.session.unread]
+            seeing = [place for place in places if _sees(name, place.session)]
             if not seeing:
                 continue
-            if link.scale in self._turns and link.scale not in turns:
-                turns[link.scale] = self._turns[link.scale](position)
+            link, angles = self._links[name], self._turned(name, position, turns)
             memories = [_memory(link.link, name, place.session) for place in seeing]
             lengths = [place.stop - place.start for place in seeing]
             if len(seeing) == len(places):
-                new = new + link(h, turns.get(link.scale), lengths, memories)
+                new = new + link(h, angles, lengths, memories)
             else:
                 rows = torch.cat([torch.arange(p.start, p.stop, device=h.device) for p in seeing])
-                turned = Angles(*(part[rows] for part in turns[link.scale])) if turns else None
+                turned = None if angles is None else Angles(*(part[rows] for part in angles))
                 new = new.index_add(0, rows, link(h[rows], turned, lengths, memories))
         return new
 
+    def _turned(self, name: str, position: Tensor, turns: dict[float, Angles]) -> Angles | None:
+        """Rotary positions at the rate of a link's source; links of the same rate share them."""
+        scale = self._links[name].scale
+        if scale in self._turns and scale not in turns:
+            turns[scale] = self._turns[scale](position)
+        return turns.get(scale)
+
     @torch.inference_mode()
     def _prove(self, name: str, tolerance: float) -> None:
-        """Raises UnsupportedTower unless random ids, some at once and some one by one, have the logits of the tower itself, up to
+        """Raises UnsupportedTower unless random ids, many at once, a few and one by one, have the logits of the tower itself, up to
         `tolerance` of their spread."""
         tower = self.model.towers[name]
         assert isinstance(tower, Tower)
-        ids = torch.randint(tower.vocabulary, (1, 12), generator=torch.Generator().manual_seed(0)).to(tower.device)
-        truth = tower(Strand.alone(ids))[0, 7:].float()
+        many, few = native.TOKENS + 1, 4
+        ids = torch.randint(tower.vocabulary, (1, many + few + 4), generator=torch.Generator().manual_seed(0)).to(tower.device)
+        cuts = [0, many, *range(many + few, ids.shape[1] + 1)]
+        truth = tower(Strand.alone(ids))[0, [stop - 1 for stop in cuts[1:]]].float()
         session = self.open([name], [name])
-        found = [self.read(name, [(session, part)])[0] for part in (ids[0, :8].tolist(), *ids[0, 8:, None].tolist())]
+        found = [self.read(name, [(session, ids[0, a:b].tolist())])[0] for a, b in pairwise(cuts)]
         error = (torch.stack([row for row in found if row is not None]).float() - truth).norm(dim=-1)
         if not (error / (truth - truth.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
             raise UnsupportedTower(f"The logits of {tower.name} differ from its own by {float(error.max()):.3g} on the fast path.")
@@ -262,6 +346,18 @@ def _stops(tower: str, model: Zipper) -> Iterator[_Stop]:
             yield _Stop(junction[tower], reads, shows)
 
 
+def _show(stop: _Stop, h: Float[Tensor, "tokens width"], places: Sequence[_Place]) -> None:
+    """Keeps what other towers of a session's plan will read."""
+    for name in stop.shows:
+        for place in places:
+            if name.rpartition(">")[2] in place.session.towers:
+                place.session.unread[name] = (*place.session.unread.get(name, ()), h[place.start : place.stop])
+
+
+def _sees(link: str, session: Session) -> bool:
+    return link in session.memory or link in session.unread
+
+
 def _memory(link: Link, name: str, session: Session) -> Memory:
     """What a link holds of this session, extended by the source states that it had not read yet."""
     memory = session.memory.get(name)
@@ -276,8 +372,8 @@ def _memory(link: Link, name: str, session: Session) -> Memory:
 
 
 def _held(part: Tensor) -> Tensor:
-    """Keys or values as they are kept: on a CPU in float32, where attention of one row takes a quarter of its time in 16 bits."""
-    return part.float() if part.device.type == "cpu" else part
+    """Keys or values as they are kept: by torch on a CPU in float32, where its attention of one row is slow in 16 bits."""
+    return part.float() if part.device.type == "cpu" and native.library() is None else part
 
 
 @final
@@ -305,6 +401,11 @@ class _Tower:
     def bytes(self) -> int:
         """Weights that one token reads."""
         return self.head.bytes + sum(block.bytes for block in self.blocks)
+
+    @cached_property
+    def stages(self) -> list[native.Stage]:
+        """Its blocks, as the compiled step takes them."""
+        return [native.Stage(block=pointer(block.struct), layer=n) for n, block in enumerate(self.blocks)]
 
     def cache(self) -> Cache:
         """An empty one."""
@@ -344,6 +445,14 @@ class _Block:
         self.head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if "q_norm" in attention._modules else []
         self.heads, self.key_heads = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
 
+    @cached_property
+    def struct(self) -> native.Block:
+        """As the compiled step reads it."""
+        query, key = (norm.struct for norm in self.head_norms) if self.head_norms else (native.Norm(), native.Norm())
+        matrices = (matrix.struct for matrix in (self.qkv, self.out, self.gate_up, self.down))
+        shape = (self.heads, self.key_heads, self.head_width, self.scale)
+        return native.Block(self.norm.struct, self.second_norm.struct, query, key, *matrices, *shape)
+
     @property
     def bytes(self) -> int:
         """Weights that one token reads."""
@@ -373,6 +482,21 @@ class _Block:
 
 
 @final
+class _Input:
+    """What stands between embeddings and the first block, where a plan has several towers."""
+
+    def __init__(self, module: InputProjection) -> None:
+        self.module = module
+
+    @cached_property
+    def stage(self) -> native.Stage:
+        """As the compiled step takes it."""
+        self._matrices = [Matrix([layer]) for layer in self.module.mlp if isinstance(layer, nn.Linear)]
+        layers = native.array(native.Matrix, [matrix.struct for matrix in self._matrices])
+        return native.Stage(input=pointer(native.Input(layers, len(layers), self.module.kind == "residual")))
+
+
+@final
 class _Link:
     """`Link.forward` for tokens that all see something."""
 
@@ -392,6 +516,32 @@ class _Link:
     def bytes(self) -> int:
         """Weights that one token reads."""
         return sum(matrix.bytes for matrix in (self.query, self.out, *((self.first, self.second) if self.first else ())))
+
+    @cached_property
+    def _pointer(self) -> Any:
+        return pointer(self.struct)
+
+    @cached_property
+    def struct(self) -> native.Link:
+        """As the compiled step reads it."""
+        ahead = (self.first.struct, self.second.struct) if self.first else (native.Matrix(), native.Matrix())
+        second = self.second_norm.struct if self.first else native.Norm()
+        shape = (self.link.heads, self.link.config.head_width)
+        return native.Link(self.norm.struct, second, self.query.struct, self.out.struct, *ahead, *shape)
+
+    def stage(
+        self, name: str, angles: tuple[Tensor | None, Tensor | None], places: Sequence["_Place"], last: bool, alive: list[Any]
+    ) -> native.Stage:
+        """The link in a compiled step, where some sessions see something. last: of its junction. alive: gets what it points to."""
+        seen: list[Any] = []
+        for place in places:
+            memory = _memory(self.link, name, place.session) if _sees(name, place.session) else None
+            there = (*map(native.pointer, memory), memory.keys.shape[2]) if memory else (None, None, 0)
+            seen += [there] * (place.stop - place.start)
+        found = native.array(native.Memory, seen)
+        alive += [found, *angles]
+        half = self.link.query.weight.dtype == torch.bfloat16
+        return native.Stage(None, None, self._pointer, None, addressof(found), *map(native.pointer, angles), 0, last, half)
 
     def angles(self, length: int) -> Angles:
         """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the first `length` positions."""
@@ -424,19 +574,25 @@ class _Norm:
     """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), in few kernels."""
 
     def __init__(self, module: Any) -> None:
-        self.weight, self.bias, self.eps = module.weight.detach(), None, 0.0
+        self.weight, self.bias = module.weight.detach(), None
         if isinstance(module, nn.LayerNorm):
             self.bias, self.eps = module.bias.detach(), module.eps
         else:  # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into the weight
-            width = len(self.weight)
-            self.weight = self.weight.float() * width**0.5
-            self.floor = self.weight.new_tensor((width * module.variance_epsilon) ** 0.5)
+            self.eps, width = module.variance_epsilon, len(self.weight)
+            self.scaled = self.weight.float() * width**0.5
+            self.floor = self.scaled.new_tensor((width * self.eps) ** 0.5)
 
     def __call__(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         if self.bias is None:
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            return (x / torch.hypot(norm, self.floor) * self.weight).to(x.dtype)
+            return (x / torch.hypot(norm, self.floor) * self.scaled).to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    @cached_property
+    def struct(self) -> native.Norm:
+        """As the compiled step reads it."""
+        self._held = [_single(self.weight), _single(self.bias)]
+        return native.Norm(*map(native.pointer, self._held), self.eps)
 
 
 @final
@@ -446,12 +602,22 @@ class _Table:
     def __init__(self, angles: Callable[[int], Angles]) -> None:
         self._angles = angles
         self._held = angles(256)
+        self._single: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, position: Int[Tensor, " tokens"]) -> Angles:
-        longest = int(position.max()) + 1
-        if longest > len(self._held.cos):
-            self._held = self._angles(max(longest, 2 * len(self._held.cos)))
+        self._grow(int(position.max()) + 1)
         return Angles(self._held.cos[position], self._held.sin[position])
+
+    def single(self, length: int) -> tuple[Tensor, Tensor]:
+        """Of so many positions or more, in float32, laid out for the compiled step."""
+        self._grow(length)
+        if self._single is None:
+            self._single = (self._held.cos.float().contiguous(), self._held.sin.float().contiguous())
+        return self._single
+
+    def _grow(self, length: int) -> None:
+        if length > len(self._held.cos):
+            self._held, self._single = self._angles(max(length, 2 * len(self._held.cos))), None
 
 
 def _paired(cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]) -> Angles:

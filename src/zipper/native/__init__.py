@@ -1,0 +1,181 @@
+"""The compiled step: step.cpp, built for this CPU by its own compiler at first use.
+
+Where there is no compiler (a C++ one named c++, or what CXX names, with OpenMP) decoding goes by torch's kernels, slower but right.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: Tokens up to which a step is compiled; more are read faster by torch's matrix products (docs/log.md).
+TOKENS = 16
+#: Kinds of weights that it knows.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+#: Rows of weights are as long as a multiple of this.
+PAD = 32
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -shared -fPIC -w".split()
+
+
+class Matrix(Structure):
+    """A matrix of weights, its rows padded to `stride`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_int32) for name in ("kind", "out", "in", "stride")),
+    )
+
+
+class Norm(Structure):
+    """A layer norm, or where there is no bias one by the root mean square."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
+
+
+class Block(Structure):
+    """A block like Llama's."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm", "second", "query", "key")),
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_int32) for name in ("heads", "key_heads", "head_width")),
+        ("scale", c_float),
+    )
+
+
+class Link(Structure):
+    """What a tower does to read another."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm", "second")),
+        *((name, Matrix) for name in ("query", "out", "up", "down")),
+        *((name, c_int32) for name in ("heads", "head_width")),
+    )
+
+
+class Input(Structure):
+    """What stands between embeddings and the first block."""
+
+    _fields_ = (("layers", POINTER(Matrix)), ("depth", c_int32), ("residual", c_int32))
+
+
+class Token(Structure):
+    """A token's sequence: its buffer of keys and values, the room in it, and how many tokens came before."""
+
+    _fields_ = (("cache", c_void_p), ("room", c_int64), ("past", c_int64))
+
+
+class Memory(Structure):
+    """What a token sees through a link."""
+
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("slots", c_int64))
+
+
+class Stage(Structure):
+    """One of the first four, in the order of the tower: an input projection, a block, a link, or a place where states are kept."""
+
+    _fields_ = (
+        ("input", POINTER(Input)),
+        ("block", POINTER(Block)),
+        ("link", POINTER(Link)),
+        *((name, c_void_p) for name in ("keep", "memory", "cos", "sin")),
+        *((name, c_int32) for name in ("layer", "last", "half")),
+    )
+
+
+class Call(Structure):
+    """A step."""
+
+    _fields_ = (
+        ("stages", POINTER(Stage)),
+        ("tokens", POINTER(Token)),
+        ("spoken", POINTER(c_int32)),
+        *((name, c_void_p) for name in ("cos", "sin", "states", "logits")),
+        ("norm", Norm),
+        ("head", Matrix),
+        *((name, c_int32) for name in ("n_stages", "n_tokens", "n_spoken", "width", "threads", "half")),
+    )
+
+
+def matrix(weight: Tensor, scale: Tensor | None, bias: Tensor | None, width: int) -> Matrix:
+    """The tensors must live as long as it; `width` numbers of every row count."""
+    return Matrix(weight.data_ptr(), pointer(scale), pointer(bias), KINDS[weight.dtype], len(weight), width, weight.shape[1])
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where its numbers stand; none is null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def array(kind: Any, items: Sequence[Any]) -> Any:
+    """An array of structures, or of tuples of their fields."""
+    return (kind * len(items))(*items)
+
+
+def step(
+    stages: Sequence[Stage],
+    tokens: Sequence[tuple[int, int, int]],
+    spoken: Sequence[int],
+    angles: tuple[Tensor, Tensor],
+    h: Float[Tensor, "tokens width"],
+    norm: Norm,
+    head: Matrix,
+    half: bool,
+) -> Float[Tensor, "spoken vocabulary"]:
+    """Embeddings through the stages, those of the `spoken` tokens to logits in float32. tokens: fields of `Token`. angles: cosine
+    and signed sine of every position, for blocks. half: keys and values of blocks are bfloat16, else float32."""
+    states = h.to(torch.float32, copy=True)
+    logits = states.new_empty((len(spoken), head.out))
+    given = array(Stage, stages), array(Token, tokens), array(c_int32, spoken)
+    tensors = (part.data_ptr() for part in (*angles, states, logits))
+    shape = (len(stages), len(tokens), len(spoken), states.shape[1], torch.get_num_threads(), half)
+    library().zipper_step(Call(*given, *tensors, norm, head, *shape))
+    return logits
+
+
+@cache
+def library() -> Any:
+    """The compiled code, or None and a warning where it cannot be had; None without one if ZIPPER_NATIVE=0."""
+    if os.environ.get("ZIPPER_NATIVE") == "0":
+        return None
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    try:
+        return _load(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"The compiled step could not be built, decoding goes by torch and takes about twice as long: {said.strip()[-500:]} "
+            "Install a C++ compiler with OpenMP (CXX names another than c++), or set ZIPPER_NATIVE=0 to do without.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _load(compiler: Sequence[str]) -> Any:
+    """From the cache, under a name made of all that decides what is compiled: source, compiler, flags and what this CPU can do."""
+    machine = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
+    name = hashlib.sha256("\0".join([*compiler, machine, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipper"
+    built = home / f"step-{name}.so"
+    if not built.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may build it at the same time
+            part = Path(folder) / built.name
+            subprocess.run([*compiler, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=True)
+            part.replace(built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
+    return loaded

@@ -1,0 +1,110 @@
+"""The compiled step: built where it can be, done without where not, and the same numbers whatever it is built for."""
+
+import os
+import platform
+import random
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from laws import LLAMAS, zipped
+from torch import Tensor
+
+from zipper import native
+from zipper.fused import Fused
+from zipper.model import Zipper
+
+NAMES = ["text", "speech"]
+needs_compiler = pytest.mark.skipif(os.environ.get("ZIPPER_NATIVE") == "0" or native.library() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing built and nothing loaded; the folder of what will be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ZIPPER_NATIVE", raising=False)
+    native.library.cache_clear()
+    yield tmp_path / "zipper"
+    native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def model() -> Zipper:
+    return zipped(LLAMAS, {"text": 2})
+
+
+def decode(model: Zipper, company: int, int8: bool = False) -> Tensor:
+    """Logits of one sequence, read in pieces beside so many others of other lengths: speech, text, and four tokens one by one."""
+    fast, dice = Fused(model, int8=int8), random.Random(0)
+    sessions = [fast.open(NAMES, NAMES) for _ in range(1 + company)]
+    found = []
+    for step, (tower, ids) in enumerate([("speech", [3, 4, 5]), ("text", [6, 7]), *[("text", [8 + i]) for i in range(4)]]):
+        others = [[dice.randrange(20) for _ in range(1 + (n + step) % 3)] for n in range(company)]
+        pieces = list(zip(sessions, [ids, *others], strict=True))
+        logits = fast.read(tower, pieces[1:] + pieces[:1])[-1]
+        assert logits is not None
+        found.append(logits)
+    return torch.stack(found[1:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_company_and_threads_change_no_bit(kind: str) -> None:
+    """However many tokens share a step: 1, a few, and more than a step takes."""
+    model = zipped(LLAMAS, {"text": 2}).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    alone = decode(model, 0, kind == "int8")
+    threads = torch.get_num_threads()
+    for company in (1, 4, 7, 30):
+        assert torch.equal(decode(model, company, kind == "int8"), alone)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(decode(model, 2, kind == "int8"), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.library() is not None
+    (built,) = fresh.iterdir()
+    written = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None and built.stat().st_mtime_ns == written
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    native.library.cache_clear()
+    assert native.library() is not None and len(list(fresh.iterdir())) == 2, "other flags, other code"
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f", "-march=x86-64"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_lesser_processors_get_the_same_numbers(fresh: Path, monkeypatch: pytest.MonkeyPatch, flags: str, kind: str) -> None:
+    model = zipped(LLAMAS, {"text": 2}).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    monkeypatch.setattr(native, "library", lambda: None)
+    wanted = decode(model, 2, kind == "int8")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent))
+    monkeypatch.setenv("CXXFLAGS", flags)
+    assert native.library() is not None
+    found = decode(model, 2, kind == "int8")
+    assert (found - wanted).norm() / wanted.norm() < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.02}[kind]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", f"{shlex.quote(sys.executable)} -c 'raise SystemExit(1)'"])
+def test_without_a_compiler_decoding_goes_by_torch_and_says_so(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, model: Zipper, compiler: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(UserWarning, match=r"goes by torch(?s:.*)Install a C\+\+ compiler with OpenMP"):
+        assert native.library() is None
+    assert decode(model, 1).isfinite().all() and native.library() is None
+    assert not fresh.exists() or not list(fresh.iterdir())
+
+
+def test_it_can_be_declined(fresh: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setenv("ZIPPER_NATIVE", "0")
+    assert native.library() is None and not recwarn.list and not fresh.exists()
