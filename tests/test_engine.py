@@ -119,6 +119,39 @@ def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
     assert changed, "without guidance other tokens are chosen"
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(6.0, seed=3), Sampling(4.0, guidance=2.0)], ids=["greedy", "drawn", "guided"]
+)
+def test_a_batch_of_one_plan_is_what_generate_makes_of_it(
+    plan: tuple[list[str], list[str | Segment]], sampling: Sampling, way: str
+) -> None:
+    model, (given, outputs) = zipped(THREE, {"text": 2}), plan
+    prompts = [prompt(given, seed) for seed in range(5)]
+    wanted = generate(model, prompts, outputs, sampling, ALL)
+    for row, segments in enumerate(Engine(model, 2, reader(model, way)).generate(prompts, outputs, sampling, ALL)):
+        assert_same(segments, wanted[row])
+
+
+def test_rows_without_room_end_early_as_in_generate_and_other_errors_are_raised(way: str) -> None:
+    model = Zipper.from_towers({name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL)
+    running, outputs = Engine(model, 3, reader(model, way)), ["text", "speech", "text"]
+    prompts = [[Segment("text", [3] * n)] for n in (2, 10, 2)]
+    limits = {"text": 3, "speech": 2}
+    found, wanted = running.generate(prompts, outputs, Sampling(), limits), generate(model, prompts, outputs, Sampling(), limits)
+    assert [len(segments) for segments in found] == [3, 3, 3] and not found[1][2].ended and not found[1][2].content
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_same(mine, theirs)
+    for batch, wrong, given in [
+        (prompts[1:2], "no room for another segment", limits),
+        ([], "needs at least one of each", limits),
+        ([*prompts, []], "must name the same towers", limits),
+        (prompts, "no tower 'txt'", {"txt": 3}),
+    ]:
+        with pytest.raises(ZipperError, match=wrong):
+            running.generate(batch, outputs, Sampling(), given)
+
+
 def test_guided_requests_side_by_side_get_what_generate_gives_them(way: str) -> None:
     model = zipped(THREE, {"text": 2})
     for temperature in (0.0, 4.0):

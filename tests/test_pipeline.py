@@ -11,8 +11,10 @@ import torch
 from tiny import World
 
 from zipper import audio, checkpoint
+from zipper import pipeline as pipelines
 from zipper.audio import Audio
 from zipper.errors import ZipperError
+from zipper.fused import Fused
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -55,6 +57,28 @@ def test_it_speaks_text_as_sound(pipe: Pipeline) -> None:
     said = pipe.speak("call anna")
     assert isinstance(said, Audio)
     assert np.array_equal(said.samples, tiny.units().decode(wanted).samples)
+
+
+def test_it_runs_with_the_weights_as_they_are_now(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, given = Pipeline.from_pretrained(world.zip), [Segment("speech", [5, 6, 7])]
+    assert isinstance(pipe.model, Zipper)
+
+    def answers() -> list[Segment]:
+        (made,) = pipe.generate([given], ["text"], Sampling(8.0, seed=1))
+        return made
+
+    before = answers()
+    assert pipe._engine is not None and isinstance(pipe._engine.reader, Fused)
+    with torch.no_grad():
+        for parameter in pipe.model.towers["text"].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    after = answers()
+    assert [s.content for s in after] != [s.content for s in before]
+    assert [s.content for s in after] == ids(pipe, given, ["text"], sampling=Sampling(8.0, seed=1))
+    engine = pipe._engine
+    assert answers() == after and pipe._engine is engine, "unchanged weights are laid out once"
+    monkeypatch.setattr(pipelines, "FAST_BYTES", 1)
+    assert [s.content for s in answers()] == [s.content for s in after] and pipe._fast() is None
 
 
 @pytest.mark.parametrize("voice", ["low", "high"])

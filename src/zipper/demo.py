@@ -17,7 +17,6 @@ from tqdm import tqdm
 from zipper import checkpoint, corpus, data, report
 from zipper.audio import Audio, extra
 from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
-from zipper.generation import generate
 from zipper.inspection import attention
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
@@ -224,7 +223,7 @@ def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> li
 
 
 def _say(pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, some: Sequence[int]) -> list[list[Segment]]:
-    return generate(pipeline.model, [prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
+    return pipeline.generate([prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
 
 
 def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:

@@ -8,7 +8,7 @@ tokens, draws and scores are those of `generation.generate`, which is the refere
 import copy
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zipper.errors import ZipperError
 from zipper.fused import Fused
-from zipper.generation import Clock, Limits, Model
+from zipper.generation import Clock, Limits, Model, check
 from zipper.model import Zipper
 from zipper.sampling import Rules, Sampling, choose
 from zipper.sequence import Segment
@@ -281,6 +281,27 @@ class Engine:
             pass
         return answers
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling,
+        limits: Limits | None = None,
+    ) -> list[list[Segment]]:
+        """What `generation.generate` returns, by requests: the same tokens, draws and errors."""
+        check(self.model, prompts, outputs, limits)
+        seeds = (replace(sampling, seed=sampling.seed + row) for row in range(len(prompts)))
+        answers = self.run([Request(prompt, outputs, own, limits) for prompt, own in zip(prompts, seeds, strict=True)])
+        for answer in answers:
+            if answer.error is not None and (not isinstance(answer.error, NoRoom) or all(other.error for other in answers)):
+                raise answer.error
+        names = [segment.tower for segment in _plan(answers[0].request)]
+        found = []
+        for answer in answers:
+            written = [part.segment for part in answer.written]
+            found.append([*written, *(Segment(name, [], ended=False) for name in names[len(written) :])])
+        return found
+
     def stream(self, answer: Answer) -> Iterator[Token]:
         """Tokens of one request as they are produced, stepping all of them; ends when it is done or waits to be fed. Raises what
         went wrong."""
@@ -318,6 +339,10 @@ def fastest(model: Model) -> Reader:
     return Stepwise(model)
 
 
+class NoRoom(ZipperError):
+    """A tower has no room for another segment."""
+
+
 def _plan(request: Request) -> list[Segment]:
     return [item if isinstance(item, Segment) else Segment(item, []) for item in request.outputs]
 
@@ -349,7 +374,10 @@ def _life(model: Model, reader: Reader, answer: Answer) -> Life:
     generator = request.sampling.generators(1)
     for number, forced in enumerate(plan):
         tower, last = forced.tower, number == len(plan) - 1
-        cap = model.limit(tower, seen, (request.limits or {}).get(tower))
+        try:
+            cap = model.limit(tower, seen, (request.limits or {}).get(tower))
+        except ZipperError as error:
+            raise NoRoom(str(error)) from error
         written = Written(tower, list(forced.content), len(forced.content))
         answer.written.append(written)
         writing = _Writing(written, *ends[tower], cap, request.rules.get(tower, Rules()))

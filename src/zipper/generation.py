@@ -60,19 +60,8 @@ def generate(
     segment, default `model.limit`. A segment that hits its limit is closed and returned with ended=False. A row in which a tower
     has no room for a segment gets it and those after it empty, with ended=False; a ZipperError where that is so in every row.
     """
-    plan = [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
-    if not plan or not prompts:
-        raise ZipperError(f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at least one of each.")
-    shape = [segment.tower for segment in prompts[0]]
-    for prompt in prompts:
-        if [segment.tower for segment in prompt] != shape:
-            raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
-        model.check([*prompt, *plan])
-    for tower, limit in (limits or {}).items():
-        model.check([Segment(tower, [])])
-        if limit < 1:
-            raise ZipperError(f"limits[{tower!r}] is {limit}; a limit is a number of tokens, at least 1.")
-    produced = [segment.tower for segment in plan]
+    plan = check(model, prompts, outputs, limits)
+    shape, produced = [segment.tower for segment in prompts[0]], [segment.tower for segment in plan]
     state = model.start(tuple(dict.fromkeys(shape + produced)), tuple(dict.fromkeys(produced)))
     clock = Clock(len(prompts), model.ends())
     if shape:
@@ -93,6 +82,25 @@ def generate(
         for row, result in enumerate(results):
             result.append(Segment(tower, ids[row], ended=ended[row], score=scores[row]))
     return results
+
+
+def check(
+    model: Model, prompts: Sequence[Sequence[Segment]], outputs: Sequence[str | Segment], limits: Limits | None
+) -> list[Segment]:
+    """The plan that `outputs` name. Raises a ZipperError for what `generate` cannot do."""
+    plan = [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
+    if not plan or not prompts:
+        raise ZipperError(f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at least one of each.")
+    shape = [segment.tower for segment in prompts[0]]
+    for prompt in prompts:
+        if [segment.tower for segment in prompt] != shape:
+            raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
+        model.check([*prompt, *plan])
+    for tower, limit in (limits or {}).items():
+        model.check([Segment(tower, [])])
+        if limit < 1:
+            raise ZipperError(f"limits[{tower!r}] is {limit}; a limit is a number of tokens, at least 1.")
+    return plan
 
 
 def _segment(
