@@ -11,6 +11,7 @@ from zipper import corpus
 from zipper.bench import speech, summary
 from zipper.bench.speech import ARMS, Stopwatch, heard, said
 from zipper.cli import main
+from zipper.engine import Engine
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 
@@ -34,8 +35,22 @@ def test_recordings_are_understood_and_their_length_is_what_time_is_compared_wit
 def test_sentences_are_as_long_said_as_a_stream_or_side_by_side(pipeline: Pipeline) -> None:
     alone, together = said(pipeline, UTTERANCES, 1), said(pipeline, UTTERANCES, 2)
     assert alone["audio_s"] == pytest.approx(together["audio_s"])
-    assert 0 < alone["first_s"] < alone["seconds"] / len(UTTERANCES) * 1.5
     assert 0 < alone["sound_s"] < alone["seconds"] and together["first_s"] == 0
+
+
+def test_the_first_sound_comes_after_its_units_not_after_all_of_them(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts what the engine reads: the prompt, then a unit at a time."""
+    now, step = [0], Engine.step
+
+    def counted(engine: Engine) -> bool:
+        now[0] += 1
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    monkeypatch.setattr(speech.time, "perf_counter", lambda: float(now[0]))
+    turn = said(pipeline, UTTERANCES, 1)
+    assert speech.FIRST < turn["first_s"] <= speech.FIRST + 4
+    assert turn["seconds"] == now[0] > 20 * len(UTTERANCES)
 
 
 def test_the_stopwatch_stands_still_between_items(monkeypatch: pytest.MonkeyPatch) -> None:

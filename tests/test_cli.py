@@ -72,6 +72,18 @@ def refused(answer: Answer) -> str:
 # --- help
 
 
+def test_a_recorded_run_is_told_again(zipper: Zipper, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    (recorded,) = (root / "benchmarks" / "results").glob("reproduce_cpu_*.json")
+    assert zipper("reproduce", "--report", recorded, "--output", tmp_path / "told").code == 0
+    assert (tmp_path / "told" / "results.md").read_text() == (root / "docs" / "results.md").read_text()
+    assert (tmp_path / "told" / "results.html").is_file()
+    (tmp_path / "other.json").write_text('{"preset": "cpu"}')
+    for wrong, message in (("none.json", "none.json"), ("other.json", "Give the results.json that")):
+        assert message in refused(zipper("reproduce", "--report", tmp_path / wrong, "--output", tmp_path / "untold"))
+        assert not (tmp_path / "untold").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(zipper: Zipper, command: str) -> None:
     answer = zipper(command, "--help")

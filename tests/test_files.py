@@ -82,6 +82,14 @@ def test_what_has_another_type_or_lies_outside_the_limits_is_refused(change: dic
         parse(Cart, FULL | change, "x.json", LIMITS)
 
 
+def test_json_is_readable_and_lists_of_numbers_take_a_line(tmp_path: Path) -> None:
+    data = {"edits": [1, -2.5, 1e-7], "deep": [[1, 2], [3], []], "text": ["[\n 1\n]", "[1, 2]"], "mixed": [None, 1], "none": {}}
+    write_json(tmp_path / "a.json", data)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == data == read_json(tmp_path / "a.json")
+    assert ' "edits": [1, -2.5, 1e-07],\n' in text and "  [1, 2],\n  [3],\n" in text and "  null,\n  1\n" in text
+
+
 def test_json_has_no_nan_null_stands_for_it(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, (math.inf, None)], "b": tmp_path, "c": torch.float16, "d": {1: True}})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
