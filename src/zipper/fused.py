@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
 from zipper import native
-from zipper.link import InputProjection, Link, Memory
+from zipper.link import InputProjection, Link, Memory, rotate
 from zipper.model import Zipper, link_name
 from zipper.tower import Strand, Tower, UnsupportedTower
 
@@ -285,7 +285,7 @@ class Fused:
             if not seeing:
                 continue
             link, angles = self._links[name], self._turned(name, position, turns)
-            memories = [_memory(link.link, name, place.session) for place in seeing]
+            memories = [_memory(link, name, place.session) for place in seeing]
             lengths = [place.stop - place.start for place in seeing]
             if len(seeing) == len(places):
                 new = new + link(h, angles, lengths, memories)
@@ -358,13 +358,12 @@ def _sees(link: str, session: Session) -> bool:
     return link in session.memory or link in session.unread
 
 
-def _memory(link: Link, name: str, session: Session) -> Memory:
+def _memory(link: "_Link", name: str, session: Session) -> Memory:
     """What a link holds of this session, extended by the source states that it had not read yet."""
     memory = session.memory.get(name)
     if unread := session.unread.pop(name, ()):
         states, read = torch.cat(unread), 0 if memory is None else memory.keys.shape[2]
-        fresh = link.read(states[None], torch.arange(read, read + len(states), device=states.device)[None])
-        fresh = Memory(*(_held(part).contiguous() for part in fresh))  # read at every step from now on
+        fresh = link.read(states, read)
         memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
         session.memory[name] = memory
     assert memory is not None
@@ -503,6 +502,9 @@ class _Link:
     def __init__(self, link: Link, int8: bool) -> None:
         self.link, self.scale, self.norm = link, link.position_scale, _Norm(link.norm)
         self.query, self.out = Matrix([link.query], int8), Matrix([link.out], int8, float(link.gate.detach().tanh()))
+        layers = [link.whiten, *(link.projection if isinstance(link.projection, nn.Sequential) else ())]
+        self.projections = [Matrix([part]) if isinstance(part, nn.Linear) else part for part in layers if part is not None]
+        self.memory = Matrix([link.key, link.value])
         self.first = None
         if link.feedforward is not None:
             norm, first, _, second = link.feedforward
@@ -535,13 +537,26 @@ class _Link:
         """The link in a compiled step, where some sessions see something. last: of its junction. alive: gets what it points to."""
         seen: list[Any] = []
         for place in places:
-            memory = _memory(self.link, name, place.session) if _sees(name, place.session) else None
+            memory = _memory(self, name, place.session) if _sees(name, place.session) else None
             there = (*map(native.pointer, memory), memory.keys.shape[2]) if memory else (None, None, 0)
             seen += [there] * (place.stop - place.start)
         found = native.array(native.Memory, seen)
         alive += [found, *angles]
         half = self.link.query.weight.dtype == torch.bfloat16
         return native.Stage(None, None, self._pointer, None, addressof(found), *map(native.pointer, angles), 0, last, half)
+
+    def read(self, states: Float[Tensor, "tokens source_width"], start: int) -> Memory:
+        """`Link.read` of source states at the positions start, start + 1, ...; laid out for the many steps that read them."""
+        link = self.link
+        h = link.source_norm(states.to(link.key.weight.dtype))
+        for part in self.projections:
+            h = part(h)
+        if link.config.projection_relu:
+            h = F.relu(h)
+        keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
+        if link.config.rotary:
+            keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
+        return Memory(*(_held(part).contiguous() for part in (keys, values)))
 
     def angles(self, length: int) -> Angles:
         """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the first `length` positions."""
@@ -645,8 +660,8 @@ def _attend(
         rows = query.view(1, shared, group, width)
         return F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale).reshape(1, heads * width).to(dtype)
     rows = query.view(tokens, shared, group, width).permute(1, 2, 0, 3).reshape(1, shared, group * tokens, width)
-    mask = None
-    if causal:
+    plain, mask = causal and tokens == slots and group == 1, None
+    if causal and not plain:
         mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens).repeat(group, 1)
-    found = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=scale)
+    found = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, is_causal=plain, scale=scale)
     return found.view(shared, group, tokens, width).permute(2, 0, 1, 3).reshape(tokens, heads * width).to(dtype)
