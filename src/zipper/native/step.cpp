@@ -58,8 +58,8 @@ struct Input {  // between embeddings and the first block
   int32_t depth, residual;  // h + MLP(h), else ReLU(MLP(h))
 };
 
-struct Token {       // of a sequence
-  void* cache;       // layers, keys and values, key heads, room, head width
+struct Token {  // of a sequence
+  void* cache;  // layers, keys and values, key heads, room, head width
   int64_t room, past;
 };
 
@@ -68,16 +68,16 @@ struct Memory {  // what a token sees through a link: heads, slots, head width
   int64_t slots;
 };
 
-struct Stage {           // one of the first four, in the order of the tower
+struct Stage {  // one of the first four, in the order of the tower
   const Input* input;
   const Block* block;
   const Link* link;
-  float* keep;           // where the states go that other towers will read
-  const Memory* memory;  // of a link: for each token
+  float* keep;             // where the states go that other towers will read
+  const Memory* memory;    // of a link: for each token
   const float *cos, *sin;  // of a link: positions, head width; null: none
-  int32_t layer;         // of a block: where its keys go
-  int32_t last;          // of a link: no other is read at this junction
-  int32_t half;          // of a link: its memory is bfloat16, else float32
+  int32_t layer;           // of a block: where its keys go
+  int32_t last;            // of a link: no other is read at this junction
+  int32_t half;            // of a link: its memory is bfloat16, else float32
 };
 
 struct Call {
@@ -243,10 +243,20 @@ struct Scratch {  // a thread's own
   std::vector<float> row, laid, scores;
 };
 
+struct Shared {  // by the threads
+  std::vector<float> mixed, attended, inner, added, delta;
+};
+
 // The threads of a region. They meet some fifty times in a step, a few microseconds apart: too soon to sleep, as those of OpenMP do.
 struct Team {
   std::atomic<int> here{0}, round{0};
 };
+
+inline void rest() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
 
 struct Member {
   Team& team;
@@ -261,10 +271,10 @@ struct Member {
       return;
     }
     for (int spins = 0; team.round.load(std::memory_order_acquire) == round; spins++)
-      if (spins > 4096) std::this_thread::yield();  // the machine has other work
-#ifdef __x86_64__
-      else __builtin_ia32_pause();
-#endif
+      if (spins > 4096)
+        std::this_thread::yield();  // the machine has other work
+      else
+        rest();
   }
 
   // A share of n pieces of work, and a meeting behind it.
@@ -325,13 +335,12 @@ void normalise(const Norm& norm, const float* x, int width, float* y) {
 }
 
 // Rotary positions, halves paired: the halves of `sin` have opposite signs.
-void turn(const float* x, int width, const float* cos, const float* sin, float* y) {
+void turn(float* x, int width, const float* cos, const float* sin) {
   int half = width / 2;
-  if (!cos) memcpy(y, x, width * sizeof(float));
-  for (int i = 0; cos && i < half; i++) {
+  for (int i = 0; i < half; i++) {
     float a = x[i], b = x[i + half];
-    y[i] = a * cos[i] + b * sin[i];
-    y[i + half] = b * cos[i + half] + a * sin[i + half];
+    x[i] = a * cos[i] + b * sin[i];
+    x[i + half] = b * cos[i + half] + a * sin[i + half];
   }
 }
 
@@ -366,10 +375,6 @@ void attend(Scratch& own, const float* query, const V* keys, const V* values, in
     for (int64_t s = 0; s < slots; s++) y[i] += score[s] / total * number(values[s * width + i]);
   }
 }
-
-struct Shared {  // between threads
-  std::vector<float> mixed, attended, inner, added, delta;
-};
 
 void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
   const int n = c.n_tokens, width = c.width;
@@ -406,7 +411,7 @@ void run_block(const Call& c, const Stage& s, Shared& all, const Member& me) {
     float *row = mixed + (int64_t)t * b.qkv.out, *key = row + keys_at + k * head;
     V *place = keys_of(token, k) + token.past * head, *beside = place + b.key_heads * token.room * head;
     if (b.key.weight) normalise(b.key, key, head, key);
-    turn(key, head, c.cos + token.past * head, c.sin + token.past * head, key);
+    turn(key, head, c.cos + token.past * head, c.sin + token.past * head);
     for (int j = 0; j < head; j++) put(key[j], place + j), put(row[values_at + k * head + j], beside + j);
   });
   me.share(n * b.heads, [&](int i) {
@@ -414,7 +419,7 @@ void run_block(const Call& c, const Stage& s, Shared& all, const Member& me) {
     const Token& token = c.tokens[t];
     float* query = mixed + (int64_t)t * b.qkv.out + q * head;
     if (b.query.weight) normalise(b.query, query, head, query);
-    turn(query, head, c.cos + token.past * head, c.sin + token.past * head, query);
+    turn(query, head, c.cos + token.past * head, c.sin + token.past * head);
     const V *keys = keys_of(token, q / group), *values = keys + b.key_heads * token.room * head;
     attend(own, query, keys, values, token.past + 1, head, b.scale, attended + (int64_t)t * keys_at + q * head);
   });
@@ -460,7 +465,7 @@ void run_link(const Call& c, const Stage& s, bool first, Shared& all, const Memb
       return;
     }
     int64_t turned = c.tokens[t].past * head;
-    turn(query, head, s.cos ? s.cos + turned : nullptr, s.cos ? s.sin + turned : nullptr, query);
+    if (s.cos) turn(query, head, s.cos + turned, s.sin + turned);
     int64_t at = q * memory.slots * head;
     attend(own, query, (const V*)memory.keys + at, (const V*)memory.values + at, memory.slots, head, 1 / std::sqrt((float)head), out);
   });
