@@ -104,6 +104,36 @@ def test_rates_stand_beside_the_recorded_ones() -> None:
     )
 
 
+#: What a row of the README's table of speed is about, and what was recorded of it: file, arm, arm below it.
+SAID = {
+    "both towers frozen": [("train_30m_fp32", "frozen", "trained")],
+    "frozen zip / vocabulary-expanded": [("train_30m_fp32", "frozen", "expanded")],
+    "packed / padded": [("train_30m_packing_fp32", "packed", "padded")],
+    "zip / stock": [("decode_30m_fp32", "zip", "stock"), ("decode_30m_bf16", "zip", "stock")],
+    "int8": [("decode_30m_fp32", "int8", "stock")],
+    "static cache": [("decode_30m_fp32", "zip", "static")],
+    "own bare tower": [("decode_30m_fp32", "zip", "bare"), ("decode_30m_bf16", "zip", "bare")],
+    "decoder with the units in its vocabulary": [("decode_30m_fp32", "zip", "expanded"), ("decode_30m_bf16", "zip", "expanded")],
+    "eight streams": [("decode_30m_fp32", "streams", "zip"), ("decode_30m_bf16", "streams", "zip")],
+}
+
+
+def test_speed_in_the_readme_is_what_was_recorded() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8").partition("### Speed")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(SAID)
+    for (what, ratios, _), (begins, recorded) in zip(rows, SAID.items(), strict=True):
+        assert begins in what
+        medians = []
+        for name, above, below in recorded:
+            found = json.loads((RESULTS / f"{name}_2cpu_202611.json").read_text(encoding="utf-8"))["ratios"]
+            medians += [row["median"] for row in found if (row["above"], row["below"]) == (above, below)]
+        assert ratios == ", ".join(f"{median:.2f}" if median < 3 else f"{median:.1f}" for median in medians), what
+    arms = json.loads((RESULTS / "speech_2cpu_202611.json").read_text(encoding="utf-8"))["arms"]
+    said = [f"{arms[arm]['real_time']:.3f} s" for arm in ("asr", "tts", "tts, 8 streams")]
+    assert not [one for one in said if one not in readme]
+
+
 def test_a_rate_is_sound_a_second_of_work() -> None:
     arms = {arm: {"real_time": 0.25, "sound_s": 1.0, "audio_s": 4.0, "first_s": 0.1, "seconds": 1.0} for arm in ARMS}
     found = {"hardware": "a", "month": "b", "versions": {}, "settings": {}, "rounds": 1, "arms": arms}

@@ -6,6 +6,7 @@ choice, so that all do the same work; before that, arms that compute the same th
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -32,6 +33,7 @@ ARMS = {
     "zip": "zip, the source read and visible",
     "blind": "zip, nothing of the other modality visible",
     "bare": "the same loop, the text tower alone",
+    "torch": "zip, without the compiled step",
     "steps": "zip, by Zipper.step",
     "int8": "zip, weights in 8 bits",
     "streams": "zip, eight sequences side by side",
@@ -49,10 +51,13 @@ RATIOS = (
     ("int8", "stock", 2.0),
     ("zip", "static", 1.0),
     ("zip", "expanded", 0.95),
+    ("zip", "torch", 1.0),
     ("zip", "steps", 1.0),
     ("zip", "mllama", 1.0),
     ("streams", "zip", 5.0),
 )
+#: Arms that compute the same thing.
+SAME = (("zip", "steps"), ("zip", "torch"), ("zip", "streams"), ("blind", "bare"), ("bare", "stock"), ("stock", "static"))
 STREAMS = 8
 EVERY = 2  # blocks between junctions
 
@@ -90,8 +95,8 @@ class Settings:
 
 class Arm(NamedTuple):
     """A way to decode. start: reads source and prompt, and makes a step that reads one id per sequence: logits of the first.
-    bytes: that a step reads, prefill_flops: of source and
-    prompt, in products with weights; 0 = not counted."""
+    bytes: that a step reads, prefill_flops: of source and prompt,
+    in products with weights; 0 = not counted."""
 
     start: Callable[[], Callable[[int], Tensor]]
     streams: int = 1
@@ -119,7 +124,7 @@ def bench(
         raise ZipperError(f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 and bfloat16.")
     settings = {arm: asdict(Settings(arm, size, source, 16, tokens, precision, device, threads)) for arm in arms}
     turns = take_turns("zipper.bench.decode", settings, rounds, warm)
-    _same(turns, [("zip", "steps"), ("zip", "streams"), ("blind", "bare"), ("bare", "stock"), ("stock", "static")], precision)
+    _same(turns, precision)
     ratios = []
     for fast, slow, target in RATIOS:
         if fast in turns and slow in turns:
@@ -148,8 +153,8 @@ def bench(
     }
 
 
-def _same(turns: Mapping[str, Sequence[Turn]], pairs: Sequence[tuple[str, str]], precision: str) -> None:
-    for one, other in pairs:
+def _same(turns: Mapping[str, Sequence[Turn]], precision: str) -> None:
+    for one, other in SAME:
         if precision == "float32" and one in turns and other in turns and turns[one][0]["choice"] != turns[other][0]["choice"]:
             raise ZipperError(f"The arms {one!r} and {other!r} choose other tokens: what they take cannot be compared.")
 
@@ -360,6 +365,8 @@ def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
 def main() -> None:
     """An arm's process."""
     settings = Settings(**json.loads(sys.argv[1]))
+    if settings.arm == "torch":
+        os.environ["ZIPPER_NATIVE"] = "0"
     if settings.threads:
         torch.set_num_threads(settings.threads)
     vocabulary = SIZES[settings.size]["text"]["vocab_size"]
