@@ -208,7 +208,9 @@ class Fused:
     def _read(self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool) -> Tensor | None:
         tower, places, row = self._towers[name], [], 0
         for session, ids in pieces:
-            cache = session.caches.setdefault(name, tower.cache())
+            if name not in session.caches:
+                session.caches[name] = tower.cache()
+            cache = session.caches[name]
             cache.reserve(len(ids))
             places.append(_Place(session, cache, row, row := row + len(ids)))
         positions = [slot for p in places for slot in range(p.cache.length, p.cache.length + p.stop - p.start)]
