@@ -14,14 +14,21 @@
 #include <cstring>
 #include <thread>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef float Lanes __attribute__((vector_size(64)));  // GCC cuts it to what the machine has
-typedef uint32_t Words __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+constexpr int N = 16;  // numbers in a register
+#elif defined __AVX2__
+constexpr int N = 8;
+#else
+constexpr int N = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * N)));
+typedef uint32_t Words __attribute__((vector_size(4 * N)));
 
 constexpr int PAD = 32;      // rows of weights are padded to a multiple of this
 constexpr int CHUNK = 8;     // rows that a thread takes at once
@@ -107,7 +114,7 @@ inline Lanes load(const float* p) {
 }
 
 inline Lanes load(const uint16_t* p) {  // bfloat16
-  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * N)));
   Halves value;
   memcpy(&value, p, sizeof value);
   return lanes(__builtin_convertvector(value, Words) << 16);
@@ -132,11 +139,11 @@ inline float sum(Lanes v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float half[16];
-  memcpy(half, &v, sizeof v);
-  for (int n = 8; n; n /= 2)
-    for (int i = 0; i < n; i++) half[i] += half[i + n];
-  return half[0];
+  typedef float Four __attribute__((vector_size(16)));
+  Four part[N / 4];
+  memcpy(part, &v, sizeof v);
+  for (int i = 1; i < N / 4; i++) part[0] += part[i];
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 #endif
 }
 
@@ -158,25 +165,35 @@ struct F32 {
   typedef float W;
   typedef float X;
   struct Row {
-    Lanes a, b;
+    Lanes part[PAD / N];
   };
-  static Row row(const W* w) { return {load(w), load(w + 16)}; }
-  static Lanes add(Lanes sum, const Row& w, const X* x) { return sum + w.a * load(x) + w.b * load(x + 16); }
+  static Row row(const W* w) {
+    Row found;
+    for (int i = 0; i < PAD / N; i++) found.part[i] = load(w + i * N);
+    return found;
+  }
+  static Lanes add(Lanes sum, const Row& w, const X* x) {
+    for (int i = 0; i < PAD / N; i++) sum += w.part[i] * load(x + i * N);
+    return sum;
+  }
   static void lay(const float* from, X* to) { memcpy(to, from, PAD * sizeof(float)); }
 };
 
 struct I8 : F32 {
   typedef int8_t W;
-  static Lanes widen(const W* w) {
+  static Row row(const W* w) {  // GCC's own conversion goes number by number
+    Row found;
+    for (int i = 0; i < PAD / N; i++) {
 #ifdef __AVX512F__
-    return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
+      found.part[i] = (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + i * N))));
+#elif defined __AVX2__
+      found.part[i] = (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(w + i * N))));
 #else
-    Lanes value;
-    for (int i = 0; i < 16; i++) value[i] = w[i];
-    return value;
+      for (int j = 0; j < N; j++) found.part[i][j] = w[i * N + j];
 #endif
+    }
+    return found;
   }
-  static Row row(const W* w) { return {widen(w), widen(w + 16)}; }
 };
 
 #ifdef __AVX512BF16__
@@ -197,12 +214,17 @@ struct B16 {
 struct B16 : F32 {  // the first of two numbers is the lower half of a word: tokens are laid out evens first
   typedef uint16_t W;
   static Row row(const W* w) {
-    Words bits;
-    memcpy(&bits, w, sizeof bits);
-    return {lanes(bits << 16), lanes(bits & 0xffff0000u)};
+    Row found;
+    for (int i = 0; i < PAD / N; i += 2) {
+      Words bits;
+      memcpy(&bits, w + i * N, sizeof bits);
+      found.part[i] = lanes(bits << 16);
+      found.part[i + 1] = lanes(bits & 0xffff0000u);
+    }
+    return found;
   }
   static void lay(const float* from, X* to) {
-    for (int i = 0; i < PAD; i++) to[i / 2 + (i & 1) * 16] = from[i];
+    for (int i = 0; i < PAD; i++) to[i / (2 * N) * (2 * N) + i % (2 * N) / 2 + (i & 1) * N] = from[i];
   }
 };
 #endif
@@ -347,24 +369,24 @@ void turn(float* x, int width, const float* cos, const float* sin) {
 // softmax(scale keys query) values.
 template <class V>
 void attend(Scratch& own, const float* query, const V* keys, const V* values, int64_t slots, int width, float scale, float* y) {
-  if (own.scores.size() < (size_t)slots + 16) own.scores.resize(slots + slots / 2 + 16);
+  if (own.scores.size() < (size_t)slots + N) own.scores.resize(slots + slots / 2 + N);
   float *score = own.scores.data(), top = -INFINITY, total = 0;
-  int whole = width / 16 * 16;
+  int whole = width / N * N;
   for (int64_t s = 0; s < slots; s++) {
     const V* key = keys + s * width;
     Lanes parts = {};
-    for (int i = 0; i < whole; i += 16) parts += load(query + i) * load(key + i);
+    for (int i = 0; i < whole; i += N) parts += load(query + i) * load(key + i);
     float dot = sum(parts);
     for (int i = whole; i < width; i++) dot += query[i] * number(key[i]);
     score[s] = dot * scale;
     top = std::max(top, score[s]);
   }
-  for (int64_t s = 0; s < slots; s += 16) {
+  for (int64_t s = 0; s < slots; s += N) {
     Lanes share = exponential(load(score + s) - top);
     memcpy(score + s, &share, sizeof share);
   }
   for (int64_t s = 0; s < slots; s++) total += score[s];
-  for (int i = 0; i < whole; i += 16) {
+  for (int i = 0; i < whole; i += N) {
     Lanes parts = {};
     for (int64_t s = 0; s < slots; s++) parts += score[s] * load(values + s * width + i);
     parts /= total;
@@ -426,12 +448,12 @@ void run_block(const Call& c, const Stage& s, Shared& all, const Member& me) {
   lay_out(own, b.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * keys_at, keys_at * sizeof(float)); });
   multiply(me, b.out, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
   lay_out(own, b.gate_up, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
-  std::vector<float> gate((size_t)n * CHUNK + 16), up((size_t)n * CHUNK);
+  std::vector<float> gate((size_t)n * CHUNK + N), up((size_t)n * CHUNK);
   me.share((hidden + CHUNK - 1) / CHUNK, [&](int chunk) {
     int first = chunk * CHUNK, m = std::min(CHUNK, hidden - first);
     some_rows(own, b.gate_up, n, first, m, gate.data());
     some_rows(own, b.gate_up, n, hidden + first, m, up.data());
-    for (int i = 0; i < n * CHUNK; i += 16) {
+    for (int i = 0; i < n * CHUNK; i += N) {
       Lanes g = load(gate.data() + i);
       g /= 1.f + exponential(-g);
       memcpy(gate.data() + i, &g, sizeof g);
