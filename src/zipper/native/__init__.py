@@ -27,7 +27,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 #: Rows of weights are as long as a multiple of this.
 PAD = 32
 SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -shared -fPIC -w".split()
+FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w".split()
 
 
 class Matrix(Structure):

@@ -120,6 +120,17 @@ inline Lanes load(const uint16_t* p) {  // bfloat16
   return lanes(__builtin_convertvector(value, Words) << 16);
 }
 
+// a b + c, by name: where GCC may choose, it does so by how many tokens there are, and sums differ in their last bits.
+inline Lanes fused(Lanes a, Lanes b, Lanes c) {
+#ifdef __AVX512F__
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined __AVX2__ && defined __FMA__
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline float number(float x) { return x; }
 inline float number(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -173,7 +184,7 @@ struct F32 {
     return found;
   }
   static Lanes add(Lanes sum, const Row& w, const X* x) {
-    for (int i = 0; i < PAD / N; i++) sum += w.part[i] * load(x + i * N);
+    for (int i = 0; i < PAD / N; i++) sum = fused(w.part[i], load(x + i * N), sum);
     return sum;
   }
   static void lay(const float* from, X* to) { memcpy(to, from, PAD * sizeof(float)); }
@@ -375,7 +386,7 @@ void attend(Scratch& own, const float* query, const V* keys, const V* values, in
   for (int64_t s = 0; s < slots; s++) {
     const V* key = keys + s * width;
     Lanes parts = {};
-    for (int i = 0; i < whole; i += N) parts += load(query + i) * load(key + i);
+    for (int i = 0; i < whole; i += N) parts = fused(load(query + i), load(key + i), parts);
     float dot = sum(parts);
     for (int i = whole; i < width; i++) dot += query[i] * number(key[i]);
     score[s] = dot * scale;
@@ -388,7 +399,7 @@ void attend(Scratch& own, const float* query, const V* keys, const V* values, in
   for (int64_t s = 0; s < slots; s++) total += score[s];
   for (int i = 0; i < whole; i += N) {
     Lanes parts = {};
-    for (int64_t s = 0; s < slots; s++) parts += score[s] * load(values + s * width + i);
+    for (int64_t s = 0; s < slots; s++) parts = fused(Lanes{} + score[s], load(values + s * width + i), parts);
     parts /= total;
     memcpy(y + i, &parts, sizeof parts);
   }
