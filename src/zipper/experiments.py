@@ -857,7 +857,7 @@ def reproduce(
         results += [result for one in found if one["kind"] == "reference" for result in one["found"].values()]
         content = {
             "preset": spend.name,
-            "commit": _commit(),
+            "commit": report.commit(),
             "command": command,
             "versions": report.environment(),
             "machine": f"{os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
@@ -877,12 +877,3 @@ def reproduce(
     if content["results"]:
         write(content, output)
     return content, failed
-
-
-def _commit() -> str:
-    """The commit that this source stands at; "" where it is no checkout."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

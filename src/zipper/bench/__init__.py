@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zipper import report
 from zipper.errors import ZipperError
 
 Turn = dict[str, float]
@@ -99,7 +100,7 @@ def resident() -> tuple[int, int]:
 
 def machine(hardware: str) -> dict[str, Any]:
     """Where and with what something was measured."""
-    versions = {name: version(name) for name in ("torch", "transformers")}
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"zipper": report.commit()[:7] or version("zipper-lm")}
     return {
         "hardware": hardware or f"{os.cpu_count()} cores",
         "month": time.strftime("%Y-%m"),
