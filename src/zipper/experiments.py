@@ -289,6 +289,7 @@ def cells(spend: Budget) -> list[Cell]:
         add(arm, HEADLINE, where=where)
     for arm in main[:2]:
         add(arm, ("schedule",), steps=2 * spend.steps)
+        add(arm, ("schedule",), pairs=spend.sweep[0], steps=spend.steps)
     for pairs, arm in product(spend.sweep[2:], main[:2]):
         add(arm, ("figure3",), 0, pairs)
     short: dict[str, Any] = {"steps": spend.ablation}

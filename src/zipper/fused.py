@@ -138,13 +138,13 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 @dataclass
 class Session:
     """One sequence: what it has read. towers: those of its plan. outputs: those that will produce, the others run no further than
-    their last junction. memory, unread: as in `model.State`, of links that `towers` hold."""
+    their last junction. memory, unread: as in `model.State`, of links that `towers` hold; unread states are rows of a matrix."""
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
     caches: dict[str, Cache] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
-    unread: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    unread: dict[str, tuple[tuple[Tensor, int, int], ...]] = field(default_factory=dict)
 
 
 @final
@@ -181,31 +181,33 @@ class Fused:
         for index, (session, _) in enumerate(pieces):
             paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
         for (linked, speaks), indices in paths.items():
-            for group in self._groups(indices, [len(ids) for _, ids in pieces]):
-                logits = self._read(tower, [pieces[index] for index in group], linked, speaks)
+            for group, compiled in self._groups(indices, [len(ids) for _, ids in pieces]):
+                logits = self._read(tower, [pieces[index] for index in group], linked, speaks, compiled)
                 for index, row in zip(group, [None] * len(group) if logits is None else logits, strict=True):
                     answers[index] = row
         return answers
 
-    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """What is read together: long pieces, and so many short ones as a compiled step takes."""
-        long = [index for index in indices if not self._compiled or lengths[index] > native.TOKENS]
-        if long:
-            yield long
+    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """What is read together, and whether by compiled code: long pieces by torch, short ones as many as a step takes."""
+        short = [index for index in indices if self._compiled and lengths[index] <= native.PIECE]
+        if len(short) < len(indices):
+            yield [index for index in indices if index not in short], False
         group: list[int] = []
-        for index in (index for index in indices if index not in long):
+        for index in short:
             if sum(lengths[i] for i in group) + lengths[index] > native.TOKENS:
-                yield group
+                yield group, True
                 group = []
             group.append(index)
         if group:
-            yield group
+            yield group, True
 
     def bytes(self, tower: str) -> tuple[int, int]:
         """Weights that one token reads: of the tower, and of the links into it where all sources are visible."""
         return self._towers[tower].bytes, sum(self._links[link].bytes for stop in self._stops[tower] for link in stop.reads)
 
-    def _read(self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool) -> Tensor | None:
+    def _read(
+        self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool, compiled: bool
+    ) -> Float[Tensor, "sessions vocabulary"] | None:
         tower, places, row = self._towers[name], [], 0
         for session, ids in pieces:
             if name not in session.caches:
@@ -215,7 +217,7 @@ class Fused:
             places.append(_Place(session, cache, row, row := row + len(ids)))
         positions = [slot for p in places for slot in range(p.cache.length, p.cache.length + p.stop - p.start)]
         h = F.embedding(torch.tensor([i for _, ids in pieces for i in ids], device=tower.device), tower.table)
-        step = self._step if self._compiled and row <= native.TOKENS else self._run
+        step = self._step if compiled else self._run
         spoken = step(name, h, positions, places, linked, speaks)
         for place in places:
             place.cache.length += place.stop - place.start
@@ -243,15 +245,15 @@ class Fused:
         """The same by one call of compiled code."""
         tower, far, done = self._towers[name], 1 + max(positions), 0
         stages = [self._inputs[name].stage] if linked and name in self._inputs else []
-        alive: list[Any] = []  # what the call points to
-        for stop in self._stops[name] if linked else ():
+        stops = self._stops[name] if linked else ()
+        kept = h.new_empty((len(stops), *h.shape), dtype=torch.float32)
+        alive: list[Any] = [kept]  # what the call points to
+        for stop, rows in zip(stops, kept.unbind(), strict=True):
             stages += tower.stages[done : stop.layer]
             done = stop.layer
             if stop.shows:
-                kept = torch.empty_like(h, dtype=torch.float32)
-                alive.append(kept)
-                stages.append(native.Stage(keep=kept.data_ptr()))
-                _show(stop, kept, places)
+                stages.append(native.Stage(keep=rows.data_ptr()))
+                _show(stop, rows, places)
             seen = [link for link in stop.reads if any(_sees(link, place.session) for place in places)]
             for number, link in enumerate(seen, 1):
                 turns = self._turns.get(self._links[link].scale)
@@ -310,7 +312,7 @@ class Fused:
         `tolerance` of their spread."""
         tower = self.model.towers[name]
         assert isinstance(tower, Tower)
-        many, few = native.TOKENS + 1, 4
+        many, few = native.PIECE + 1, 4
         ids = torch.randint(tower.vocabulary, (1, many + few + 4), generator=torch.Generator().manual_seed(0)).to(tower.device)
         cuts = [0, many, *range(many + few, ids.shape[1] + 1)]
         truth = tower(Strand.alone(ids))[0, [stop - 1 for stop in cuts[1:]]].float()
@@ -353,7 +355,7 @@ def _show(stop: _Stop, h: Float[Tensor, "tokens width"], places: Sequence[_Place
     for name in stop.shows:
         for place in places:
             if name.rpartition(">")[2] in place.session.towers:
-                place.session.unread[name] = (*place.session.unread.get(name, ()), h[place.start : place.stop])
+                place.session.unread[name] = (*place.session.unread.get(name, ()), (h, place.start, place.stop))
 
 
 def _sees(link: str, session: Session) -> bool:
@@ -364,7 +366,8 @@ def _memory(link: "_Link", name: str, session: Session) -> Memory:
     """What a link holds of this session, extended by the source states that it had not read yet."""
     memory = session.memory.get(name)
     if unread := session.unread.pop(name, ()):
-        states, read = torch.cat(unread), 0 if memory is None else memory.keys.shape[2]
+        states = torch.cat([rows[start:stop] for rows, start, stop in unread])
+        read = 0 if memory is None else memory.keys.shape[2]
         fresh = link.read(states, read)
         memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
         session.memory[name] = memory

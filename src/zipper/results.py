@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -43,7 +44,7 @@ TITLES = {
     "positions": "Positions in cross-attention",
     "depth": "Depth of the cross projection",
     "lora": "An adapter on the text tower against a frozen one",
-    "schedule": "Twice the steps",
+    "schedule": "More steps",
     "towers": "What the towers could do, before and after",
 }
 # The paper's own figures: other data, other towers, other judges. Its text towers T and G, with a speech tower of 128M, stand
@@ -611,9 +612,10 @@ def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
     """One thing varied: a row per value, a column per test set and judge."""
     shown = sorted(_of(groups, name), key=lambda group: len(group.cell["changes"]))
     if name == "schedule":
-        same = {(group.cell["arm"], group.cell["corpus"], group.cell["size"]) for group in shown}
-        found = [g for g in _of(groups, "table1") if (g.cell["arm"], g.cell["corpus"], g.cell["size"]) in same]
-        shown = sorted([*found, *shown], key=lambda group: group.cell["arm"])
+        what = itemgetter("arm", "corpus", "size", "pairs")
+        same = [what(group.cell) for group in shown]
+        found = [group for group in _of(groups, "figure3") if what(group.cell) in same]
+        shown = sorted([*found, *shown], key=lambda group: (-group.cell["pairs"], group.cell["arm"]))
     if not shown:
         return []
     keys = [key for task in ("asr", "tts") for key in _keys(shown, task)]

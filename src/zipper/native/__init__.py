@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Tokens up to which a step is compiled; more are read faster by torch's matrix products (docs/log.md).
-TOKENS = 16
+#: Tokens of a step, and of one sequence in it, up to which it is compiled; more are read faster by torch's matrix products
+#: (docs/log.md).
+TOKENS, PIECE = 16, 8
 #: Kinds of weights that it knows.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 #: Rows of weights are as long as a multiple of this.
