@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,12 +38,13 @@ def model() -> Zipper:
 
 
 def decode(model: Zipper, company: int, int8: bool = False) -> Tensor:
-    """Logits of one sequence, read in pieces beside so many others of other lengths: speech, text, and four tokens one by one."""
+    """Logits of one sequence, read in pieces beside so many others of other lengths: speech, a text too long for a step, and four
+    tokens one by one."""
     fast, dice = Fused(model, int8=int8), random.Random(0)
     sessions = [fast.open(NAMES, NAMES) for _ in range(1 + company)]
     found = []
-    for step, (tower, ids) in enumerate([("speech", [3, 4, 5]), ("text", [6, 7]), *[("text", [8 + i]) for i in range(4)]]):
-        others = [[dice.randrange(20) for _ in range(1 + (n + step) % 3)] for n in range(company)]
+    for step, (tower, ids) in enumerate([("speech", [3, 4, 5]), ("text", [6, 7] * 7), *[("text", [8 + i]) for i in range(4)]]):
+        others = [[dice.randrange(20) for _ in range(1 + (n + step) % 3 + 10 * (n % 2))] for n in range(company)]
         pieces = list(zip(sessions, [ids, *others], strict=True))
         logits = fast.read(tower, pieces[1:] + pieces[:1])[-1]
         assert logits is not None
@@ -64,6 +66,23 @@ def test_company_and_threads_change_no_bit(kind: str) -> None:
         assert torch.equal(decode(model, 2, kind == "int8"), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_a_token_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, calls, step = Fused(model), list[int](), native.step
+
+    def counted(stages: Any, tokens: Any, *rest: Any) -> Tensor:
+        calls.append(len(tokens))
+        return step(stages, tokens, *rest)
+
+    monkeypatch.setattr(native, "step", counted)
+    sessions = [fast.open(NAMES, NAMES) for _ in range(20)]
+    for session, ids in zip(sessions[:3], ([3], [3] * native.PIECE, [3] * (native.PIECE + 1)), strict=True):
+        fast.read("speech", [(session, ids)])
+    assert calls == [1, native.PIECE], "more tokens of one sequence go by torch"
+    fast.read("text", [(session, [5]) for session in sessions])
+    assert calls[2:] == [native.TOKENS, 20 - native.TOKENS], "as many as a step takes"
 
 
 @needs_compiler

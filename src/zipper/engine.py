@@ -289,17 +289,16 @@ class Engine:
         limits: Limits | None = None,
     ) -> list[list[Segment]]:
         """What `generation.generate` returns, by requests: the same tokens, draws and errors."""
-        check(self.model, prompts, outputs, limits)
+        plan = check(self.model, prompts, outputs, limits)
         seeds = (replace(sampling, seed=sampling.seed + row) for row in range(len(prompts)))
         answers = self.run([Request(prompt, outputs, own, limits) for prompt, own in zip(prompts, seeds, strict=True)])
         for answer in answers:
             if answer.error is not None and (not isinstance(answer.error, NoRoom) or all(other.error for other in answers)):
                 raise answer.error
-        names = [segment.tower for segment in _plan(answers[0].request)]
         found = []
         for answer in answers:
             written = [part.segment for part in answer.written]
-            found.append([*written, *(Segment(name, [], ended=False) for name in names[len(written) :])])
+            found.append([*written, *(Segment(segment.tower, [], ended=False) for segment in plan[len(written) :])])
         return found
 
     def stream(self, answer: Answer) -> Iterator[Token]:

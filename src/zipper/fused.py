@@ -159,7 +159,7 @@ class Fused:
         self._inputs = {name: _Input(part) for name, part in model.inputs.items() if isinstance(part, InputProjection)}
         self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
         self._stops = {name: tuple(_stops(name, model)) for name in self._towers}
-        self._compiled = self._compile()
+        self._compiled = self._compilable()
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
@@ -188,12 +188,16 @@ class Fused:
         return answers
 
     def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-        """What is read together, and whether by compiled code: long pieces by torch, short ones as many as a step takes."""
-        short = [index for index in indices if self._compiled and lengths[index] <= native.PIECE]
-        if len(short) < len(indices):
-            yield [index for index in indices if index not in short], False
+        """What is read together, and whether by compiled code: of short pieces as many as a step takes. Long ones go by torch, each
+        alone: the bits of its products depend on the number of rows."""
+        if not self._compiled:
+            yield list(indices), False
+            return
         group: list[int] = []
-        for index in short:
+        for index in indices:
+            if lengths[index] > native.PIECE:
+                yield [index], False
+                continue
             if sum(lengths[i] for i in group) + lengths[index] > native.TOKENS:
                 yield group, True
                 group = []
@@ -270,7 +274,7 @@ class Fused:
         logits = native.step(stages, tokens, spoken, tower.angles.single(far), h, tower.norm.struct, tower.head.struct, half)
         return logits if speaks else None
 
-    def _compile(self) -> bool:
+    def _compilable(self) -> bool:
         """Whether all that there is can be read by compiled code."""
         kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
         known = kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}

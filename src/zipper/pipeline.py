@@ -27,7 +27,7 @@ from zipper.sequence import Segment
 from zipper.tower import UnsupportedTower
 
 PINS = "modalities.json"
-FAST_BYTES = 4 << 30
+FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for
 ROWS = 16  # requests that run at once: as many as a compiled step takes
 
 #: The model that comes with the package: spoken commands, text <-> speech.
@@ -51,8 +51,12 @@ class Pipeline:
                 )
         self.model = model
         self.modalities = dict(modalities)
-        self._engine: Engine | None = None
+        self._reader: Fused | None = None
         self._weights: list[tuple[int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the reader, which points into this process's memory."""
+        return {**self.__dict__, "_reader": None, "_weights": []}
 
     @classmethod
     def from_pretrained(
@@ -140,7 +144,7 @@ class Pipeline:
     ) -> list[list[Segment]]:
         """`run` for many inputs of one plan at once. Contents that are lists of ids are taken as they are.
 
-        On a CPU a zip of up to `FAST_BYTES` goes by the engine, which holds its weights a second time, laid out for speed.
+        On a CPU a zip of up to `FAST_BYTES` of weights goes by the engine, which holds them twice more, laid out for speed.
         """
         prompts = [[self._encode(segment) for segment in segments] for segments in batch]
         plan = [self._encode(item) if isinstance(item, Segment) else item for item in outputs]
@@ -155,13 +159,13 @@ class Pipeline:
         limits: Limits | None = None,
     ) -> list[list[Segment]]:
         """`generation.generate` with this model, ids in and ids out, by the fastest way that knows it."""
-        engine = self._fast()
-        if engine is None:
+        reader = self._fast()
+        if reader is None:
             return generate(self.model, prompts, outputs, sampling, limits)
-        return engine.generate(prompts, outputs, sampling, limits)
+        return Engine(self.model, ROWS, reader).generate(prompts, outputs, sampling, limits)
 
-    def _fast(self) -> Engine | None:
-        """An engine with the weights as they are now; None where `generate` is as fast: not a zip of known towers on a CPU."""
+    def _fast(self) -> Fused | None:
+        """A reader with the weights as they are now; None for what is not a zip of known towers on a CPU."""
         parameters = list(self.model.parameters())
         if any(p.device.type != "cpu" or p.is_inference() for p in parameters) or not isinstance(self.model, Zipper):
             return None
@@ -170,11 +174,11 @@ class Pipeline:
         weights = [(p.data_ptr(), p._version) for p in parameters]  # a change in place raises the version
         if weights != self._weights:
             try:
-                self._engine = Engine(self.model, ROWS, Fused(self.model))
+                self._reader = Fused(self.model)
             except UnsupportedTower:
-                self._engine = None
+                self._reader = None
             self._weights = weights
-        return self._engine
+        return self._reader
 
     def engine(self, rows: int = 8) -> Engine:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are now; contents are ids."""
