@@ -83,6 +83,10 @@ def test_a_token_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest
     assert calls == [1, native.PIECE], "more tokens of one sequence go by torch"
     fast.read("text", [(session, [5]) for session in sessions])
     assert calls[2:] == [native.TOKENS, 20 - native.TOKENS], "as many as a step takes"
+    long, run = list[int](), fast._run
+    monkeypatch.setattr(fast, "_run", lambda name, h, *rest: long.append(len(h)) or run(name, h, *rest))
+    fast.read("text", [(session, [5] * n) for session, n in zip(sessions, (12, 1, 14), strict=False)])
+    assert long == [12, 14] and calls[4:] == [1], "each long piece alone"
 
 
 @needs_compiler
