@@ -178,13 +178,13 @@ def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junc
 
 def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = zipped(LLAMAS), []
-    fast, turn = Fused(model), fused._Link.read
+    fast, turn = Fused(model), fused._Link.extend
 
-    def counted(link: fused._Link, states: Tensor, start: int) -> Memory:
+    def counted(link: fused._Link, memory: Memory | None, states: Tensor) -> Memory:
         calls.append((next(name for name, other in fast._links.items() if other is link), len(states)))
-        return turn(link, states, start)
+        return turn(link, memory, states)
 
-    monkeypatch.setattr(fused._Link, "read", counted)
+    monkeypatch.setattr(fused._Link, "extend", counted)
     cut = [("speech", [2]), ("speech", [3, 4]), ("text", [5]), ("text", [6]), ("speech", [7]), ("text", [8])]
     read(fast, [fast.open(["speech", "text"], ["speech", "text"])], [cut])
     for n in range(len(model.config.junctions)):

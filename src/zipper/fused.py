@@ -10,10 +10,10 @@ or plans.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import addressof, pointer
-from dataclasses import dataclass, field, replace
+from ctypes import addressof, c_int32, pointer
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple, final
 
 import torch
@@ -36,6 +36,9 @@ AMX = torch.cpu._is_amx_tile_supported()
 PACKED: set[torch.dtype] = set()
 if torch.backends.mkldnn.is_available():
     PACKED = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+
+STAMPS = count()
+PREPARED = 8  # steps of certain sessions that are held ready
 
 
 @final
@@ -137,14 +140,19 @@ def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @dataclass
 class Session:
-    """One sequence: what it has read. towers: those of its plan. outputs: those that will produce, the others run no further than
-    their last junction. memory, unread: as in `model.State`, of links that `towers` hold; unread states are rows of a matrix."""
+    """One sequence: what it has read.
+
+    towers: those of its plan. outputs: those that will produce, the others run no further than their last junction. memory: of
+    links that `towers` hold. unread: {(source, target): states of the source that links into the target have not read yet}. stamp:
+    no other session has it, nor this one with another memory.
+    """
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
     caches: dict[str, Cache] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
-    unread: dict[str, tuple[tuple[Tensor, int, int], ...]] = field(default_factory=dict)
+    unread: dict[tuple[str, str], list["_Shown"]] = field(default_factory=dict)
+    stamp: int = field(default_factory=STAMPS.__next__)
 
 
 @final
@@ -159,6 +167,10 @@ class Fused:
         self._inputs = {name: _Input(part) for name, part in model.inputs.items() if isinstance(part, InputProjection)}
         self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
         self._stops = {name: tuple(_stops(name, model)) for name in self._towers}
+        self._ears = {name: {link for stop in stops for link in stop.reads} for name, stops in self._stops.items()}
+        shown = {name: {link for stop in stops for link in stop.shows} for name, stops in self._stops.items()}
+        self._audience = {name: [n for n, ears in self._ears.items() if ears & shown[name]] for name in self._stops}
+        self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._compiled = self._compilable()
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
@@ -170,7 +182,8 @@ class Fused:
     def fork(self, session: Session) -> Session:
         """A copy that goes on by itself. What links hold is shared: it is replaced, never written to."""
         caches = {name: cache.fork() for name, cache in session.caches.items()}
-        return replace(session, caches=caches, memory=dict(session.memory), unread=dict(session.unread))
+        unread = {pair: list(shown) for pair, shown in session.unread.items()}
+        return Session(session.towers, session.outputs, caches, dict(session.memory), unread)
 
     @torch.inference_mode()
     def read(self, tower: str, pieces: Sequence[tuple[Session, Sequence[int]]]) -> list[Float[Tensor, " vocabulary"] | None]:
@@ -218,61 +231,91 @@ class Fused:
                 session.caches[name] = tower.cache()
             cache = session.caches[name]
             cache.reserve(len(ids))
+            if session.unread:
+                self._listen(name, session)
             places.append(_Place(session, cache, row, row := row + len(ids)))
         positions = [slot for p in places for slot in range(p.cache.length, p.cache.length + p.stop - p.start)]
         h = F.embedding(torch.tensor([i for _, ids in pieces for i in ids], device=tower.device), tower.table)
         step = self._step if compiled else self._run
-        spoken = step(name, h, positions, places, linked, speaks)
-        for place in places:
-            place.cache.length += place.stop - place.start
+        spoken, kept = step(name, h, positions, places, linked, speaks)
+        for session, cache, start, stop in places:
+            cache.length += stop - start
+            for target in self._audience[name] if linked else ():
+                if target in session.towers:
+                    session.unread.setdefault((name, target), []).append(_Shown(kept, start, stop))
         return spoken
+
+    def _listen(self, name: str, session: Session) -> None:
+        """The links into a tower read what was kept for them, in one batch each."""
+        for source, target in [pair for pair in session.unread if pair[1] == name]:
+            shown = session.unread.pop((source, target))
+            session.stamp = next(STAMPS)
+            for number, stop in enumerate(self._stops[source]):
+                for link in stop.shows:
+                    if link in self._ears[target]:
+                        states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
+                        session.memory[link] = self._links[link].extend(session.memory.get(link), states)
 
     def _run(
         self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
-    ) -> Float[Tensor, "sessions vocabulary"] | None:
+    ) -> "_Read":
         """Embeddings to logits, one kernel after another."""
-        tower, position, done = self._towers[name], torch.tensor(positions), 0
+        tower, position, done, kept = self._towers[name], torch.tensor(positions), 0, list[Tensor]()
         angles, turns = tower.angles(position), dict[float, Angles]()
         if linked and name in self._inputs:
             h = self._inputs[name].module(h[None])[0]
         for stop in self._stops[name] if linked else ():
             h, done = tower.run(h, range(done, stop.layer), angles, places), stop.layer
+            kept.append(h)
             h = self._exchange(stop, h, position.to(h.device), places, turns)
         if not speaks:
-            return None
+            return None, kept
         h = tower.run(h, range(done, tower.layers), angles, places)
-        return tower.unembed(h[[place.stop - 1 for place in places]])
+        return tower.unembed(h[[place.stop - 1 for place in places]]), kept
 
     def _step(
         self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
-    ) -> Float[Tensor, "sessions vocabulary"] | None:
+    ) -> "_Read":
         """The same by one call of compiled code."""
-        tower, far, done = self._towers[name], 1 + max(positions), 0
-        stages = [self._inputs[name].stage] if linked and name in self._inputs else []
-        stops = self._stops[name] if linked else ()
-        kept = h.new_empty((len(stops), *h.shape), dtype=torch.float32)
-        alive: list[Any] = [kept]  # what the call points to
-        for stop, rows in zip(stops, kept.unbind(), strict=True):
-            stages += tower.stages[done : stop.layer]
-            done = stop.layer
-            if stop.shows:
-                stages.append(native.Stage(keep=rows.data_ptr()))
-                _show(stop, rows, places)
-            seen = [link for link in stop.reads if any(_sees(link, place.session) for place in places)]
-            for number, link in enumerate(seen, 1):
-                turns = self._turns.get(self._links[link].scale)
-                angles = turns.single(far) if turns else (None, None)
-                stages.append(self._links[link].stage(link, angles, places, number == len(seen), alive))
-        spoken = [place.stop - 1 for place in places] if speaks else []
-        stages += tower.stages[done:] if speaks else []
+        tower = self._towers[name]
+        if any([table.reach(1 + max(positions)) for table in (tower.angles, *self._turns.values())]):
+            self._prepared.clear()
+        key = name, linked, speaks, *((place.session.stamp, place.stop) for place in places)
+        if (prepared := self._prepared.get(key)) is None:
+            if len(self._prepared) == PREPARED:
+                self._prepared.clear()
+            prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
+        kept = h.new_empty((len(prepared.keeps), *h.shape), dtype=torch.float32)
+        for stage, rows in zip(prepared.keeps, kept, strict=True):
+            stage.keep = rows.data_ptr()
         tokens = [
-            (place.cache.held.data_ptr(), place.cache.held.shape[3], place.cache.length + number)
-            for place in places
-            for number in range(place.stop - place.start)
+            (cache.held.data_ptr(), cache.held.shape[3], cache.length + number)
+            for _, cache, start, stop in places
+            for number in range(stop - start)
         ]
         half = tower.table.dtype == torch.bfloat16
-        logits = native.step(stages, tokens, spoken, tower.angles.single(far), h, tower.norm.struct, tower.head.struct, half)
-        return logits if speaks else None
+        end = tower.norm.struct, tower.head.struct
+        logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, h, *end, half)
+        return logits if speaks else None, kept
+
+    def _prepare(self, name: str, places: Sequence["_Place"], linked: bool, speaks: bool) -> "_Prepared":
+        """What is the same in every step of these sessions, as long as they see no more."""
+        tower, done, alive = self._towers[name], 0, list[Any]()
+        stages, keeps = [self._inputs[name].stage] if linked and name in self._inputs else [], []
+        for stop in self._stops[name] if linked else ():
+            stages += tower.stages[done : stop.layer]
+            done = stop.layer
+            keeps.append(len(stages))
+            stages.append(native.Stage())
+            seen = [link for link in stop.reads if any(link in place.session.memory for place in places)]
+            for number, link in enumerate(seen, 1):
+                turns = self._turns.get(self._links[link].scale)
+                angles = turns.single if turns else (None, None)
+                stages.append(self._links[link].stage(link, angles, places, number == len(seen), alive))
+        stages += tower.stages[done:] if speaks else []
+        laid = native.array(native.Stage, stages)
+        spoken = [place.stop - 1 for place in places] if speaks else []
+        return _Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive)
 
     def _compilable(self) -> bool:
         """Whether all that there is can be read by compiled code."""
@@ -285,15 +328,14 @@ class Fused:
     def _exchange(
         self, stop: "_Stop", h: Tensor, position: Tensor, places: Sequence["_Place"], turns: dict[float, Angles]
     ) -> Float[Tensor, "tokens width"]:
-        """A junction: what the other towers will read of this one is kept, what this one sees of them is added."""
-        _show(stop, h, places)
+        """A junction: what the tower sees of the others is added."""
         new = h
         for name in stop.reads:
-            seeing = [place for place in places if _sees(name, place.session)]
+            seeing = [place for place in places if name in place.session.memory]
             if not seeing:
                 continue
             link, angles = self._links[name], self._turned(name, position, turns)
-            memories = [_memory(link, name, place.session) for place in seeing]
+            memories = [place.session.memory[name] for place in seeing]
             lengths = [place.stop - place.start for place in seeing]
             if len(seeing) == len(places):
                 new = new + link(h, angles, lengths, memories)
@@ -336,6 +378,26 @@ class _Place(NamedTuple):
     stop: int
 
 
+class _Shown(NamedTuple):
+    """States of a session that others may read: rows start .. stop - 1, of each junction of its tower."""
+
+    kept: Sequence[Float[Tensor, "tokens width"]] | Float[Tensor, "junctions tokens width"]
+    start: int
+    stop: int
+
+
+_Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]  # logits, and states at the tower's junctions
+
+
+class _Prepared(NamedTuple):
+    """A compiled step of certain sessions. keeps: the stages that keep states. alive: what it points to."""
+
+    stages: Any
+    keeps: list[native.Stage]
+    spoken: Any
+    alive: list[Any]
+
+
 class _Stop(NamedTuple):
     """A junction as one tower sees it: the number of blocks before it, links by which it reads, links by which it is read."""
 
@@ -352,31 +414,6 @@ def _stops(tower: str, model: Zipper) -> Iterator[_Stop]:
         shows = tuple(name for _, name, source, _ in here if source == tower)
         if reads or shows:
             yield _Stop(junction[tower], reads, shows)
-
-
-def _show(stop: _Stop, h: Float[Tensor, "tokens width"], places: Sequence[_Place]) -> None:
-    """Keeps what other towers of a session's plan will read."""
-    for name in stop.shows:
-        for place in places:
-            if name.rpartition(">")[2] in place.session.towers:
-                place.session.unread[name] = (*place.session.unread.get(name, ()), (h, place.start, place.stop))
-
-
-def _sees(link: str, session: Session) -> bool:
-    return link in session.memory or link in session.unread
-
-
-def _memory(link: "_Link", name: str, session: Session) -> Memory:
-    """What a link holds of this session, extended by the source states that it had not read yet."""
-    memory = session.memory.get(name)
-    if unread := session.unread.pop(name, ()):
-        states = torch.cat([rows[start:stop] for rows, start, stop in unread])
-        read = 0 if memory is None else memory.keys.shape[2]
-        fresh = link.read(states, read)
-        memory = fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
-        session.memory[name] = memory
-    assert memory is not None
-    return memory
 
 
 def _held(part: Tensor) -> Tensor:
@@ -546,17 +583,18 @@ class _Link:
         """The link in a compiled step, where some sessions see something. last: of its junction. alive: gets what it points to."""
         seen: list[Any] = []
         for place in places:
-            memory = _memory(self, name, place.session) if _sees(name, place.session) else None
+            memory = place.session.memory.get(name)
             there = (*map(native.pointer, memory), memory.keys.shape[2]) if memory else (None, None, 0)
             seen += [there] * (place.stop - place.start)
+            alive.append(memory)
         found = native.array(native.Memory, seen)
-        alive += [found, *angles]
+        alive.append(found)
         half = self.link.query.weight.dtype == torch.bfloat16
         return native.Stage(None, None, self._pointer, None, addressof(found), *map(native.pointer, angles), 0, last, half)
 
-    def read(self, states: Float[Tensor, "tokens source_width"], start: int) -> Memory:
-        """`Link.read` of source states at the positions start, start + 1, ...; laid out for the many steps that read them."""
-        link = self.link
+    def extend(self, memory: Memory | None, states: Float[Tensor, "tokens source_width"]) -> Memory:
+        """`Link.read` of source states that come behind those in `memory`; laid out for the many steps that read them."""
+        link, start = self.link, 0 if memory is None else memory.keys.shape[2]
         h = link.source_norm(states.to(link.key.weight.dtype))
         for part in self.projections:
             h = part(h)
@@ -565,7 +603,8 @@ class _Link:
         keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
         if link.config.rotary:
             keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
-        return Memory(*(_held(part).contiguous() for part in (keys, values)))
+        fresh = Memory(*(_held(part).contiguous() for part in (keys, values)))
+        return fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
 
     def angles(self, length: int) -> Angles:
         """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the first `length` positions."""
@@ -624,24 +663,26 @@ class _Table:
     """Rotary positions, computed once; it grows when a longer sequence comes. angles: of the first so many positions."""
 
     def __init__(self, angles: Callable[[int], Angles]) -> None:
-        self._angles = angles
-        self._held = angles(256)
-        self._single: tuple[Tensor, Tensor] | None = None
+        self._angles, self._reach = angles, 0
+        self.reach(256)
 
     def __call__(self, position: Int[Tensor, " tokens"]) -> Angles:
-        self._grow(int(position.max()) + 1)
+        self.reach(int(position.max()) + 1)
         return Angles(self._held.cos[position], self._held.sin[position])
 
-    def single(self, length: int) -> tuple[Tensor, Tensor]:
-        """Of so many positions or more, in float32, laid out for the compiled step."""
-        self._grow(length)
-        if self._single is None:
-            self._single = (self._held.cos.float().contiguous(), self._held.sin.float().contiguous())
-        return self._single
+    @cached_property
+    def single(self) -> tuple[Tensor, Tensor]:
+        """In float32, laid out for the compiled step."""
+        return self._held.cos.float().contiguous(), self._held.sin.float().contiguous()
 
-    def _grow(self, length: int) -> None:
-        if length > len(self._held.cos):
-            self._held, self._single = self._angles(max(length, 2 * len(self._held.cos))), None
+    def reach(self, length: int) -> bool:
+        """Sees to it that so many positions are there; whether the table is a new one."""
+        if length <= self._reach:
+            return False
+        self._reach = max(length, 2 * self._reach)
+        self._held = self._angles(self._reach)
+        self.__dict__.pop("single", None)
+        return True
 
 
 def _paired(cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]) -> Angles:

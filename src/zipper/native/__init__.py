@@ -127,20 +127,21 @@ def array(kind: Any, items: Sequence[Any]) -> Any:
 
 
 def step(
-    stages: Sequence[Stage],
+    stages: Any,
     tokens: Sequence[tuple[int, int, int]],
-    spoken: Sequence[int],
+    spoken: Any,
     angles: tuple[Tensor, Tensor],
     h: Float[Tensor, "tokens width"],
     norm: Norm,
     head: Matrix,
     half: bool,
 ) -> Float[Tensor, "spoken vocabulary"]:
-    """Embeddings through the stages, those of the `spoken` tokens to logits in float32. tokens: fields of `Token`. angles: cosine
-    and signed sine of every position, for blocks. half: keys and values of blocks are bfloat16, else float32."""
+    """Embeddings through the stages, those of the `spoken` tokens to logits in float32. stages, spoken: arrays of `Stage` and of
+    c_int32. tokens: fields of `Token`. angles: cosine and signed sine of every position, for blocks. half: keys and values of
+    blocks are bfloat16, else float32."""
     states = h.to(torch.float32, copy=True)
     logits = states.new_empty((len(spoken), head.out))
-    given = array(Stage, stages), array(Token, tokens), array(c_int32, spoken)
+    given = stages, array(Token, tokens), spoken
     tensors = (part.data_ptr() for part in (*angles, states, logits))
     shape = (len(stages), len(tokens), len(spoken), states.shape[1], torch.get_num_threads(), half)
     library().zipper_step(Call(*given, *tensors, norm, head, *shape))
