@@ -32,6 +32,13 @@ def test_the_other_arms_read_the_same_number_of_tokens() -> None:
     assert found["streams"] == 8
 
 
+def test_a_batch_is_so_many_sequences_in_every_arm() -> None:
+    for arm in ("zip", "bare", "stock", "expanded", "mllama", "streams"):
+        one, three = (timed(build(Settings(arm, "tiny", 12, 6, batch=batch)), IDS, "cpu", MEMORY) for batch in (1, 3))
+        assert three["streams"] == 3 * one["streams"] and three["tokens"] == 3 * one["tokens"]
+        assert three["choice"] == one["choice"], "the first of them reads what it reads alone"
+
+
 def test_a_step_reads_weights_once_and_keys_and_values_of_every_sequence() -> None:
     shape = SIZES["tiny"]["text"]
     width, hidden, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
@@ -70,6 +77,8 @@ def test_arms_that_choose_other_tokens_are_not_compared(monkeypatch: pytest.Monk
 def test_unknown_arms_and_sizes_are_refused() -> None:
     with pytest.raises(ZipperError, match="no arms"):
         bench("tiny", 1, arms=["zap"])
+    with pytest.raises(ZipperError, match=r"'whole'.* on cpu"):
+        bench("tiny", 1, arms=["whole"])
     with pytest.raises(ZipperError, match="no size"):
         bench("9b", 1)
 

@@ -43,13 +43,13 @@ def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
 
 
-@pytest.fixture(params=["fused", "stepwise"])
+@pytest.fixture(params=["fused", "static", "stepwise"])
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def reader(model: Zipper, way: str) -> Reader:
-    return Fused(model) if way == "fused" else Stepwise(model)
+    return Stepwise(model) if way == "stepwise" else Fused(model, static=way == "static")
 
 
 def prompt(towers: Sequence[str], seed: int) -> list[Segment]:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partialmethod
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from zipper import fused, native
 from zipper.fused import Cache, Fused, Matrix, Session
+from zipper.graphs import Pool, Shape
 from zipper.link import PAPER_LINK, LinkConfig, Memory
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
@@ -19,19 +21,36 @@ KNOWN = ("llama", "qwen3")
 Words = Sequence[tuple[str, int]]
 
 
+POISON = 1e4  # in a pool, where what is masked is multiplied by zero
+
+
 @pytest.fixture(autouse=True)
 def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody has written is NaN, so that reading it shows."""
     monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
+    monkeypatch.setattr(Pool, "_zeros", staticmethod(lambda *shape: zeros(*shape).fill_(POISON)))
+    monkeypatch.setattr(Pool, "free", freed)
 
 
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
+zeros, free = Pool._zeros, Pool.free
+
+
+@torch.inference_mode()
+def freed(pool: Pool, row: int) -> None:
+    for held in pool.held.values():
+        held[row] = POISON
+    free(pool, row)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch", "static"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test by the compiled step, and without it."""
-    if request.param == "torch":
+    """Every test by the compiled step, by torch, and by steps of fixed shapes as on CUDA."""
+    if request.param != "compiled":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("there is no C++ compiler with OpenMP")
+    if request.param == "static":
+        monkeypatch.setattr(Fused, "__init__", partialmethod(Fused.__init__, static=True))
     return request.param
 
 
@@ -131,6 +150,20 @@ def test_positions_beyond_the_first_table_are_right() -> None:
     assert_close({299: first, 399: second}, truth(model, words, ["text"]), 2e-5)
 
 
+def test_a_neighbour_that_goes_far_takes_nothing_away() -> None:
+    """A step that is held ready points to rotary positions, and a long prompt beside it replaces them."""
+    model = Zipper.from_towers({"text": tiny_tower("llama", width=16, layers=2, positions=600)})
+    fast, words = Fused(model), [("text", i) for i in (3, 4, 5)]
+    session, other = (fast.open(["text"], ["text"]) for _ in range(2))
+    (found,) = read(fast, [session], [[("text", [3]), ("text", [4])]])
+    held, far = (fast._prepared, fast._replays), fast._far
+    fast.read("text", [(other, [i % 90 for i in range(far + 1)])])
+    assert not any(held) and fast._far > far
+    (logits,) = fast.read("text", [(session, [5])])
+    assert logits is not None
+    assert_close(found | {2: logits}, truth(model, words, ["text"]))
+
+
 def test_the_company_of_a_sequence_changes_no_bit_of_it() -> None:
     """The same shapes beside it, other tokens: another neighbour must not be seen, nor its place in a matrix be felt."""
     model = zipped(LLAMAS, {"text": 2})
@@ -169,7 +202,8 @@ def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junc
     fast = Fused(model)
     session = fast.open(["speech", "text"], ["text"])
     assert fast.read("speech", [(session, [3, 4])]) == [None]
-    written = ~session.caches["speech"].held[:, :, :, :2].isnan().flatten(1).all(1)
+    held = session.caches["speech"].held[:, :, :, :2]
+    written = ~(held.isnan() | (held == POISON)).flatten(1).all(1)
     assert written.tolist() == [True, True, False, False]
     (logits,) = fast.read("text", [(session, [5])])
     assert logits is not None
@@ -273,7 +307,7 @@ def test_the_bytes_of_a_token_are_those_of_the_weights_it_reads() -> None:
 
 
 def test_a_cache_keeps_what_it_holds_when_it_grows() -> None:
-    cache = Cache(1, 1, 2, torch.zeros(1))
+    cache = Cache(Shape(1, 1, 2, torch.zeros(1)))
     cache.reserve(3)
     cache.held[:, :, :, :3] = 7.0
     cache.length = 3

@@ -248,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warm", type=_count, default=2, help="turns before them (default 2)")
     p.add_argument("--arms", default="", metavar="ARM,ARM", help="only these (default all)")
     p.add_argument("--source", type=_count, default=128, help="tokens of speech that are visible (default 128)")
+    p.add_argument("--batch", type=_count, default=1, help="sequences side by side, in every arm (default 1)")
     p.add_argument("--tokens", type=_count, default=32, help="tokens of text in a turn (default 32)")
     p.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="of weights and states (default float32)"
@@ -803,13 +804,14 @@ def bench_decode(given: argparse.Namespace) -> None:
             given.size,
             given.rounds,
             given.warm,
-            given.arms.split(",") if given.arms else tuple(benchmark.ARMS),
+            given.arms.split(",") if given.arms else (),
             given.source,
             given.tokens,
             given.precision,
             given.device,
             given.threads,
             given.hardware,
+            given.batch,
         ),
         benchmark.table,
     )

@@ -4,24 +4,27 @@ Towers whose blocks are like Llama's are run here without transformers: fused pr
 grow, no masks, no padding. What is read in one call is ragged: the tokens of all sequences stand in one matrix, and only attention
 goes sequence by sequence. A tower counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the
 way for all others. Weights are taken at construction, and must not change after it; on a CPU some are copied into other layouts.
-There a few tokens go through one call of compiled code (`native`), many through torch's products. Nothing here knows of sampling
-or plans.
+There a few tokens go through one call of compiled code (`native`), many through torch's products; on CUDA single tokens go through
+graphs (`graphs`). Nothing here knows of sampling or plans.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import addressof, c_int32, pointer
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import count, pairwise
+from types import FunctionType
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 
 from zipper import native
+from zipper.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.link import InputProjection, Link, Memory, rotate
 from zipper.model import Zipper, link_name
 from zipper.tower import Strand, Tower, UnsupportedTower
@@ -64,6 +67,9 @@ class Matrix:
 
     def _kernels(self, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """x -> x W^T by torch, for several tokens and for one."""
+        if self.scale is not None and weight.device.type != "cpu":
+            scale = self.scale
+            return (wide := lambda x: F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)), wide
         if self.scale is not None:
             scale = self.scale.bfloat16()
             return (eight := lambda x: torch._weight_int8pack_mm(x.bfloat16(), weight, scale).to(x.dtype)), eight
@@ -101,10 +107,15 @@ def _single(part: Tensor | None) -> Tensor | None:
 class Cache:
     """Keys and values of what one sequence has read in one tower, with room to grow: explicit lengths instead of joined tensors."""
 
-    def __init__(self, layers: int, heads: int, head_width: int, like: Tensor) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.length = 0
-        self.held: Float[Tensor, "layers 2 heads room head_width"] = like.new_empty((layers, 2, heads, 0, head_width))
-        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values of each, as views
+        empty = shape.layers, 2, shape.heads, 0, shape.head_width
+        self.held: Float[Tensor, "layers 2 heads room head_width"] = shape.like.new_empty(empty)
+        self._layers: list[tuple[Tensor, Tensor]] = []  # as views
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer."""
+        return self._layers[index]
 
     def reserve(self, tokens: int) -> None:
         """Makes room for so many more; grows by half at least, so that a long segment is seldom copied."""
@@ -123,7 +134,7 @@ class Cache:
         moved = _empty((*self.held.shape[:3], room, self.held.shape[4]), self.held)
         moved[:, :, :, : self.length] = self.held[:, :, :, : self.length]
         self.held = moved
-        self.layers = [(layer[0], layer[1]) for layer in moved]
+        self._layers = [(layer[0], layer[1]) for layer in moved]
 
 
 class Angles(NamedTuple):
@@ -144,23 +155,26 @@ class Session:
 
     towers: those of its plan. outputs: those that will produce, the others run no further than their last junction. memory: of
     links that `towers` hold. unread: {(source, target): states of the source that links into the target have not read yet}. stamp:
-    no other session has it, nor this one with another memory.
+    no other session has it, nor this one with another memory. row: in the pool, if there is one.
     """
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
-    caches: dict[str, Cache] = field(default_factory=dict)
+    caches: dict[str, Cache | Row] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
     unread: dict[tuple[str, str], list["_Shown"]] = field(default_factory=dict)
     stamp: int = field(default_factory=STAMPS.__next__)
+    row: int = -1
 
 
 @final
 class Fused:
     """A zip compiled for decoding; see the module."""
 
-    def __init__(self, model: Zipper, int8: bool = False) -> None:
-        """int8: blocks, heads and links with weights in 8 bits. Raises UnsupportedTower where a tower is not of a known kind."""
+    def __init__(self, model: Zipper, int8: bool = False, static: bool | None = None, compiled: bool = False) -> None:
+        """int8: blocks, heads and links with weights in 8 bits. static: single tokens go through steps of fixed shapes (`graphs`),
+        by default on CUDA. compiled: those steps by torch.compile. Raises UnsupportedTower where a tower is not of a known kind.
+        """
         self.model = model
         self._towers = {name: _Tower(tower, int8) for name, tower in model.towers.items() if isinstance(tower, Tower)}
         self._links = {name: _Link(link, int8) for name, link in model.links.items() if isinstance(link, Link)}
@@ -171,19 +185,38 @@ class Fused:
         shown = {name: {link for stop in stops for link in stop.shows} for name, stops in self._stops.items()}
         self._audience = {name: [n for n, ears in self._ears.items() if ears & shown[name]] for name in self._stops}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
-        self._compiled = self._compilable()
+        self._far = 0
+        device = next(model.parameters()).device
+        self._pool = self._pooled() if (device.type == "cuda" if static is None else static) else None
+        self._replays: dict[tuple[Any, ...], Replay] = {}
+        self._inductor = compiled
+        self._native = self._pool is None and self._compilable()
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
     def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
         """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
-        return Session(tuple(towers), tuple(outputs))
+        session = Session(tuple(towers), tuple(outputs))
+        if self._pool is not None:
+            session.row = self._pool.take()
+            weakref.finalize(session, self._pool.free, session.row)
+        return session
 
+    @torch.inference_mode()
     def fork(self, session: Session) -> Session:
         """A copy that goes on by itself. What links hold is shared: it is replaced, never written to."""
-        caches = {name: cache.fork() for name, cache in session.caches.items()}
-        unread = {pair: list(shown) for pair, shown in session.unread.items()}
-        return Session(session.towers, session.outputs, caches, dict(session.memory), unread)
+        twin = self.open(session.towers, session.outputs)
+        twin.memory, twin.unread = dict(session.memory), {pair: list(shown) for pair, shown in session.unread.items()}
+        for name, cache in session.caches.items():
+            if isinstance(cache, Row):
+                cache.pool.copy(name, session.row, twin.row, cache.length)
+                twin.caches[name] = Row(cache.pool, name, twin.row, cache.length)
+            else:
+                twin.caches[name] = cache.fork()
+        if self._pool is not None:
+            for link, memory in session.memory.items():
+                self._pool.copy(link, session.row, twin.row, memory.keys.shape[2])
+        return twin
 
     @torch.inference_mode()
     def read(self, tower: str, pieces: Sequence[tuple[Session, Sequence[int]]]) -> list[Float[Tensor, " vocabulary"] | None]:
@@ -194,50 +227,56 @@ class Fused:
         for index, (session, _) in enumerate(pieces):
             paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
         for (linked, speaks), indices in paths.items():
-            for group, compiled in self._groups(indices, [len(ids) for _, ids in pieces]):
-                logits = self._read(tower, [pieces[index] for index in group], linked, speaks, compiled)
+            for group, step in self._groups(indices, [len(ids) for _, ids in pieces]):
+                logits = self._read(tower, [pieces[index] for index in group], linked, speaks, step)
                 for index, row in zip(group, [None] * len(group) if logits is None else logits, strict=True):
                     answers[index] = row
         return answers
 
-    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-        """What is read together, and whether by compiled code: of short pieces as many as a step takes. Long ones go by torch, each
+    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], "_Way"]]:
+        """What is read together, and how. By compiled code short pieces, as many as a step takes; long ones then go by torch, each
         alone: the bits of its products depend on the number of rows."""
-        if not self._compiled:
-            yield list(indices), False
+        if not self._native:
+            single = [index for index in indices if lengths[index] == 1 and self._pool is not None]
+            for group, step in (single, self._replay), ([index for index in indices if index not in single], self._run):
+                if group:
+                    yield group, step
             return
-        group: list[int] = []
+        group = []
         for index in indices:
             if lengths[index] > native.PIECE:
-                yield [index], False
+                yield [index], self._run
                 continue
             if sum(lengths[i] for i in group) + lengths[index] > native.TOKENS:
-                yield group, True
+                yield group, self._step
                 group = []
             group.append(index)
         if group:
-            yield group, True
+            yield group, self._step
+
+    def link(self, name: str) -> "_Link":
+        """A link of the model."""
+        return self._links[name]
 
     def bytes(self, tower: str) -> tuple[int, int]:
         """Weights that one token reads: of the tower, and of the links into it where all sources are visible."""
         return self._towers[tower].bytes, sum(self._links[link].bytes for stop in self._stops[tower] for link in stop.reads)
 
     def _read(
-        self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool, compiled: bool
+        self, name: str, pieces: Sequence[tuple[Session, Sequence[int]]], linked: bool, speaks: bool, step: "_Way"
     ) -> Float[Tensor, "sessions vocabulary"] | None:
-        tower, places, row = self._towers[name], [], 0
+        places, row = [], 0
         for session, ids in pieces:
             if name not in session.caches:
-                session.caches[name] = tower.cache()
+                pool = self._pool
+                session.caches[name] = Cache(self._towers[name].shape) if pool is None else Row(pool, name, session.row)
             cache = session.caches[name]
             cache.reserve(len(ids))
             if session.unread:
                 self._listen(name, session)
             places.append(_Place(session, cache, row, row := row + len(ids)))
         positions = [slot for p in places for slot in range(p.cache.length, p.cache.length + p.stop - p.start)]
-        h = F.embedding(torch.tensor([i for _, ids in pieces for i in ids], device=tower.device), tower.table)
-        step = self._step if compiled else self._run
-        spoken, kept = step(name, h, positions, places, linked, speaks)
+        spoken, kept = step(name, [i for _, ids in pieces for i in ids], positions, places, linked, speaks)
         for session, cache, start, stop in places:
             cache.length += stop - start
             for target in self._audience[name] if linked else ():
@@ -254,32 +293,105 @@ class Fused:
                 for link in stop.shows:
                     if link in self._ears[target]:
                         states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
-                        session.memory[link] = self._links[link].extend(session.memory.get(link), states)
+                        memory = session.memory[link] = self._links[link].extend(session.memory.get(link), states)
+                        if self._pool is not None:
+                            tokens = memory.keys.shape[2]
+                            self._pool.reserve(link, tokens)
+                            self._pool.held[link][session.row, 0, :, :, :tokens] = torch.cat(memory)
 
     def _run(
-        self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
+        self, name: str, ids: Sequence[int], positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
     ) -> "_Read":
-        """Embeddings to logits, one kernel after another."""
-        tower, position, done, kept = self._towers[name], torch.tensor(positions), 0, list[Tensor]()
-        angles, turns = tower.angles(position), dict[float, Angles]()
-        if linked and name in self._inputs:
-            h = self._inputs[name].module(h[None])[0]
+        """One kernel after another, for any number of tokens."""
+        tower = self._towers[name]
+        self._reach(1 + max(positions))
+        position = torch.tensor(positions, device=tower.device)
+        h = self._embed(name, torch.tensor(ids, device=tower.device), linked)
+        spoken = [place.stop - 1 for place in places]
+        return self._walk(name, h, _Ragged(self, places, position), linked, spoken if speaks else None)
+
+    def _reach(self, length: int) -> None:
+        """Sees to it that there are rotary positions for so many tokens."""
+        if length > self._far:
+            self._far = max(length, 2 * self._far, 256)
+            for table in (*(tower.angles for tower in self._towers.values()), *self._turns.values()):
+                table.grow(self._far)
+            self._prepared.clear()  # they point to the old ones
+            self._replays.clear()
+
+    def _embed(self, name: str, ids: Int[Tensor, " tokens"], linked: bool) -> Float[Tensor, "tokens width"]:
+        h = F.embedding(ids, self._towers[name].table)
+        return self._inputs[name].module(h[None])[0] if linked and name in self._inputs else h
+
+    def _walk(self, name: str, h: Tensor, way: "_Ragged | _Fixed", linked: bool, spoken: Sequence[int] | slice | None) -> "_Read":
+        """Embeddings to the logits of the tokens that are spoken."""
+        tower, done = self._towers[name], 0
+        kept: list[Tensor] = []
+        angles = tower.angles.at(way.position)
         for stop in self._stops[name] if linked else ():
-            h, done = tower.run(h, range(done, stop.layer), angles, places), stop.layer
+            for index in range(done, stop.layer):
+                h = tower.blocks[index](h, angles, partial(way.attend, layer=index))
+            done = stop.layer
             kept.append(h)
-            h = self._exchange(stop, h, position.to(h.device), places, turns)
-        if not speaks:
+            for link in stop.reads:
+                h = way.exchange(link, kept[-1], h)
+        if spoken is None:
             return None, kept
-        h = tower.run(h, range(done, tower.layers), angles, places)
-        return tower.unembed(h[[place.stop - 1 for place in places]]), kept
+        for index in range(done, tower.layers):
+            h = tower.blocks[index](h, angles, partial(way.attend, layer=index))
+        return tower.unembed(h[spoken]), kept
+
+    def _replay(
+        self, name: str, ids: Sequence[int], positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
+    ) -> "_Read":
+        """One token of each session, in a shape that has perhaps been there before."""
+        assert self._pool is not None
+        rows, seen = [place.session.row for place in places], dict[str, list[int]]()
+        for link in sorted(self._ears[name]) if linked else ():
+            memories = [place.session.memory.get(link) for place in places]
+            if any(memories):
+                seen[link] = [memory.keys.shape[2] if memory else 0 for memory in memories]
+        batch, reach = above(1 + max(rows), least=1), above(1 + max(positions))
+        span = above(max((slots for lengths in seen.values() for slots in lengths), default=0))
+        self._reach(reach)
+        key = name, linked, speaks, tuple(seen), batch, reach, span
+        shape = 3 + len(seen), batch
+        if key not in self._replays:
+            step = self._fixed(name, linked, speaks, tuple(seen), reach, span)
+            self._replays[key] = Replay(step, shape, self._towers[name].device, self._inductor)
+        given = torch.zeros(shape, dtype=torch.long)
+        given[:, rows] = torch.tensor([ids, positions, [1] * len(rows), *seen.values()])
+        logits, kept = self._replays[key](given)
+        return None if logits is None else logits[rows], () if kept is None else kept[:, rows]
+
+    def _fixed(self, name: str, linked: bool, speaks: bool, seen: Sequence[str], reach: int, span: int) -> FunctionType:
+        """A step for `Replay`. Its input: ids, positions, whether a row takes part, and how much of each link in `seen` it sees."""
+
+        def step(given: Int[Tensor, "numbers rows"]) -> Said:
+            ids, position, active, *slots = given.unbind()
+            assert self._pool is not None
+            way = _Fixed(self, self._pool, name, position, active > 0, dict(zip(seen, slots, strict=True)), reach, span)
+            logits, kept = self._walk(name, self._embed(name, ids, linked), way, linked, slice(None) if speaks else None)
+            return logits, torch.stack(list(kept)) if len(kept) else None
+
+        assert isinstance(step, FunctionType)
+        return step
+
+    def _pooled(self) -> Pool:
+        shapes = {name: tower.shape for name, tower in self._towers.items()} | {n: link.shape for n, link in self._links.items()}
+        return Pool(shapes, lambda: self._replays.clear())
+
+    def turned(self, link: str, position: Int[Tensor, " tokens"]) -> Angles | None:
+        """Rotary positions at the rate of a link's source."""
+        table = self._turns.get(self._links[link].scale)
+        return None if table is None else table.at(position)
 
     def _step(
-        self, name: str, h: Tensor, positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
+        self, name: str, ids: Sequence[int], positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
     ) -> "_Read":
         """The same by one call of compiled code."""
-        tower = self._towers[name]
-        if any([table.reach(1 + max(positions)) for table in (tower.angles, *self._turns.values())]):
-            self._prepared.clear()
+        tower, h = self._towers[name], self._embed(name, torch.tensor(ids), linked=False)
+        self._reach(1 + max(positions))
         key = name, linked, speaks, *((place.session.stamp, place.stop) for place in places)
         if (prepared := self._prepared.get(key)) is None:
             if len(self._prepared) == PREPARED:
@@ -325,33 +437,6 @@ class Fused:
         gated = all(torch.equal(block.activation(some), F.silu(some)) for tower in self._towers.values() for block in tower.blocks)
         return known and gated and native.library() is not None
 
-    def _exchange(
-        self, stop: "_Stop", h: Tensor, position: Tensor, places: Sequence["_Place"], turns: dict[float, Angles]
-    ) -> Float[Tensor, "tokens width"]:
-        """A junction: what the tower sees of the others is added."""
-        new = h
-        for name in stop.reads:
-            seeing = [place for place in places if name in place.session.memory]
-            if not seeing:
-                continue
-            link, angles = self._links[name], self._turned(name, position, turns)
-            memories = [place.session.memory[name] for place in seeing]
-            lengths = [place.stop - place.start for place in seeing]
-            if len(seeing) == len(places):
-                new = new + link(h, angles, lengths, memories)
-            else:
-                rows = torch.cat([torch.arange(p.start, p.stop, device=h.device) for p in seeing])
-                turned = None if angles is None else Angles(*(part[rows] for part in angles))
-                new = new.index_add(0, rows, link(h[rows], turned, lengths, memories))
-        return new
-
-    def _turned(self, name: str, position: Tensor, turns: dict[float, Angles]) -> Angles | None:
-        """Rotary positions at the rate of a link's source; links of the same rate share them."""
-        scale = self._links[name].scale
-        if scale in self._turns and scale not in turns:
-            turns[scale] = self._turns[scale](position)
-        return turns.get(scale)
-
     @torch.inference_mode()
     def _prove(self, name: str, tolerance: float) -> None:
         """Raises UnsupportedTower unless random ids, many at once, a few and one by one, have the logits of the tower itself, up to
@@ -373,9 +458,96 @@ class _Place(NamedTuple):
     """Where the tokens of one session stand in a ragged matrix: rows start .. stop - 1."""
 
     session: Session
-    cache: Cache
+    cache: Cache | Row
     start: int
     stop: int
+
+
+@final
+class _Ragged:
+    """Tokens of some sessions in one matrix, any number of each: attention goes session by session."""
+
+    def __init__(self, reader: Fused, places: Sequence[_Place], position: Int[Tensor, " tokens"]) -> None:
+        self.reader, self.places, self.position = reader, places, position
+        self._turned: dict[float, Angles | None] = {}  # links of the same rate share them
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int) -> Float[Tensor, "tokens attended"]:
+        """Keeps keys and values of a block, and attends to all that there are."""
+        attended = []
+        for _, cache, start, stop in self.places:
+            past, end = cache.length, cache.length + stop - start
+            held, said = cache.layer(layer)
+            held[:, past:end] = keys[start:stop].transpose(0, 1)
+            said[:, past:end] = values[start:stop].transpose(0, 1)
+            attended.append(_attend(query[start:stop], held[:, :end], said[:, :end], scale, causal=True))
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def exchange(self, name: str, states: Tensor, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """Adds what a link makes of `states`, for the tokens that see something."""
+        seeing = [place for place in self.places if name in place.session.memory]
+        if not seeing:
+            return h
+        link, memories = self.reader.link(name), [place.session.memory[name] for place in seeing]
+        lengths = [place.stop - place.start for place in seeing]
+        if link.scale not in self._turned:
+            self._turned[link.scale] = self.reader.turned(name, self.position)
+        angles = self._turned[link.scale]
+
+        def attend(query: Tensor, scale: float) -> Tensor:
+            parts = zip(query.split(lengths) if len(lengths) > 1 else [query], memories, strict=True)
+            attended = [_attend(part, memory.keys[0], memory.values[0], scale, causal=False) for part, memory in parts]
+            return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+        if len(seeing) == len(self.places):
+            return h + link(states, angles, attend)
+        rows = torch.cat([torch.arange(p.start, p.stop, device=h.device) for p in seeing])
+        turned = None if angles is None else Angles(*(part[rows] for part in angles))
+        return h.index_add(0, rows, link(states[rows], turned, attend))
+
+
+@final
+class _Fixed:
+    """One token in each of the first rows of a pool. Rows that do not take part write behind all that is read."""
+
+    def __init__(
+        self,
+        reader: Fused,
+        pool: Pool,
+        name: str,
+        position: Int[Tensor, " rows"],
+        active: Bool[Tensor, " rows"],
+        seen: Mapping[str, Int[Tensor, " rows"]],
+        reach: int,
+        span: int,
+    ) -> None:
+        """seen: by link, slots of its memory. reach, span: slots of the tower and of links that are looked at."""
+        self.reader, self.pool, self.position, self.seen, self.span = reader, pool, position, seen, span
+        self._held, self._reach = pool.held[name][: len(position)], reach
+        self._rows = torch.arange(len(position), device=position.device)
+        self._slot = torch.where(active, position, self._held.shape[4] - 1)
+        self._mask = self._first(position + 1, reach)
+
+    @staticmethod
+    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
+        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int) -> Float[Tensor, "rows attended"]:
+        """As `_Ragged.attend`."""
+        held, said = self._held[:, layer].unbind(1)
+        held[self._rows, :, self._slot] = keys.to(held.dtype)
+        said[self._rows, :, self._slot] = values.to(said.dtype)
+        return _masked(query, scale, held[:, :, : self._reach], said[:, :, : self._reach], self._mask)
+
+    def exchange(self, name: str, states: Tensor, h: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """As `_Ragged.exchange`."""
+        if name not in self.seen:
+            return h
+        slots = self.seen[name]
+        keys, values = self.pool.held[name][: len(slots), 0, :, :, : self.span].unbind(1)
+        mask = self._first(slots.clamp(min=1), self.span)  # where nothing is seen, the first slot is, and for nothing
+        attend = partial(_masked, keys=keys, values=values, mask=mask)
+        added = self.reader.link(name)(states, self.reader.turned(name, self.position), attend)
+        return h + added.where(slots[:, None] > 0, 0)
 
 
 class _Shown(NamedTuple):
@@ -386,6 +558,7 @@ class _Shown(NamedTuple):
     stop: int
 
 
+_Way = Callable[[str, Sequence[int], Sequence[int], Sequence["_Place"], bool, bool], "_Read"]
 _Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]  # logits, and states at the tower's junctions
 
 
@@ -452,17 +625,10 @@ class _Tower:
         """Its blocks, as the compiled step takes them."""
         return [native.Stage(block=pointer(block.struct), layer=n) for n, block in enumerate(self.blocks)]
 
-    def cache(self) -> Cache:
-        """An empty one."""
-        return Cache(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, _held(self.table[:0]))
-
-    def run(
-        self, h: Float[Tensor, "tokens width"], layers: range, angles: Angles, places: Sequence[_Place]
-    ) -> Float[Tensor, "tokens width"]:
-        """Some of its blocks."""
-        for index in layers:
-            h = self.blocks[index](h, index, angles, places)
-        return h
+    @property
+    def shape(self) -> Shape:
+        """Of its keys and values."""
+        return Shape(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, _held(self.table[:0]))
 
     def unembed(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
         """Final norm and head."""
@@ -504,24 +670,16 @@ class _Block:
         return sum(matrix.bytes for matrix in (self.qkv, self.out, self.gate_up, self.down))
 
     def __call__(
-        self, h: Float[Tensor, "tokens width"], index: int, angles: Angles, places: Sequence[_Place]
+        self, h: Float[Tensor, "tokens width"], angles: Angles, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     ) -> Float[Tensor, "tokens width"]:
-        """States after the block; keys and values go into layer `index` of the caches."""
+        """States after the block. attend: from queries, keys, values and their scale."""
         mixed = self.qkv(self.norm(h)).view(len(h), -1, self.head_width)
         turned, values = mixed[:, : -self.key_heads], mixed[:, -self.key_heads :]
         if self.head_norms:
             parts = turned.split([self.heads, self.key_heads], 1)
             turned = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
         turned = _turn(turned, angles)
-        attended = []
-        for place in places:
-            here, past = slice(place.start, place.stop), place.cache.length
-            stop = past + place.stop - place.start
-            held, said = place.cache.layers[index]
-            held[:, past:stop] = turned[here, self.heads :].transpose(0, 1)
-            said[:, past:stop] = values[here].transpose(0, 1)
-            attended.append(_attend(turned[here, : self.heads], held[:, :stop], said[:, :stop], self.scale, causal=True))
-        h = h + self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
+        h = h + self.out(attend(turned[:, : self.heads], turned[:, self.heads :], values, self.scale))
         gate, up = self.gate_up(self.second_norm(h)).chunk(2, -1)
         return h + self.down(self.activation(gate) * up)
 
@@ -564,6 +722,11 @@ class _Link:
     def bytes(self) -> int:
         """Weights that one token reads."""
         return sum(matrix.bytes for matrix in (self.query, self.out, *((self.first, self.second) if self.first else ())))
+
+    @property
+    def shape(self) -> Shape:
+        """Of its keys and values."""
+        return Shape(1, self.link.heads, self.link.config.head_width, _held(self.link.query.weight.detach()[:0]))
 
     @cached_property
     def _pointer(self) -> Any:
@@ -615,17 +778,14 @@ class _Link:
         return _paired(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
 
     def __call__(
-        self, h: Float[Tensor, "tokens width"], angles: Angles | None, lengths: Sequence[int], memories: Sequence[Memory]
+        self, h: Float[Tensor, "tokens width"], angles: Angles | None, attend: Callable[[Tensor, float], Tensor]
     ) -> Float[Tensor, "tokens width"]:
-        """What the link adds to the tokens of several sessions: so many of each, and its memory."""
+        """What the link adds to these tokens. attend: from queries and their scale, to what they see."""
         x = h.to(self.link.query.weight.dtype)
         query = self.query(self.norm(x)).view(len(x), self.link.heads, -1)
         if angles is not None:
             query = _turn(query, angles)
-        scale = query.shape[-1] ** -0.5
-        parts = zip(query.split(list(lengths)) if len(lengths) > 1 else [query], memories, strict=True)
-        attended = [_attend(part, memory.keys[0], memory.values[0], scale, causal=False) for part, memory in parts]
-        added = self.out(torch.cat(attended) if len(attended) > 1 else attended[0])
+        added = self.out(attend(query, query.shape[-1] ** -0.5))
         if self.first is not None:
             inner = self.first(self.second_norm(x + added)).float()
             added = added + self.second(torch.addcmul(inner, inner, inner.erf()).to(x.dtype))
@@ -660,14 +820,13 @@ class _Norm:
 
 @final
 class _Table:
-    """Rotary positions, computed once; it grows when a longer sequence comes. angles: of the first so many positions."""
+    """Rotary positions, computed once. angles: of the first so many."""
 
     def __init__(self, angles: Callable[[int], Angles]) -> None:
-        self._angles, self._reach = angles, 0
-        self.reach(256)
+        self._angles = angles
 
-    def __call__(self, position: Int[Tensor, " tokens"]) -> Angles:
-        self.reach(int(position.max()) + 1)
+    def at(self, position: Int[Tensor, " tokens"]) -> Angles:
+        """Of positions within reach."""
         return Angles(self._held.cos[position], self._held.sin[position])
 
     @cached_property
@@ -675,14 +834,10 @@ class _Table:
         """In float32, laid out for the compiled step."""
         return self._held.cos.float().contiguous(), self._held.sin.float().contiguous()
 
-    def reach(self, length: int) -> bool:
-        """Sees to it that so many positions are there; whether the table is a new one."""
-        if length <= self._reach:
-            return False
-        self._reach = max(length, 2 * self._reach)
-        self._held = self._angles(self._reach)
+    def grow(self, length: int) -> None:
+        """To so many positions."""
+        self._held = self._angles(length)
         self.__dict__.pop("single", None)
-        return True
 
 
 def _paired(cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]) -> Angles:
@@ -715,3 +870,15 @@ def _attend(
         mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens).repeat(group, 1)
     found = F.scaled_dot_product_attention(rows, keys[None], values[None], mask, is_causal=plain, scale=scale)
     return found.view(shared, group, tokens, width).permute(2, 0, 1, 3).reshape(tokens, heads * width).to(dtype)
+
+
+def _masked(
+    query: Float[Tensor, "rows heads head_width"],
+    scale: float,
+    keys: Float[Tensor, "rows key_heads slots head_width"],
+    values: Float[Tensor, "rows key_heads slots head_width"],
+    mask: Bool[Tensor, "rows 1 1 slots"],
+) -> Float[Tensor, "rows attended"]:
+    """Attention of one token a row, as `_attend`."""
+    wide = query.to(keys.dtype).unflatten(1, (keys.shape[1], -1))
+    return F.scaled_dot_product_attention(wide, keys, values, mask, scale=scale).flatten(1).to(query.dtype)

@@ -34,6 +34,7 @@ ARMS = {
     "blind": "zip, nothing of the other modality visible",
     "bare": "the same loop, the text tower alone",
     "torch": "zip, without the compiled step",
+    "whole": "zip, its step by torch.compile and replayed as a graph",
     "steps": "zip, by Zipper.step",
     "int8": "zip, weights in 8 bits",
     "streams": "zip, eight sequences side by side",
@@ -52,13 +53,19 @@ RATIOS = (
     ("zip", "static", 1.0),
     ("zip", "expanded", 0.95),
     ("zip", "torch", 1.0),
+    ("whole", "stock", 2.5),
+    ("whole", "static", 1.0),
     ("zip", "steps", 1.0),
     ("zip", "mllama", 1.0),
     ("streams", "zip", 5.0),
 )
+#: Arms that exist on a CPU, or on CUDA, only.
+ONLY = {"torch": "cpu", "whole": "cuda"}
 #: Arms that compute the same thing.
 SAME = (("zip", "steps"), ("zip", "torch"), ("zip", "streams"), ("blind", "bare"), ("bare", "stock"), ("stock", "static"))
 STREAMS = 8
+#: Numbers that are summed to learn how fast memory is read, beyond all caches, and how often.
+MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 30}, 3
 EVERY = 2  # blocks between junctions
 
 
@@ -81,7 +88,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 @dataclass(frozen=True)
 class Settings:
     """What an arm is told. source: tokens of speech. prompt, tokens: of text, read at once and then one by one. threads: 0 = as
-    many as torch takes."""
+    many as torch takes. batch: sequences side by side."""
 
     arm: str
     size: str = "30m"
@@ -91,6 +98,7 @@ class Settings:
     precision: str = "float32"
     device: str = "cpu"
     threads: int = 0
+    batch: int = 1
 
 
 class Arm(NamedTuple):
@@ -108,21 +116,25 @@ def bench(
     size: str,
     rounds: int,
     warm: int = 2,
-    arms: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] = (),
     source: int = 128,
     tokens: int = 32,
     precision: str = "float32",
     device: str = "cpu",
     threads: int = 0,
     hardware: str = "",
+    batch: int = 1,
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it. Raises ZipperError for unknown names, and where arms that
-    compute the same thing choose other tokens in float32."""
-    if unknown := sorted({*arms} - {*ARMS}):
-        raise ZipperError(f"There are no arms {unknown}; there are {', '.join(ARMS)}.")
+    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the device has. Raises ZipperError for
+    unknown names, and where arms that compute the same thing choose other tokens in float32."""
+    known = [arm for arm in ARMS if device.startswith(ONLY.get(arm, ""))]
+    arms = arms or known
+    if unknown := sorted({*arms} - {*known}):
+        raise ZipperError(f"There are no arms {unknown} on {device}; there are {', '.join(known)}.")
     if size not in SIZES or precision not in ("float32", "bfloat16"):
         raise ZipperError(f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 and bfloat16.")
-    settings = {arm: asdict(Settings(arm, size, source, 16, tokens, precision, device, threads)) for arm in arms}
+    shared = asdict(Settings("", size, source, 16, tokens, precision, device, threads, batch))
+    settings = {arm: {**shared, "arm": arm} for arm in arms}
     turns = take_turns("zipper.bench.decode", settings, rounds, warm)
     _same(turns, precision)
     ratios = []
@@ -138,11 +150,7 @@ def bench(
         seconds = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
         work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
         prefill = {"work": round(work, 3), "target": round(0.9 * work, 3), **ratio(*seconds)._asdict()}
-    shared = {
-        name: value
-        for name, value in asdict(Settings("", size, source, 16, tokens, precision, device, threads)).items()
-        if name != "arm"
-    }
+    del shared["arm"]
     return {
         **machine(hardware),
         "rounds": rounds,
@@ -199,7 +207,11 @@ def table(found: Mapping[str, Any]) -> str:
             "",
             f"A step of the zip reads {share:.3f} times the bytes of the bare tower's: by them zip / bare is {1 / share:.3f}.",
         ]
-    lines += ["", "Read bandwidth: a sum over 128 MB of float32, in the same process. Prefill: the source and 16 tokens of text."]
+    size = 4e-6 * MEMORY[torch.device(found["settings"]["device"]).type]
+    lines += [
+        "",
+        f"Read bandwidth: sums over {size:.0f} MB of float32, in the same process. Prefill: the source and 16 tokens of text.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -216,21 +228,24 @@ def build(settings: Settings) -> Arm:
         return model.to(settings.device).eval()
 
     if settings.arm == "mllama":
-        return _mllama(shapes["text"], len(source), prompt, dtype, settings.device)
+        return _mllama(shapes["text"], len(source), [prompt] * settings.batch, dtype, settings.device)
     if settings.arm in ("stock", "static"):
-        return _stock(made(shapes["text"]), prompt, settings.arm == "static", settings.prompt + settings.tokens)
+        room = settings.prompt + settings.tokens if settings.arm == "static" else 0
+        return _stock(made(shapes["text"]), [prompt] * settings.batch, room)
     if settings.arm == "expanded":
         units = shapes["text"]["vocab_size"]
         wide = Zipper.from_towers({"text": made({**shapes["text"], "vocab_size": units + shapes["speech"]["vocab_size"]})})
-        arm = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt)
+        arm = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt, settings.batch)
         return arm._replace(prefill_flops=_products(_blocks(wide, "text"), len(source) + len(prompt)))
     towers = {name: made(shapes[name]) for name in (("text",) if settings.arm == "bare" else ("text", "speech"))}
     model = Zipper.from_towers(towers, every=dict.fromkeys(towers, EVERY), link=LinkConfig(gate_init=0.5), input_projection="none")
     model.links.to(dtype)
-    reader = Stepwise(model) if settings.arm == "steps" else Fused(model, int8=settings.arm == "int8")
+    how = {"int8": settings.arm == "int8", "compiled": settings.arm == "whole"}
+    reader = Stepwise(model) if settings.arm == "steps" else Fused(model, **how)
     if settings.arm in ("bare", "blind"):
-        return _ours(reader, list(towers), [], prompt)
-    arm = _ours(reader, ["speech", "text"], source, prompt, STREAMS if settings.arm == "streams" else 1)
+        return _ours(reader, list(towers), [], prompt, settings.batch)
+    streams = settings.batch * (STREAMS if settings.arm == "streams" else 1)
+    arm = _ours(reader, ["speech", "text"], source, prompt, streams)
     return arm._replace(prefill_flops=_zip_prefill(model, len(source), len(prompt)))
 
 
@@ -286,28 +301,31 @@ def _read(reader: Fused, plan: Sequence[str], source: Sequence[int], prompt: Seq
     return tower + links * bool(source) + streams * held
 
 
-def _stock(model: Any, prompt: Sequence[int], static: bool, room: int) -> Arm:
-    """What generate() does for a greedy token, without what it does besides: the forward of a model, and a cache."""
-    forward = torch.compile(model.forward) if static else model.forward
+def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
+    """What generate() does for a greedy token, without what it does besides: the forward of a model, and a cache. room: of a static
+    cache, and compiled; 0 = a dynamic one."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    forward = torch.compile(model.forward, mode=mode) if room else model.forward
 
     def start() -> Callable[[int], Tensor]:
-        cache = StaticCache(model.config, max_cache_len=room) if static else DynamicCache(config=model.config)
-        model(torch.tensor([list(prompt)], device=model.device), past_key_values=cache)
-        place = len(prompt)
+        cache = StaticCache(model.config, max_cache_len=room) if room else DynamicCache(config=model.config)
+        model(torch.tensor(prompts, device=model.device), past_key_values=cache)
+        place = len(prompts[0])
 
         def step(i: int) -> Tensor:
             nonlocal place
-            given = {"cache_position": torch.tensor([place], device=model.device)} if static else {}
+            given = {"cache_position": torch.tensor([place], device=model.device)} if room else {}
             place += 1
-            logits: Tensor = forward(torch.tensor([[i]], device=model.device), past_key_values=cache, **given).logits[0, -1]
+            ids = torch.tensor([[i]] * len(prompts), device=model.device)
+            logits: Tensor = forward(ids, past_key_values=cache, **given).logits[0, -1]
             return logits
 
         return step
 
-    return Arm(start)
+    return Arm(start, len(prompts))
 
 
-def _mllama(text: Mapping[str, Any], length: int, prompt: Sequence[int], dtype: torch.dtype, device: str) -> Arm:
+def _mllama(text: Mapping[str, Any], length: int, prompts: Sequence[Sequence[int]], dtype: torch.dtype, device: str) -> Arm:
     """A layer of cross-attention behind every second block, as many as the zip has junctions; its source costs nothing to make."""
     places = [layer + n for n, layer in enumerate(range(EVERY, text["num_hidden_layers"], EVERY))]
     shape = {**text, "num_hidden_layers": text["num_hidden_layers"] + len(places), "cross_attention_layers": places}
@@ -317,19 +335,20 @@ def _mllama(text: Mapping[str, Any], length: int, prompt: Sequence[int], dtype: 
     for name, parameter in model.named_parameters():
         if name.endswith("_gate"):
             parameter.data.fill_(0.5)  # they are born closed
-    states = torch.randn(1, length, text["hidden_size"], dtype=dtype, device=device)
+    states = torch.randn(1, length, text["hidden_size"], dtype=dtype, device=device).expand(len(prompts), -1, -1)
 
     def start() -> Callable[[int], Tensor]:
         cache = DynamicCache(config=model.config)
-        model(torch.tensor([list(prompt)], device=model.device), cross_attention_states=states, past_key_values=cache)
+        model(torch.tensor(prompts, device=model.device), cross_attention_states=states, past_key_values=cache)
 
         def step(i: int) -> Tensor:
-            logits: Tensor = model(torch.tensor([[i]], device=model.device), past_key_values=cache).logits[0, -1]
+            ids = torch.tensor([[i]] * len(prompts), device=model.device)
+            logits: Tensor = model(ids, past_key_values=cache).logits[0, -1]
             return logits
 
         return step
 
-    return Arm(start)
+    return Arm(start, len(prompts))
 
 
 @torch.inference_mode()
@@ -348,8 +367,9 @@ def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
     for i in ids:
         choice = (choice * 31 + int(step(i).argmax())) % (1 << 40)
     ended = now()
-    memory.sum()
-    read = memory.numel() * memory.element_size() / (now() - ended)
+    for _ in range(READS):
+        memory.sum()
+    read = READS * memory.numel() * memory.element_size() / (now() - ended)
     return {
         "prefill_s": prefilled - began,
         "decode_s": ended - prefilled,
@@ -371,7 +391,7 @@ def main() -> None:
         torch.set_num_threads(settings.threads)
     vocabulary = SIZES[settings.size]["text"]["vocab_size"]
     ids = torch.randint(2, vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(2)).tolist()
-    memory = torch.ones(1 << 25, device=settings.device)
+    memory = torch.ones(MEMORY[torch.device(settings.device).type], device=settings.device)
     serve(partial(timed, build(settings), ids, settings.device, memory))
 
 

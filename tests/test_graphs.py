@@ -1,0 +1,132 @@
+"""Steps of fixed shapes: few of them, whole for torch.compile, and rows of a pool that leave each other alone."""
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from laws import LLAMAS, zipped
+from torch import Tensor
+
+from zipper import fused, native
+from zipper.fused import Fused, Session
+from zipper.graphs import Pool, Shape, above
+
+NAMES = ["speech", "text"]
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as on CUDA, by torch."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(fused, "PACKED", set())
+
+
+def said(fast: Fused, sessions: list[Session]) -> Tensor:
+    """Logits of a few steps in which sessions see different things and do not always take part."""
+    a, b, c = sessions
+    found = []
+    fast.read("speech", [(a, [3, 4, 5]), (b, [3])])
+    for i in range(4):
+        found += fast.read("text", [(a, [5 + i]), (b, [7]), (c, [2])])
+    fast.read("speech", [(c, [3])])
+    found += fast.read("text", [(c, [7]), (a, [2])])
+    return torch.stack([row for row in found if row is not None])
+
+
+def three(fast: Fused) -> list[Session]:
+    return [fast.open(NAMES, ["text"]) for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_step_is_whole_for_torch_compile_and_says_the_same(backend: str) -> None:
+    """In a process of its own: what checks types in tests cannot be compiled."""
+    subprocess.run([sys.executable, __file__, backend], check=True)
+
+
+def compiled(backend: str) -> None:
+    native.library, fused.PACKED, real, steps = lambda: None, set(), torch.compile, []
+
+    def traced(step: Callable[..., object], **options: object) -> object:
+        assert options == {"fullgraph": True, "dynamic": False}
+        steps.append(step)
+        return real(step, backend=backend, **options)
+
+    torch.compile = traced
+    model = zipped(LLAMAS, {"text": 2})
+    fast, plain = Fused(model, static=True, compiled=True), Fused(model, static=False)
+    torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=1e-5, rtol=0)
+    assert len(steps) > 3, "of the proof, of silent and of speaking plans"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_says_the_same(dtype: torch.dtype) -> None:
+    model = zipped(LLAMAS, {"text": 2}).cast(dtype).to("cuda")
+    fast, plain = Fused(model), Fused(model, static=False)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=tolerance, rtol=0)
+
+
+def test_shapes_are_few_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    real = fused.Replay
+    monkeypatch.setattr(fused, "Replay", lambda step, shape, *given: made.append(shape) or real(step, shape, *given))
+    fast = Fused(zipped(LLAMAS), static=True)
+    session = fast.open(["text"], ["text"])
+    made.clear()
+    for i in range(140):
+        fast.read("text", [(session, [i % 30])])
+    assert made == [(3, 1)] * 3, "looking at 64, 128 and 256 tokens"
+
+
+def test_a_row_that_does_not_take_part_is_left_as_it_is() -> None:
+    fast = Fused(zipped(LLAMAS), static=True)
+    mine, other = fast.open(NAMES, NAMES), fast.open(NAMES, NAMES)
+    fast.read("speech", [(mine, [3, 4]), (other, [5])])
+    fast.read("text", [(mine, [3]), (other, [5])])
+    before = mine.caches["text"].held[..., : mine.caches["text"].length, :].clone()
+    for i in range(3):
+        fast.read("text", [(other, [i])])
+    assert torch.equal(mine.caches["text"].held[..., :1, :], before) and mine.caches["text"].length == 1
+
+
+def test_rows_are_taken_again_and_what_was_in_them_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Fused(zipped(LLAMAS), static=True)
+    assert fast._pool is not None
+    first = said(fast, three(fast))
+    gc.collect()
+    rows, pool = fast._pool.rows, fast._pool
+    with torch.inference_mode():
+        for held in pool.held.values():
+            held.fill_(1e4)  # what the first three left behind
+    again = said(fast, three(fast))
+    assert torch.equal(first, again) and pool.rows == rows == 4
+
+
+def test_a_pool_grows_and_keeps_what_it_holds() -> None:
+    grown: list[int] = []
+    pool = Pool({"text": Shape(2, 1, 4, torch.zeros(1))}, lambda: grown.append(1))
+    assert [pool.take() for _ in range(3)] == [0, 1, 2]
+    pool.reserve("text", 5)
+    pool.held["text"][1, :, :, :, :5] = 7.0
+    count = len(grown)
+    pool.reserve("text", 64)
+    assert len(grown) == count, "64 tokens fit"
+    pool.reserve("text", 65)
+    assert pool.held["text"].shape == (4, 2, 2, 1, 129, 4) and len(grown) == count + 1
+    assert (pool.held["text"][1, :, :, :, :5] == 7.0).all() and pool.held["text"].sum() == 7.0 * 2 * 2 * 5 * 4
+    pool.free(1)
+    pool.free(0)
+    assert pool.take() == 0 and pool.take() == 1 and pool.take() == 3
+
+
+def test_powers_of_two() -> None:
+    assert [above(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 256]
+    assert [above(n, least=1) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
+
+
+if __name__ == "__main__":
+    compiled(sys.argv[1])
