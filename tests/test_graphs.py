@@ -4,6 +4,8 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import FunctionType
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from zipper import fused, native
 from zipper.fused import Fused, Session
-from zipper.graphs import Pool, Shape, above
+from zipper.graphs import Pool, Replay, Shape, above
 
 NAMES = ["speech", "text"]
 
@@ -68,6 +70,57 @@ def test_a_graph_says_the_same(dtype: torch.dtype) -> None:
     fast, plain = Fused(model), Fused(model, static=False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=tolerance, rtol=0)
+
+
+class Stream:
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, steps: list[Tensor]) -> Replay:
+    """A replay that believes to be on CUDA: its graph, when it is replayed, runs the step and writes over what the capture said."""
+
+    def step(given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        steps.append(given.clone())
+        return given.float() * 2, None
+
+    class Graph:
+        def replay(self) -> None:
+            assert replay._said[0] is not None
+            replay._said[0].copy_(step(replay._given)[0])
+
+    for name, fake in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    assert isinstance(step, FunctionType)
+    replay = Replay(step, (1, 2), torch.device("cpu"), compiled=False)
+    replay._graphed = True
+    return replay
+
+
+def test_a_step_is_warmed_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Tensor] = []
+    replay = pretended(monkeypatch, steps)
+    for n, runs in ((1, 3 + 1 + 1), (2, 1), (3, 1)):
+        steps.clear()
+        logits, _ = replay(torch.tensor([[n, 0]]))
+        assert logits is not None and logits.tolist() == [[2 * n, 0]]
+        assert len(steps) == runs and all(given.tolist() == [[n, 0]] for given in steps)
+
+
+def test_what_cannot_be_captured_goes_on_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Tensor] = []
+    replay = pretended(monkeypatch, steps)
+
+    def refused() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refused)
+    with pytest.warns(UserWarning, match="could not be captured .* not permitted"):
+        first, _ = replay(torch.tensor([[1, 0]]))
+    second, _ = replay(torch.tensor([[2, 0]]))
+    assert first is not None and second is not None and (first.tolist(), second.tolist()) == ([[2, 0]], [[4, 0]])
 
 
 def test_shapes_are_few_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zipper.errors import ZipperError
 from zipper.fused import Fused
-from zipper.generation import Clock, Limits, Model, check
+from zipper.generation import Clock, Limits, Model, check, planned
 from zipper.model import Zipper
 from zipper.sampling import Rules, Sampling, choose
 from zipper.sequence import Segment
@@ -233,7 +233,7 @@ class Engine:
 
     def submit(self, request: Request) -> Answer:
         """Takes a request; nothing is read yet. Raises a ZipperError for one that the model cannot read or write."""
-        plan = _plan(request)
+        plan = planned(request.outputs)
         if not plan:
             raise ZipperError("A request without outputs; name at least one tower.")
         if request.more and not request.segments:
@@ -267,7 +267,7 @@ class Engine:
                 towers.setdefault(tower, []).append((row, index))
         for tower, group in towers.items():
             pieces = [(session, ids) for session, _, ids in (row.wishes[index] for row, index in group)]
-            for (row, index), logits in zip(group, self.reader.read(tower, pieces), strict=True):
+            for (row, index), logits in zip(group, _here(self.reader.read(tower, pieces)), strict=True):
                 row.logits[index] = logits
         for row in self._running:
             if not row.answer.done:
@@ -328,6 +328,15 @@ class Engine:
             row.answer.done, row.answer.error, row.wishes = True, error, []
 
 
+def _here(rows: list[Tensor | None]) -> list[Tensor | None]:
+    """Logits on the CPU, in one transfer: what requests do with them is many small things, each of which would wait for a GPU."""
+    some = [row for row in rows if row is not None]
+    if not some or some[0].device.type == "cpu":
+        return rows
+    moved = iter(torch.stack(some).cpu())
+    return [None if row is None else next(moved) for row in rows]
+
+
 def fastest(model: Model) -> Reader:
     """The fast path for a zip whose towers are all of a known kind, else the model's own steps."""
     if isinstance(model, Zipper):
@@ -342,13 +351,9 @@ class NoRoom(ZipperError):
     """A tower has no room for another segment."""
 
 
-def _plan(request: Request) -> list[Segment]:
-    return [item if isinstance(item, Segment) else Segment(item, []) for item in request.outputs]
-
-
 def _life(model: Model, reader: Reader, answer: Answer) -> Life:
     """A request from its first token to its last."""
-    request, plan, ends = answer.request, _plan(answer.request), model.ends()
+    request, plan, ends = answer.request, planned(answer.request.outputs), model.ends()
     given, produced = [s.tower for s in request.segments], [s.tower for s in plan]
     session = reader.open(tuple(dict.fromkeys(given + produced)), tuple(dict.fromkeys(produced)))
     guided = request.sampling.guidance != 1 and len({*given, *produced}) > 1

@@ -84,11 +84,16 @@ def generate(
     return results
 
 
+def planned(outputs: Sequence[str | Segment]) -> list[Segment]:
+    """What is to be produced: a name is a segment that begins with nothing."""
+    return [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
+
+
 def check(
     model: Model, prompts: Sequence[Sequence[Segment]], outputs: Sequence[str | Segment], limits: Limits | None
 ) -> list[Segment]:
     """The plan that `outputs` name. Raises a ZipperError for what `generate` cannot do."""
-    plan = [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
+    plan = planned(outputs)
     if not plan or not prompts:
         raise ZipperError(f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at least one of each.")
     shape = [segment.tower for segment in prompts[0]]

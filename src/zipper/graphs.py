@@ -5,6 +5,7 @@ and values of all sequences stand in one pool, a row each; a step takes the firs
 those that do not write where nobody looks. How far it looks is rounded up to a power of two, so that few shapes are captured.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import NamedTuple, final
@@ -111,17 +112,23 @@ class Replay:
             own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
             self._step = torch.compile(own, fullgraph=True, dynamic=False)
         self._given = torch.zeros(shape, dtype=torch.long, device=device)
+        self._graphed = device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._said: Said = None, None
 
     def __call__(self, given: Int[Tensor, "numbers rows"]) -> Said:
         """What the step returns, in memory that the next call writes over. A step must come to the same if it is run again."""
         self._given.copy_(given)
-        if self._given.device.type != "cuda":
-            return self._step(self._given)
+        if self._graphed and self._graph is None:
+            try:
+                self._capture()
+            except RuntimeError as error:
+                self._graphed = False
+                warnings.warn(
+                    f"A step could not be captured as a CUDA graph, its kernels are launched singly: {error}", stacklevel=2
+                )
         if self._graph is None:
-            self._capture()
-        assert self._graph is not None
+            return self._step(self._given)
         self._graph.replay()
         return self._said
 
@@ -132,6 +139,7 @@ class Replay:
             for _ in range(3):
                 self._step(self._given)
         torch.cuda.current_stream().wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._said = self._step(self._given)
+        self._graph = graph
