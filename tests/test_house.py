@@ -43,6 +43,7 @@ ORDER = (
     "model",
     "baseline",
     "native",
+    "graphs",
     "fused",
     "engine",
     "audio",
