@@ -21,24 +21,20 @@ KNOWN = ("llama", "qwen3")
 Words = Sequence[tuple[str, int]]
 
 
-POISON = 1e4  # in a pool, where what is masked is multiplied by zero
-
-
 @pytest.fixture(autouse=True)
 def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody has written is NaN, so that reading it shows."""
     monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
-    monkeypatch.setattr(Pool, "_zeros", staticmethod(lambda *shape: zeros(*shape).fill_(POISON)))
     monkeypatch.setattr(Pool, "free", freed)
 
 
-zeros, free = Pool._zeros, Pool.free
+free = Pool.free
 
 
 @torch.inference_mode()
 def freed(pool: Pool, row: int) -> None:
     for held in pool.held.values():
-        held[row] = POISON
+        held[row] = torch.nan
     free(pool, row)
 
 
@@ -203,7 +199,7 @@ def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junc
     session = fast.open(["speech", "text"], ["text"])
     assert fast.read("speech", [(session, [3, 4])]) == [None]
     held = session.caches["speech"].held[:, :, :, :2]
-    written = ~(held.isnan() | (held == POISON)).flatten(1).all(1)
+    written = ~(held.isnan() | (held == 0)).flatten(1).all(1)
     assert written.tolist() == [True, True, False, False]
     (logits,) = fast.read("text", [(session, [5])])
     assert logits is not None

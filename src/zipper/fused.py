@@ -194,6 +194,7 @@ class Fused:
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
+    @torch.inference_mode()
     def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
         """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
         session = Session(tuple(towers), tuple(outputs))

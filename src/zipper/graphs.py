@@ -28,8 +28,8 @@ class Shape(NamedTuple):
 
 @final
 class Pool:
-    """Keys and values of sequences, of every tower and every link in one tensor each, with room to grow. Nothing in it is NaN: what
-    is masked is multiplied by zero. grown: called after tensors were replaced; views of them are stale."""
+    """Keys and values of sequences, of every tower and every link in one tensor each, with room to grow. grown: called after one of
+    them was replaced; views of it are stale."""
 
     def __init__(self, shapes: Mapping[str, Shape], grown: Callable[[], None]) -> None:
         self._shapes, self._grown = shapes, grown
@@ -44,17 +44,20 @@ class Pool:
         return shape.like.new_zeros((rows, shape.layers, 2, shape.heads, room, shape.head_width))
 
     def take(self) -> int:
-        """A row that nobody has, the lowest."""
+        """A row that nobody has, the lowest. It is empty: what is masked is multiplied by zero, which does not help against NaN."""
         if not self._free:
             self._free = list(range(self.rows, max(1, 2 * self.rows)))
             self.rows = self._free[-1] + 1
             for name, held in self.held.items():
                 self._replace(name, self.rows, held.shape[4])
         self._free.sort()
-        return self._free.pop(0)
+        row = self._free.pop(0)
+        for held in self.held.values():
+            held[row] = 0
+        return row
 
     def free(self, row: int) -> None:
-        """Gives a row back. What is in it stays until somebody writes over it."""
+        """Gives a row back."""
         self._free.append(row)
 
     def reserve(self, name: str, tokens: int) -> None:
