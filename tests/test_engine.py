@@ -10,6 +10,7 @@ import torch
 from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, zipped
 from test_fused import truth
 from test_generation import assert_same
+from torch._subclasses import FakeTensorMode
 
 from zipper import engine as engines
 from zipper import fused
@@ -483,3 +484,11 @@ def test_settings_that_mean_nothing_are_refused() -> None:
     ):
         with pytest.raises(ZipperError):
             make()
+
+
+def test_logits_of_a_gpu_come_to_the_cpu_and_rows_without_any_stay_so() -> None:
+    with FakeTensorMode():  # shapes and devices alone: no GPU is needed
+        rows = [torch.empty(5, device="cuda"), None, torch.empty(5, device="cuda")]
+        found = engines._here(rows)
+    assert [row if row is None else (row.shape, row.device.type) for row in found] == [((5,), "cpu"), None, ((5,), "cpu")]
+    assert engines._here([None]) == [None]

@@ -13,6 +13,7 @@ from laws import LLAMAS, zipped
 from torch import Tensor
 
 from zipper import fused, native
+from zipper.errors import ZipperError
 from zipper.fused import Fused, Session
 from zipper.graphs import Pool, Replay, Shape, above
 
@@ -64,12 +65,20 @@ def compiled(backend: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_says_the_same(dtype: torch.dtype) -> None:
-    model = zipped(LLAMAS, {"text": 2}).cast(dtype).to("cuda")
-    fast, plain = Fused(model), Fused(model, static=False)
+def test_a_graph_says_the_same(dtype: torch.dtype, int8: bool) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    model.cast(dtype)
+    model.to("cuda")
+    fast, plain = Fused(model, int8), Fused(model, int8, static=False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=tolerance, rtol=0)
+
+
+def test_compiled_steps_want_fixed_shapes() -> None:
+    with pytest.raises(ZipperError, match=r"compiled=True is for steps of fixed shapes.* on cpu"):
+        Fused(zipped(LLAMAS), compiled=True)
 
 
 class Stream:

@@ -246,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", default="30m", help="tiny, 30m, 120m, 0.5b, 1.5b or 8b: the text tower (default 30m)")
     p.add_argument("--rounds", type=_count, default=15, help="turns of each arm that count (default 15)")
     p.add_argument("--warm", type=_count, default=2, help="turns before them (default 2)")
-    p.add_argument("--arms", default="", metavar="ARM,ARM", help="only these (default all)")
+    p.add_argument("--arms", default="", metavar="ARM,ARM", help="only these (default all that the device has)")
     p.add_argument("--source", type=_count, default=128, help="tokens of speech that are visible (default 128)")
     p.add_argument("--batch", type=_count, default=1, help="sequences side by side, in every arm (default 1)")
     p.add_argument("--tokens", type=_count, default=32, help="tokens of text in a turn (default 32)")

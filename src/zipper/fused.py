@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 
 from zipper import native
+from zipper.errors import ZipperError
 from zipper.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.link import InputProjection, Link, Memory, rotate
 from zipper.model import Zipper, link_name
@@ -173,7 +174,8 @@ class Fused:
 
     def __init__(self, model: Zipper, int8: bool = False, static: bool | None = None, compiled: bool = False) -> None:
         """int8: blocks, heads and links with weights in 8 bits. static: single tokens go through steps of fixed shapes (`graphs`),
-        by default on CUDA. compiled: those steps by torch.compile. Raises UnsupportedTower where a tower is not of a known kind.
+        by default on CUDA. compiled: those steps by torch.compile. Raises UnsupportedTower where a tower is not of a known kind, a
+        ZipperError for compiled steps without fixed shapes.
         """
         self.model = model
         self._towers = {name: _Tower(tower, int8) for name, tower in model.towers.items() if isinstance(tower, Tower)}
@@ -188,6 +190,11 @@ class Fused:
         self._far = 0
         device = next(model.parameters()).device
         self._pool = self._pooled() if (device.type == "cuda" if static is None else static) else None
+        if compiled and self._pool is None:
+            raise ZipperError(
+                f"compiled=True is for steps of fixed shapes, which are the default on CUDA; this model is on {device}. "
+                "Move it to CUDA, or leave compiled out: a CPU has a compiled step of its own."
+            )
         self._replays: dict[tuple[Any, ...], Replay] = {}
         self._inductor = compiled
         self._native = self._pool is None and self._compilable()
@@ -235,8 +242,9 @@ class Fused:
         return answers
 
     def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], "_Way"]]:
-        """What is read together, and how. By compiled code short pieces, as many as a step takes; long ones then go by torch, each
-        alone: the bits of its products depend on the number of rows."""
+        """What is read together, and how. Where there is compiled code: by it short pieces, as many as a step takes, and by torch
+        long ones, each alone, for the bits of its products depend on the number of rows. Where there is a pool: single tokens by a
+        replay, the rest by torch."""
         if not self._native:
             single = [index for index in indices if lengths[index] == 1 and self._pool is not None]
             for group, step in (single, self._replay), ([index for index in indices if index not in single], self._run):
@@ -295,7 +303,7 @@ class Fused:
                     if link in self._ears[target]:
                         states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
                         memory = session.memory[link] = self._links[link].extend(session.memory.get(link), states)
-                        if self._pool is not None:
+                        if self._pool is not None:  # a replay reads it there, longer pieces read it in the session
                             tokens = memory.keys.shape[2]
                             self._pool.reserve(link, tokens)
                             self._pool.held[link][session.row, 0, :, :, :tokens] = torch.cat(memory)
@@ -330,17 +338,13 @@ class Fused:
         kept: list[Tensor] = []
         angles = tower.angles.at(way.position)
         for stop in self._stops[name] if linked else ():
-            for index in range(done, stop.layer):
-                h = tower.blocks[index](h, angles, partial(way.attend, layer=index))
-            done = stop.layer
+            h, done = tower.run(h, range(done, stop.layer), angles, way), stop.layer
             kept.append(h)
             for link in stop.reads:
                 h = way.exchange(link, kept[-1], h)
         if spoken is None:
             return None, kept
-        for index in range(done, tower.layers):
-            h = tower.blocks[index](h, angles, partial(way.attend, layer=index))
-        return tower.unembed(h[spoken]), kept
+        return tower.unembed(tower.run(h, range(done, tower.layers), angles, way)[spoken]), kept
 
     def _replay(
         self, name: str, ids: Sequence[int], positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
@@ -630,6 +634,14 @@ class _Tower:
     def shape(self) -> Shape:
         """Of its keys and values."""
         return Shape(self.layers, self.blocks[0].key_heads, self.blocks[0].head_width, _held(self.table[:0]))
+
+    def run(
+        self, h: Float[Tensor, "tokens width"], layers: range, angles: Angles, way: "_Ragged | _Fixed"
+    ) -> Float[Tensor, "tokens width"]:
+        """Some of its blocks."""
+        for index in layers:
+            h = self.blocks[index](h, angles, partial(way.attend, layer=index))
+        return h
 
     def unembed(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
         """Final norm and head."""

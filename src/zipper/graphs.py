@@ -123,13 +123,7 @@ class Replay:
         """What the step returns, in memory that the next call writes over. A step must come to the same if it is run again."""
         self._given.copy_(given)
         if self._graphed and self._graph is None:
-            try:
-                self._capture()
-            except RuntimeError as error:
-                self._graphed = False
-                warnings.warn(
-                    f"A step could not be captured as a CUDA graph, its kernels are launched singly: {error}", stacklevel=2
-                )
+            self._capture()
         if self._graph is None:
             return self._step(self._given)
         self._graph.replay()
@@ -142,7 +136,11 @@ class Replay:
             for _ in range(3):
                 self._step(self._given)
         torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._said = self._step(self._given)
-        self._graph = graph
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._said = self._step(self._given)
+            self._graph = graph
+        except RuntimeError as error:
+            self._graphed = False
+            warnings.warn(f"A step could not be captured as a CUDA graph, its kernels are launched singly: {error}", stacklevel=3)
