@@ -10,7 +10,7 @@ from laws import LLAMAS, draw, lay, number, zipped
 from torch import Tensor
 
 from zipper import fused, native
-from zipper.fused import Cache, Fused, Matrix, Session
+from zipper.fused import Cache, Form, Fused, Matrix, Session
 from zipper.graphs import Pool, Shape
 from zipper.link import PAPER_LINK, LinkConfig, Memory
 from zipper.model import Zipper
@@ -152,10 +152,10 @@ def test_a_neighbour_that_goes_far_takes_nothing_away(way: str) -> None:
     fast, words = Fused(model), [("text", i) for i in (3, 4, 5)]
     session, other = (fast.open(["text"], ["text"]) for _ in range(2))
     (found,) = read(fast, [session], [[("text", [3]), ("text", [4])]])
-    held, far = (fast._prepared, fast._replays), fast._far
-    assert any(held) == (way != "torch")
+    held, far = {*fast._prepared, *fast._replays}, fast._far
+    assert bool(held) == (way != "torch")
     fast.read("text", [(other, [i % 90 for i in range(far + 1)])])
-    assert not any(held) and fast._far > far
+    assert held.isdisjoint({*fast._prepared, *fast._replays}) and fast._far > far
     (logits,) = fast.read("text", [(session, [5])])
     assert logits is not None
     assert_close(found | {2: logits}, truth(model, words, ["text"]))
@@ -262,23 +262,24 @@ def test_half_precision_and_eight_bits_stay_close() -> None:
     assert 0 < error(Fused(model, int8=True)) < 0.08
 
 
-def test_a_matrix_of_several_layers_is_their_products_side_by_side() -> None:
+def test_a_matrix_of_several_layers_is_their_products_side_by_side(way: str) -> None:
+    plain, eight = (Form(int8, compiled=way == "compiled") for int8 in (False, True))
     layers = [torch.nn.Linear(32, n) for n in (8, 16)]
     x = torch.randn(3, 32)
     wanted = torch.cat([layer(x) for layer in layers], -1)
-    torch.testing.assert_close(Matrix(layers)(x), wanted)
-    eight = Matrix(layers, int8=True)
-    assert (eight(x) - wanted).norm() / wanted.norm() < 0.02
-    assert Matrix(layers).bytes == 4 * (24 * 32 + 24) and eight.bytes == 24 * 32 + 4 * 24 + 4 * 24
+    torch.testing.assert_close(Matrix(layers, plain)(x), wanted)
+    assert (Matrix(layers, eight)(x) - wanted).norm() / wanted.norm() < 0.02
+    assert Matrix(layers, plain).bytes == 4 * (24 * 32 + 24)
+    assert Matrix(layers, eight).bytes == 24 * 32 + 4 * 24 + 4 * 24
     narrow = torch.nn.Linear(24, 8)
-    torch.testing.assert_close(Matrix([narrow], int8=True)(x[:, :24]), narrow(x[:, :24]))
-    torch.testing.assert_close(Matrix(layers, factor=0.5)(x), wanted / 2)
+    torch.testing.assert_close(Matrix([narrow], eight)(x[:, :24]), narrow(x[:, :24]))
+    torch.testing.assert_close(Matrix(layers, plain, factor=0.5)(x), wanted / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_kernel_of_a_matrix_gives_the_same_product(
+def test_every_kernel_of_torch_gives_the_same_product(
     dtype: torch.dtype, amx: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "AMX", amx)
@@ -289,7 +290,8 @@ def test_every_kernel_of_a_matrix_gives_the_same_product(
         layer = torch.nn.Linear(width, out, dtype=dtype)
         for tokens in (1, 2, 8, 70):
             x = torch.randn(tokens, width, dtype=dtype)
-            torch.testing.assert_close(Matrix([layer])(x), layer(x), atol=tolerance, rtol=tolerance)
+            found = Matrix([layer], Form(int8=False, compiled=False))(x)
+            torch.testing.assert_close(found, layer(x), atol=tolerance, rtol=tolerance)
 
 
 def test_the_bytes_of_a_token_are_those_of_the_weights_it_reads() -> None:

@@ -15,7 +15,7 @@ from laws import LLAMAS, zipped
 from torch import Tensor
 
 from zipper import native
-from zipper.fused import Fused
+from zipper.fused import Form, Fused, Matrix
 from zipper.model import Zipper
 
 NAMES = ["text", "speech"]
@@ -69,7 +69,29 @@ def test_company_and_threads_change_no_bit(kind: str) -> None:
 
 
 @needs_compiler
-def test_a_token_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_the_pieces_in_which_it_is_read_change_no_bit(kind: str) -> None:
+    """A prompt at once, in pieces, or token by token: logits and what links read of it are equal."""
+    model, dice = zipped(LLAMAS, {"text": 2}).to(torch.bfloat16 if kind == "bfloat16" else torch.float32), random.Random(0)
+    fast = Fused(model, int8=kind == "int8")
+    speech, text = ([dice.randrange(20) for _ in range(n)] for n in (45, 33))
+
+    def read(longest: int) -> Tensor:
+        session, logits = fast.open(NAMES, NAMES), list[Tensor | None]()
+        for tower, ids in (("speech", speech), ("text", text), ("speech", [3])):
+            while ids:
+                size = dice.randint(1, longest)
+                logits, ids = fast.read(tower, [(session, ids[:size])]), ids[size:]
+        assert logits[0] is not None
+        return logits[0]
+
+    whole = read(10**9)
+    for longest in (1, 7, 8, 20, 44):
+        assert torch.equal(read(longest), whole)
+
+
+@needs_compiler
+def test_a_read_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, calls, step = Fused(model), list[int](), native.step
 
     def counted(stages: Any, tokens: Any, *rest: Any) -> Tensor:
@@ -77,16 +99,39 @@ def test_a_token_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest
         return step(stages, tokens, *rest)
 
     monkeypatch.setattr(native, "step", counted)
+    monkeypatch.setattr(fast, "_run", None)
     sessions = [fast.open(NAMES, NAMES) for _ in range(20)]
-    for session, ids in zip(sessions[:3], ([3], [3] * native.PIECE, [3] * (native.PIECE + 1)), strict=True):
-        fast.read("speech", [(session, ids)])
-    assert calls == [1, native.PIECE], "more tokens of one sequence go by torch"
-    fast.read("text", [(session, [5]) for session in sessions])
-    assert calls[2:] == [native.TOKENS, 20 - native.TOKENS], "as many as a step takes"
-    long, run = list[int](), fast._run
-    monkeypatch.setattr(fast, "_run", lambda name, h, *rest: long.append(len(h)) or run(name, h, *rest))
-    fast.read("text", [(session, [5] * n) for session, n in zip(sessions, (12, 1, 14), strict=False)])
-    assert long == [12, 14] and calls[4:] == [1], "each long piece alone"
+    fast.read("speech", [(sessions[0], [3] * 70)])
+    fast.read("text", [(session, [5] * n) for n, session in enumerate(sessions, 1)])
+    assert calls == [70, 210]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_all_shapes(dtype: torch.dtype) -> None:
+    """Rows that are no multiple of anything, rows longer than a part, more tokens than a block."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for width, out in ((40, 13), (600, 17), (2100, 9)):
+        layer = torch.nn.Linear(width, out, dtype=dtype)
+        matrix = Matrix([layer], Form(int8=False, compiled=True))
+        for tokens in (1, 7, 8, 15, 17, 24, 70, 131):
+            x = torch.randn(tokens, width, dtype=dtype)
+            torch.testing.assert_close(matrix(x), layer(x), atol=tolerance, rtol=tolerance)
+            assert torch.equal(matrix(x)[-1:], matrix(x[-1:]))
+
+
+@needs_compiler
+def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "CHUNK", 1 << 16)
+    monkeypatch.setattr(native, "_free", torch.empty(0, dtype=torch.uint8))
+    weights = [torch.randn(100, 40), torch.randn(7, 64, dtype=torch.bfloat16), torch.randn(3000, 64), torch.randn(9, 32)]
+    laid = [native.laid_out(weight) for weight in weights]
+    for weight, found in zip(weights, laid, strict=True):
+        assert torch.equal(found[:, : weight.shape[1]], weight) and not found[:, weight.shape[1] :].any()
+        assert found.shape[1] % native.PAD == 0 and found.data_ptr() % 64 == 0
+    first, second, large, _ = laid
+    assert first.data_ptr() % native.LARGE == 0 and second.data_ptr() == first.data_ptr() + first.nbytes
+    assert large.nbytes > native.CHUNK, "more than is asked for at once"
 
 
 @needs_compiler

@@ -4,8 +4,8 @@ Towers whose blocks are like Llama's are run here without transformers: fused pr
 grow, no masks, no padding. What is read in one call is ragged: the tokens of all sequences stand in one matrix, and only attention
 goes sequence by sequence. A tower counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the
 way for all others. Weights are taken at construction, and must not change after it; on a CPU some are copied into other layouts.
-There a few tokens go through one call of compiled code (`native`), many through torch's products; on CUDA single tokens go through
-graphs (`graphs`). Nothing here knows of sampling or plans.
+There all goes through one call of compiled code (`native`), if there is a compiler; on CUDA single tokens go through graphs
+(`graphs`). Nothing here knows of sampling or plans.
 """
 
 import copy
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zipper import native
@@ -45,12 +45,19 @@ STAMPS = count()
 PREPARED = 8  # steps of certain sessions that are held ready
 
 
+class Form(NamedTuple):
+    """How weights are kept. int8: in 8 bits, one scale a row; not where rows are no multiple of 32. compiled: for `native`."""
+
+    int8: bool
+    compiled: bool
+
+
 @final
 class Matrix:
     """x -> x W^T + b of one or several linear layers that read the same; on a CPU by whatever kernel is fastest there."""
 
-    def __init__(self, layers: Sequence[nn.Linear], int8: bool = False, factor: float = 1.0) -> None:
-        """int8: W in 8 bits, one scale a row; not where the width of x is no multiple of 32. factor: of the whole product."""
+    def __init__(self, layers: Sequence[nn.Linear], form: Form, factor: float = 1.0) -> None:
+        """factor: of the whole product."""
         weights = [layer.weight.detach() for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         weight = weight if factor == 1 else weight * factor
@@ -59,12 +66,16 @@ class Matrix:
             raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
         self.bias: Tensor | None = torch.cat(biases) * factor if biases else None
         self.scale: Float[Tensor, " out"] | None = None
-        if int8 and weight.shape[1] % 32 == 0:  # torch's kernel reads beyond the end of other rows
+        if form.int8 and weight.shape[1] % 32 == 0:  # torch's kernel reads beyond the end of other rows
             self.scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
             weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
         self.bytes = sum(t.numel() * t.element_size() for t in (weight, self.bias, self.scale) if t is not None)
-        self._weight: Float[Tensor, "out in"] | Int8[Tensor, "out in"] = weight
-        self._many, self._one = self._kernels(weight)
+        self._compiled = form.compiled
+        if form.compiled:
+            self._held = native.laid_out(weight), _single(self.scale), _single(self.bias)
+            self.struct = native.matrix(*self._held, weight.shape[1])
+        else:
+            self._many, self._one = self._kernels(weight)
 
     def _kernels(self, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """x -> x W^T by torch, for several tokens and for one."""
@@ -78,7 +89,7 @@ class Matrix:
             return (plain := partial(F.linear, weight=weight)), plain
         laid = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         packed = lambda x: torch.ops.mkldnn._linear_pointwise(x, laid, None, "none", [], "")  # noqa: E731
-        if native.library() is None and weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
+        if weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
             long = weight.T.contiguous()  # along its longer side, twice as fast
             return packed, lambda x: torch.mm(x, long)
         if weight.dtype == torch.bfloat16 and AMX:
@@ -87,17 +98,10 @@ class Matrix:
 
     def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """The product, in x's dtype."""
+        if self._compiled:
+            return native.product(self.struct, x).to(x.dtype)
         y = self._one(x) if len(x) == 1 else self._many(x)
         return y if self.bias is None else y + self.bias
-
-    @cached_property
-    def struct(self) -> native.Matrix:
-        """As the compiled step reads it: rows of weights as they were loaded, filled up with zeros."""
-        width = self._weight.shape[1]
-        weight = F.pad(self._weight, (0, -width % native.PAD)) if width % native.PAD else self._weight.contiguous()
-        scale, bias = _single(self.scale), _single(self.bias)
-        self._held = (weight, scale, bias)  # it points to them
-        return native.matrix(weight, scale, bias, width)
 
 
 def _single(part: Tensor | None) -> Tensor | None:
@@ -178,8 +182,11 @@ class Fused:
         ZipperError for compiled steps without fixed shapes.
         """
         self.model = model
-        self._towers = {name: _Tower(tower, int8) for name, tower in model.towers.items() if isinstance(tower, Tower)}
-        self._links = {name: _Link(link, int8) for name, link in model.links.items() if isinstance(link, Link)}
+        device = next(model.parameters()).device
+        pooled = device.type == "cuda" if static is None else static
+        form = Form(int8, not pooled and self._compilable())
+        self._towers = {name: _Tower(tower, form) for name, tower in model.towers.items() if isinstance(tower, Tower)}
+        self._links = {name: _Link(link, form) for name, link in model.links.items() if isinstance(link, Link)}
         self._inputs = {name: _Input(part) for name, part in model.inputs.items() if isinstance(part, InputProjection)}
         self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
         self._stops = {name: tuple(_stops(name, model)) for name in self._towers}
@@ -188,8 +195,7 @@ class Fused:
         self._audience = {name: [n for n, ears in self._ears.items() if ears & shown[name]] for name in self._stops}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._far = 0
-        device = next(model.parameters()).device
-        self._pool = self._pooled() if (device.type == "cuda" if static is None else static) else None
+        self._pool = self._pooled() if pooled else None
         if compiled and self._pool is None:
             raise ZipperError(
                 f"compiled=True is for steps of fixed shapes, which are the default on CUDA; this model is on {device}. "
@@ -197,7 +203,7 @@ class Fused:
             )
         self._replays: dict[tuple[Any, ...], Replay] = {}
         self._inductor = compiled
-        self._native = self._pool is None and self._compilable()
+        self._native = form.compiled and all(block.gated for tower in self._towers.values() for block in tower.blocks)
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
@@ -242,26 +248,12 @@ class Fused:
         return answers
 
     def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], "_Way"]]:
-        """What is read together, and how. Where there is compiled code: by it short pieces, as many as a step takes, and by torch
-        long ones, each alone, for the bits of its products depend on the number of rows. Where there is a pool: single tokens by a
-        replay, the rest by torch."""
-        if not self._native:
-            single = [index for index in indices if lengths[index] == 1 and self._pool is not None]
-            for group, step in (single, self._replay), ([index for index in indices if index not in single], self._run):
-                if group:
-                    yield group, step
-            return
-        group = []
-        for index in indices:
-            if lengths[index] > native.PIECE:
-                yield [index], self._run
-                continue
-            if sum(lengths[i] for i in group) + lengths[index] > native.TOKENS:
-                yield group, self._step
-                group = []
-            group.append(index)
-        if group:
-            yield group, self._step
+        """What is read together, and how: where there is a pool, single tokens by a replay and the rest by torch."""
+        single = [index for index in indices if lengths[index] == 1 and self._pool is not None]
+        rest = [index for index in indices if index not in single]
+        for group, step in (single, self._replay), (rest, self._step if self._native else self._run):
+            if group:
+                yield group, step
 
     def link(self, name: str) -> "_Link":
         """A link of the model."""
@@ -435,12 +427,9 @@ class Fused:
         return _Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive)
 
     def _compilable(self) -> bool:
-        """Whether all that there is can be read by compiled code."""
+        """Whether compiled code can multiply by all weights that there are."""
         kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
-        known = kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}
-        some = torch.linspace(-9, 9, 99)
-        gated = all(torch.equal(block.activation(some), F.silu(some)) for tower in self._towers.values() for block in tower.blocks)
-        return known and gated and native.library() is not None
+        return kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)} and native.library() is not None
 
     @torch.inference_mode()
     def _prove(self, name: str, tolerance: float) -> None:
@@ -448,7 +437,7 @@ class Fused:
         `tolerance` of their spread."""
         tower = self.model.towers[name]
         assert isinstance(tower, Tower)
-        many, few = native.PIECE + 1, 4
+        many, few = 9, 4
         ids = torch.randint(tower.vocabulary, (1, many + few + 4), generator=torch.Generator().manual_seed(0)).to(tower.device)
         cuts = [0, many, *range(many + few, ids.shape[1] + 1)]
         truth = tower(Strand.alone(ids))[0, [stop - 1 for stop in cuts[1:]]].float()
@@ -603,7 +592,7 @@ def _held(part: Tensor) -> Tensor:
 class _Tower:
     """A tower whose blocks are like Llama's."""
 
-    def __init__(self, tower: Tower, int8: bool) -> None:
+    def __init__(self, tower: Tower, form: Form) -> None:
         model: Any = tower.model
         body, config = model.base_model, tower.config
         try:
@@ -613,8 +602,8 @@ class _Tower:
             if {*kinds} != {"full_attention"} or body.rotary_emb.rope_type not in ROTARY:
                 raise UnsupportedTower(f"{tower.name} attends in windows, or its rotary positions depend on the length of a row.")
             self.table = model.get_input_embeddings().weight.detach()
-            self.blocks = [_Block(block, int8) for block in tower.blocks]
-            self.norm, self.head, self._rotary = _Norm(body.norm), Matrix([model.get_output_embeddings()], int8), body.rotary_emb
+            self.blocks = [_Block(block, form) for block in tower.blocks]
+            self.norm, self.head, self._rotary = _Norm(body.norm), Matrix([model.get_output_embeddings()], form), body.rotary_emb
         except AttributeError as error:
             raise UnsupportedTower(f"{tower.name} is not built like Llama: {error}.") from error
         self.layers, self.device = len(self.blocks), self.table.device
@@ -656,18 +645,24 @@ class _Tower:
 class _Block:
     """Norm, grouped-query attention with rotary positions, norm, gated feed-forward."""
 
-    def __init__(self, block: Any, int8: bool) -> None:
+    def __init__(self, block: Any, form: Form) -> None:
         attention, mlp = block.self_attn, block.mlp
         for part, known in ((block, BLOCK), (attention, ATTENTION), (mlp, MLP)):
             if unknown := sorted({name for name, _ in part.named_children()} - known):
                 raise UnsupportedTower(f"A {type(part).__name__} holds {unknown}, which the fast path does not know.")
         self.head_width, self.scale, self.activation = attention.head_dim, attention.scaling, mlp.act_fn
         self.norm, self.second_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self.qkv = Matrix([attention.q_proj, attention.k_proj, attention.v_proj], int8)
-        self.out, self.down = Matrix([attention.o_proj], int8), Matrix([mlp.down_proj], int8)
-        self.gate_up = Matrix([mlp.gate_proj, mlp.up_proj], int8)
+        self.qkv = Matrix([attention.q_proj, attention.k_proj, attention.v_proj], form)
+        self.out = Matrix([attention.o_proj], form)
+        self.gate_up, self.down = Matrix([mlp.gate_proj, mlp.up_proj], form), Matrix([mlp.down_proj], form)
         self.head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if "q_norm" in attention._modules else []
         self.heads, self.key_heads = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation is the one that the compiled step knows."""
+        some = torch.linspace(-9, 9, 99)
+        return torch.equal(self.activation(some), F.silu(some))
 
     @cached_property
     def struct(self) -> native.Block:
@@ -707,7 +702,9 @@ class _Input:
     @cached_property
     def stage(self) -> native.Stage:
         """As the compiled step takes it."""
-        self._matrices = [Matrix([layer]) for layer in self.module.mlp if isinstance(layer, nn.Linear)]
+        self._matrices = [
+            Matrix([layer], Form(int8=False, compiled=True)) for layer in self.module.mlp if isinstance(layer, nn.Linear)
+        ]
         layers = native.array(native.Matrix, [matrix.struct for matrix in self._matrices])
         return native.Stage(input=pointer(native.Input(layers, len(layers), self.module.kind == "residual")))
 
@@ -716,12 +713,13 @@ class _Input:
 class _Link:
     """`Link.forward` for tokens that all see something."""
 
-    def __init__(self, link: Link, int8: bool) -> None:
+    def __init__(self, link: Link, form: Form) -> None:
         self.link, self.scale, self.norm = link, link.position_scale, _Norm(link.norm)
-        self.query, self.out = Matrix([link.query], int8), Matrix([link.out], int8, float(link.gate.detach().tanh()))
+        self.query, self.out = Matrix([link.query], form), Matrix([link.out], form, float(link.gate.detach().tanh()))
+        whole = form._replace(int8=False)
         layers = [link.whiten, *(link.projection if isinstance(link.projection, nn.Sequential) else ())]
-        self.projections = [Matrix([part]) if isinstance(part, nn.Linear) else part for part in layers if part is not None]
-        self.memory = Matrix([link.key, link.value])
+        self.projections = [Matrix([part], whole) if isinstance(part, nn.Linear) else part for part in layers if part is not None]
+        self.memory = Matrix([link.key, link.value], whole)
         self.first = None
         if link.feedforward is not None:
             norm, first, _, second = link.feedforward
@@ -729,7 +727,7 @@ class _Link:
             # gelu(x) = x (1 + erf(x / sqrt(2))) / 2: with its constants and the gates in the matrices, two small kernels are left.
             half, gate = 2**-0.5, float(link.feedforward_gate.detach().tanh())
             self.second_norm = _Norm(norm)
-            self.first, self.second = Matrix([first], int8, half), Matrix([second], int8, half * gate)
+            self.first, self.second = Matrix([first], form, half), Matrix([second], form, half * gate)
 
     @property
     def bytes(self) -> int:

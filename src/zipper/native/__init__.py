@@ -3,8 +3,10 @@
 Where there is no compiler (a C++ one named c++, or what CXX names, with OpenMP) decoding goes by torch's kernels, slower but right.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 import shlex
 import subprocess
@@ -17,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-#: Tokens of a step, and of one sequence in it, up to which it is compiled; more are read faster by torch's matrix products
-#: (docs/log.md).
-TOKENS, PIECE = 16, 8
 #: Kinds of weights that it knows.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 #: Rows of weights are as long as a multiple of this.
 PAD = 32
+#: Bytes of memory that weights are laid out in at once, and of a large page.
+CHUNK, LARGE = 64 << 20, 2 << 20
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w".split()
 
@@ -116,6 +117,29 @@ def matrix(weight: Tensor, scale: Tensor | None, bias: Tensor | None, width: int
     return Matrix(weight.data_ptr(), pointer(scale), pointer(bias), KINDS[weight.dtype], len(weight), width, weight.shape[1])
 
 
+def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "out stride"]:
+    """A copy with rows filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks through
+    gigabytes in that order, and where pages are small it waits for their addresses (a fifth of the bandwidth, docs/log.md)."""
+    global _free
+    rows, width = weight.shape
+    stride = -(-width // PAD) * PAD
+    size = -(-rows * stride * weight.element_size() // 64) * 64
+    if len(_free) < size:
+        memory = mmap.mmap(-1, max(size, CHUNK) + LARGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        _free = torch.frombuffer(memory, dtype=torch.uint8)
+        _free = _free[-_free.data_ptr() % LARGE :]
+    place, _free = _free[:size], _free[size:]
+    laid = place[: rows * stride * weight.element_size()].view(weight.dtype).view(rows, stride)
+    laid[:, :width] = weight
+    return laid
+
+
+_free = torch.empty(0, dtype=torch.uint8)  # of the memory that was asked for last; it lives as long as a matrix in it
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Where its numbers stand; none is null."""
     return None if tensor is None else tensor.data_ptr()
@@ -146,6 +170,14 @@ def step(
     shape = (len(stages), len(tokens), len(spoken), states.shape[1], torch.get_num_threads(), half)
     library().zipper_step(Call(*given, *tensors, norm, head, *shape))
     return logits
+
+
+def product(matrix: Matrix, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+    """A product alone, its bias included, in float32. What a token gets does not depend on the others, to the bit."""
+    x = x.float().contiguous()
+    y = x.new_empty((len(x), matrix.out))
+    library().zipper_product(matrix, x.data_ptr(), len(x), torch.get_num_threads(), y.data_ptr())
+    return y
 
 
 @cache
@@ -180,4 +212,5 @@ def _load(compiler: Sequence[str]) -> Any:
             part.replace(built)
     loaded = ctypes.CDLL(str(built))
     loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
+    loaded.zipper_product.argtypes, loaded.zipper_product.restype = [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p], None
     return loaded

@@ -1,8 +1,9 @@
-// A step of a zip on a CPU: a few tokens of a few sequences through blocks and links, in one parallel region.
+// A step of a zip on a CPU: tokens of some sequences through blocks and links, in one parallel region.
 //
-// A step of one token reads every weight once, so it should take as long as memory takes to give them. Each thread walks along
-// whole rows of a matrix, and all tokens meet a row while it is in a register. The sum behind a number has the same order however
-// many tokens and threads there are: what a sequence gets does not depend on its company, to the bit.
+// A step of one token reads every weight once, so it should take as long as memory takes to give them: each thread walks along
+// whole rows of a matrix. Many tokens are as fast as the processor multiplies: eight of them meet two rows in registers. The sum
+// behind a number has the same order however many tokens and threads there are: what a sequence gets depends neither on its
+// company nor on the pieces in which it is read, to the bit.
 //
 // Everything between matrices is float32. Structures here are those of native/__init__.py, field by field.
 #include <omp.h>
@@ -11,8 +12,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -30,9 +33,12 @@ constexpr int N = 4;
 typedef float Lanes __attribute__((vector_size(4 * N)));
 typedef uint32_t Words __attribute__((vector_size(4 * N)));
 
-constexpr int PAD = 32;      // rows of weights are padded to a multiple of this
-constexpr int CHUNK = 8;     // rows that a thread takes at once
-constexpr int AHEAD = 2048;  // bytes that a row is fetched ahead
+constexpr int PAD = 32;    // rows of weights are padded to a multiple of this
+constexpr int CHUNK = 8;   // rows that a thread takes at once
+constexpr int GROUP = 8;   // tokens that meet rows at once
+constexpr int BLOCK = 64;  // tokens that stay in the second cache while all rows pass
+constexpr int PART = 2048; // bytes of a token's numbers that meet rows before the next ones do
+constexpr int LINE = 64;   // bytes; what crosses a line of the cache is loaded at half the speed
 
 struct Matrix {
   const void* weight;  // out rows of `stride` numbers: float32 (kind 0), bfloat16 (1), int8 (2)
@@ -158,6 +164,23 @@ inline float sum(Lanes v) {
 #endif
 }
 
+// Of N vectors the sum of each, in the order in which `sum` adds.
+inline Lanes sums(const Lanes* parts) {
+  Lanes found;
+#ifdef __AVX512F__
+  auto part = [&](int i) { return (__m512)parts[i]; };  // two become one: halves of both that are added to the other halves
+  auto by8 = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+  auto by4 = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  auto by2 = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); };
+  auto by1 = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); };
+  auto four = [&](int i) { return by4(by8(part(i), part(i + 4)), by8(part(i + 8), part(i + 12))); };
+  found = (Lanes)by1(by2(four(0), four(1)), by2(four(2), four(3)));
+#else
+  for (int i = 0; i < N; i++) found[i] = sum(parts[i]);
+#endif
+  return found;
+}
+
 // e^x for x <= 0 and somewhat above (Cephes): 2^n by the exponent's bits, the rest by a polynomial. NaN stays NaN.
 inline Lanes exponential(Lanes x) {
   x = x < -87.f ? Lanes{} - 87.f : x > 88.f ? Lanes{} + 88.f : x;
@@ -171,51 +194,64 @@ inline Lanes exponential(Lanes x) {
   return ((y + 5.0000001201e-1f) * x * x + x + 1.f) * lanes((bits << 23) + 0x3f800000u);
 }
 
-// What PAD numbers of a row add to a sum. X: the form in which tokens are laid out for it.
+// erf(x) to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+inline Lanes error_function(Lanes x) {
+  Lanes size = x < 0.f ? -x : x, t = 1.f / (1.f + 0.3275911f * size);
+  Lanes series = ((((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  Lanes y = 1.f - series * exponential(-size * size);
+  return x < 0.f ? -y : y;
+}
+
+// In a register: GCC would rather load it again for every use.
+template <class Part>
+inline Part held(Part x) {
+#ifdef __AVX512F__
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
+// What STEP numbers of a row and a token add to a sum. X: the form in which tokens are laid out for it.
 struct F32 {
   typedef float W;
   typedef float X;
-  struct Row {
-    Lanes part[PAD / N];
-  };
-  static Row row(const W* w) {
-    Row found;
-    for (int i = 0; i < PAD / N; i++) found.part[i] = load(w + i * N);
-    return found;
-  }
-  static Lanes add(Lanes sum, const Row& w, const X* x) {
-    for (int i = 0; i < PAD / N; i++) sum = fused(w.part[i], load(x + i * N), sum);
-    return sum;
-  }
+  typedef Lanes Part;
+  static constexpr int STEP = N;
+  static Part row(const W* w) { return load(w); }
+  static Part token(const X* x) { return held(load(x)); }
+  static Lanes add(Lanes sum, Part w, Part x) { return fused(w, x, sum); }
   static void lay(const float* from, X* to) { memcpy(to, from, PAD * sizeof(float)); }
 };
 
 struct I8 : F32 {
   typedef int8_t W;
-  static Row row(const W* w) {  // GCC's own conversion goes number by number
-    Row found;
-    for (int i = 0; i < PAD / N; i++) {
+  static Part row(const W* w) {  // GCC's own conversion goes number by number
 #ifdef __AVX512F__
-      found.part[i] = (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + i * N))));
+    return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
 #elif defined __AVX2__
-      found.part[i] = (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(w + i * N))));
+    return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)w)));
 #else
-      for (int j = 0; j < N; j++) found.part[i][j] = w[i * N + j];
-#endif
-    }
+    Lanes found;
+    for (int j = 0; j < N; j++) found[j] = w[j];
     return found;
+#endif
   }
+};
+
+struct Kept16 : F32 {  // keys in bfloat16, for queries in float32
+  typedef uint16_t W;
+  static Part row(const W* w) { return load(w); }
 };
 
 #ifdef __AVX512BF16__
 struct B16 {
   typedef uint16_t W;
   typedef uint16_t X;
-  typedef __m512bh Row;
-  static Row row(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static Lanes add(Lanes sum, const Row& w, const X* x) {
-    return (Lanes)_mm512_dpbf16_ps((__m512)sum, w, (__m512bh)_mm512_loadu_si512(x));
-  }
+  typedef __m512bh Part;
+  static constexpr int STEP = 2 * N;
+  static Part row(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
+  static Part token(const X* x) { return held(row(x)); }
+  static Lanes add(Lanes sum, Part w, Part x) { return (Lanes)_mm512_dpbf16_ps((__m512)sum, w, x); }
   static void lay(const float* from, X* to) {
     __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
     memcpy(to, &both, sizeof both);
@@ -224,60 +260,126 @@ struct B16 {
 #else
 struct B16 : F32 {  // the first of two numbers is the lower half of a word: tokens are laid out evens first
   typedef uint16_t W;
-  static Row row(const W* w) {
-    Row found;
-    for (int i = 0; i < PAD / N; i += 2) {
-      Words bits;
-      memcpy(&bits, w + i * N, sizeof bits);
-      found.part[i] = lanes(bits << 16);
-      found.part[i + 1] = lanes(bits & 0xffff0000u);
-    }
-    return found;
+  struct Part {
+    Lanes even, odd;
+  };
+  static constexpr int STEP = 2 * N;
+  static Part row(const W* w) {
+    Words bits;
+    memcpy(&bits, w, sizeof bits);
+    return {lanes(bits << 16), lanes(bits & 0xffff0000u)};
   }
+  static Part token(const X* x) { return {held(load(x)), held(load(x + N))}; }
+  static Lanes add(Lanes sum, const Part& w, const Part& x) { return fused(w.odd, x.odd, fused(w.even, x.even, sum)); }
   static void lay(const float* from, X* to) {
     for (int i = 0; i < PAD; i++) to[i / (2 * N) * (2 * N) + i % (2 * N) / 2 + (i & 1) * N] = from[i];
   }
 };
 #endif
 
-// One row and T tokens; rows one after another, as memory gives them.
-template <class K, int T>
-inline void dots(const typename K::W* w, int64_t stride, const typename K::X* x, float* y) {
-  Lanes sums[T] = {};
-  for (int64_t i = 0; i < stride; i += PAD) {
-    for (size_t line = 0; line < PAD * sizeof(*w); line += 64) __builtin_prefetch((const char*)(w + i) + AHEAD + line);
-    auto row = K::row(w + i);
-    for (int t = 0; t < T; t++) sums[t] = K::add(sums[t], row, x + t * stride + i);
+// Rows of weights, `stride` apart, and tokens, `apart` apart; y: tokens, `across` apart, rows. ahead: bytes by which rows are fetched
+// before they are needed, into the second cache, to which more is on its way at a time than to the first.
+template <class K>
+struct Walk {
+  const typename K::W* w;
+  const typename K::X* x;
+  float* y;
+  int64_t stride, apart, across, ahead;
+};
+
+// What n numbers of R rows and T tokens add to y, or put there.
+template <class K, int R, int T>
+inline void dots(const Walk<K>& on, int row, int token, int64_t start, int64_t n, bool more) {
+  const auto w = on.w + row * on.stride + start;
+  const auto x = on.x + token * on.apart + start;
+  Lanes parts[R * T] = {};
+  for (int64_t i = 0; i < n; i += K::STEP) {
+    typename K::Part rows[R];
+    for (int r = 0; r < R; r++) {
+      auto from = w + r * on.stride + i;
+      if (i * sizeof(*w) % LINE == 0) __builtin_prefetch((const char*)from + on.ahead, 0, 2);
+      rows[r] = K::row(from);
+    }
+    for (int t = 0; t < T; t++) {
+      auto numbers = K::token(x + t * on.apart + i);
+      for (int r = 0; r < R; r++) parts[t * R + r] = K::add(parts[t * R + r], rows[r], numbers);
+    }
   }
-  for (int t = 0; t < T; t++) y[t * CHUNK] = sum(sums[t]);
+  float found[R * T];
+  if constexpr (R * T == N) {
+    Lanes all = sums(parts);
+    memcpy(found, &all, sizeof found);
+  } else {
+    for (int i = 0; i < R * T; i++) found[i] = sum(parts[i]);
+  }
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < R; r++) {
+      float& y = on.y[(token + t) * on.across + row + r];
+      y = more ? y + found[t * R + r] : found[t * R + r];
+    }
 }
 
+// Some rows and GROUP tokens.
 template <class K>
-void product(const Matrix& m, const void* laid, int tokens, int first, int n, float* y) {
-  auto x = (const typename K::X*)laid;
-  for (int r = 0; r < n; r++, y++) {
-    auto w = (const typename K::W*)m.weight + (int64_t)(first + r) * m.stride;
-    int t = 0;
-    for (; tokens - t >= 8; t += 8) dots<K, 8>(w, m.stride, x + t * m.stride, y + t * CHUNK);
-    if (tokens - t >= 4) dots<K, 4>(w, m.stride, x + t * m.stride, y + t * CHUNK), t += 4;
-    if (tokens - t >= 2) dots<K, 2>(w, m.stride, x + t * m.stride, y + t * CHUNK), t += 2;
-    if (tokens - t >= 1) dots<K, 1>(w, m.stride, x + t * m.stride, y + t * CHUNK);
-  }
+inline void group(const Walk<K>& on, int rows, int token, int64_t start, int64_t n, bool more) {
+  constexpr int R = N == 16 ? 2 : 1;  // for as many there are registers
+  int r = 0;
+  for (; r + R <= rows; r += R) dots<K, R, GROUP>(on, r, token, start, n, more);
+  for (; r < rows; r++) dots<K, 1, GROUP>(on, r, token, start, n, more);
 }
 
+// Numbers between two tokens: an odd number of lines, so that many tokens do not share one place of the cache.
 template <class K>
-void lay(const float* from, int64_t stride, void* to) {
-  for (int64_t i = 0; i < stride; i += PAD) K::lay(from + i, (typename K::X*)to + i);
+int64_t apart_of(const Matrix& m) {
+  constexpr int64_t line = LINE / sizeof(typename K::X);
+  return (m.stride / line | 1) * line;
+}
+
+// Numbers of memory, in float32's size, for so many tokens.
+inline size_t laid_size(const Matrix& m, int tokens) { return (size_t)tokens * apart_of<F32>(m); }
+
+// Long rows are read in parts, so that the parts of GROUP tokens stay in the first cache.
+template <class K>
+void product(const Matrix& m, const void* laid, int from, int tokens, int first, int n, float* y) {
+  constexpr int64_t part = PART / sizeof(typename K::X);
+  const int64_t row = m.stride * sizeof(typename K::W), apart = apart_of<K>(m);
+  const Walk<K> on{(const typename K::W*)m.weight + first * m.stride, (const typename K::X*)laid + from * apart, y, m.stride, apart,
+                   CHUNK, tokens == 1 ? 2048 : (8192 + CHUNK * row - 1) / (CHUNK * row) * CHUNK * row};
+  const int whole = tokens / GROUP * GROUP;
+  for (int t = 0; t < whole; t += GROUP)
+    for (int64_t i = 0; i < m.stride; i += part) group(on, n, t, i, std::min(part, m.stride - i), i);
+  for (int r = 0; r < n; r++)
+    for (int64_t i = 0; i < m.stride; i += part) {
+      const int64_t some = std::min(part, m.stride - i);
+      int t = whole;
+      if (tokens - t >= 4) dots<K, 1, 4>(on, r, t, i, some, i), t += 4;
+      if (tokens - t >= 2) dots<K, 1, 2>(on, r, t, i, some, i), t += 2;
+      if (tokens - t >= 1) dots<K, 1, 1>(on, r, t, i, some, i);
+    }
 }
 
 // --- parts of a step; every thread calls them ---
 
+struct Buffer {  // memory that is only ever written anew, from the start of a line on
+  float* data = nullptr;
+  size_t size = 0;
+  ~Buffer() { free(data); }
+  float* grow(size_t wanted) {
+    if (wanted > size) {
+      free(data);
+      size = wanted + wanted / 2;
+      data = (float*)aligned_alloc(LINE, (size * sizeof(float) / LINE + 1) * LINE);
+    }
+    return data;
+  }
+};
+
 struct Scratch {  // a thread's own
-  std::vector<float> row, laid, scores;
+  Buffer row, laid, scores, sum, some, more;
 };
 
 struct Shared {  // by the threads
-  std::vector<float> mixed, attended, inner, added, delta;
+  Buffer mixed, attended, inner, added, delta, laid;
 };
 
 // The threads of a region. They meet some fifty times in a step, a few microseconds apart: too soon to sleep, as those of OpenMP do.
@@ -318,39 +420,62 @@ struct Member {
   }
 };
 
-// All tokens as the matrix wants them. fill(token, row): its numbers. Each thread does it for itself: cheaper than to meet.
-template <class Fill>
-void lay_out(Scratch& own, const Matrix& m, int tokens, Fill fill) {
-  own.row.assign(m.stride, 0.f);
-  own.laid.resize((size_t)tokens * m.stride);
-  for (int t = 0; t < tokens; t++) {
-    fill(t, own.row.data());
-    if (m.kind == 0) lay<F32>(own.row.data(), m.stride, own.laid.data() + (int64_t)t * m.stride);
-    if (m.kind == 1) lay<B16>(own.row.data(), m.stride, (B16::X*)own.laid.data() + (int64_t)t * m.stride);
-    if (m.kind == 2) lay<I8>(own.row.data(), m.stride, own.laid.data() + (int64_t)t * m.stride);
-  }
+template <class K>
+void lay(const Matrix& m, const float* from, int t, float* to) {
+  auto place = (typename K::X*)to + t * apart_of<K>(m);
+  for (int64_t i = 0; i < m.stride; i += PAD) K::lay(from + i, place + i);
 }
 
-// y: tokens, CHUNK; rows first .. first + n - 1 of the product.
-void some_rows(const Scratch& own, const Matrix& m, int tokens, int first, int n, float* y) {
-  if (m.kind == 0) product<F32>(m, own.laid.data(), tokens, first, n, y);
-  if (m.kind == 1) product<B16>(m, own.laid.data(), tokens, first, n, y);
-  if (m.kind == 2) product<I8>(m, own.laid.data(), tokens, first, n, y);
+// All tokens as the matrix wants them; fill(token, row): its numbers. Few tokens are laid out by each thread for itself, which is
+// cheaper than to meet.
+template <class Fill>
+const float* lay_out(const Member& me, Shared& all, const Matrix& m, int tokens, Fill fill) {
+  const bool few = tokens <= 2 * GROUP;
+  float *row = me.own.row.grow(m.stride), *laid = few ? me.own.laid.grow(laid_size(m, tokens)) : all.laid.data;
+  std::fill(row, row + m.stride, 0.f);
+  for (int t = few ? 0 : me.rank; t < tokens; t += few ? 1 : me.size) {
+    fill(t, row);
+    if (m.kind == 0) lay<F32>(m, row, t, laid);
+    if (m.kind == 1) lay<B16>(m, row, t, laid);
+    if (m.kind == 2) lay<I8>(m, row, t, laid);
+  }
+  if (!few) me.meet();
+  return laid;
+}
+
+// y: tokens, CHUNK; rows first .. first + n - 1 of the product, of some tokens.
+void some_rows(const Matrix& m, const float* laid, int from, int tokens, int first, int n, float* y) {
+  if (m.kind == 0) product<F32>(m, laid, from, tokens, first, n, y);
+  if (m.kind == 1) product<B16>(m, laid, from, tokens, first, n, y);
+  if (m.kind == 2) product<I8>(m, laid, from, tokens, first, n, y);
   if (m.scale || m.bias)
     for (int t = 0; t < tokens; t++)
       for (int r = 0; r < n; r++)
         y[t * CHUNK + r] = y[t * CHUNK + r] * (m.scale ? m.scale[first + r] : 1.f) + (m.bias ? m.bias[first + r] : 0.f);
 }
 
-// The product, shared by the threads. put(token, row, number).
+// Rows and tokens shared by the threads, in pieces: work(first token, tokens, first row, rows).
+template <class Work>
+void share_out(const Member& me, int tokens, int rows, Work work) {
+  const int chunks = (rows + CHUNK - 1) / CHUNK;
+  me.share(chunks * ((tokens + BLOCK - 1) / BLOCK), [&](int i) {
+    int from = i / chunks * BLOCK, first = i % chunks * CHUNK;
+    work(from, std::min(BLOCK, tokens - from), first, std::min(CHUNK, rows - first));
+  });
+}
+
+// The product of what is laid out. put(token, row, number). change: of numbers on their way.
 template <class Put>
-void multiply(const Member& me, const Matrix& m, int tokens, Put put) {
-  std::vector<float> y((size_t)tokens * CHUNK);
-  me.share((m.out + CHUNK - 1) / CHUNK, [&](int chunk) {
-    int first = chunk * CHUNK, n = std::min(CHUNK, m.out - first);
-    some_rows(me.own, m, tokens, first, n, y.data());
-    for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < n; r++) put(t, first + r, y[t * CHUNK + r]);
+void multiply(const Member& me, const Matrix& m, const float* laid, int tokens, Put put, Lanes (*change)(Lanes) = nullptr) {
+  float* y = me.own.some.grow(BLOCK * CHUNK + N);
+  share_out(me, tokens, m.out, [&](int from, int some, int first, int n) {
+    some_rows(m, laid, from, some, first, n, y);
+    for (int i = 0; change && i < some * CHUNK; i += N) {
+      Lanes changed = change(load(y + i));
+      memcpy(y + i, &changed, sizeof changed);
+    }
+    for (int t = 0; t < some; t++)
+      for (int r = 0; r < n; r++) put(from + t, first + r, y[t * CHUNK + r]);
   });
 }
 
@@ -377,48 +502,95 @@ void turn(float* x, int width, const float* cos, const float* sin) {
   }
 }
 
-// softmax(scale keys query) values.
-template <class V>
-void attend(Scratch& own, const float* query, const V* keys, const V* values, int64_t slots, int width, float scale, float* y) {
-  if (own.scores.size() < (size_t)slots + N) own.scores.resize(slots + slots / 2 + N);
-  float *score = own.scores.data(), top = -INFINITY, total = 0;
-  int whole = width / N * N;
-  for (int64_t s = 0; s < slots; s++) {
-    const V* key = keys + s * width;
-    Lanes parts = {};
-    for (int i = 0; i < whole; i += N) parts = fused(load(query + i), load(key + i), parts);
-    float dot = sum(parts);
-    for (int i = whole; i < width; i++) dot += query[i] * number(key[i]);
-    score[s] = dot * scale;
-    top = std::max(top, score[s]);
+// softmax(scale keys query) values, of T tokens of one sequence; the last one sees `slots` slots. later: each token before sees one
+// less, else as many.
+template <class V, int T>
+void attend(Scratch& own, const float* query, int64_t apart, const V* keys, const V* values, int64_t slots, bool later, int width,
+            float scale, float* y, int64_t across) {
+  typedef std::conditional_t<sizeof(V) == 2, Kept16, F32> K;
+  const int64_t room = (slots + N - 1) / N * N;
+  const int whole = width / N * N;
+  float *scores = own.scores.grow(T * room), total[T];
+  const Walk<K> on{keys, query, scores, width, apart, room, 2048};
+  if constexpr (T == GROUP)
+    group(on, slots, 0, 0, whole, false);
+  else
+    for (int64_t s = 0; s < slots; s++) dots<K, 1, T>(on, s, 0, 0, whole, false);
+  for (int t = 0; t < T; t++) {
+    float *score = scores + t * room, top = -INFINITY;
+    const int64_t seen = slots - (later ? T - 1 - t : 0);
+    for (int64_t s = 0; s < seen; s++) {
+      for (int i = whole; i < width; i++) score[s] += query[t * apart + i] * number(keys[s * width + i]);
+      score[s] *= scale;
+      top = std::max(top, score[s]);
+    }
+    for (int64_t s = 0; s < seen; s += N) {
+      Lanes share = exponential(load(score + s) - top);
+      memcpy(score + s, &share, sizeof share);
+    }
+    std::fill(score + seen, score + room, 0.f);
+    total[t] = 0;
+    for (int64_t s = 0; s < seen; s++) total[t] += score[s];
   }
-  for (int64_t s = 0; s < slots; s += N) {
-    Lanes share = exponential(load(score + s) - top);
-    memcpy(score + s, &share, sizeof share);
-  }
-  for (int64_t s = 0; s < slots; s++) total += score[s];
   for (int i = 0; i < whole; i += N) {
-    Lanes parts = {};
-    for (int64_t s = 0; s < slots; s++) parts = fused(Lanes{} + score[s], load(values + s * width + i), parts);
-    parts /= total;
-    memcpy(y + i, &parts, sizeof parts);
+    Lanes parts[T] = {};
+    for (int64_t s = 0; s < slots; s++) {
+      Lanes value = load(values + s * width + i);
+      for (int t = 0; t < T; t++) parts[t] = fused(Lanes{} + scores[t * room + s], value, parts[t]);
+    }
+    for (int t = 0; t < T; t++) {
+      parts[t] /= total[t];
+      memcpy(y + t * across + i, parts + t, sizeof *parts);
+    }
   }
-  for (int i = whole; i < width; i++) {
-    y[i] = 0;
-    for (int64_t s = 0; s < slots; s++) y[i] += score[s] / total * number(values[s * width + i]);
-  }
+  for (int t = 0; t < T; t++)
+    for (int i = whole; i < width; i++) {
+      float part = 0;
+      for (int64_t s = 0; s < slots; s++) part += scores[t * room + s] / total[t] * number(values[s * width + i]);
+      y[t * across + i] = part;
+    }
 }
+
+// Tokens of one sequence that attend together.
+struct Piece {
+  int first, tokens;  // one or GROUP
+};
+
+// All heads of all pieces, shared by the threads, in turns: the later ones see more.
+template <class V, class Before, class Seen>
+void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, int width, float scale, bool later, float* query,
+                int64_t apart, float* y, int64_t across, Before before, Seen seen) {
+  for (int i = me.rank; i < (int)pieces.size() * heads; i += me.size) {
+    const int head = i % heads, first = pieces[i / heads].first, last = first + pieces[i / heads].tokens - 1;
+    float *from = query + first * apart + head * width, *to = y + first * across + head * width;
+    for (int t = first; t <= last; t++) before(t, query + t * apart + head * width);
+    auto [keys, values, slots] = seen(last, head);
+    if (!slots)
+      for (int t = first; t <= last; t++) std::fill(y + t * across + head * width, y + t * across + (head + 1) * width, 0.f);
+    else if (first == last)
+      attend<V, 1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+    else
+      attend<V, GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+  }
+  me.meet();
+}
+
+template <class V>
+struct Seen {
+  const V *keys, *values;
+  int64_t slots;
+};
 
 void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
   const int n = c.n_tokens, width = c.width;
-  float *from = c.states, *to[] = {all.added.data(), all.delta.data()};
+  float *from = c.states, *to[] = {all.added.data, all.delta.data};
   for (int layer = 0; layer < s.input->depth; layer++) {
     const bool last = layer == s.input->depth - 1, residual = last && s.input->residual;
     const Matrix& m = s.input->layers[layer];
-    lay_out(me.own, m, n, [&](int t, float* x) { memcpy(x, from + (int64_t)t * width, width * sizeof(float)); });
+    auto laid = lay_out(me, all, m, n, [&](int t, float* x) { memcpy(x, from + (int64_t)t * width, width * sizeof(float)); });
     if (s.input->depth == 1) me.meet();  // all have read what is about to change
     float* out = last ? c.states : to[layer % 2];
-    multiply(me, m, n, [&](int t, int j, float y) {
+    multiply(me, m, laid, n, [&](int t, int j, float y) {
       int64_t place = (int64_t)t * width + j;
       out[place] = residual ? out[place] + y : y < 0 ? 0 : y;
     });
@@ -427,17 +599,16 @@ void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
 }
 
 template <class V>
-void run_block(const Call& c, const Stage& s, Shared& all, const Member& me) {
-  Scratch& own = me.own;
+void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, Shared& all, const Member& me) {
   const Block& b = *s.block;
   const int n = c.n_tokens, width = c.width, head = b.head_width, group = b.heads / b.key_heads;
   const int keys_at = b.heads * head, values_at = keys_at + b.key_heads * head, hidden = b.gate_up.out / 2;
-  float *mixed = all.mixed.data(), *attended = all.attended.data(), *inner = all.inner.data(), *h = c.states;
+  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = c.states;
   auto keys_of = [&](const Token& token, int key_head) {
     return (V*)token.cache + ((int64_t)s.layer * 2 * b.key_heads + key_head) * token.room * head;
   };
-  lay_out(own, b.qkv, n, [&](int t, float* x) { normalise(b.norm, h + (int64_t)t * width, width, x); });
-  multiply(me, b.qkv, n, [&](int t, int j, float y) { mixed[(int64_t)t * b.qkv.out + j] = y; });
+  auto normal = lay_out(me, all, b.qkv, n, [&](int t, float* x) { normalise(b.norm, h + (int64_t)t * width, width, x); });
+  multiply(me, b.qkv, normal, n, [&](int t, int j, float y) { mixed[(int64_t)t * b.qkv.out + j] = y; });
   me.share(n * b.key_heads, [&](int i) {  // keys and values first: a later token of the same sequence sees them
     int t = i / b.key_heads, k = i % b.key_heads;
     const Token& token = c.tokens[t];
@@ -447,79 +618,89 @@ void run_block(const Call& c, const Stage& s, Shared& all, const Member& me) {
     turn(key, head, c.cos + token.past * head, c.sin + token.past * head);
     for (int j = 0; j < head; j++) put(key[j], place + j), put(row[values_at + k * head + j], beside + j);
   });
-  me.share(n * b.heads, [&](int i) {
-    int t = i / b.heads, q = i % b.heads;
-    const Token& token = c.tokens[t];
-    float* query = mixed + (int64_t)t * b.qkv.out + q * head;
+  auto before = [&](int t, float* query) {
     if (b.query.weight) normalise(b.query, query, head, query);
-    turn(query, head, c.cos + token.past * head, c.sin + token.past * head);
-    const V *keys = keys_of(token, q / group), *values = keys + b.key_heads * token.room * head;
-    attend(own, query, keys, values, token.past + 1, head, b.scale, attended + (int64_t)t * keys_at + q * head);
-  });
-  lay_out(own, b.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * keys_at, keys_at * sizeof(float)); });
-  multiply(me, b.out, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
-  lay_out(own, b.gate_up, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
-  std::vector<float> gate((size_t)n * CHUNK + N), up((size_t)n * CHUNK);
-  me.share((hidden + CHUNK - 1) / CHUNK, [&](int chunk) {
-    int first = chunk * CHUNK, m = std::min(CHUNK, hidden - first);
-    some_rows(own, b.gate_up, n, first, m, gate.data());
-    some_rows(own, b.gate_up, n, hidden + first, m, up.data());
-    for (int i = 0; i < n * CHUNK; i += N) {
-      Lanes g = load(gate.data() + i);
+    turn(query, head, c.cos + c.tokens[t].past * head, c.sin + c.tokens[t].past * head);
+  };
+  auto seen = [&](int t, int q) {
+    const V* keys = keys_of(c.tokens[t], q / group);
+    return Seen<V>{keys, keys + b.key_heads * c.tokens[t].room * head, c.tokens[t].past + 1};
+  };
+  attend_all<V>(me, pieces, b.heads, head, b.scale, true, mixed, b.qkv.out, attended, keys_at, before, seen);
+  auto said = lay_out(me, all, b.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * keys_at, keys_at * sizeof(float)); });
+  multiply(me, b.out, said, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
+  auto ahead = lay_out(me, all, b.gate_up, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
+  float *gate = me.own.some.grow(BLOCK * CHUNK + N), *up = me.own.more.grow(BLOCK * CHUNK + N);
+  share_out(me, n, hidden, [&](int from, int some, int first, int m) {
+    some_rows(b.gate_up, ahead, from, some, first, m, gate);
+    some_rows(b.gate_up, ahead, from, some, hidden + first, m, up);
+    for (int i = 0; i < some * CHUNK; i += N) {
+      Lanes g = load(gate + i);
       g /= 1.f + exponential(-g);
-      memcpy(gate.data() + i, &g, sizeof g);
+      memcpy(gate + i, &g, sizeof g);
     }
-    for (int t = 0; t < n; t++)
-      for (int r = 0; r < m; r++) inner[(int64_t)t * hidden + first + r] = gate[t * CHUNK + r] * up[t * CHUNK + r];
+    for (int t = 0; t < some; t++)
+      for (int r = 0; r < m; r++) inner[(int64_t)(from + t) * hidden + first + r] = gate[t * CHUNK + r] * up[t * CHUNK + r];
   });
-  lay_out(own, b.down, n, [&](int t, float* x) { memcpy(x, inner + (int64_t)t * hidden, hidden * sizeof(float)); });
-  multiply(me, b.down, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
+  auto gated = lay_out(me, all, b.down, n, [&](int t, float* x) { memcpy(x, inner + (int64_t)t * hidden, hidden * sizeof(float)); });
+  multiply(me, b.down, gated, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
 }
 
 template <class V>
-void run_link(const Call& c, const Stage& s, bool first, Shared& all, const Member& me) {
-  Scratch& own = me.own;
+void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece>& pieces, Shared& all, const Member& me) {
   const Link& l = *s.link;
   const int n = c.n_tokens, width = c.width, head = l.head_width, heads = l.heads * head;
-  float *mixed = all.mixed.data(), *attended = all.attended.data(), *inner = all.inner.data(), *h = c.states;
-  float *added = all.added.data(), *delta = all.delta.data();
+  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = c.states;
+  float *added = all.added.data, *delta = all.delta.data;
   auto add = [&](int64_t place, bool sees, float y) {  // links of one junction read the same states
     delta[place] = (first ? 0 : delta[place]) + (sees ? y : 0);
     if (s.last) h[place] += delta[place];
   };
-  lay_out(own, l.query, n, [&](int t, float* x) { normalise(l.norm, h + (int64_t)t * width, width, x); });
-  multiply(me, l.query, n, [&](int t, int j, float y) { mixed[(int64_t)t * heads + j] = y; });
-  me.share(n * l.heads, [&](int i) {
-    int t = i / l.heads, q = i % l.heads;
+  auto normal = lay_out(me, all, l.query, n, [&](int t, float* x) { normalise(l.norm, h + (int64_t)t * width, width, x); });
+  multiply(me, l.query, normal, n, [&](int t, int j, float y) { mixed[(int64_t)t * heads + j] = y; });
+  auto before = [&](int t, float* query) {
+    if (s.cos) turn(query, head, s.cos + c.tokens[t].past * head, s.sin + c.tokens[t].past * head);
+  };
+  auto seen = [&](int t, int q) {
     const Memory& memory = s.memory[t];
-    float *query = mixed + (int64_t)t * heads + q * head, *out = attended + (int64_t)t * heads + q * head;
-    if (!memory.slots) {
-      std::fill(out, out + head, 0.f);
-      return;
-    }
-    int64_t turned = c.tokens[t].past * head;
-    if (s.cos) turn(query, head, s.cos + turned, s.sin + turned);
-    int64_t at = q * memory.slots * head;
-    attend(own, query, (const V*)memory.keys + at, (const V*)memory.values + at, memory.slots, head, 1 / std::sqrt((float)head), out);
-  });
-  lay_out(own, l.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * heads, heads * sizeof(float)); });
+    const int64_t at = q * memory.slots * head;
+    return Seen<V>{(const V*)memory.keys + at, (const V*)memory.values + at, memory.slots};
+  };
+  attend_all<V>(me, pieces, l.heads, head, 1 / std::sqrt((float)head), false, mixed, heads, attended, heads, before, seen);
+  auto said = lay_out(me, all, l.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * heads, heads * sizeof(float)); });
   if (!l.up.weight) {
-    multiply(me, l.out, n, [&](int t, int j, float y) { add((int64_t)t * width + j, s.memory[t].slots, y); });
+    multiply(me, l.out, said, n, [&](int t, int j, float y) { add((int64_t)t * width + j, s.memory[t].slots, y); });
     return;
   }
-  multiply(me, l.out, n, [&](int t, int j, float y) { added[(int64_t)t * width + j] = y; });
-  lay_out(own, l.up, n, [&](int t, float* x) {
-    float* sum = own.scores.data();
+  multiply(me, l.out, said, n, [&](int t, int j, float y) { added[(int64_t)t * width + j] = y; });
+  float* sum = me.own.sum.grow(width);
+  auto ahead = lay_out(me, all, l.up, n, [&](int t, float* x) {
     for (int i = 0; i < width; i++) sum[i] = h[(int64_t)t * width + i] + added[(int64_t)t * width + i];
     normalise(l.second, sum, width, x);
   });
   // The constants of gelu(x) = x (1 + erf(x / sqrt(2))) / 2 and the gates are in the matrices.
-  multiply(me, l.up, n, [&](int t, int j, float y) { inner[(int64_t)t * l.up.out + j] = y + y * std::erf(y); });
-  lay_out(own, l.down, n, [&](int t, float* x) { memcpy(x, inner + (int64_t)t * l.up.out, l.up.out * sizeof(float)); });
-  multiply(me, l.down, n, [&](int t, int j, float y) {
+  auto gelu = [](Lanes y) { return y + y * error_function(y); };
+  multiply(me, l.up, ahead, n, [&](int t, int j, float y) { inner[(int64_t)t * l.up.out + j] = y; }, gelu);
+  auto gated = lay_out(me, all, l.down, n, [&](int t, float* x) {
+    memcpy(x, inner + (int64_t)t * l.up.out, l.up.out * sizeof(float));
+  });
+  multiply(me, l.down, gated, n, [&](int t, int j, float y) {
     int64_t place = (int64_t)t * width + j;
     add(place, s.memory[t].slots, added[place] + y);
   });
+}
+
+// Consecutive tokens of one sequence, in groups and what is left of them.
+std::vector<Piece> pieces_of(const Call& c) {
+  std::vector<Piece> found;
+  for (int t = 0; t < c.n_tokens;) {
+    int tokens = 1;
+    while (tokens < GROUP && t + tokens < c.n_tokens && c.tokens[t + tokens].cache == c.tokens[t].cache) tokens++;
+    if (tokens < GROUP) tokens = 1;
+    found.push_back({t, tokens});
+    t += tokens;
+  }
+  return found;
 }
 
 }  // namespace
@@ -527,23 +708,26 @@ void run_link(const Call& c, const Stage& s, bool first, Shared& all, const Memb
 extern "C" void zipper_step(const Call* call) {
   const Call& c = *call;
   static thread_local Shared all;  // memory that is asked for anew at every step costs more than the step's small parts
-  size_t mixed = 0, attended = 0, inner = 0;
+  size_t mixed = 0, attended = 0, inner = 0, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
+  auto reads = [&](const Matrix& m) { laid = std::max(laid, laid_size(m, 1)); };
   for (int i = 0; i < c.n_stages; i++) {
     const Stage& s = c.stages[i];
     mixed = std::max<size_t>(mixed, s.block ? s.block->qkv.out : s.link ? s.link->query.out : 0);
     attended = std::max<size_t>(attended, s.block ? s.block->out.in : s.link ? s.link->out.in : 0);
     inner = std::max<size_t>(inner, s.block ? s.block->gate_up.out / 2 : s.link ? s.link->up.out : 0);
+    if (s.block) reads(s.block->qkv), reads(s.block->out), reads(s.block->gate_up), reads(s.block->down);
+    if (s.link) reads(s.link->query), reads(s.link->out), reads(s.link->up), reads(s.link->down);
+    for (int layer = 0; s.input && layer < s.input->depth; layer++) reads(s.input->layers[layer]);
   }
-  auto grow = [&](std::vector<float>& part, size_t width) {
-    if (part.size() < width * c.n_tokens) part.resize(width * c.n_tokens);
-  };
+  auto grow = [&](Buffer& part, size_t width) { part.grow(width * c.n_tokens); };
   grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, c.width), grow(all.delta, c.width);
+  grow(all.laid, laid);
+  const auto pieces = pieces_of(c);
   Shared& shared = all;  // a thread_local name means another thing in every thread
   Team team;
 #pragma omp parallel num_threads(c.threads)
   {
     static thread_local Scratch own;
-    if (own.scores.size() < (size_t)c.width) own.scores.resize(c.width);
     Member me{team, omp_get_thread_num(), omp_get_num_threads(), own};
     bool first = true;
     for (int i = 0; i < c.n_stages; i++) {
@@ -551,15 +735,31 @@ extern "C" void zipper_step(const Call* call) {
       // Nobody changes the states before all have met again.
       if (s.keep && !me.rank) memcpy(s.keep, c.states, (size_t)c.n_tokens * c.width * sizeof(float));
       if (s.input) run_input(c, s, shared, me);
-      if (s.link) (s.half ? run_link<uint16_t> : run_link<float>)(c, s, first, shared, me);
-      if (s.block) (c.half ? run_block<uint16_t> : run_block<float>)(c, s, shared, me);
+      if (s.link) (s.half ? run_link<uint16_t> : run_link<float>)(c, s, first, pieces, shared, me);
+      if (s.block) (c.half ? run_block<uint16_t> : run_block<float>)(c, s, pieces, shared, me);
       first = !s.link || s.last;
     }
     if (c.n_spoken) {
-      lay_out(own, c.head, c.n_spoken, [&](int t, float* x) {
+      auto laid = lay_out(me, shared, c.head, c.n_spoken, [&](int t, float* x) {
         normalise(c.norm, c.states + (int64_t)c.spoken[t] * c.width, c.width, x);
       });
-      multiply(me, c.head, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
+      multiply(me, c.head, laid, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
     }
+  }
+}
+
+// y = m x, of tokens. x: tokens, in. y: tokens, out.
+extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tokens, int32_t threads, float* y) {
+  const Matrix& m = *matrix;
+  static thread_local Shared all;
+  all.laid.grow(laid_size(m, tokens));
+  Shared& shared = all;
+  Team team;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch own;
+    Member me{team, omp_get_thread_num(), omp_get_num_threads(), own};
+    auto laid = lay_out(me, shared, m, tokens, [&](int t, float* row) { memcpy(row, x + (int64_t)t * m.in, m.in * sizeof(float)); });
+    multiply(me, m, laid, tokens, [&](int t, int j, float number) { y[(int64_t)t * m.out + j] = number; });
   }
 }
