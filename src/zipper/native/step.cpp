@@ -38,6 +38,7 @@ constexpr int CHUNK = 8;   // rows that a thread takes at once
 constexpr int GROUP = 8;   // tokens that meet rows at once
 constexpr int BLOCK = 64;  // tokens that stay in the second cache while all rows pass
 constexpr int PART = 2048; // bytes of a token's numbers that meet rows before the next ones do
+constexpr int SHARES = 4;  // of a piece of work, for each thread
 constexpr int LINE = 64;   // bytes; what crosses a line of the cache is loaded at half the speed
 
 struct Matrix {
@@ -120,11 +121,17 @@ inline Lanes load(const float* p) {
 }
 
 inline Lanes load(const uint16_t* p) {  // bfloat16
+#ifdef __AVX512F__
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   typedef uint16_t Halves __attribute__((vector_size(2 * N)));
   Halves value;
   memcpy(&value, p, sizeof value);
   return lanes(__builtin_convertvector(value, Words) << 16);
+#endif
 }
+
+inline Lanes all_of(float x) { return x - Lanes{}; }
 
 // a b + c, by name: where GCC may choose, it does so by how many tokens there are, and sums differ in their last bits.
 inline Lanes fused(Lanes a, Lanes b, Lanes c) {
@@ -384,7 +391,7 @@ struct Shared {  // by the threads
 
 // The threads of a region. They meet some fifty times in a step, a few microseconds apart: too soon to sleep, as those of OpenMP do.
 struct Team {
-  std::atomic<int> here{0}, round{0};
+  std::atomic<int> here{0}, round{0}, next{0};
 };
 
 inline void rest() {
@@ -402,6 +409,7 @@ struct Member {
     int round = team.round.load(std::memory_order_relaxed);
     if (team.here.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       team.here.store(0, std::memory_order_relaxed);
+      team.next.store(0, std::memory_order_relaxed);
       team.round.store(round + 1, std::memory_order_release);
       return;
     }
@@ -412,10 +420,12 @@ struct Member {
         rest();
   }
 
-  // A share of n pieces of work, and a meeting behind it.
+  // Some of n pieces of work, and a meeting behind them. Whoever is held up by other work of the machine does less.
   template <class Work>
   void share(int n, Work work) const {
-    for (int i = (int64_t)n * rank / size, stop = (int64_t)n * (rank + 1) / size; i < stop; i++) work(i);
+    const int some = std::max(1, n / (SHARES * size));
+    for (int i; (i = team.next.fetch_add(some, std::memory_order_relaxed)) < n;)
+      for (int stop = std::min(i + some, n); i < stop; i++) work(i);
     meet();
   }
 };
@@ -502,6 +512,26 @@ void turn(float* x, int width, const float* cos, const float* sin) {
   }
 }
 
+// Sums of values, C registers wide, by the scores of T tokens.
+template <class V, int T, int C>
+inline void mix(const float* scores, int64_t room, const V* values, int64_t width, int64_t slots, const float* total, float* y,
+                int64_t across) {
+  Lanes parts[T][C] = {};
+  for (int64_t s = 0; s < slots; s++) {
+    Lanes value[C];
+    for (int i = 0; i < C; i++) value[i] = load(values + s * width + i * N);
+    for (int t = 0; t < T; t++) {
+      Lanes score = all_of(scores[t * room + s]);
+      for (int i = 0; i < C; i++) parts[t][i] = fused(score, value[i], parts[t][i]);
+    }
+  }
+  for (int t = 0; t < T; t++)
+    for (int i = 0; i < C; i++) {
+      parts[t][i] /= total[t];
+      memcpy(y + t * across + i * N, parts[t] + i, sizeof(Lanes));
+    }
+}
+
 // softmax(scale keys query) values, of T tokens of one sequence; the last one sees `slots` slots. later: each token before sees one
 // less, else as many.
 template <class V, int T>
@@ -517,32 +547,30 @@ void attend(Scratch& own, const float* query, int64_t apart, const V* keys, cons
   else
     for (int64_t s = 0; s < slots; s++) dots<K, 1, T>(on, s, 0, 0, whole, false);
   for (int t = 0; t < T; t++) {
-    float *score = scores + t * room, top = -INFINITY;
+    float* score = scores + t * room;
     const int64_t seen = slots - (later ? T - 1 - t : 0);
-    for (int64_t s = 0; s < seen; s++) {
+    for (int64_t s = 0; s < seen; s++)
       for (int i = whole; i < width; i++) score[s] += query[t * apart + i] * number(keys[s * width + i]);
-      score[s] *= scale;
-      top = std::max(top, score[s]);
-    }
+    std::fill(score + seen, score + room, -INFINITY);
+    Lanes top = all_of(-INFINITY), sums = {};
     for (int64_t s = 0; s < seen; s += N) {
-      Lanes share = exponential(load(score + s) - top);
+      Lanes scaled = load(score + s) * scale;
+      top = scaled > top ? scaled : top;
+      memcpy(score + s, &scaled, sizeof scaled);
+    }
+    for (int i = 1; i < N; i++) top[0] = std::max(top[0], top[i]);
+    for (int64_t s = 0; s < seen; s += N) {
+      Lanes share = exponential(load(score + s) - top[0]);
       memcpy(score + s, &share, sizeof share);
     }
     std::fill(score + seen, score + room, 0.f);
-    total[t] = 0;
-    for (int64_t s = 0; s < seen; s++) total[t] += score[s];
+    for (int64_t s = 0; s < seen; s += N) sums += load(score + s);
+    total[t] = sum(sums);
   }
-  for (int i = 0; i < whole; i += N) {
-    Lanes parts[T] = {};
-    for (int64_t s = 0; s < slots; s++) {
-      Lanes value = load(values + s * width + i);
-      for (int t = 0; t < T; t++) parts[t] = fused(Lanes{} + scores[t * room + s], value, parts[t]);
-    }
-    for (int t = 0; t < T; t++) {
-      parts[t] /= total[t];
-      memcpy(y + t * across + i, parts + t, sizeof *parts);
-    }
-  }
+  int at = 0;
+  for (constexpr int C = T == 1 ? 4 : 2; at + C * N <= whole; at += C * N)
+    mix<V, T, C>(scores, room, values + at, width, slots, total, y + at, across);
+  for (; at < whole; at += N) mix<V, T, 1>(scores, room, values + at, width, slots, total, y + at, across);
   for (int t = 0; t < T; t++)
     for (int i = whole; i < width; i++) {
       float part = 0;
@@ -556,11 +584,11 @@ struct Piece {
   int first, tokens;  // one or GROUP
 };
 
-// All heads of all pieces, shared by the threads, in turns: the later ones see more.
+// All heads of all pieces, shared by the threads.
 template <class V, class Before, class Seen>
 void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, int width, float scale, bool later, float* query,
                 int64_t apart, float* y, int64_t across, Before before, Seen seen) {
-  for (int i = me.rank; i < (int)pieces.size() * heads; i += me.size) {
+  me.share(pieces.size() * heads, [&](int i) {
     const int head = i % heads, first = pieces[i / heads].first, last = first + pieces[i / heads].tokens - 1;
     float *from = query + first * apart + head * width, *to = y + first * across + head * width;
     for (int t = first; t <= last; t++) before(t, query + t * apart + head * width);
@@ -571,8 +599,7 @@ void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, i
       attend<V, 1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
     else
       attend<V, GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
-  }
-  me.meet();
+  });
 }
 
 template <class V>
