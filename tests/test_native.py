@@ -132,6 +132,11 @@ def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPat
     first, second, large, _ = laid
     assert first.data_ptr() % native.LARGE == 0 and second.data_ptr() == first.data_ptr() + first.nbytes
     assert large.nbytes > native.CHUNK, "more than is asked for at once"
+    if sys.platform == "linux":
+        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+        bounds = [(*(int(end, 16) for end in line[0].split("-")), line[1]) for line in lines]
+        (rights,) = {rights for start, stop, rights in bounds if start <= first.data_ptr() < stop}
+        assert rights == "rw-p", "private: a process that is forked off lays out its own"
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
@@ -124,19 +125,27 @@ def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "out stride"]:
     rows, width = weight.shape
     stride = -(-width // PAD) * PAD
     size = -(-rows * stride * weight.element_size() // 64) * 64
-    if len(_free) < size:
-        memory = mmap.mmap(-1, max(size, CHUNK) + LARGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        _free = torch.frombuffer(memory, dtype=torch.uint8)
-        _free = _free[-_free.data_ptr() % LARGE :]
-    place, _free = _free[:size], _free[size:]
+    with _lock:
+        if len(_free) < size:
+            _free = _large_pages(max(size, CHUNK))
+        place, _free = _free[:size], _free[size:]
     laid = place[: rows * stride * weight.element_size()].view(weight.dtype).view(rows, stride)
     laid[:, :width] = weight
     return laid
 
 
+def _large_pages(size: int) -> Tensor:
+    """So many bytes of zeros. Where the system has no large pages, they are small."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size + LARGE, **private)  # not shared with a process that is forked off
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    found = torch.frombuffer(memory, dtype=torch.uint8)
+    return found[-found.data_ptr() % LARGE :]
+
+
+_lock = threading.Lock()
 _free = torch.empty(0, dtype=torch.uint8)  # of the memory that was asked for last; it lives as long as a matrix in it
 
 
