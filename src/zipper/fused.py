@@ -720,6 +720,8 @@ class _Link:
         layers = [link.whiten, *(link.projection if isinstance(link.projection, nn.Sequential) else ())]
         self.projections = [Matrix([part], whole) if isinstance(part, nn.Linear) else part for part in layers if part is not None]
         self.memory = Matrix([link.key, link.value], whole)
+        self._dtype = torch.float32 if form.compiled else link.key.weight.dtype
+        self.source_norm = copy.deepcopy(link.source_norm).to(self._dtype)
         self.first = None
         if link.feedforward is not None:
             norm, first, _, second = link.feedforward
@@ -769,7 +771,7 @@ class _Link:
     def extend(self, memory: Memory | None, states: Float[Tensor, "tokens source_width"]) -> Memory:
         """`Link.read` of source states that come behind those in `memory`; laid out for the many steps that read them."""
         link, start = self.link, 0 if memory is None else memory.keys.shape[2]
-        h = link.source_norm(states.to(link.key.weight.dtype))
+        h = self.source_norm(states.to(self._dtype))
         for part in self.projections:
             h = part(h)
         if link.config.projection_relu:
@@ -777,7 +779,7 @@ class _Link:
         keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
         if link.config.rotary:
             keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
-        fresh = Memory(*(_held(part).contiguous() for part in (keys, values)))
+        fresh = Memory(*(part.new_empty(part.shape, dtype=self.shape.like.dtype).copy_(part) for part in (keys, values)))
         return fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
 
     def angles(self, length: int) -> Angles:
