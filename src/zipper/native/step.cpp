@@ -38,7 +38,7 @@ constexpr int CHUNK = 8;   // rows that a thread takes at once
 constexpr int GROUP = 8;   // tokens that meet rows at once
 constexpr int BLOCK = 64;  // tokens that stay in the second cache while all rows pass
 constexpr int PART = 2048; // bytes of a token's numbers that meet rows before the next ones do
-constexpr int SHARES = 4;  // of a piece of work, for each thread
+constexpr int SHARES = 4;  // of work that does not wait for memory, for each thread
 constexpr int LINE = 64;   // bytes; what crosses a line of the cache is loaded at half the speed
 
 struct Matrix {
@@ -232,7 +232,11 @@ struct F32 {
 
 struct I8 : F32 {
   typedef int8_t W;
-  static Part row(const W* w) {  // GCC's own conversion goes number by number
+  struct Part {
+    Lanes first, second;
+  };
+  static constexpr int STEP = 2 * N;
+  static Lanes half(const W* w) {  // GCC's own conversion goes number by number
 #ifdef __AVX512F__
     return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
 #elif defined __AVX2__
@@ -243,6 +247,9 @@ struct I8 : F32 {
     return found;
 #endif
   }
+  static Part row(const W* w) { return {half(w), half(w + N)}; }
+  static Part token(const X* x) { return {load(x), load(x + N)}; }
+  static Lanes add(Lanes sum, const Part& w, const Part& x) { return fused(w.second, x.second, fused(w.first, x.first, sum)); }
 };
 
 struct Kept16 : F32 {  // keys in bfloat16, for queries in float32
@@ -351,7 +358,7 @@ void product(const Matrix& m, const void* laid, int from, int tokens, int first,
   constexpr int64_t part = PART / sizeof(typename K::X);
   const int64_t row = m.stride * sizeof(typename K::W), apart = apart_of<K>(m);
   const Walk<K> on{(const typename K::W*)m.weight + first * m.stride, (const typename K::X*)laid + from * apart, y, m.stride, apart,
-                   CHUNK, tokens == 1 ? 2048 : (8192 + CHUNK * row - 1) / (CHUNK * row) * CHUNK * row};
+                   CHUNK, tokens == 1 && sizeof(typename K::W) > 1 ? 2048 : (8192 + CHUNK * row - 1) / (CHUNK * row) * CHUNK * row};
   const int whole = tokens / GROUP * GROUP;
   for (int t = 0; t < whole; t += GROUP)
     for (int64_t i = 0; i < m.stride; i += part) group(on, n, t, i, std::min(part, m.stride - i), i);
@@ -420,10 +427,11 @@ struct Member {
         rest();
   }
 
-  // Some of n pieces of work, and a meeting behind them. Whoever is held up by other work of the machine does less.
+  // Some of n pieces of work, and a meeting behind them. In more shares than one for each thread, whoever is held up by other work
+  // of the machine does less; but each begins where nothing was fetched ahead.
   template <class Work>
-  void share(int n, Work work) const {
-    const int some = std::max(1, n / (SHARES * size));
+  void share(int n, Work work, int shares = 1) const {
+    const int some = std::max(1, n / (shares * size));
     for (int i; (i = team.next.fetch_add(some, std::memory_order_relaxed)) < n;)
       for (int stop = std::min(i + some, n); i < stop; i++) work(i);
     meet();
@@ -471,7 +479,7 @@ void share_out(const Member& me, int tokens, int rows, Work work) {
   me.share(chunks * ((tokens + BLOCK - 1) / BLOCK), [&](int i) {
     int from = i / chunks * BLOCK, first = i % chunks * CHUNK;
     work(from, std::min(BLOCK, tokens - from), first, std::min(CHUNK, rows - first));
-  });
+  }, tokens > 2 * GROUP ? SHARES : 1);
 }
 
 // The product of what is laid out. put(token, row, number). change: of numbers on their way.
@@ -599,7 +607,7 @@ void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, i
       attend<V, 1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
     else
       attend<V, GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
-  });
+  }, SHARES);
 }
 
 template <class V>
