@@ -124,11 +124,12 @@ def test_products_of_all_shapes(dtype: torch.dtype) -> None:
 def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "CHUNK", 1 << 16)
     monkeypatch.setattr(native, "_free", torch.empty(0, dtype=torch.uint8))
-    weights = [torch.randn(100, 40), torch.randn(7, 64, dtype=torch.bfloat16), torch.randn(3000, 64), torch.randn(9, 32)]
+    weights = [torch.randn(100, 40), torch.randn(7, 65, dtype=torch.bfloat16), torch.randn(3000, 64), torch.randn(9, 32)]
     laid = [native.laid_out(weight) for weight in weights]
     for weight, found in zip(weights, laid, strict=True):
-        assert torch.equal(found[:, : weight.shape[1]], weight) and not found[:, weight.shape[1] :].any()
-        assert found.shape[1] % native.PAD == 0 and found.data_ptr() % 64 == 0
+        rows, (out, width) = found.transpose(1, 2).flatten(0, 1).flatten(1), weight.shape
+        assert torch.equal(rows[:out, :width], weight) and not rows[out:].any() and not rows[:, width:].any()
+        assert found.shape[2] == native.PANEL and found.data_ptr() % native.LINE == 0
     first, second, large, _ = laid
     assert first.data_ptr() % native.LARGE == 0 and second.data_ptr() == first.data_ptr() + first.nbytes
     assert large.nbytes > native.CHUNK, "more than is asked for at once"

@@ -73,7 +73,7 @@ class Matrix:
         self._compiled = form.compiled
         if form.compiled:
             self._held = native.laid_out(weight), _single(self.scale), _single(self.bias)
-            self.struct = native.matrix(*self._held, weight.shape[1])
+            self.struct = native.matrix(*self._held, *weight.shape)
         else:
             self._many, self._one = self._kernels(weight)
 
@@ -203,7 +203,7 @@ class Fused:
             )
         self._replays: dict[tuple[Any, ...], Replay] = {}
         self._inductor = compiled
-        self._native = form.compiled and all(block.gated for tower in self._towers.values() for block in tower.blocks)
+        self._native = form.compiled
         for name in self._towers:
             self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
 
@@ -427,9 +427,13 @@ class Fused:
         return _Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive)
 
     def _compilable(self) -> bool:
-        """Whether compiled code can multiply by all weights that there are."""
-        kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
-        return kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)} and native.library() is not None
+        """Whether compiled code can multiply by all weights that there are, and knows the activation of all blocks."""
+        kinds, some = {(p.device.type, p.dtype) for p in self.model.parameters()}, torch.linspace(-9, 9, 99)
+        if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)} or native.library() is None:
+            return False
+        towers = [tower for tower in self.model.towers.values() if isinstance(tower, Tower)]
+        mlps = [getattr(block, "mlp", None) for tower in towers for block in tower.blocks]
+        return all(torch.equal(mlp.act_fn(some), F.silu(some)) for mlp in mlps if hasattr(mlp, "act_fn"))
 
     @torch.inference_mode()
     def _prove(self, name: str, tolerance: float) -> None:
@@ -654,28 +658,24 @@ class _Block:
         self.norm, self.second_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
         self.qkv = Matrix([attention.q_proj, attention.k_proj, attention.v_proj], form)
         self.out = Matrix([attention.o_proj], form)
-        self.gate_up, self.down = Matrix([mlp.gate_proj, mlp.up_proj], form), Matrix([mlp.down_proj], form)
+        gates = [mlp.gate_proj, mlp.up_proj]
+        self.gates = [Matrix([part], form) for part in gates] if form.compiled else [Matrix(gates, form)]
+        self.down = Matrix([mlp.down_proj], form)
         self.head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if "q_norm" in attention._modules else []
         self.heads, self.key_heads = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
-
-    @property
-    def gated(self) -> bool:
-        """Whether the activation is the one that the compiled step knows."""
-        some = torch.linspace(-9, 9, 99)
-        return torch.equal(self.activation(some), F.silu(some))
 
     @cached_property
     def struct(self) -> native.Block:
         """As the compiled step reads it."""
         query, key = (norm.struct for norm in self.head_norms) if self.head_norms else (native.Norm(), native.Norm())
-        matrices = (matrix.struct for matrix in (self.qkv, self.out, self.gate_up, self.down))
+        matrices = (matrix.struct for matrix in (self.qkv, self.out, *self.gates, self.down))
         shape = (self.heads, self.key_heads, self.head_width, self.scale)
         return native.Block(self.norm.struct, self.second_norm.struct, query, key, *matrices, *shape)
 
     @property
     def bytes(self) -> int:
         """Weights that one token reads."""
-        return sum(matrix.bytes for matrix in (self.qkv, self.out, self.gate_up, self.down))
+        return sum(matrix.bytes for matrix in (self.qkv, self.out, *self.gates, self.down))
 
     def __call__(
         self, h: Float[Tensor, "tokens width"], angles: Angles, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -688,7 +688,8 @@ class _Block:
             turned = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
         turned = _turn(turned, angles)
         h = h + self.out(attend(turned[:, : self.heads], turned[:, self.heads :], values, self.scale))
-        gate, up = self.gate_up(self.second_norm(h)).chunk(2, -1)
+        (gates,) = self.gates
+        gate, up = gates(self.second_norm(h)).chunk(2, -1)
         return h + self.down(self.activation(gate) * up)
 
 

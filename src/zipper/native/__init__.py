@@ -20,25 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 #: Kinds of weights that it knows.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-#: Rows of weights are as long as a multiple of this.
-PAD = 32
-#: Bytes of memory that weights are laid out in at once, and of a large page.
-CHUNK, LARGE = 64 << 20, 2 << 20
+#: Rows of weights that lie together, column by column; of bfloat16 two columns at a time.
+PANEL = 32
+#: Bytes of memory that weights are laid out in at once, of a large page, of a line of the cache.
+CHUNK, LARGE, LINE = 64 << 20, 2 << 20, 64
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w".split()
 
 
 class Matrix(Structure):
-    """A matrix of weights, its rows padded to `stride`."""
+    """A matrix of weights in panels."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "scale", "bias")),
-        *((name, c_int32) for name in ("kind", "out", "in", "stride")),
+        *((name, c_int32) for name in ("kind", "out", "in")),
     )
 
 
@@ -53,7 +54,7 @@ class Block(Structure):
 
     _fields_ = (
         *((name, Norm) for name in ("norm", "second", "query", "key")),
-        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
         *((name, c_int32) for name in ("heads", "key_heads", "head_width")),
         ("scale", c_float),
     )
@@ -113,25 +114,23 @@ class Call(Structure):
     )
 
 
-def matrix(weight: Tensor, scale: Tensor | None, bias: Tensor | None, width: int) -> Matrix:
-    """The tensors must live as long as it; `width` numbers of every row count."""
-    return Matrix(weight.data_ptr(), pointer(scale), pointer(bias), KINDS[weight.dtype], len(weight), width, weight.shape[1])
+def matrix(panels: Tensor, scale: Tensor | None, bias: Tensor | None, out: int, width: int) -> Matrix:
+    """Of a weight that was `laid_out`, out x width. The tensors must live as long as it."""
+    return Matrix(panels.data_ptr(), pointer(scale), pointer(bias), KINDS[panels.dtype], out, width)
 
 
-def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "out stride"]:
-    """A copy with rows filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks through
+def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns row together"]:
+    """A copy in panels, filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks through
     gigabytes in that order, and where pages are small it waits for their addresses (a fifth of the bandwidth, docs/log.md)."""
     global _free
-    rows, width = weight.shape
-    stride = -(-width // PAD) * PAD
-    size = -(-rows * stride * weight.element_size() // 64) * 64
+    (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
+    panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).view(-(-out // PANEL), PANEL, -(-width // together), together)
     with _lock:
-        if len(_free) < size:
-            _free = _large_pages(max(size, CHUNK))
-        place, _free = _free[:size], _free[size:]
-    laid = place[: rows * stride * weight.element_size()].view(weight.dtype).view(rows, stride)
-    laid[:, :width] = weight
-    return laid
+        if len(_free) < panels.nbytes:
+            _free = _large_pages(max(panels.nbytes, CHUNK))
+        place, _free = _free[: panels.nbytes], _free[-(-panels.nbytes // LINE) * LINE :]
+    panels = panels.transpose(1, 2)
+    return place.view(weight.dtype).view(panels.shape).copy_(panels)
 
 
 def _large_pages(size: int) -> Tensor:

@@ -1,9 +1,9 @@
 // A step of a zip on a CPU: tokens of some sequences through blocks and links, in one parallel region.
 //
-// A step of one token reads every weight once, so it should take as long as memory takes to give them: each thread walks along
-// whole rows of a matrix. Many tokens are as fast as the processor multiplies: eight of them meet two rows in registers. The sum
-// behind a number has the same order however many tokens and threads there are: what a sequence gets depends neither on its
-// company nor on the pieces in which it is read, to the bit.
+// A step of one token reads every weight once, so it should take as long as memory takes to give them: weights lie in panels of
+// some rows, and each thread walks straight on through its panels. Many tokens are as fast as the processor multiplies: a number
+// of each meets a column of a panel, and the sums stay in registers. The sum behind a number has the same order however many tokens
+// and threads there are: what a sequence gets depends neither on its company nor on the pieces in which it is read, to the bit.
 //
 // Everything between matrices is float32. Structures here are those of native/__init__.py, field by field.
 #include <omp.h>
@@ -33,19 +33,20 @@ constexpr int N = 4;
 typedef float Lanes __attribute__((vector_size(4 * N)));
 typedef uint32_t Words __attribute__((vector_size(4 * N)));
 
-constexpr int PAD = 32;    // rows of weights are padded to a multiple of this
-constexpr int CHUNK = 8;   // rows that a thread takes at once
-constexpr int GROUP = 8;   // tokens that meet rows at once
-constexpr int BLOCK = 64;  // tokens that stay in the second cache while all rows pass
-constexpr int PART = 2048; // bytes of a token's numbers that meet rows before the next ones do
-constexpr int SHARES = 4;  // of work that does not wait for memory, for each thread
-constexpr int LINE = 64;   // bytes; what crosses a line of the cache is loaded at half the speed
+constexpr int PANEL = 32;           // rows of weights that lie together, and that a thread takes at once
+constexpr int R = PANEL / N;        // registers of a panel's column
+constexpr int TOKENS = N == 16 ? 8 : 8 / R;  // that meet it at once: for their sums there are registers
+constexpr int GROUP = 8;            // tokens of a sequence that attend at once
+constexpr int FEW = 16;             // tokens that wait for memory rather than for the processor
+constexpr int BLOCK = 64;           // tokens that stay in the second cache while all panels pass
+constexpr int PART = 2048;          // bytes of a token's numbers that meet a panel before the next ones do
+constexpr int LINE = 64;            // bytes of a line of the cache
 
 struct Matrix {
-  const void* weight;  // out rows of `stride` numbers: float32 (kind 0), bfloat16 (1), int8 (2)
+  const void* weight;  // panels; of a panel column by column, of bfloat16 two columns at a time, of every row both its numbers
   const float* scale;  // of a row, or null
   const float* bias;   // or null
-  int32_t kind, out, in, stride;
+  int32_t kind, out, in;  // kind: float32 (0), bfloat16 (1), int8 (2)
 };
 
 struct Norm {
@@ -56,7 +57,7 @@ struct Norm {
 
 struct Block {
   Norm norm, second, query, key;
-  Matrix qkv, out, gate_up, down;
+  Matrix qkv, out, gate, up, down;
   int32_t heads, key_heads, head_width;
   float scale;
 };
@@ -106,7 +107,7 @@ struct Call {
   int32_t half;  // caches are bfloat16, else float32
 };
 
-// --- one row of a matrix and some tokens ---
+// --- numbers in registers ---
 
 inline Lanes lanes(Words bits) {
   Lanes value;
@@ -218,25 +219,22 @@ inline Part held(Part x) {
   return x;
 }
 
-// What STEP numbers of a row and a token add to a sum. X: the form in which tokens are laid out for it.
+// --- products ---
+
+// What G numbers of N rows and of a token add to sums. X: the form in which a token's numbers are laid out for it.
 struct F32 {
   typedef float W;
   typedef float X;
-  typedef Lanes Part;
-  static constexpr int STEP = N;
-  static Part row(const W* w) { return load(w); }
-  static Part token(const X* x) { return held(load(x)); }
-  static Lanes add(Lanes sum, Part w, Part x) { return fused(w, x, sum); }
-  static void lay(const float* from, X* to) { memcpy(to, from, PAD * sizeof(float)); }
+  static constexpr int G = 1;
+  static Lanes rows(const W* w) { return load(w); }
+  static Lanes token(const X* x) { return all_of(*x); }
+  static Lanes add(Lanes sum, Lanes w, Lanes x) { return fused(w, x, sum); }
+  static void lay(const float* from, int64_t n, X* to) { memcpy(to, from, n * sizeof(X)); }
 };
 
 struct I8 : F32 {
   typedef int8_t W;
-  struct Part {
-    Lanes first, second;
-  };
-  static constexpr int STEP = 2 * N;
-  static Lanes half(const W* w) {  // GCC's own conversion goes number by number
+  static Lanes rows(const W* w) {  // GCC's own conversion goes number by number
 #ifdef __AVX512F__
     return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
 #elif defined __AVX2__
@@ -247,129 +245,91 @@ struct I8 : F32 {
     return found;
 #endif
   }
-  static Part row(const W* w) { return {half(w), half(w + N)}; }
-  static Part token(const X* x) { return {load(x), load(x + N)}; }
-  static Lanes add(Lanes sum, const Part& w, const Part& x) { return fused(w.second, x.second, fused(w.first, x.first, sum)); }
-};
-
-struct Kept16 : F32 {  // keys in bfloat16, for queries in float32
-  typedef uint16_t W;
-  static Part row(const W* w) { return load(w); }
 };
 
 #ifdef __AVX512BF16__
 struct B16 {
   typedef uint16_t W;
   typedef uint16_t X;
-  typedef __m512bh Part;
-  static constexpr int STEP = 2 * N;
-  static Part row(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static Part token(const X* x) { return held(row(x)); }
-  static Lanes add(Lanes sum, Part w, Part x) { return (Lanes)_mm512_dpbf16_ps((__m512)sum, w, x); }
-  static void lay(const float* from, X* to) {
-    __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-    memcpy(to, &both, sizeof both);
+  static constexpr int G = 2;
+  static __m512bh rows(const W* w) { return (__m512bh)_mm512_loadu_si512(w); }
+  static __m512bh token(const X* x) {
+    int32_t both;
+    memcpy(&both, x, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+  static Lanes add(Lanes sum, __m512bh w, __m512bh x) { return (Lanes)_mm512_dpbf16_ps((__m512)sum, w, x); }
+  static void lay(const float* from, int64_t n, X* to) {
+    for (int64_t i = 0; i < n; i++) put(from[i], to + i);
   }
 };
 #else
-struct B16 : F32 {  // the first of two numbers is the lower half of a word: tokens are laid out evens first
+struct B16 : F32 {
   typedef uint16_t W;
-  struct Part {
-    Lanes even, odd;
+  static constexpr int G = 2;
+  struct Pair {
+    Lanes first, second;
   };
-  static constexpr int STEP = 2 * N;
-  static Part row(const W* w) {
+  static Pair rows(const W* w) {
     Words bits;
     memcpy(&bits, w, sizeof bits);
     return {lanes(bits << 16), lanes(bits & 0xffff0000u)};
   }
-  static Part token(const X* x) { return {held(load(x)), held(load(x + N))}; }
-  static Lanes add(Lanes sum, const Part& w, const Part& x) { return fused(w.odd, x.odd, fused(w.even, x.even, sum)); }
-  static void lay(const float* from, X* to) {
-    for (int i = 0; i < PAD; i++) to[i / (2 * N) * (2 * N) + i % (2 * N) / 2 + (i & 1) * N] = from[i];
-  }
+  static Pair token(const X* x) { return {all_of(x[0]), all_of(x[1])}; }
+  static Lanes add(Lanes sum, Pair w, Pair x) { return fused(w.second, x.second, fused(w.first, x.first, sum)); }
 };
 #endif
 
-// Rows of weights, `stride` apart, and tokens, `apart` apart; y: tokens, `across` apart, rows. ahead: bytes by which rows are fetched
-// before they are needed, into the second cache, to which more is on its way at a time than to the first.
+// Numbers that a row of weights has, and that lie between two tokens: an odd number of lines, so that many tokens do not share one
+// place of the cache.
 template <class K>
-struct Walk {
-  const typename K::W* w;
-  const typename K::X* x;
-  float* y;
-  int64_t stride, apart, across, ahead;
-};
-
-// What n numbers of R rows and T tokens add to y, or put there.
-template <class K, int R, int T>
-inline void dots(const Walk<K>& on, int row, int token, int64_t start, int64_t n, bool more) {
-  const auto w = on.w + row * on.stride + start;
-  const auto x = on.x + token * on.apart + start;
-  Lanes parts[R * T] = {};
-  for (int64_t i = 0; i < n; i += K::STEP) {
-    typename K::Part rows[R];
-    for (int r = 0; r < R; r++) {
-      auto from = w + r * on.stride + i;
-      if (i * sizeof(*w) % LINE == 0) __builtin_prefetch((const char*)from + on.ahead, 0, 2);
-      rows[r] = K::row(from);
-    }
-    for (int t = 0; t < T; t++) {
-      auto numbers = K::token(x + t * on.apart + i);
-      for (int r = 0; r < R; r++) parts[t * R + r] = K::add(parts[t * R + r], rows[r], numbers);
-    }
-  }
-  float found[R * T];
-  if constexpr (R * T == N) {
-    Lanes all = sums(parts);
-    memcpy(found, &all, sizeof found);
-  } else {
-    for (int i = 0; i < R * T; i++) found[i] = sum(parts[i]);
-  }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < R; r++) {
-      float& y = on.y[(token + t) * on.across + row + r];
-      y = more ? y + found[t * R + r] : found[t * R + r];
-    }
-}
-
-// Some rows and GROUP tokens.
-template <class K>
-inline void group(const Walk<K>& on, int rows, int token, int64_t start, int64_t n, bool more) {
-  constexpr int R = N == 16 ? 2 : 1;  // for as many there are registers
-  int r = 0;
-  for (; r + R <= rows; r += R) dots<K, R, GROUP>(on, r, token, start, n, more);
-  for (; r < rows; r++) dots<K, 1, GROUP>(on, r, token, start, n, more);
-}
-
-// Numbers between two tokens: an odd number of lines, so that many tokens do not share one place of the cache.
+int64_t width_of(const Matrix& m) { return (m.in + K::G - 1) / K::G * K::G; }
 template <class K>
 int64_t apart_of(const Matrix& m) {
   constexpr int64_t line = LINE / sizeof(typename K::X);
-  return (m.stride / line | 1) * line;
+  return ((width_of<K>(m) + line - 1) / line | 1) * line;
 }
 
 // Numbers of memory, in float32's size, for so many tokens.
 inline size_t laid_size(const Matrix& m, int tokens) { return (size_t)tokens * apart_of<F32>(m); }
 
-// Long rows are read in parts, so that the parts of GROUP tokens stay in the first cache.
-template <class K>
-void product(const Matrix& m, const void* laid, int from, int tokens, int first, int n, float* y) {
-  constexpr int64_t part = PART / sizeof(typename K::X);
-  const int64_t row = m.stride * sizeof(typename K::W), apart = apart_of<K>(m);
-  const Walk<K> on{(const typename K::W*)m.weight + first * m.stride, (const typename K::X*)laid + from * apart, y, m.stride, apart,
-                   CHUNK, tokens == 1 && sizeof(typename K::W) > 1 ? 2048 : (8192 + CHUNK * row - 1) / (CHUNK * row) * CHUNK * row};
-  const int whole = tokens / GROUP * GROUP;
-  for (int t = 0; t < whole; t += GROUP)
-    for (int64_t i = 0; i < m.stride; i += part) group(on, n, t, i, std::min(part, m.stride - i), i);
-  for (int r = 0; r < n; r++)
-    for (int64_t i = 0; i < m.stride; i += part) {
-      const int64_t some = std::min(part, m.stride - i);
-      int t = whole;
-      if (tokens - t >= 4) dots<K, 1, 4>(on, r, t, i, some, i), t += 4;
-      if (tokens - t >= 2) dots<K, 1, 2>(on, r, t, i, some, i), t += 2;
-      if (tokens - t >= 1) dots<K, 1, 1>(on, r, t, i, some, i);
+// What n columns of a panel and some tokens, `apart` apart, add to y, or put there. y: tokens, PANEL.
+template <class K, int tokens>
+inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, bool more, float* y) {
+  constexpr int column = PANEL * K::G, ahead = tokens == 1 ? 4096 : 8192;  // bytes; into the second cache: more is on its way to it
+  Lanes sums[tokens][R] = {};
+  for (int64_t i = 0; i < n; i += K::G, w += column) {
+    for (int byte = 0; byte < column * (int)sizeof(*w); byte += LINE) __builtin_prefetch((const char*)w + ahead + byte, 0, 2);
+    decltype(K::rows(w)) rows[R];
+    for (int r = 0; r < R; r++) rows[r] = K::rows(w + r * N * K::G);
+    for (int t = 0; t < tokens; t++) {
+      const auto token = K::token(x + t * apart + i);
+      for (int r = 0; r < R; r++) sums[t][r] = K::add(sums[t][r], rows[r], token);
     }
+  }
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < R; r++, y += N) {
+      if (more) sums[t][r] += load(y);
+      memcpy(y, sums[t] + r, sizeof(Lanes));
+    }
+}
+
+// The same of any number of tokens.
+template <class K, int at_once = TOKENS>
+inline void meet_all(const typename K::W* w, const typename K::X* x, int64_t apart, int tokens, int64_t n, bool more, float* y) {
+  int t = 0;
+  for (; t + at_once <= tokens; t += at_once) meet<K, at_once>(w, x + t * apart, apart, n, more, y + t * PANEL);
+  if constexpr (at_once > 1) meet_all<K, at_once / 2>(w, x + t * apart, apart, tokens - t, n, more, y + t * PANEL);
+}
+
+// A panel's product with tokens that are laid out. y: tokens, PANEL.
+template <class K>
+void product(const Matrix& m, const void* laid, int from, int tokens, int panel, float* y) {
+  constexpr int64_t part = PART / sizeof(typename K::X);
+  const int64_t width = width_of<K>(m), apart = apart_of<K>(m);
+  const auto w = (const typename K::W*)m.weight + panel * PANEL * width;
+  const auto x = (const typename K::X*)laid + from * apart;
+  for (int64_t i = 0; i < width; i += part) meet_all<K>(w + i * PANEL, x + i, apart, tokens, std::min(part, width - i), i, y);
 }
 
 // --- parts of a step; every thread calls them ---
@@ -377,6 +337,8 @@ void product(const Matrix& m, const void* laid, int from, int tokens, int first,
 struct Buffer {  // memory that is only ever written anew, from the start of a line on
   float* data = nullptr;
   size_t size = 0;
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
   ~Buffer() { free(data); }
   float* grow(size_t wanted) {
     if (wanted > size) {
@@ -398,7 +360,12 @@ struct Shared {  // by the threads
 
 // The threads of a region. They meet some fifty times in a step, a few microseconds apart: too soon to sleep, as those of OpenMP do.
 struct Team {
-  std::atomic<int> here{0}, round{0}, next{0};
+  struct alignas(LINE) Taken {
+    std::atomic<int> pieces{0};
+  };
+  explicit Team(int size) : taken(size) {}
+  std::atomic<int> here{0}, round{0};
+  std::vector<Taken> taken;  // of each thread's share
 };
 
 inline void rest() {
@@ -416,7 +383,7 @@ struct Member {
     int round = team.round.load(std::memory_order_relaxed);
     if (team.here.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
       team.here.store(0, std::memory_order_relaxed);
-      team.next.store(0, std::memory_order_relaxed);
+      for (auto& share : team.taken) share.pieces.store(0, std::memory_order_relaxed);
       team.round.store(round + 1, std::memory_order_release);
       return;
     }
@@ -427,73 +394,81 @@ struct Member {
         rest();
   }
 
-  // Some of n pieces of work, and a meeting behind them. In more shares than one for each thread, whoever is held up by other work
-  // of the machine does less; but each begins where nothing was fetched ahead.
+  // Of n pieces of work an equal share, in their order; then what is left of the others' shares; then a meeting.
   template <class Work>
-  void share(int n, Work work, int shares = 1) const {
-    const int some = std::max(1, n / (shares * size));
-    for (int i; (i = team.next.fetch_add(some, std::memory_order_relaxed)) < n;)
-      for (int stop = std::min(i + some, n); i < stop; i++) work(i);
+  void share(int n, Work work) const {
+    for (int other = 0; other < size; other++) {
+      const int64_t whose = (rank + other) % size, start = n * whose / size, some = n * (whose + 1) / size - start;
+      auto& taken = team.taken[whose].pieces;
+      while (taken.load(std::memory_order_relaxed) < some) {
+        const int i = taken.fetch_add(1, std::memory_order_relaxed);
+        if (i < some) work(start + i);
+      }
+    }
     meet();
   }
 };
 
-template <class K>
-void lay(const Matrix& m, const float* from, int t, float* to) {
-  auto place = (typename K::X*)to + t * apart_of<K>(m);
-  for (int64_t i = 0; i < m.stride; i += PAD) K::lay(from + i, place + i);
-}
-
 // All tokens as the matrix wants them; fill(token, row): its numbers. Few tokens are laid out by each thread for itself, which is
 // cheaper than to meet.
+template <class K, class Fill>
+void lay_out(const Member& me, const Matrix& m, int first, int tokens, int step, Fill fill, float* laid) {
+  const int64_t width = width_of<K>(m);
+  float* row = me.own.row.grow(width);
+  row[width - 1] = 0;  // where a row was filled up
+  for (int t = first; t < tokens; t += step) {
+    fill(t, row);
+    K::lay(row, width, (typename K::X*)laid + t * apart_of<K>(m));
+  }
+}
+
 template <class Fill>
 const float* lay_out(const Member& me, Shared& all, const Matrix& m, int tokens, Fill fill) {
-  const bool few = tokens <= 2 * GROUP;
-  float *row = me.own.row.grow(m.stride), *laid = few ? me.own.laid.grow(laid_size(m, tokens)) : all.laid.data;
-  std::fill(row, row + m.stride, 0.f);
-  for (int t = few ? 0 : me.rank; t < tokens; t += few ? 1 : me.size) {
-    fill(t, row);
-    if (m.kind == 0) lay<F32>(m, row, t, laid);
-    if (m.kind == 1) lay<B16>(m, row, t, laid);
-    if (m.kind == 2) lay<I8>(m, row, t, laid);
-  }
+  const bool few = tokens <= FEW;
+  float* laid = few ? me.own.laid.grow(laid_size(m, tokens)) : all.laid.data;
+  const int first = few ? 0 : me.rank, step = few ? 1 : me.size;
+  if (m.kind == 0) lay_out<F32>(me, m, first, tokens, step, fill, laid);
+  if (m.kind == 1) lay_out<B16>(me, m, first, tokens, step, fill, laid);
+  if (m.kind == 2) lay_out<I8>(me, m, first, tokens, step, fill, laid);
   if (!few) me.meet();
   return laid;
 }
 
-// y: tokens, CHUNK; rows first .. first + n - 1 of the product, of some tokens.
-void some_rows(const Matrix& m, const float* laid, int from, int tokens, int first, int n, float* y) {
-  if (m.kind == 0) product<F32>(m, laid, from, tokens, first, n, y);
-  if (m.kind == 1) product<B16>(m, laid, from, tokens, first, n, y);
-  if (m.kind == 2) product<I8>(m, laid, from, tokens, first, n, y);
-  if (m.scale || m.bias)
-    for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < n; r++)
-        y[t * CHUNK + r] = y[t * CHUNK + r] * (m.scale ? m.scale[first + r] : 1.f) + (m.bias ? m.bias[first + r] : 0.f);
+// y: tokens, PANEL; rows of the product, of some tokens.
+void some_rows(const Matrix& m, const float* laid, int from, int tokens, int panel, float* y) {
+  if (m.kind == 0) product<F32>(m, laid, from, tokens, panel, y);
+  if (m.kind == 1) product<B16>(m, laid, from, tokens, panel, y);
+  if (m.kind == 2) product<I8>(m, laid, from, tokens, panel, y);
+  const int first = panel * PANEL, n = std::min(PANEL, m.out - first);
+  for (int t = 0; m.scale && t < tokens; t++)
+    for (int r = 0; r < n; r++) y[t * PANEL + r] *= m.scale[first + r];
+  for (int t = 0; m.bias && t < tokens; t++)
+    for (int r = 0; r < n; r++) y[t * PANEL + r] += m.bias[first + r];
 }
 
-// Rows and tokens shared by the threads, in pieces: work(first token, tokens, first row, rows).
+// Panels and tokens shared by the threads, in pieces: work(first token, tokens, panel).
 template <class Work>
 void share_out(const Member& me, int tokens, int rows, Work work) {
-  const int chunks = (rows + CHUNK - 1) / CHUNK;
-  me.share(chunks * ((tokens + BLOCK - 1) / BLOCK), [&](int i) {
-    int from = i / chunks * BLOCK, first = i % chunks * CHUNK;
-    work(from, std::min(BLOCK, tokens - from), first, std::min(CHUNK, rows - first));
-  }, tokens > 2 * GROUP ? SHARES : 1);
+  const int panels = (rows + PANEL - 1) / PANEL;
+  me.share(panels * ((tokens + BLOCK - 1) / BLOCK), [&](int i) {
+    int from = i / panels * BLOCK;
+    work(from, std::min(BLOCK, tokens - from), i % panels);
+  });
 }
 
 // The product of what is laid out. put(token, row, number). change: of numbers on their way.
 template <class Put>
 void multiply(const Member& me, const Matrix& m, const float* laid, int tokens, Put put, Lanes (*change)(Lanes) = nullptr) {
-  float* y = me.own.some.grow(BLOCK * CHUNK + N);
-  share_out(me, tokens, m.out, [&](int from, int some, int first, int n) {
-    some_rows(m, laid, from, some, first, n, y);
-    for (int i = 0; change && i < some * CHUNK; i += N) {
+  float* y = me.own.some.grow(BLOCK * PANEL);
+  share_out(me, tokens, m.out, [&](int from, int some, int panel) {
+    some_rows(m, laid, from, some, panel, y);
+    for (int i = 0; change && i < some * PANEL; i += N) {
       Lanes changed = change(load(y + i));
       memcpy(y + i, &changed, sizeof changed);
     }
+    const int first = panel * PANEL, n = std::min(PANEL, m.out - first);
     for (int t = 0; t < some; t++)
-      for (int r = 0; r < n; r++) put(from + t, first + r, y[t * CHUNK + r]);
+      for (int r = 0; r < n; r++) put(from + t, first + r, y[t * PANEL + r]);
   });
 }
 
@@ -520,8 +495,35 @@ void turn(float* x, int width, const float* cos, const float* sin) {
   }
 }
 
+// What `n` numbers of two keys or one, `width` apart, and of some queries, `apart` apart, give. y: queries, `across` apart, keys.
+template <int keys, int queries, class V>
+inline void dots(const V* key, int64_t width, const float* query, int64_t apart, int64_t n, float* y, int64_t across) {
+  Lanes parts[keys * queries] = {};
+  for (int64_t i = 0; i < n; i += N) {
+    Lanes rows[keys];
+    for (int r = 0; r < keys; r++) {
+      auto from = key + r * width + i;
+      if (i * sizeof(V) % LINE == 0) __builtin_prefetch((const char*)from + 2048, 0, 2);
+      rows[r] = load(from);
+    }
+    for (int t = 0; t < queries; t++) {
+      Lanes numbers = held(load(query + t * apart + i));
+      for (int r = 0; r < keys; r++) parts[t * keys + r] = fused(rows[r], numbers, parts[t * keys + r]);
+    }
+  }
+  float found[keys * queries];
+  if constexpr (keys * queries == N) {
+    Lanes all = sums(parts);
+    memcpy(found, &all, sizeof found);
+  } else {
+    for (int i = 0; i < keys * queries; i++) found[i] = sum(parts[i]);
+  }
+  for (int t = 0; t < queries; t++)
+    for (int r = 0; r < keys; r++) y[t * across + r] = found[t * keys + r];
+}
+
 // Sums of values, C registers wide, by the scores of T tokens.
-template <class V, int T, int C>
+template <int T, int C, class V>
 inline void mix(const float* scores, int64_t room, const V* values, int64_t width, int64_t slots, const float* total, float* y,
                 int64_t across) {
   Lanes parts[T][C] = {};
@@ -542,18 +544,16 @@ inline void mix(const float* scores, int64_t room, const V* values, int64_t widt
 
 // softmax(scale keys query) values, of T tokens of one sequence; the last one sees `slots` slots. later: each token before sees one
 // less, else as many.
-template <class V, int T>
+template <int T, class V>
 void attend(Scratch& own, const float* query, int64_t apart, const V* keys, const V* values, int64_t slots, bool later, int width,
             float scale, float* y, int64_t across) {
-  typedef std::conditional_t<sizeof(V) == 2, Kept16, F32> K;
+  constexpr int two = N == 16 && T == GROUP ? 2 : 1;
   const int64_t room = (slots + N - 1) / N * N;
   const int whole = width / N * N;
   float *scores = own.scores.grow(T * room), total[T];
-  const Walk<K> on{keys, query, scores, width, apart, room, 2048};
-  if constexpr (T == GROUP)
-    group(on, slots, 0, 0, whole, false);
-  else
-    for (int64_t s = 0; s < slots; s++) dots<K, 1, T>(on, s, 0, 0, whole, false);
+  int64_t key = 0;
+  for (; key + two <= slots; key += two) dots<two, T>(keys + key * width, width, query, apart, whole, scores + key, room);
+  for (; key < slots; key++) dots<1, T>(keys + key * width, width, query, apart, whole, scores + key, room);
   for (int t = 0; t < T; t++) {
     float* score = scores + t * room;
     const int64_t seen = slots - (later ? T - 1 - t : 0);
@@ -577,8 +577,8 @@ void attend(Scratch& own, const float* query, int64_t apart, const V* keys, cons
   }
   int at = 0;
   for (constexpr int C = T == 1 ? 4 : 2; at + C * N <= whole; at += C * N)
-    mix<V, T, C>(scores, room, values + at, width, slots, total, y + at, across);
-  for (; at < whole; at += N) mix<V, T, 1>(scores, room, values + at, width, slots, total, y + at, across);
+    mix<T, C>(scores, room, values + at, width, slots, total, y + at, across);
+  for (; at < whole; at += N) mix<T, 1>(scores, room, values + at, width, slots, total, y + at, across);
   for (int t = 0; t < T; t++)
     for (int i = whole; i < width; i++) {
       float part = 0;
@@ -604,10 +604,10 @@ void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, i
     if (!slots)
       for (int t = first; t <= last; t++) std::fill(y + t * across + head * width, y + t * across + (head + 1) * width, 0.f);
     else if (first == last)
-      attend<V, 1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+      attend<1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
     else
-      attend<V, GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
-  }, SHARES);
+      attend<GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+  });
 }
 
 template <class V>
@@ -637,7 +637,7 @@ template <class V>
 void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, Shared& all, const Member& me) {
   const Block& b = *s.block;
   const int n = c.n_tokens, width = c.width, head = b.head_width, group = b.heads / b.key_heads;
-  const int keys_at = b.heads * head, values_at = keys_at + b.key_heads * head, hidden = b.gate_up.out / 2;
+  const int keys_at = b.heads * head, values_at = keys_at + b.key_heads * head, hidden = b.gate.out;
   float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = c.states;
   auto keys_of = [&](const Token& token, int key_head) {
     return (V*)token.cache + ((int64_t)s.layer * 2 * b.key_heads + key_head) * token.room * head;
@@ -664,18 +664,18 @@ void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, 
   attend_all<V>(me, pieces, b.heads, head, b.scale, true, mixed, b.qkv.out, attended, keys_at, before, seen);
   auto said = lay_out(me, all, b.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * keys_at, keys_at * sizeof(float)); });
   multiply(me, b.out, said, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
-  auto ahead = lay_out(me, all, b.gate_up, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
-  float *gate = me.own.some.grow(BLOCK * CHUNK + N), *up = me.own.more.grow(BLOCK * CHUNK + N);
-  share_out(me, n, hidden, [&](int from, int some, int first, int m) {
-    some_rows(b.gate_up, ahead, from, some, first, m, gate);
-    some_rows(b.gate_up, ahead, from, some, hidden + first, m, up);
-    for (int i = 0; i < some * CHUNK; i += N) {
+  auto ahead = lay_out(me, all, b.gate, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
+  float *gate = me.own.some.grow(BLOCK * PANEL), *up = me.own.more.grow(BLOCK * PANEL);
+  share_out(me, n, hidden, [&](int from, int some, int panel) {
+    some_rows(b.gate, ahead, from, some, panel, gate);
+    some_rows(b.up, ahead, from, some, panel, up);
+    for (int i = 0; i < some * PANEL; i += N) {
       Lanes g = load(gate + i);
-      g /= 1.f + exponential(-g);
+      g = g / (1.f + exponential(-g)) * load(up + i);
       memcpy(gate + i, &g, sizeof g);
     }
-    for (int t = 0; t < some; t++)
-      for (int r = 0; r < m; r++) inner[(int64_t)(from + t) * hidden + first + r] = gate[t * CHUNK + r] * up[t * CHUNK + r];
+    const int first = panel * PANEL, m = std::min(PANEL, hidden - first);
+    for (int t = 0; t < some; t++) memcpy(inner + (int64_t)(from + t) * hidden + first, gate + t * PANEL, m * sizeof(float));
   });
   auto gated = lay_out(me, all, b.down, n, [&](int t, float* x) { memcpy(x, inner + (int64_t)t * hidden, hidden * sizeof(float)); });
   multiply(me, b.down, gated, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
@@ -749,8 +749,8 @@ extern "C" void zipper_step(const Call* call) {
     const Stage& s = c.stages[i];
     mixed = std::max<size_t>(mixed, s.block ? s.block->qkv.out : s.link ? s.link->query.out : 0);
     attended = std::max<size_t>(attended, s.block ? s.block->out.in : s.link ? s.link->out.in : 0);
-    inner = std::max<size_t>(inner, s.block ? s.block->gate_up.out / 2 : s.link ? s.link->up.out : 0);
-    if (s.block) reads(s.block->qkv), reads(s.block->out), reads(s.block->gate_up), reads(s.block->down);
+    inner = std::max<size_t>(inner, s.block ? s.block->gate.out : s.link ? s.link->up.out : 0);
+    if (s.block) reads(s.block->qkv), reads(s.block->out), reads(s.block->gate), reads(s.block->down);
     if (s.link) reads(s.link->query), reads(s.link->out), reads(s.link->up), reads(s.link->down);
     for (int layer = 0; s.input && layer < s.input->depth; layer++) reads(s.input->layers[layer]);
   }
@@ -759,7 +759,7 @@ extern "C" void zipper_step(const Call* call) {
   grow(all.laid, laid);
   const auto pieces = pieces_of(c);
   Shared& shared = all;  // a thread_local name means another thing in every thread
-  Team team;
+  Team team(c.threads);
 #pragma omp parallel num_threads(c.threads)
   {
     static thread_local Scratch own;
@@ -789,7 +789,7 @@ extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tok
   static thread_local Shared all;
   all.laid.grow(laid_size(m, tokens));
   Shared& shared = all;
-  Team team;
+  Team team(threads);
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch own;
