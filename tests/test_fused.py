@@ -10,6 +10,7 @@ from laws import LLAMAS, draw, lay, number, zipped
 from torch import Tensor
 
 from zipper import fused, native
+from zipper.errors import ZipperError
 from zipper.fused import Cache, Form, Fused, Matrix, Session
 from zipper.graphs import Pool, Shape
 from zipper.link import PAPER_LINK, LinkConfig, Memory
@@ -243,6 +244,28 @@ def test_a_tower_with_other_arithmetic_in_familiar_parts_is_refused() -> None:
     block.mlp.forward = lambda x: 1.05 * own(x)
     with pytest.raises(UnsupportedTower, match="differ from its own"):
         Fused(fast_enough)
+
+
+def test_another_activation_is_left_to_torch() -> None:
+    model = Zipper.from_towers({"text": tiny_tower("llama")})
+    for block in model.tower("text").model.layers:
+        block.mlp.act_fn = torch.nn.GELU()
+    fast = Fused(model)
+    (found,) = read(fast, [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5])]])
+    assert_close(found, truth(model, [("text", i) for i in (3, 4, 5)], ["text"]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 97])
+def test_ids_that_a_tower_does_not_know_are_refused_and_nothing_is_lost(wrong: int) -> None:
+    fast = Fused(Zipper.from_towers({"text": tiny_tower("llama")}))
+    one, other, untouched = (fast.open(["text"], ["text"]) for _ in range(3))
+    for session in (one, untouched):
+        fast.read("text", [(session, [3, 4])])
+    with pytest.raises(ZipperError, match=f"text was given ids from .*{wrong}.*; it knows those from 0 to 96"):
+        fast.read("text", [(one, [5]), (other, [6, wrong])])
+    found, wanted = (fast.read("text", [(session, [5])])[0] for session in (one, untouched))
+    torch.testing.assert_close(found, wanted)
+    assert not other.caches
 
 
 def test_half_precision_and_eight_bits_stay_close() -> None:

@@ -235,7 +235,12 @@ class Fused:
     @torch.inference_mode()
     def read(self, tower: str, pieces: Sequence[tuple[Session, Sequence[int]]]) -> list[Float[Tensor, " vocabulary"] | None]:
         """Every session reads at least one more token of this tower. Returns the logits behind its last one, None where its plan
-        wants none. The tokens are later than all that the session has read, so they see all of it (`model.visible`)."""
+        wants none. The tokens are later than all that the session has read, so they see all of it (`model.visible`). Raises a
+        ZipperError for an id that is none of the tower's, before anything is read."""
+        known = len(self._towers[tower].table)
+        for _, ids in pieces:
+            if not 0 <= min(ids) <= max(ids) < known:
+                raise ZipperError(f"{tower} was given ids from {min(ids)} to {max(ids)}; it knows those from 0 to {known - 1}.")
         answers: list[Tensor | None] = [None] * len(pieces)
         paths: dict[tuple[bool, bool], list[int]] = {}  # a plan of one tower goes by no links, one that is silent stops early
         for index, (session, _) in enumerate(pieces):
@@ -247,11 +252,14 @@ class Fused:
                     answers[index] = row
         return answers
 
-    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[list[int], "_Way"]]:
+    def _groups(self, indices: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[Sequence[int], "_Way"]]:
         """What is read together, and how: where there is a pool, single tokens by a replay and the rest by torch."""
-        single = [index for index in indices if lengths[index] == 1 and self._pool is not None]
-        rest = [index for index in indices if index not in single]
-        for group, step in (single, self._replay), (rest, self._step if self._native else self._run):
+        if self._pool is None:
+            yield indices, self._step if self._native else self._run
+            return
+        single = [index for index in indices if lengths[index] == 1]
+        rest = [index for index in indices if lengths[index] > 1]
+        for group, step in (single, self._replay), (rest, self._run):
             if group:
                 yield group, step
 
@@ -387,24 +395,23 @@ class Fused:
         self, name: str, ids: Sequence[int], positions: Sequence[int], places: Sequence["_Place"], linked: bool, speaks: bool
     ) -> "_Read":
         """The same by one call of compiled code."""
-        tower, h = self._towers[name], self._embed(name, torch.tensor(ids), linked=False)
+        tower = self._towers[name]
         self._reach(1 + max(positions))
         key = name, linked, speaks, *((place.session.stamp, place.stop) for place in places)
         if (prepared := self._prepared.get(key)) is None:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
             prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
-        kept = h.new_empty((len(prepared.keeps), *h.shape), dtype=torch.float32)
-        for stage, rows in zip(prepared.keeps, kept, strict=True):
-            stage.keep = rows.data_ptr()
+        kept = torch.empty(len(prepared.keeps), len(ids), tower.table.shape[1])
+        for number, stage in enumerate(prepared.keeps):
+            stage.keep = kept.data_ptr() + number * kept[0].nbytes
         tokens = [
-            (cache.held.data_ptr(), cache.held.shape[3], cache.length + number)
+            (cache.held.data_ptr(), cache.held.shape[3], position, token)
             for _, cache, start, stop in places
-            for number in range(stop - start)
+            for position, token in zip(positions[start:stop], ids[start:stop], strict=True)
         ]
-        half = tower.table.dtype == torch.bfloat16
-        end = tower.norm.struct, tower.head.struct
-        logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, h, *end, half)
+        end = tower.table, tower.norm.struct, tower.head.struct
+        logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, *end)
         return logits if speaks else None, kept
 
     def _prepare(self, name: str, places: Sequence["_Place"], linked: bool, speaks: bool) -> "_Prepared":
@@ -432,7 +439,7 @@ class Fused:
         if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)} or native.library() is None:
             return False
         towers = [tower for tower in self.model.towers.values() if isinstance(tower, Tower)]
-        mlps = [getattr(block, "mlp", None) for tower in towers for block in tower.blocks]
+        mlps: list[Any] = [getattr(block, "mlp", None) for tower in towers for block in tower.blocks]
         return all(torch.equal(mlp.act_fn(some), F.silu(some)) for mlp in mlps if hasattr(mlp, "act_fn"))
 
     @torch.inference_mode()
@@ -605,7 +612,7 @@ class _Tower:
             ]
             if {*kinds} != {"full_attention"} or body.rotary_emb.rope_type not in ROTARY:
                 raise UnsupportedTower(f"{tower.name} attends in windows, or its rotary positions depend on the length of a row.")
-            self.table = model.get_input_embeddings().weight.detach()
+            self.table = model.get_input_embeddings().weight.detach().contiguous()
             self.blocks = [_Block(block, form) for block in tower.blocks]
             self.norm, self.head, self._rotary = _Norm(body.norm), Matrix([model.get_output_embeddings()], form), body.rotary_emb
         except AttributeError as error:

@@ -77,9 +77,9 @@ class Input(Structure):
 
 
 class Token(Structure):
-    """A token's sequence: its buffer of keys and values, the room in it, and how many tokens came before."""
+    """A token: its sequence's buffer of keys and values, the room in it, how many tokens came before, and which token it is."""
 
-    _fields_ = (("cache", c_void_p), ("room", c_int64), ("past", c_int64))
+    _fields_ = (("cache", c_void_p), ("room", c_int64), ("past", c_int64), ("id", c_int64))
 
 
 class Memory(Structure):
@@ -107,7 +107,7 @@ class Call(Structure):
         ("stages", POINTER(Stage)),
         ("tokens", POINTER(Token)),
         ("spoken", POINTER(c_int32)),
-        *((name, c_void_p) for name in ("cos", "sin", "states", "logits")),
+        *((name, c_void_p) for name in ("cos", "sin", "table", "logits")),
         ("norm", Norm),
         ("head", Matrix),
         *((name, c_int32) for name in ("n_stages", "n_tokens", "n_spoken", "width", "threads", "half")),
@@ -120,8 +120,8 @@ def matrix(panels: Tensor, scale: Tensor | None, bias: Tensor | None, out: int, 
 
 
 def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns row together"]:
-    """A copy in panels, filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks through
-    gigabytes in that order, and where pages are small it waits for their addresses (a fifth of the bandwidth, docs/log.md)."""
+    """A copy in panels, filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks
+    through gigabytes in that order, and where pages are small it waits for addresses (a fifth of the bandwidth, docs/log.md)."""
     global _free
     (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
     panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).view(-(-out // PANEL), PANEL, -(-width // together), together)
@@ -160,23 +160,20 @@ def array(kind: Any, items: Sequence[Any]) -> Any:
 
 def step(
     stages: Any,
-    tokens: Sequence[tuple[int, int, int]],
+    tokens: Sequence[tuple[int, int, int, int]],
     spoken: Any,
     angles: tuple[Tensor, Tensor],
-    h: Float[Tensor, "tokens width"],
+    table: Float[Tensor, "vocabulary width"],
     norm: Norm,
     head: Matrix,
-    half: bool,
-) -> Float[Tensor, "spoken vocabulary"]:
-    """Embeddings through the stages, those of the `spoken` tokens to logits in float32. stages, spoken: arrays of `Stage` and of
-    c_int32. tokens: fields of `Token`. angles: cosine and signed sine of every position, for blocks. half: keys and values of
-    blocks are bfloat16, else float32."""
-    states = h.to(torch.float32, copy=True)
-    logits = states.new_empty((len(spoken), head.out))
-    given = stages, array(Token, tokens), spoken
-    tensors = (part.data_ptr() for part in (*angles, states, logits))
-    shape = (len(stages), len(tokens), len(spoken), states.shape[1], torch.get_num_threads(), half)
-    library().zipper_step(Call(*given, *tensors, norm, head, *shape))
+) -> Float[Tensor, "spoken words"]:
+    """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32. stages, spoken: arrays of `Stage`
+    and of c_int32. tokens: fields of `Token`. angles: cosine and signed sine of every position, for blocks. table: embeddings, in
+    the dtype of the keys and values of blocks."""
+    logits = torch.empty(len(spoken), head.out)
+    tensors = (part.data_ptr() for part in (*angles, table, logits))
+    shape = (len(stages), len(tokens), len(spoken), table.shape[1], torch.get_num_threads(), table.dtype == torch.bfloat16)
+    library().zipper_step(Call(stages, array(Token, tokens), spoken, *tensors, norm, head, *shape))
     return logits
 
 

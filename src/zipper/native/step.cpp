@@ -75,7 +75,7 @@ struct Input {  // between embeddings and the first block
 
 struct Token {  // of a sequence
   void* cache;  // layers, keys and values, key heads, room, head width
-  int64_t room, past;
+  int64_t room, past, id;
 };
 
 struct Memory {  // what a token sees through a link: heads, slots, head width
@@ -100,11 +100,12 @@ struct Call {
   const Token* tokens;
   const int32_t* spoken;   // tokens that get logits
   const float *cos, *sin;  // of blocks: positions, head width
-  float *states, *logits;
+  const void* table;       // embeddings: vocabulary, width
+  float* logits;
   Norm norm;
   Matrix head;
   int32_t n_stages, n_tokens, n_spoken, width, threads;
-  int32_t half;  // caches are bfloat16, else float32
+  int32_t half;  // embeddings and caches are bfloat16, else float32
 };
 
 // --- numbers in registers ---
@@ -355,7 +356,7 @@ struct Scratch {  // a thread's own
 };
 
 struct Shared {  // by the threads
-  Buffer mixed, attended, inner, added, delta, laid;
+  Buffer states, mixed, attended, inner, added, delta, laid;
 };
 
 // The threads of a region. They meet some fifty times in a step, a few microseconds apart: too soon to sleep, as those of OpenMP do.
@@ -495,15 +496,16 @@ void turn(float* x, int width, const float* cos, const float* sin) {
   }
 }
 
-// What `n` numbers of two keys or one, `width` apart, and of some queries, `apart` apart, give. y: queries, `across` apart, keys.
+// Products of some keys, `width` apart, and queries, `apart` apart, of n numbers. y: queries, `across` apart, keys. ahead: bytes from
+// the keys to what is read next.
 template <int keys, int queries, class V>
-inline void dots(const V* key, int64_t width, const float* query, int64_t apart, int64_t n, float* y, int64_t across) {
+inline void dots(const V* key, int64_t width, const float* query, int64_t apart, int64_t n, int64_t ahead, float* y, int64_t across) {
   Lanes parts[keys * queries] = {};
   for (int64_t i = 0; i < n; i += N) {
     Lanes rows[keys];
     for (int r = 0; r < keys; r++) {
       auto from = key + r * width + i;
-      if (i * sizeof(V) % LINE == 0) __builtin_prefetch((const char*)from + 2048, 0, 2);
+      if (i * sizeof(V) % LINE == 0) __builtin_prefetch((const char*)from + ahead, 0, 2);
       rows[r] = load(from);
     }
     for (int t = 0; t < queries; t++) {
@@ -518,18 +520,21 @@ inline void dots(const V* key, int64_t width, const float* query, int64_t apart,
   } else {
     for (int i = 0; i < keys * queries; i++) found[i] = sum(parts[i]);
   }
-  for (int t = 0; t < queries; t++)
-    for (int r = 0; r < keys; r++) y[t * across + r] = found[t * keys + r];
+  for (int t = 0; t < queries; t++) memcpy(y + t * across, found + t * keys, keys * sizeof(float));
 }
 
 // Sums of values, C registers wide, by the scores of T tokens.
 template <int T, int C, class V>
-inline void mix(const float* scores, int64_t room, const V* values, int64_t width, int64_t slots, const float* total, float* y,
-                int64_t across) {
+inline void mix(const float* scores, int64_t room, const V* values, int64_t width, int64_t slots, int64_t ahead, const float* total,
+                float* y, int64_t across) {
   Lanes parts[T][C] = {};
   for (int64_t s = 0; s < slots; s++) {
     Lanes value[C];
-    for (int i = 0; i < C; i++) value[i] = load(values + s * width + i * N);
+    for (int i = 0; i < C; i++) {
+      auto from = values + s * width + i * N;
+      if (i * N * sizeof(V) % LINE == 0) __builtin_prefetch((const char*)from + ahead, 0, 2);
+      value[i] = load(from);
+    }
     for (int t = 0; t < T; t++) {
       Lanes score = all_of(scores[t * room + s]);
       for (int i = 0; i < C; i++) parts[t][i] = fused(score, value[i], parts[t][i]);
@@ -543,17 +548,18 @@ inline void mix(const float* scores, int64_t room, const V* values, int64_t widt
 }
 
 // softmax(scale keys query) values, of T tokens of one sequence; the last one sees `slots` slots. later: each token before sees one
-// less, else as many.
+// less, else as many. next: keys that are likely to be read next.
 template <int T, class V>
-void attend(Scratch& own, const float* query, int64_t apart, const V* keys, const V* values, int64_t slots, bool later, int width,
-            float scale, float* y, int64_t across) {
-  constexpr int two = N == 16 && T == GROUP ? 2 : 1;
-  const int64_t room = (slots + N - 1) / N * N;
+void attend(Scratch& own, const float* query, int64_t apart, const V* keys, const V* values, int64_t slots, const V* next, bool later,
+            int width, float scale, float* y, int64_t across) {
+  constexpr int some = std::max(1, N / T);  // keys at once
+  const int64_t room = (slots + N - 1) / N * N, to_values = (char*)values - (char*)keys, to_next = (char*)next - (char*)values;
   const int whole = width / N * N;
   float *scores = own.scores.grow(T * room), total[T];
   int64_t key = 0;
-  for (; key + two <= slots; key += two) dots<two, T>(keys + key * width, width, query, apart, whole, scores + key, room);
-  for (; key < slots; key++) dots<1, T>(keys + key * width, width, query, apart, whole, scores + key, room);
+  for (; key + some <= slots; key += some)
+    dots<some, T>(keys + key * width, width, query, apart, whole, to_values, scores + key, room);
+  for (; key < slots; key++) dots<1, T>(keys + key * width, width, query, apart, whole, to_values, scores + key, room);
   for (int t = 0; t < T; t++) {
     float* score = scores + t * room;
     const int64_t seen = slots - (later ? T - 1 - t : 0);
@@ -576,9 +582,13 @@ void attend(Scratch& own, const float* query, int64_t apart, const V* keys, cons
     total[t] = sum(sums);
   }
   int at = 0;
-  for (constexpr int C = T == 1 ? 4 : 2; at + C * N <= whole; at += C * N)
-    mix<T, C>(scores, room, values + at, width, slots, total, y + at, across);
-  for (; at < whole; at += N) mix<T, 1>(scores, room, values + at, width, slots, total, y + at, across);
+  auto mixed = [&](auto registers) {
+    constexpr int C = decltype(registers)::value;
+    for (; at + C * N <= whole; at += C * N) mix<T, C>(scores, room, values + at, width, slots, to_next, total, y + at, across);
+  };
+  if (T == 1) mixed(std::integral_constant<int, 4>{});
+  mixed(std::integral_constant<int, 2>{});
+  mixed(std::integral_constant<int, 1>{});
   for (int t = 0; t < T; t++)
     for (int i = whole; i < width; i++) {
       float part = 0;
@@ -601,12 +611,14 @@ void attend_all(const Member& me, const std::vector<Piece>& pieces, int heads, i
     float *from = query + first * apart + head * width, *to = y + first * across + head * width;
     for (int t = first; t <= last; t++) before(t, query + t * apart + head * width);
     auto [keys, values, slots] = seen(last, head);
+    const int after = std::min<int>(i + 1, pieces.size() * heads - 1);
+    const auto next = seen(pieces[after / heads].first, after % heads).keys;
     if (!slots)
       for (int t = first; t <= last; t++) std::fill(y + t * across + head * width, y + t * across + (head + 1) * width, 0.f);
     else if (first == last)
-      attend<1>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+      attend<1>(me.own, from, apart, keys, values, slots, next, later, width, scale, to, across);
     else
-      attend<GROUP>(me.own, from, apart, keys, values, slots, later, width, scale, to, across);
+      attend<GROUP>(me.own, from, apart, keys, values, slots, next, later, width, scale, to, across);
   });
 }
 
@@ -618,13 +630,13 @@ struct Seen {
 
 void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
   const int n = c.n_tokens, width = c.width;
-  float *from = c.states, *to[] = {all.added.data, all.delta.data};
+  float *states = all.states.data, *from = states, *to[] = {all.added.data, all.delta.data};
   for (int layer = 0; layer < s.input->depth; layer++) {
     const bool last = layer == s.input->depth - 1, residual = last && s.input->residual;
     const Matrix& m = s.input->layers[layer];
     auto laid = lay_out(me, all, m, n, [&](int t, float* x) { memcpy(x, from + (int64_t)t * width, width * sizeof(float)); });
     if (s.input->depth == 1) me.meet();  // all have read what is about to change
-    float* out = last ? c.states : to[layer % 2];
+    float* out = last ? states : to[layer % 2];
     multiply(me, m, laid, n, [&](int t, int j, float y) {
       int64_t place = (int64_t)t * width + j;
       out[place] = residual ? out[place] + y : y < 0 ? 0 : y;
@@ -638,7 +650,7 @@ void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, 
   const Block& b = *s.block;
   const int n = c.n_tokens, width = c.width, head = b.head_width, group = b.heads / b.key_heads;
   const int keys_at = b.heads * head, values_at = keys_at + b.key_heads * head, hidden = b.gate.out;
-  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = c.states;
+  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = all.states.data;
   auto keys_of = [&](const Token& token, int key_head) {
     return (V*)token.cache + ((int64_t)s.layer * 2 * b.key_heads + key_head) * token.room * head;
   };
@@ -685,7 +697,7 @@ template <class V>
 void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece>& pieces, Shared& all, const Member& me) {
   const Link& l = *s.link;
   const int n = c.n_tokens, width = c.width, head = l.head_width, heads = l.heads * head;
-  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = c.states;
+  float *mixed = all.mixed.data, *attended = all.attended.data, *inner = all.inner.data, *h = all.states.data;
   float *added = all.added.data, *delta = all.delta.data;
   auto add = [&](int64_t place, bool sees, float y) {  // links of one junction read the same states
     delta[place] = (first ? 0 : delta[place]) + (sees ? y : 0);
@@ -756,7 +768,10 @@ extern "C" void zipper_step(const Call* call) {
   }
   auto grow = [&](Buffer& part, size_t width) { part.grow(width * c.n_tokens); };
   grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, c.width), grow(all.delta, c.width);
-  grow(all.laid, laid);
+  grow(all.laid, laid), grow(all.states, c.width);
+  for (int64_t t = 0; t < c.n_tokens; t++)
+    for (int64_t i = 0, at = c.tokens[t].id * c.width; i < c.width; i++)
+      all.states.data[t * c.width + i] = c.half ? number(((const uint16_t*)c.table)[at + i]) : ((const float*)c.table)[at + i];
   const auto pieces = pieces_of(c);
   Shared& shared = all;  // a thread_local name means another thing in every thread
   Team team(c.threads);
@@ -768,7 +783,7 @@ extern "C" void zipper_step(const Call* call) {
     for (int i = 0; i < c.n_stages; i++) {
       const Stage& s = c.stages[i];
       // Nobody changes the states before all have met again.
-      if (s.keep && !me.rank) memcpy(s.keep, c.states, (size_t)c.n_tokens * c.width * sizeof(float));
+      if (s.keep && !me.rank) memcpy(s.keep, shared.states.data, (size_t)c.n_tokens * c.width * sizeof(float));
       if (s.input) run_input(c, s, shared, me);
       if (s.link) (s.half ? run_link<uint16_t> : run_link<float>)(c, s, first, pieces, shared, me);
       if (s.block) (c.half ? run_block<uint16_t> : run_block<float>)(c, s, pieces, shared, me);
@@ -776,14 +791,14 @@ extern "C" void zipper_step(const Call* call) {
     }
     if (c.n_spoken) {
       auto laid = lay_out(me, shared, c.head, c.n_spoken, [&](int t, float* x) {
-        normalise(c.norm, c.states + (int64_t)c.spoken[t] * c.width, c.width, x);
+        normalise(c.norm, shared.states.data + (int64_t)c.spoken[t] * c.width, c.width, x);
       });
       multiply(me, c.head, laid, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
     }
   }
 }
 
-// y = m x, of tokens. x: tokens, in. y: tokens, out.
+// y = m x, of tokens, the bias included. x: tokens, in. y: tokens, out.
 extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tokens, int32_t threads, float* y) {
   const Matrix& m = *matrix;
   static thread_local Shared all;
