@@ -173,6 +173,14 @@ inline float sum(Lanes v) {
 #endif
 }
 
+inline float largest(Lanes v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  return *std::max_element((const float*)&v, (const float*)&v + N);
+#endif
+}
+
 // Of N vectors the sum of each, in the order in which `sum` adds.
 inline Lanes sums(const Lanes* parts) {
   Lanes found;
@@ -222,7 +230,7 @@ inline Part held(Part x) {
 
 // --- products ---
 
-// What G numbers of N rows and of a token add to sums. X: the form in which a token's numbers are laid out for it.
+// What G numbers of N rows and of a token add to sums. X: the form in which a token's n numbers are laid out for it, zeros behind.
 struct F32 {
   typedef float W;
   typedef float X;
@@ -230,7 +238,7 @@ struct F32 {
   static Lanes rows(const W* w) { return load(w); }
   static Lanes token(const X* x) { return all_of(*x); }
   static Lanes add(Lanes sum, Lanes w, Lanes x) { return fused(w, x, sum); }
-  static void lay(const float* from, int64_t n, X* to) { memcpy(to, from, n * sizeof(X)); }
+  static void lay(const float* from, int64_t n, int64_t width, X* to) { std::fill(std::copy(from, from + n, to), to + width, 0.f); }
 };
 
 struct I8 : F32 {
@@ -260,8 +268,12 @@ struct B16 {
     return (__m512bh)_mm512_set1_epi32(both);
   }
   static Lanes add(Lanes sum, __m512bh w, __m512bh x) { return (Lanes)_mm512_dpbf16_ps((__m512)sum, w, x); }
-  static void lay(const float* from, int64_t n, X* to) {
-    for (int64_t i = 0; i < n; i++) put(from[i], to + i);
+  static void lay(const float* from, int64_t n, int64_t width, X* to) {
+    auto first = [](int64_t some) { return _cvtu32_mask16(some < N ? (1 << some) - 1 : 0xffff); };
+    for (int64_t i = 0; i < width; i += N) {
+      const auto rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(n - i), from + i));
+      _mm256_mask_storeu_epi16(to + i, first(width - i), (__m256i)rounded);
+    }
   }
 };
 #else
@@ -294,10 +306,11 @@ int64_t apart_of(const Matrix& m) {
 // Numbers of memory, in float32's size, for so many tokens.
 inline size_t laid_size(const Matrix& m, int tokens) { return (size_t)tokens * apart_of<F32>(m); }
 
-// What n columns of a panel and some tokens, `apart` apart, add to y, or put there. y: tokens, PANEL.
+// What n columns of a panel and some tokens, `apart` apart, add to y, or put there. y: tokens, PANEL. ahead: bytes by which columns
+// are fetched before they are read, into the second cache: more is on its way to it at a time than to the first.
 template <class K, int tokens>
-inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, bool more, float* y) {
-  constexpr int column = PANEL * K::G, ahead = tokens == 1 ? 4096 : 8192;  // bytes; into the second cache: more is on its way to it
+inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, int64_t ahead, bool more, float* y) {
+  constexpr int column = PANEL * K::G;
   Lanes sums[tokens][R] = {};
   for (int64_t i = 0; i < n; i += K::G, w += column) {
     for (int byte = 0; byte < column * (int)sizeof(*w); byte += LINE) __builtin_prefetch((const char*)w + ahead + byte, 0, 2);
@@ -315,12 +328,14 @@ inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, 
     }
 }
 
-// The same of any number of tokens.
+// The same of any number of tokens. The first of them wait for memory; while the others pass, what comes behind is fetched.
 template <class K, int at_once = TOKENS>
-inline void meet_all(const typename K::W* w, const typename K::X* x, int64_t apart, int tokens, int64_t n, bool more, float* y) {
-  int t = 0;
-  for (; t + at_once <= tokens; t += at_once) meet<K, at_once>(w, x + t * apart, apart, n, more, y + t * PANEL);
-  if constexpr (at_once > 1) meet_all<K, at_once / 2>(w, x + t * apart, apart, tokens - t, n, more, y + t * PANEL);
+inline void meet_all(const typename K::W* w, const typename K::X* x, int64_t apart, int t, int tokens, int64_t n, bool more, float* y) {
+  for (; t + at_once <= tokens; t += at_once) {
+    const int64_t ahead = t ? n * PANEL * sizeof(*w) : at_once == 1 ? 4096 : 8192;
+    meet<K, at_once>(w, x + t * apart, apart, n, ahead, more, y + t * PANEL);
+  }
+  if constexpr (at_once > 1) meet_all<K, at_once / 2>(w, x, apart, t, tokens, n, more, y);
 }
 
 // A panel's product with tokens that are laid out. y: tokens, PANEL.
@@ -330,7 +345,7 @@ void product(const Matrix& m, const void* laid, int from, int tokens, int panel,
   const int64_t width = width_of<K>(m), apart = apart_of<K>(m);
   const auto w = (const typename K::W*)m.weight + panel * PANEL * width;
   const auto x = (const typename K::X*)laid + from * apart;
-  for (int64_t i = 0; i < width; i += part) meet_all<K>(w + i * PANEL, x + i, apart, tokens, std::min(part, width - i), i, y);
+  for (int64_t i = 0; i < width; i += part) meet_all<K>(w + i * PANEL, x + i, apart, 0, tokens, std::min(part, width - i), i, y);
 }
 
 // --- parts of a step; every thread calls them ---
@@ -410,27 +425,22 @@ struct Member {
   }
 };
 
-// All tokens as the matrix wants them; fill(token, row): its numbers. Few tokens are laid out by each thread for itself, which is
+// All tokens as the matrix wants them; row(token, room): where its numbers stand, perhaps in the room. Few tokens are laid out by each thread for itself, which is
 // cheaper than to meet.
-template <class K, class Fill>
-void lay_out(const Member& me, const Matrix& m, int first, int tokens, int step, Fill fill, float* laid) {
-  const int64_t width = width_of<K>(m);
-  float* row = me.own.row.grow(width);
-  row[width - 1] = 0;  // where a row was filled up
-  for (int t = first; t < tokens; t += step) {
-    fill(t, row);
-    K::lay(row, width, (typename K::X*)laid + t * apart_of<K>(m));
-  }
+template <class K, class Row>
+void lay_out(const Member& me, const Matrix& m, int first, int tokens, int step, Row row, float* laid) {
+  float* room = me.own.row.grow(m.in);
+  for (int t = first; t < tokens; t += step) K::lay(row(t, room), m.in, width_of<K>(m), (typename K::X*)laid + t * apart_of<K>(m));
 }
 
-template <class Fill>
-const float* lay_out(const Member& me, Shared& all, const Matrix& m, int tokens, Fill fill) {
+template <class Row>
+const float* lay_out(const Member& me, Shared& all, const Matrix& m, int tokens, Row row) {
   const bool few = tokens <= FEW;
   float* laid = few ? me.own.laid.grow(laid_size(m, tokens)) : all.laid.data;
   const int first = few ? 0 : me.rank, step = few ? 1 : me.size;
-  if (m.kind == 0) lay_out<F32>(me, m, first, tokens, step, fill, laid);
-  if (m.kind == 1) lay_out<B16>(me, m, first, tokens, step, fill, laid);
-  if (m.kind == 2) lay_out<I8>(me, m, first, tokens, step, fill, laid);
+  if (m.kind == 0) lay_out<F32>(me, m, first, tokens, step, row, laid);
+  if (m.kind == 1) lay_out<B16>(me, m, first, tokens, step, row, laid);
+  if (m.kind == 2) lay_out<I8>(me, m, first, tokens, step, row, laid);
   if (!few) me.meet();
   return laid;
 }
@@ -473,7 +483,7 @@ void multiply(const Member& me, const Matrix& m, const float* laid, int tokens, 
   });
 }
 
-void normalise(const Norm& norm, const float* x, int width, float* y) {
+const float* normalise(const Norm& norm, const float* x, int width, float* y) {
   float mean = 0, square = 0;
   if (norm.bias) {
 #pragma omp simd reduction(+ : mean)
@@ -484,6 +494,7 @@ void normalise(const Norm& norm, const float* x, int width, float* y) {
   for (int i = 0; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
   float factor = 1 / std::sqrt(square / width + norm.eps);
   for (int i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0);
+  return y;
 }
 
 // Rotary positions, halves paired: the halves of `sin` have opposite signs.
@@ -502,15 +513,13 @@ template <int keys, int queries, class V>
 inline void dots(const V* key, int64_t width, const float* query, int64_t apart, int64_t n, int64_t ahead, float* y, int64_t across) {
   Lanes parts[keys * queries] = {};
   for (int64_t i = 0; i < n; i += N) {
-    Lanes rows[keys];
+    Lanes numbers[queries];
+    for (int t = 0; t < queries; t++) numbers[t] = held(load(query + t * apart + i));
     for (int r = 0; r < keys; r++) {
-      auto from = key + r * width + i;
+      const auto from = key + r * width + i;
       if (i * sizeof(V) % LINE == 0) __builtin_prefetch((const char*)from + ahead, 0, 2);
-      rows[r] = load(from);
-    }
-    for (int t = 0; t < queries; t++) {
-      Lanes numbers = held(load(query + t * apart + i));
-      for (int r = 0; r < keys; r++) parts[t * keys + r] = fused(rows[r], numbers, parts[t * keys + r]);
+      const Lanes row = load(from);
+      for (int t = 0; t < queries; t++) parts[t * keys + r] = fused(row, numbers[t], parts[t * keys + r]);
     }
   }
   float found[keys * queries];
@@ -572,9 +581,9 @@ void attend(Scratch& own, const float* query, int64_t apart, const V* keys, cons
       top = scaled > top ? scaled : top;
       memcpy(score + s, &scaled, sizeof scaled);
     }
-    for (int i = 1; i < N; i++) top[0] = std::max(top[0], top[i]);
+    const float most = largest(top);
     for (int64_t s = 0; s < seen; s += N) {
-      Lanes share = exponential(load(score + s) - top[0]);
+      Lanes share = exponential(load(score + s) - most);
       memcpy(score + s, &share, sizeof share);
     }
     std::fill(score + seen, score + room, 0.f);
@@ -634,7 +643,7 @@ void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
   for (int layer = 0; layer < s.input->depth; layer++) {
     const bool last = layer == s.input->depth - 1, residual = last && s.input->residual;
     const Matrix& m = s.input->layers[layer];
-    auto laid = lay_out(me, all, m, n, [&](int t, float* x) { memcpy(x, from + (int64_t)t * width, width * sizeof(float)); });
+    auto laid = lay_out(me, all, m, n, [&](int t, float*) { return from + (int64_t)t * width; });
     if (s.input->depth == 1) me.meet();  // all have read what is about to change
     float* out = last ? states : to[layer % 2];
     multiply(me, m, laid, n, [&](int t, int j, float y) {
@@ -654,7 +663,7 @@ void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, 
   auto keys_of = [&](const Token& token, int key_head) {
     return (V*)token.cache + ((int64_t)s.layer * 2 * b.key_heads + key_head) * token.room * head;
   };
-  auto normal = lay_out(me, all, b.qkv, n, [&](int t, float* x) { normalise(b.norm, h + (int64_t)t * width, width, x); });
+  auto normal = lay_out(me, all, b.qkv, n, [&](int t, float* room) { return normalise(b.norm, h + (int64_t)t * width, width, room); });
   multiply(me, b.qkv, normal, n, [&](int t, int j, float y) { mixed[(int64_t)t * b.qkv.out + j] = y; });
   me.share(n * b.key_heads, [&](int i) {  // keys and values first: a later token of the same sequence sees them
     int t = i / b.key_heads, k = i % b.key_heads;
@@ -674,9 +683,9 @@ void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, 
     return Seen<V>{keys, keys + b.key_heads * c.tokens[t].room * head, c.tokens[t].past + 1};
   };
   attend_all<V>(me, pieces, b.heads, head, b.scale, true, mixed, b.qkv.out, attended, keys_at, before, seen);
-  auto said = lay_out(me, all, b.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * keys_at, keys_at * sizeof(float)); });
+  auto said = lay_out(me, all, b.out, n, [&](int t, float*) { return attended + (int64_t)t * keys_at; });
   multiply(me, b.out, said, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
-  auto ahead = lay_out(me, all, b.gate, n, [&](int t, float* x) { normalise(b.second, h + (int64_t)t * width, width, x); });
+  auto ahead = lay_out(me, all, b.gate, n, [&](int t, float* room) { return normalise(b.second, h + (int64_t)t * width, width, room); });
   float *gate = me.own.some.grow(BLOCK * PANEL), *up = me.own.more.grow(BLOCK * PANEL);
   share_out(me, n, hidden, [&](int from, int some, int panel) {
     some_rows(b.gate, ahead, from, some, panel, gate);
@@ -689,7 +698,7 @@ void run_block(const Call& c, const Stage& s, const std::vector<Piece>& pieces, 
     const int first = panel * PANEL, m = std::min(PANEL, hidden - first);
     for (int t = 0; t < some; t++) memcpy(inner + (int64_t)(from + t) * hidden + first, gate + t * PANEL, m * sizeof(float));
   });
-  auto gated = lay_out(me, all, b.down, n, [&](int t, float* x) { memcpy(x, inner + (int64_t)t * hidden, hidden * sizeof(float)); });
+  auto gated = lay_out(me, all, b.down, n, [&](int t, float*) { return inner + (int64_t)t * hidden; });
   multiply(me, b.down, gated, n, [&](int t, int j, float y) { h[(int64_t)t * width + j] += y; });
 }
 
@@ -703,7 +712,7 @@ void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece
     delta[place] = (first ? 0 : delta[place]) + (sees ? y : 0);
     if (s.last) h[place] += delta[place];
   };
-  auto normal = lay_out(me, all, l.query, n, [&](int t, float* x) { normalise(l.norm, h + (int64_t)t * width, width, x); });
+  auto normal = lay_out(me, all, l.query, n, [&](int t, float* room) { return normalise(l.norm, h + (int64_t)t * width, width, room); });
   multiply(me, l.query, normal, n, [&](int t, int j, float y) { mixed[(int64_t)t * heads + j] = y; });
   auto before = [&](int t, float* query) {
     if (s.cos) turn(query, head, s.cos + c.tokens[t].past * head, s.sin + c.tokens[t].past * head);
@@ -714,23 +723,21 @@ void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece
     return Seen<V>{(const V*)memory.keys + at, (const V*)memory.values + at, memory.slots};
   };
   attend_all<V>(me, pieces, l.heads, head, 1 / std::sqrt((float)head), false, mixed, heads, attended, heads, before, seen);
-  auto said = lay_out(me, all, l.out, n, [&](int t, float* x) { memcpy(x, attended + (int64_t)t * heads, heads * sizeof(float)); });
+  auto said = lay_out(me, all, l.out, n, [&](int t, float*) { return attended + (int64_t)t * heads; });
   if (!l.up.weight) {
     multiply(me, l.out, said, n, [&](int t, int j, float y) { add((int64_t)t * width + j, s.memory[t].slots, y); });
     return;
   }
   multiply(me, l.out, said, n, [&](int t, int j, float y) { added[(int64_t)t * width + j] = y; });
   float* sum = me.own.sum.grow(width);
-  auto ahead = lay_out(me, all, l.up, n, [&](int t, float* x) {
+  auto ahead = lay_out(me, all, l.up, n, [&](int t, float* room) {
     for (int i = 0; i < width; i++) sum[i] = h[(int64_t)t * width + i] + added[(int64_t)t * width + i];
-    normalise(l.second, sum, width, x);
+    return normalise(l.second, sum, width, room);
   });
   // The constants of gelu(x) = x (1 + erf(x / sqrt(2))) / 2 and the gates are in the matrices.
   auto gelu = [](Lanes y) { return y + y * error_function(y); };
   multiply(me, l.up, ahead, n, [&](int t, int j, float y) { inner[(int64_t)t * l.up.out + j] = y; }, gelu);
-  auto gated = lay_out(me, all, l.down, n, [&](int t, float* x) {
-    memcpy(x, inner + (int64_t)t * l.up.out, l.up.out * sizeof(float));
-  });
+  auto gated = lay_out(me, all, l.down, n, [&](int t, float*) { return inner + (int64_t)t * l.up.out; });
   multiply(me, l.down, gated, n, [&](int t, int j, float y) {
     int64_t place = (int64_t)t * width + j;
     add(place, s.memory[t].slots, added[place] + y);
@@ -790,8 +797,8 @@ extern "C" void zipper_step(const Call* call) {
       first = !s.link || s.last;
     }
     if (c.n_spoken) {
-      auto laid = lay_out(me, shared, c.head, c.n_spoken, [&](int t, float* x) {
-        normalise(c.norm, shared.states.data + (int64_t)c.spoken[t] * c.width, c.width, x);
+      auto laid = lay_out(me, shared, c.head, c.n_spoken, [&](int t, float* room) {
+        return normalise(c.norm, shared.states.data + (int64_t)c.spoken[t] * c.width, c.width, room);
       });
       multiply(me, c.head, laid, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
     }
@@ -809,7 +816,7 @@ extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tok
   {
     static thread_local Scratch own;
     Member me{team, omp_get_thread_num(), omp_get_num_threads(), own};
-    auto laid = lay_out(me, shared, m, tokens, [&](int t, float* row) { memcpy(row, x + (int64_t)t * m.in, m.in * sizeof(float)); });
+    auto laid = lay_out(me, shared, m, tokens, [&](int t, float*) { return x + (int64_t)t * m.in; });
     multiply(me, m, laid, tokens, [&](int t, int j, float number) { y[(int64_t)t * m.out + j] = number; });
   }
 }
