@@ -127,6 +127,9 @@ def test_a_read_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.
 def test_products_of_all_shapes(kind: str, bias: bool) -> None:
     """Rows that are no multiple of anything, rows longer than a part, several panels, more tokens than a block."""
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 3e-2}[kind]
+    before = Matrix([torch.nn.Linear(2112, 8, dtype=kind_of(kind))], Form(int8=kind == "int8", compiled=True))
+    for tokens in (1, 16, 131):
+        assert before(torch.full((tokens, 2112), torch.nan)).isnan().all(), "and in the memory that products share"
     for width, out in ((39, 13), (608, 145), (2112, 1000)):
         layer = torch.nn.Linear(width, out, bias, dtype=kind_of(kind))
         matrix = Matrix([layer], Form(int8=kind == "int8", compiled=True))
