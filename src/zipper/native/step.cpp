@@ -33,14 +33,14 @@ constexpr int N = 4;
 typedef float Lanes __attribute__((vector_size(4 * N)));
 typedef uint32_t Words __attribute__((vector_size(4 * N)));
 
-constexpr int PANEL = 32;           // rows of weights that lie together, and that a thread takes at once
-constexpr int R = PANEL / N;        // registers of a panel's column
-constexpr int TOKENS = N == 16 ? 8 : 8 / R;  // that meet it at once: for their sums there are registers
-constexpr int GROUP = 8;            // tokens of a sequence that attend at once
-constexpr int FEW = 16;             // tokens that wait for memory rather than for the processor
-constexpr int BLOCK = 64;           // tokens that stay in the second cache while all panels pass
-constexpr int PART = 2048;          // bytes of a token's numbers that meet a panel before the next ones do
-constexpr int LINE = 64;            // bytes of a line of the cache
+constexpr int PANEL = 32;     // rows of weights that lie together, and that a thread takes at once
+constexpr int R = PANEL / N;  // registers of a panel's column
+constexpr int TOKENS = N == 16 ? 8 : 8 / R;  // that meet a column at once: there are registers for their sums
+constexpr int GROUP = 8;      // tokens of a sequence that attend at once
+constexpr int FEW = 16;       // tokens that wait for memory rather than for the processor
+constexpr int BLOCK = 64;     // tokens that stay in the second cache while all panels pass
+constexpr int PART = 2048;    // bytes of a token's numbers that meet a panel before the next ones do
+constexpr int LINE = 64;      // bytes of a line of the cache
 
 struct Matrix {
   const void* weight;  // panels; of a panel column by column, of bfloat16 two columns at a time, of every row both its numbers
@@ -219,15 +219,6 @@ inline Lanes error_function(Lanes x) {
   return x < 0.f ? -y : y;
 }
 
-// In a register: GCC would rather load it again for every use.
-template <class Part>
-inline Part held(Part x) {
-#ifdef __AVX512F__
-  asm("" : "+v"(x));
-#endif
-  return x;
-}
-
 // --- products ---
 
 // What G numbers of N rows and of a token add to sums. X: the form in which a token's n numbers are laid out for it, zeros behind.
@@ -306,10 +297,10 @@ int64_t apart_of(const Matrix& m) {
 // Numbers of memory, in float32's size, for so many tokens.
 inline size_t laid_size(const Matrix& m, int tokens) { return (size_t)tokens * apart_of<F32>(m); }
 
-// What n columns of a panel and some tokens, `apart` apart, add to y, or put there. y: tokens, PANEL. ahead: bytes by which columns
+// What n columns of a panel and some tokens, `apart` apart, add to y (more) or put there. y: tokens, PANEL. ahead: bytes by which columns
 // are fetched before they are read, into the second cache: more is on its way to it at a time than to the first.
 template <class K, int tokens>
-inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, int64_t ahead, bool more, float* y) {
+inline void accumulate(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, int64_t ahead, bool more, float* y) {
   constexpr int column = PANEL * K::G;
   Lanes sums[tokens][R] = {};
   for (int64_t i = 0; i < n; i += K::G, w += column) {
@@ -330,12 +321,12 @@ inline void meet(const typename K::W* w, const typename K::X* x, int64_t apart, 
 
 // The same of any number of tokens. The first of them wait for memory; while the others pass, what comes behind is fetched.
 template <class K, int at_once = TOKENS>
-inline void meet_all(const typename K::W* w, const typename K::X* x, int64_t apart, int t, int tokens, int64_t n, bool more, float* y) {
+inline void accumulate_all(const typename K::W* w, const typename K::X* x, int64_t apart, int t, int tokens, int64_t n, bool more, float* y) {
   for (; t + at_once <= tokens; t += at_once) {
     const int64_t ahead = t ? n * PANEL * sizeof(*w) : at_once == 1 ? 4096 : 8192;
-    meet<K, at_once>(w, x + t * apart, apart, n, ahead, more, y + t * PANEL);
+    accumulate<K, at_once>(w, x + t * apart, apart, n, ahead, more, y + t * PANEL);
   }
-  if constexpr (at_once > 1) meet_all<K, at_once / 2>(w, x, apart, t, tokens, n, more, y);
+  if constexpr (at_once > 1) accumulate_all<K, at_once / 2>(w, x, apart, t, tokens, n, more, y);
 }
 
 // A panel's product with tokens that are laid out. y: tokens, PANEL.
@@ -345,7 +336,7 @@ void product(const Matrix& m, const void* laid, int from, int tokens, int panel,
   const int64_t width = width_of<K>(m), apart = apart_of<K>(m);
   const auto w = (const typename K::W*)m.weight + panel * PANEL * width;
   const auto x = (const typename K::X*)laid + from * apart;
-  for (int64_t i = 0; i < width; i += part) meet_all<K>(w + i * PANEL, x + i, apart, 0, tokens, std::min(part, width - i), i, y);
+  for (int64_t i = 0; i < width; i += part) accumulate_all<K>(w + i * PANEL, x + i, apart, 0, tokens, std::min(part, width - i), i, y);
 }
 
 // --- parts of a step; every thread calls them ---
@@ -505,6 +496,14 @@ void turn(float* x, int width, const float* cos, const float* sin) {
     x[i] = a * cos[i] + b * sin[i];
     x[i + half] = b * cos[i + half] + a * sin[i + half];
   }
+}
+
+// In a register: GCC would rather load it again for every use.
+inline Lanes held(Lanes x) {
+#ifdef __AVX512F__
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
 // Products of some keys, `width` apart, and queries, `apart` apart, of n numbers. y: queries, `across` apart, keys. ahead: bytes from
