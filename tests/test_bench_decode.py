@@ -1,6 +1,7 @@
 """What the decoding benchmark compares: arms that must say the same tokens do, and count what they read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,29 @@ def test_arms_that_compute_the_same_choose_the_same_tokens() -> None:
     choices = {arm: turn(arm)["choice"] for arm in {arm for pair in SAME for arm in pair} - {"static"}}  # it would compile
     assert [pair for pair in SAME if "static" not in pair and choices[pair[0]] != choices[pair[1]]] == []
     assert choices["zip"] != choices["blind"], "the source is seen"
+
+
+def test_what_cannot_see_goes_beside_the_tower_alone_on_the_same_weights() -> None:
+    said, arm = list[tuple[str, int, torch.Tensor]](), build(Settings("blind", "tiny", prompt=6))
+    assert arm.beside is not None
+
+    def heard(name: str, start: Callable[[], Callable[[int], torch.Tensor]]) -> Callable[[], Callable[[int], torch.Tensor]]:
+        def started() -> Callable[[int], torch.Tensor]:
+            step = start()
+
+            def counted(i: int) -> torch.Tensor:
+                said.append((name, i, step(i)))
+                return said[-1][2]
+
+            return counted
+
+        return started
+
+    found = timed(arm._replace(start=heard("blind", arm.start), beside=heard("alone", arm.beside)), IDS, "cpu", MEMORY)
+    assert [name for name, *_ in said[len(IDS) :]] == ["alone", "blind", "blind", "alone"] * 2
+    logits = {name: [row for who, _, row in said[len(IDS) :] if who == name] for name in ("alone", "blind")}
+    assert torch.equal(torch.stack(logits["alone"]), torch.stack(logits["blind"])), "links cost no bit while nothing is visible"
+    assert found["in_turn_s"] > 0 and found["beside_s"] > 0 and turn("bare")["beside_s"] == 0
 
 
 def test_the_other_arms_read_the_same_number_of_tokens() -> None:
