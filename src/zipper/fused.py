@@ -403,8 +403,9 @@ class Fused:
                 self._prepared.clear()
             prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
         kept = torch.empty(len(prepared.keeps), len(ids), tower.table.shape[1])
+        start, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
         for number, stage in enumerate(prepared.keeps):
-            stage.keep = kept.data_ptr() + number * kept[0].nbytes
+            stage.keep = start + number * size
         tokens = [
             (cache.held.data_ptr(), cache.held.shape[3], position, token)
             for _, cache, start, stop in places
