@@ -106,6 +106,29 @@ def test_the_pieces_in_which_it_is_read_change_no_bit(kind: str) -> None:
 
 
 @needs_compiler
+def test_defaults_of_torch_change_no_bit(model: Zipper) -> None:
+    """A narrower default type would make room for half of what the step writes; a default device, none."""
+    fast = Fused(model)
+
+    def read() -> Tensor:
+        session = fast.open(NAMES, NAMES)
+        fast.read("speech", [(session, [3] * 9)])
+        logits = fast.read("text", [(session, [5, 6])])[0]
+        assert logits is not None
+        return logits
+
+    wanted = read()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        found = read()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, wanted)
+
+
+@needs_compiler
 def test_a_read_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, calls, step = Fused(model), list[int](), native.step
 

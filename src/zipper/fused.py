@@ -402,7 +402,8 @@ class Fused:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
             prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
-        kept = torch.empty(len(prepared.keeps), len(ids), tower.table.shape[1])
+        shape = len(prepared.keeps), len(ids), tower.table.shape[1]
+        kept = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
         start, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
         for number, stage in enumerate(prepared.keeps):
             stage.keep = start + number * size

@@ -170,7 +170,7 @@ def step(
     """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32. stages, spoken: arrays of `Stage`
     and of c_int32. tokens: fields of `Token`. angles: cosine and signed sine of every position, for blocks. table: embeddings, in
     the dtype of the keys and values of blocks."""
-    logits = torch.empty(len(spoken), head.out)
+    logits = torch.empty((len(spoken), head.out), dtype=torch.float32, device="cpu")  # whatever the defaults are
     tensors = (part.data_ptr() for part in (*angles, table, logits))
     shape = (len(stages), len(tokens), len(spoken), table.shape[1], torch.get_num_threads(), table.dtype == torch.bfloat16)
     library().zipper_step(Call(stages, array(Token, tokens), spoken, *tensors, norm, head, *shape))

@@ -416,8 +416,8 @@ struct Member {
   }
 };
 
-// All tokens as the matrix wants them; row(token, room): where its numbers stand, perhaps in the room. Few tokens are laid out by each thread for itself, which is
-// cheaper than to meet.
+// All tokens as the matrix wants them; row(token, room): where its numbers stand, perhaps in the room. Few tokens are laid out by
+// each thread for itself, which is cheaper than to meet.
 template <class K, class Row>
 void lay_out(const Member& me, const Matrix& m, int first, int tokens, int step, Row row, float* laid) {
   float* room = me.own.row.grow(m.in);
