@@ -49,6 +49,14 @@ def test_what_cannot_see_goes_beside_the_tower_alone_on_the_same_weights() -> No
     assert found["in_turn_s"] > 0 and found["beside_s"] > 0 and turn("bare")["beside_s"] == 0
 
 
+def test_blind_by_bare_is_what_went_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {arm: [turn(arm)] for arm in ("blind", "bare")}
+    said["blind"][0] |= {"in_turn_s": 2.0, "beside_s": 1.0}
+    monkeypatch.setattr(decode, "take_turns", lambda *given: said)
+    (row,) = bench("tiny", 1, arms=["blind", "bare"])["ratios"]
+    assert (row["above"], row["below"], row["median"]) == ("blind", "bare", 0.5)
+
+
 def test_the_other_arms_read_the_same_number_of_tokens() -> None:
     for arm in ("int8", "expanded", "mllama", "streams"):
         found = turn(arm)

@@ -255,6 +255,17 @@ def test_another_activation_is_left_to_torch() -> None:
     assert_close(found, truth(model, [("text", i) for i in (3, 4, 5)], ["text"]))
 
 
+def test_weights_may_lie_in_any_order_of_memory() -> None:
+    model = Zipper.from_towers({"text": tiny_tower("llama")})
+    wanted = truth(model, [("text", i) for i in (3, 4, 5)], ["text"])
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+    fast = Fused(model)
+    (found,) = read(fast, [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5])]])
+    assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("wrong", [-1, 97])
 def test_ids_that_a_tower_does_not_know_are_refused_and_nothing_is_lost(wrong: int) -> None:
     fast = Fused(Zipper.from_towers({"text": tiny_tower("llama")}))

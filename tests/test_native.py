@@ -35,8 +35,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def made(dtype: torch.dtype = torch.float32) -> Zipper:
-    """Its heads are wider than several registers, and no multiple of one; its matrices have several panels, and parts of one."""
-    widths = {"text": 240, "speech": 160}
+    """Its heads take five registers (80), or two and a half (40); its matrices have several panels, and parts of one."""
+    widths = {"text": 320, "speech": 160}
     towers = {name: tiny_tower("llama", SEED[name], width, 4, VOCABULARY[name]) for name, width in widths.items()}
     model = Zipper.from_towers(towers, {"text": 2}, link=LinkConfig(head_width=40))
     wake(model, True)

@@ -404,9 +404,9 @@ class Fused:
             prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
         shape = len(prepared.keeps), len(ids), tower.table.shape[1]
         kept = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
-        start, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
+        place, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
         for number, stage in enumerate(prepared.keeps):
-            stage.keep = start + number * size
+            stage.keep = place + number * size
         tokens = [
             (cache.held.data_ptr(), cache.held.shape[3], position, token)
             for _, cache, start, stop in places
@@ -789,7 +789,8 @@ class _Link:
         keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
         if link.config.rotary:
             keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
-        fresh = Memory(*(part.new_empty(part.shape, dtype=self.shape.like.dtype).copy_(part) for part in (keys, values)))
+        kept = {"dtype": self.shape.like.dtype, "copy": True, "memory_format": torch.contiguous_format}
+        fresh = Memory(*(part.to(**kept) for part in (keys, values)))
         return fresh if memory is None else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
 
     def angles(self, length: int) -> Angles:

@@ -248,8 +248,9 @@ def build(settings: Settings) -> Arm:
     reader = Stepwise(model) if settings.arm == "steps" else Fused(model, **how)
     if settings.arm in ("bare", "blind"):
         arm = _ours(reader, list(towers), [], prompt, settings.batch)
-        alone = _ours(reader, ["text"], [], prompt, settings.batch)  # a graph for another row of the pool is another shape
-        return arm._replace(beside=alone.start) if settings.arm == "blind" and settings.device == "cpu" else arm
+        if settings.arm == "bare" or settings.device != "cpu":  # on CUDA a second session has another row, a graph of another shape
+            return arm
+        return arm._replace(beside=_ours(reader, ["text"], [], prompt, settings.batch).start)
     streams = settings.batch * (STREAMS if settings.arm == "streams" else 1)
     arm = _ours(reader, ["speech", "text"], source, prompt, streams)
     return arm._replace(prefill_flops=_zip_prefill(model, len(source), len(prompt)))
@@ -385,21 +386,22 @@ def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
         "prefill_flops": arm.prefill_flops,
         "read": read,
         "choice": float(choice),
-        **dict(zip(("in_turn_s", "beside_s"), _in_turn(arm, ids), strict=True)),
+        **_in_turn(arm, ids),
     }
 
 
-def _in_turn(arm: Arm, ids: Sequence[int]) -> tuple[float, float]:
+def _in_turn(arm: Arm, ids: Sequence[int]) -> Turn:
     """Seconds of the arm and of what goes beside it, token by token in turn: two processes with equal weights differ by 3 %."""
-    if arm.beside is None:
-        return 0.0, 0.0
-    steps, seconds = (arm.start(), arm.beside()), [0.0, 0.0]
-    for number, i in enumerate(ids):
-        for which in (0, 1) if number % 2 else (1, 0):
-            began = time.perf_counter()
-            steps[which](i)
-            seconds[which] += time.perf_counter() - began
-    return seconds[0], seconds[1]
+    seconds = {"in_turn_s": 0.0, "beside_s": 0.0}
+    if arm.beside is not None:
+        steps = list(zip(seconds, (arm.start(), arm.beside()), strict=True))
+        for i in ids:
+            steps.reverse()
+            for key, step in steps:
+                began = time.perf_counter()
+                step(i)
+                seconds[key] += time.perf_counter() - began
+    return seconds
 
 
 def main() -> None:

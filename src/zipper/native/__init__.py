@@ -26,7 +26,7 @@ from torch import Tensor
 
 #: Kinds of weights that it knows.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-#: Rows of weights that lie together, column by column; of bfloat16 two columns at a time.
+#: Rows of weights that lie together, column by column; of bfloat16 two columns at a time. As in step.cpp.
 PANEL = 32
 #: Bytes of memory that weights are laid out in at once, of a large page, of a line of the cache.
 CHUNK, LARGE, LINE = 64 << 20, 2 << 20, 64
@@ -120,11 +120,14 @@ def matrix(panels: Tensor, scale: Tensor | None, bias: Tensor | None, out: int, 
 
 
 def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns row together"]:
-    """A copy in panels, filled up by zeros, behind the weights that were laid out before it and in large pages: a step walks
-    through gigabytes in that order, and where pages are small it waits for addresses (a fifth of the bandwidth, docs/log.md)."""
+    """A copy in panels, filled up by zeros; together: 2 columns of bfloat16, else 1. It lies behind the weights that were laid out
+    before it and in large pages: a step walks through gigabytes in that order, and where pages are small it waits for addresses
+    (a fifth of the bandwidth, docs/log.md)."""
     global _free
     (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
-    panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).view(-(-out // PANEL), PANEL, -(-width // together), together)
+    panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).reshape(
+        -(-out // PANEL), PANEL, -(-width // together), together
+    )
     with _lock:
         if len(_free) < panels.nbytes:
             _free = _large_pages(max(panels.nbytes, CHUNK))
@@ -166,7 +169,7 @@ def step(
     table: Float[Tensor, "vocabulary width"],
     norm: Norm,
     head: Matrix,
-) -> Float[Tensor, "spoken words"]:
+) -> Float[Tensor, "spoken vocabulary"]:
     """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32. stages, spoken: arrays of `Stage`
     and of c_int32. tokens: fields of `Token`. angles: cosine and signed sine of every position, for blocks. table: embeddings, in
     the dtype of the keys and values of blocks."""

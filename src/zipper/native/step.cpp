@@ -297,8 +297,8 @@ int64_t apart_of(const Matrix& m) {
 // Numbers of memory, in float32's size, for so many tokens.
 inline size_t laid_size(const Matrix& m, int tokens) { return (size_t)tokens * apart_of<F32>(m); }
 
-// What n columns of a panel and some tokens, `apart` apart, add to y (more) or put there. y: tokens, PANEL. ahead: bytes by which columns
-// are fetched before they are read, into the second cache: more is on its way to it at a time than to the first.
+// What n columns of a panel and some tokens, `apart` apart, add to y (more) or put there. y: tokens, PANEL. ahead: bytes by which
+// columns are fetched before they are read, into the second cache: more is on its way to it at a time than to the first.
 template <class K, int tokens>
 inline void accumulate(const typename K::W* w, const typename K::X* x, int64_t apart, int64_t n, int64_t ahead, bool more, float* y) {
   constexpr int column = PANEL * K::G;
@@ -321,7 +321,8 @@ inline void accumulate(const typename K::W* w, const typename K::X* x, int64_t a
 
 // The same of any number of tokens. The first of them wait for memory; while the others pass, what comes behind is fetched.
 template <class K, int at_once = TOKENS>
-inline void accumulate_all(const typename K::W* w, const typename K::X* x, int64_t apart, int t, int tokens, int64_t n, bool more, float* y) {
+inline void accumulate_all(const typename K::W* w, const typename K::X* x, int64_t apart, int t, int tokens, int64_t n, bool more,
+                           float* y) {
   for (; t + at_once <= tokens; t += at_once) {
     const int64_t ahead = t ? n * PANEL * sizeof(*w) : at_once == 1 ? 4096 : 8192;
     accumulate<K, at_once>(w, x + t * apart, apart, n, ahead, more, y + t * PANEL);
