@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    Cache,
     DynamicCache,
     LlamaForCausalLM,
     MambaConfig,
@@ -21,7 +22,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from zipper import families
@@ -401,13 +403,13 @@ BERT = BertConfig(**SMALL, num_attention_heads=4, intermediate_size=32)
     ("cls", "config", "reason"),
     [
         (BertForMaskedLM, BERT, "no causal language model"),
-        (MambaForCausalLM, MambaConfig(**SMALL), "keeps no keys and values"),
+        (MambaForCausalLM, MambaConfig(**SMALL), "keeps more than keys and values|keeps no keys and values"),
         (T5ForConditionalGeneration, T5Config(vocab_size=97, d_model=32, d_ff=32), "no causal language model"),
         (LlamaModel, tiny_tower("llama").config, "no causal language model"),
     ],
 )
 def test_what_is_no_causal_transformer_is_refused(cls: Any, config: Any, reason: str) -> None:
-    with pytest.raises(UnsupportedTower, match=f"{cls.__name__}.*{reason}"):
+    with pytest.raises(UnsupportedTower, match=f"{cls.__name__}.*({reason})"):
         Tower(cls(config))
 
 
@@ -509,12 +511,13 @@ class Forgetful(LlamaDecoderLayer):
 class Between(LlamaModel):
     """Does something between its blocks."""
 
-    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Any, attention_mask: Any = None, **given: Any) -> Any:  # type: ignore[override]
         h = self.embed_tokens(input_ids)
         rotary = self.rotary_emb(h, torch.arange(h.shape[1])[None])
+        cache = next((value for value in given.values() if isinstance(value, Cache)), DynamicCache(config=self.config))
         for layer in self.layers:
-            h = layer(h, position_embeddings=rotary, past_key_values=past_key_values) * 1.01
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(h), past_key_values=DynamicCache(config=self.config))
+            h = layer(h, None, None, cache, position_embeddings=rotary) * 1.01
+        return BaseModelOutputWithPast(self.norm(h), cache)
 
 
 class Twice(LlamaModel):
@@ -535,6 +538,61 @@ class Peeking(LlamaDecoderLayer):
         after = hidden_states.roll(-1, 1)
         after[:, -4:] = 0
         return super().forward(hidden_states, *args, **kwargs) + after
+
+
+class Shelved(LlamaDecoderLayer):
+    """Takes its cache under a name that no release of transformers has."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        shelf: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        assert not kwargs
+        return super().forward(hidden_states, attention_mask, position_ids, shelf, position_embeddings=position_embeddings)
+
+
+class Shelving(LlamaModel):
+    """Gives its blocks a cache under their name, which is not its own."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, memories: Any = None) -> Any:  # type: ignore[override]
+        h = self.embed_tokens(input_ids)
+        read = 0 if memories is None else memories.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(read, read + h.shape[1], device=h.device)[None]
+        mask = create_causal_mask(self.config, h, attention_mask, memories, position_ids)
+        rotary = self.rotary_emb(h, position_ids)
+        for layer in self.layers:
+            h = layer(h, attention_mask=mask, position_ids=position_ids, shelf=memories, position_embeddings=rotary)
+        return self.norm(h)
+
+
+class Remembering(LlamaForCausalLM):
+    """Has a third name for it."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, souvenirs: Any = None, use_cache: Any = None
+    ) -> Any:
+        return CausalLMOutput(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids, souvenirs)))
+
+
+def test_a_cache_is_found_whatever_model_and_blocks_call_it() -> None:
+    model, plain = turned_into(Remembering, ""), tiny_tower("llama")
+    model.model.__class__ = Shelving
+    for layer in model.model.layers:
+        layer.__class__ = Shelved
+    tower, tokens = Tower(model), ids(2, 13)
+    tower.check()
+    assert (tower.cache_argument, tower.recorded) == ("souvenirs", False)
+    assert torch.equal(tower(Strand.alone(tokens)), plain(tokens).logits)
+    past, whole = tower.new_past(), Strand.alone(tokens)
+    steps = [tower(part(whole, start, stop), past) for start, stop in ((0, 9), (9, 13))]
+    assert torch.allclose(torch.cat(steps, 1), plain(tokens).logits, atol=1e-5)
+    assert past.cache.get_seq_length() == 13
 
 
 def turned_into(cls: type[Any], path: str) -> Any:

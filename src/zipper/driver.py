@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
@@ -28,14 +28,15 @@ SUM_NORMS = ("layernorm_embedding",)  # of token embedding and learned position 
 EMBEDDING_DROPOUTS = ("drop", "emb_dropout", "embd_dropout", "embed_dropout", "embedding_dropout")
 EMBEDDING_SCALES = ("embedding_multiplier", "embedding_scale")  # numbers; most models scale inside the embedding module
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f")
-PAST_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")  # GPT-NeoX swallows past_key_values silently
-LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "use_cache", *PAST_ARGUMENTS)
+LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "use_cache")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class UnsupportedTower(ZipperError):
     """A model that the driver cannot run exactly as the model runs itself."""
 
+
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block after the state: in order, by name
 Answer = Callable[[int, Tensor, Call], Any]
@@ -81,8 +82,15 @@ class Reading:
         return bool((self.slot_position == slot)[self.valid].all())
 
 
+class _Enough(Exception):
+    """Ends a dry pass that has said what was asked of it."""
+
+
 class Way(ABC):
-    """How one model is run part way, beside its blocks."""
+    """How one model is run part way, beside its blocks.
+
+    takes: the names of what the model's forward takes. cache_argument: that by which it takes a cache.
+    """
 
     offset = 0  # what the model's own positions begin with
     told = True  # whether it is told positions; else it counts them by itself
@@ -91,6 +99,8 @@ class Way(ABC):
         self.model, self.path = model, path
         self.config = model.config.get_text_config()
         self.kinds = tuple(getattr(self.config, "layer_types", None) or ["all"] * len(self.blocks))
+        self.takes = tuple(inspect.signature(model.forward).parameters)
+        self.cache_argument = ""
 
     @property
     def blocks(self) -> Any:
@@ -137,6 +147,59 @@ class Way(ABC):
                 )
         return made
 
+    def _few(self) -> Int[Tensor, "1 4"]:
+        """Ids that no model takes for padding."""
+        padding = getattr(self.config, "pad_token_id", None)
+        id = 0 if padding is None else (padding + 1) % self.config.vocab_size
+        return torch.full((1, 4), id, device=next(self.model.parameters()).device)
+
+    def _cache_arguments(self) -> tuple[str, tuple[str, ...]]:
+        """By which name the model's forward takes a cache, and by which each block is then given it.
+
+        Releases of transformers name it differently, and a block another way than its model, so no name stands here: a cache
+        is given to one argument after the other, until it is seen to arrive in every block.
+        """
+        found: list[str] = []
+
+        def note(index: int, h: Tensor, call: Call) -> Any:
+            block = self.blocks[index]
+            names = list(inspect.signature(block.forward).parameters)[1:]
+            arguments = {**dict(zip(names, call[0], strict=False)), **call[1]}
+            arrived = [name for name, value in arguments.items() if _holds(value, cache)]
+            if len(arrived) != 1:
+                raise _Enough
+            found.extend(arrived)
+            return block(h, *call[0], **call[1])
+
+        ids, (_, *arguments) = self._few(), inspect.signature(self.model.forward).parameters.values()
+        named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+        # Those whose name or type speaks of a cache first: most models are done after one pass.
+        for argument in sorted(named, key=lambda argument: "cache" not in str(argument).lower()):
+            cache = DynamicCache()
+            found.clear()
+            try:
+                self._dry(note, ids, {"use_cache": True, argument.name: cache})
+            except FAILURES:
+                continue
+            if len(found) == len(self.blocks):
+                return argument.name, tuple(found)
+        raise self._refusal("no cache of keys and values given to its forward reaches its blocks")
+
+    def _dry(self, answer: Answer, ids: Tensor, given: dict[str, Any]) -> Any:
+        """Output of the model's forward with stubs for blocks that return what `answer` says; None where that was _Enough."""
+        *path, last = self.path.split(".")
+        skeleton = owner = _shallow(self.model)
+        for name in path:
+            owner._modules[name] = owner = _shallow(owner._modules[name])
+        owner._modules[last] = nn.ModuleList(_Stub(block, index, answer) for index, block in enumerate(self.blocks))
+        try:
+            return skeleton(ids, **{name: value for name, value in given.items() if name in self.takes})
+        except _Enough:
+            return None
+
+    def _refusal(self, reason: str) -> UnsupportedTower:
+        return UnsupportedTower(f"{type(self.model).__name__} cannot be a tower: {reason}. Use another model.")
+
 
 @final
 class Attributes(Way):
@@ -146,7 +209,10 @@ class Attributes(Way):
         super().__init__(model, path)
         if unknown := {*self.kinds} - {*LAYER_TYPES, "all"}:
             raise UnsupportedTower(f"{type(model).__name__} has blocks of type {sorted(unknown)}.")
-        self._accepts = tuple(_layer_arguments(type(model).__name__, block) for block in self.blocks)
+        self.cache_argument, self._cached_as = self._cache_arguments()
+        self._accepts = tuple(
+            _layer_arguments(type(model).__name__, block, cache) for block, cache in zip(self.blocks, self._cached_as, strict=True)
+        )
 
     @property
     def body(self) -> Any:
@@ -182,11 +248,11 @@ class Attributes(Way):
         else:
             masks = self.masks(reading, h)
         rotary = {kind: self._rotary(kind, h, reading.position) for kind in kinds}
-        shared = {"position_ids": reading.position, "use_cache": cache is not None} | dict.fromkeys(PAST_ARGUMENTS, cache)
+        shared = {"position_ids": reading.position, "use_cache": cache is not None}
         calls = []
-        for kind, names in zip(self.kinds, self._accepts, strict=True):
+        for kind, names, cached_as in zip(self.kinds, self._accepts, self._cached_as, strict=True):
             given = shared | {"attention_mask": masks[kind], "position_embeddings": rotary[kind]}
-            calls.append(((), {name: given[name] for name in names}))
+            calls.append(((), {name: given[name] for name in names} | {cached_as: cache}))
         return Pass(tuple(calls))
 
     def unembed(self, h: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
@@ -213,10 +279,6 @@ class Attributes(Way):
         return rotary(h, position, kind) if by_type else rotary(h, position)
 
 
-class _Enough(Exception):
-    """Ends a dry pass that has said what was asked of it."""
-
-
 @final
 class Recorded(Way):
     """By dry passes of the model's own forward, in which stubs take the place of the blocks.
@@ -227,13 +289,9 @@ class Recorded(Way):
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         super().__init__(model, path)
-        self._takes = tuple(inspect.signature(model.forward).parameters)
         self._forms: list[int] = []  # what each block returns: a tuple of so many, or 0 for the state itself
         layers, width = len(self.blocks), self.config.hidden_size
-        first = getattr(self.config, "pad_token_id", None)
-        ids = torch.full(
-            (1, 4), 0 if first is None else (first + 1) % self.config.vocab_size, device=next(model.parameters()).device
-        )
+        ids, first = self._few(), getattr(self.config, "pad_token_id", None)
 
         def learn(index: int, h: Tensor, call: Call) -> Any:
             if index != len(self._forms):
@@ -247,13 +305,14 @@ class Recorded(Way):
         output = self._dry(learn, ids, {"use_cache": True})
         if len(self._forms) != layers:
             raise self._refusal(f"its forward runs {len(self._forms)} of its {layers} blocks")
-        cache = getattr(output, "past_key_values", None)
-        if not isinstance(cache, Cache):
+        cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+        if cache is None:
             raise self._refusal("it keeps no keys and values of what it has read")
         kept = cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers
         if other := {type(layer).__name__ for layer in kept if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}:
             raise self._refusal(f"of what it has read it keeps more than keys and values ({', '.join(sorted(other))})")
-        self.told = "position_ids" in self._takes
+        self.cache_argument, _ = self._cache_arguments()
+        self.told = "position_ids" in self.takes
         if first is not None and self.told:
             bare = self._first(ids, {})
             for start in (first + 1, 0):
@@ -296,7 +355,7 @@ class Recorded(Way):
 
     def _given(self, reading: Reading) -> dict[str, Any]:
         """Arguments of the model's forward. Without padding it is called as simply as possible: it counts by itself."""
-        given = {"past_key_values": reading.cache, "use_cache": reading.cache is not None}
+        given = {self.cache_argument: reading.cache, "use_cache": reading.cache is not None}
         if not (reading.valid.all() and reading.by_slots):
             given |= {"attention_mask": reading.valid.long(), "position_ids": reading.position + self.offset}
         return given
@@ -312,18 +371,6 @@ class Recorded(Way):
         self._dry(note, ids, given)
         return found[0]
 
-    def _dry(self, answer: Answer, ids: Tensor, given: dict[str, Any]) -> Any:
-        """Output of the model's forward with stubs for blocks that return what `answer` says; None where that was _Enough."""
-        *path, last = self.path.split(".")
-        skeleton = owner = _shallow(self.model)
-        for name in path:
-            owner._modules[name] = owner = _shallow(owner._modules[name])
-        owner._modules[last] = nn.ModuleList(_Stub(block, index, answer) for index, block in enumerate(self.blocks))
-        try:
-            return skeleton(ids, **{name: value for name, value in given.items() if name in self._takes})
-        except _Enough:
-            return None
-
     def _returned(self, index: int, h: Tensor) -> Any:
         """A state in the form in which this block returns one."""
         return (h, *[None] * (self._forms[index] - 1)) if self._forms[index] else h
@@ -338,9 +385,6 @@ class Recorded(Way):
         if "attention_mask" not in named:
             raise self._refusal("its blocks take no attention mask")
         return given, named | {"attention_mask": mask}
-
-    def _refusal(self, reason: str) -> UnsupportedTower:
-        return UnsupportedTower(f"{type(self.model).__name__} cannot be a tower: {reason}. Use another model.")
 
 
 @final
@@ -386,15 +430,20 @@ def block_lists(model: PreTrainedModel, layers: int) -> list[str]:
     return found
 
 
-def _layer_arguments(name: str, block: nn.Module) -> tuple[str, ...]:
-    """Which of LAYER_ARGUMENTS a block takes."""
+def _holds(value: Any, cache: Cache) -> bool:
+    """Whether an argument is this cache, or the pair of caches of a model that could also have an encoder."""
+    return value is cache or (isinstance(value, EncoderDecoderCache) and value.self_attention_cache is cache)
+
+
+def _layer_arguments(name: str, block: nn.Module, cache: str) -> tuple[str, ...]:
+    """Which of LAYER_ARGUMENTS a block takes beside the state and its cache."""
     _, *parameters = inspect.signature(block.forward).parameters.values()  # the first one is the hidden states
     takes = tuple(p.name for p in parameters if p.name in LAYER_ARGUMENTS)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if missing := [p.name for p in named if p.default is p.empty and p.name not in takes]:
+    if missing := [p.name for p in named if p.default is p.empty and p.name not in (*takes, cache)]:
         raise UnsupportedTower(f"{name}'s blocks want {', '.join(missing)}, which zipper does not know how to give.")
-    if "attention_mask" not in takes or not set(takes) & set(PAST_ARGUMENTS):
-        raise UnsupportedTower(f"{name}'s blocks take no attention mask or no key/value cache. Give an attention model.")
+    if "attention_mask" not in takes:
+        raise UnsupportedTower(f"{name}'s blocks take no attention mask. Give an attention model.")
     return takes
 
 

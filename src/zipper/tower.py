@@ -6,7 +6,6 @@ or other towers.
 """
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from zipper import hub
-from zipper.driver import Attributes, Pass, Reading, Recorded, Way, block_lists
+from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists
 from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.errors import ZipperError as ZipperError
 
@@ -28,7 +27,6 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 OTHER_WINDOWS = ("window_size", "sliding_window_size", "attention_window_size")  # inside the blocks
 LONGEST_CHECKED_WINDOW = 256  # tokens; check() reads past windows of up to this, so that it stays cheap for real models
 CASES = {"unpadded rows": 0, "left-padded rows": 3}  # what is compared bit by bit, tokens of padding
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # What a tower can read, each with what stands before it: one document from the first slot on (there may be padding on its
 # right), padding on the left, several documents in a row or padding inside one.
@@ -220,6 +218,11 @@ class Tower(nn.Module):
         return self._way.blocks
 
     @property
+    def cache_argument(self) -> str:
+        """The name by which the model's own forward takes a cache (transformers renamed it more than once)."""
+        return self._way.cache_argument
+
+    @property
     def config(self) -> Any:
         """The text model's configuration."""
         return self.model.config.get_text_config()
@@ -381,19 +384,18 @@ class Tower(nn.Module):
         """Rows, the last one with so much padding on the left; positions as the model itself would count them there."""
         document = torch.zeros_like(ids)
         document[-1, :padding] = -1
-        if self.rows != "unpadded" and "position_ids" in inspect.signature(self.model.forward).parameters:
+        if self.rows != "unpadded" and "position_ids" in self._way.takes:
             return Strand.alone(ids, document)
         slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return Strand(ids, slots, slots, document)
 
     def _own(self, ids: Tensor, valid: Tensor, position: Tensor, cache: Any) -> Tensor:
         """The model's own logits; without padding they are asked for as simply as possible."""
-        given = {"past_key_values": cache, "use_cache": cache is not None}
+        given = {self.cache_argument: cache, "use_cache": cache is not None}
         if not valid.all():
             given |= {"attention_mask": valid.long(), "position_ids": position + self._way.offset}
-        takes = inspect.signature(self.model.forward).parameters
         model: Any = self.model
-        logits: Tensor = model(ids, **{name: value for name, value in given.items() if name in takes}).logits
+        logits: Tensor = model(ids, **{name: value for name, value in given.items() if name in self._way.takes}).logits
         return logits
 
     def _compare(self, case: str, strand: Strand, steps: tuple[int, ...], past: Past | None = None) -> list[Tensor]:

@@ -224,11 +224,11 @@ def _writes(trial: _Trial, name: str) -> Found:
     ((found,),) = generate(recorder, [[Segment(name, prompt)]], [name], Sampling(), {name: most})
 
     begin, end = trial.model.ends()[name]
-    own, cache = trial.model.tower(name), DynamicCache()
+    own, cache, tower = trial.model.tower(name), DynamicCache(), _tower(trial.model, name)
 
     def read(ids: list[int]) -> Tensor:
-        given = torch.tensor([ids], device=_tower(trial.model, name).device)
-        logits: Tensor = own(given, past_key_values=cache, use_cache=True).logits
+        given = torch.tensor([ids], device=tower.device)
+        logits: Tensor = own(given, **{tower.cache_argument: cache}, use_cache=True).logits
         return logits[:, -1:].cpu()
 
     read([begin, *prompt, end])

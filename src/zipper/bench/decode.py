@@ -5,6 +5,7 @@ Random weights from configurations: speed does not depend on them. Every arm is 
 choice, so that all do the same work; before that, arms that compute the same thing must choose the same tokens.
 """
 
+import inspect
 import json
 import os
 import statistics
@@ -313,10 +314,11 @@ def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
     cache, and compiled; 0 = a dynamic one."""
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if room else model.forward
+    named = _cache_argument(model)
 
     def start() -> Callable[[int], Tensor]:
         cache = StaticCache(model.config, max_cache_len=room) if room else DynamicCache(config=model.config)
-        model(torch.tensor(prompts, device=model.device), past_key_values=cache)
+        model(torch.tensor(prompts, device=model.device), **{named: cache})
         place = len(prompts[0])
 
         def step(i: int) -> Tensor:
@@ -324,12 +326,17 @@ def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
             given = {"cache_position": torch.tensor([place], device=model.device)} if room else {}
             place += 1
             ids = torch.tensor([[i]] * len(prompts), device=model.device)
-            logits: Tensor = forward(ids, past_key_values=cache, **given).logits[0, -1]
+            logits: Tensor = forward(ids, **{named: cache}, **given).logits[0, -1]
             return logits
 
         return step
 
     return Arm(start, len(prompts))
+
+
+def _cache_argument(model: Any) -> str:
+    """The name by which this release of transformers takes a cache, as the annotations of a model's forward say it."""
+    return next(name for name, given in inspect.signature(model.forward).parameters.items() if "Cache" in str(given.annotation))
 
 
 def _mllama(text: Mapping[str, Any], length: int, prompts: Sequence[Sequence[int]], dtype: torch.dtype, device: str) -> Arm:
@@ -343,14 +350,15 @@ def _mllama(text: Mapping[str, Any], length: int, prompts: Sequence[Sequence[int
         if name.endswith("_gate"):
             parameter.data.fill_(0.5)  # they are born closed
     states = torch.randn(1, length, text["hidden_size"], dtype=dtype, device=device).expand(len(prompts), -1, -1)
+    named = _cache_argument(model)
 
     def start() -> Callable[[int], Tensor]:
         cache = DynamicCache(config=model.config)
-        model(torch.tensor(prompts, device=model.device), cross_attention_states=states, past_key_values=cache)
+        model(torch.tensor(prompts, device=model.device), cross_attention_states=states, **{named: cache})
 
         def step(i: int) -> Tensor:
             ids = torch.tensor([[i]] * len(prompts), device=model.device)
-            logits: Tensor = model(ids, past_key_values=cache).logits[0, -1]
+            logits: Tensor = model(ids, **{named: cache}).logits[0, -1]
             return logits
 
         return step
