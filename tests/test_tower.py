@@ -22,7 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -564,7 +564,7 @@ class Shelving(LlamaModel):
         read = 0 if memories is None else memories.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(read, read + h.shape[1], device=h.device)[None]
-        mask = create_causal_mask(self.config, h, attention_mask, memories, position_ids)
+        mask = create_masks_for_generate(self.config, h, attention_mask, memories, position_ids)
         rotary = self.rotary_emb(h, position_ids)
         for layer in self.layers:
             h = layer(h, attention_mask=mask, position_ids=position_ids, shelf=memories, position_embeddings=rotary)
