@@ -103,13 +103,15 @@ def number(sequence: Sequence[tuple[str, int]], document: int = 0) -> Row:
 
 
 def draw(dice: random.Random, towers: Sequence[str], segments: int, most: int = 4) -> list[tuple[str, int]]:
-    """A random linear sequence of so many segments of 1 to `most` tokens, any tower after any but not always the same."""
+    """A random linear sequence of so many segments of 1 to `most` tokens, any tower after any but not always the same; without the
+    tokens that begin and end segments, which no content holds."""
     chosen = dice.choices(towers, k=segments)
     if segments > 1 and len(towers) > 1 and len({*chosen}) == 1:
         chosen[dice.randrange(segments)] = dice.choice([tower for tower in towers if tower != chosen[0]])
     sequence = []
     for tower in chosen:
-        sequence += [(tower, dice.randrange(VOCABULARY[tower])) for _ in range(dice.randint(1, most))]
+        ids = [i for i in range(VOCABULARY[tower]) if i not in ENDS[tower]]
+        sequence += [(tower, dice.choice(ids)) for _ in range(dice.randint(1, most))]
     return sequence
 
 

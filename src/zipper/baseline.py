@@ -8,7 +8,7 @@ is trained, nor what the ids mean.
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,8 +24,8 @@ from zipper import checkpoint, hub, loss
 from zipper.errors import ZipperError
 from zipper.generation import Limits, default_limit, generate
 from zipper.model import TowerConfig, TowerSource
-from zipper.sampling import Sampling
-from zipper.sequence import Ends, Segment
+from zipper.sampling import Sampling, check_seed
+from zipper.sequence import Ends, Segment, read_ids
 from zipper.tower import Past, Strand, Tower
 
 KIND = "baseline"  # tells its saved configuration from that of a zip
@@ -141,6 +141,7 @@ class Baseline(nn.Module):
         parameters: how many the whole is to have, for a comparison at equal size, to the nearest neuron: the feed-forwards get
         more neurons, which nothing reads yet. Raises ZipperError: names or ids that do not fit, a tower that cannot be extended.
         """
+        check_seed(seed)
         if len(tower) != 1 or tower.keys() & added.keys():
             raise ZipperError(f"A baseline extends one tower by other modalities; given are {sorted(tower)} and {sorted(added)}.")
         ((name, source),) = tower.items()
@@ -161,7 +162,7 @@ class Baseline(nn.Module):
         config = BaselineConfig(
             {
                 other: TowerConfig(
-                    source=str(source) if other == name and isinstance(source, str | Path) else "",
+                    source=hub.absolute(source) if other == name and isinstance(source, str | Path) else "",
                     width=base.width,
                     layers=base.layers,
                     vocabulary=size,
@@ -248,12 +249,12 @@ class Baseline(nn.Module):
         return default_limit(self.config.towers[tower].tokens, usual, room)
 
     def check(self, segments: Sequence[Segment]) -> None:
-        """Raises ZipperError for a sample this model cannot read: unknown modality, ids out of range, more than its positions."""
+        """Raises ZipperError for a sample this model cannot read: unknown modality, contents that `read_ids` refuses, more than its
+        positions."""
         for segment in segments:
             self._shift(segment.tower)
-            vocabulary = self.config.towers[segment.tower].vocabulary
-            if wrong := [i for i in segment.content if not 0 <= i < vocabulary]:
-                raise ZipperError(f"A segment of {segment.tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
+            tower = self.config.towers[segment.tower]
+            read_ids(segment.content, segment.tower, Ends(tower.begin, tower.end), tower.vocabulary)
         read, room = sum(len(segment.content) + 2 for segment in segments), _positions(self._decoder)
         if read > room:
             raise ZipperError(
@@ -278,10 +279,18 @@ class Baseline(nn.Module):
 
     def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """Save the whole model in a folder, which appears whole or not at all. record: anything JSON to keep beside it."""
-        with checkpoint.whole(Path(folder)) as temporary:
+        with checkpoint.whole(Path(folder), self.prove) as temporary:
             self.write(temporary, include, record)
 
-    def write(self, folder: Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
+    def prove(self, folder: Path) -> None:
+        """Raises the ZipperError in which loading what `write` wrote would end; takes no memory for tensors."""
+        BaselineConfig.from_dict(checkpoint.examine(folder)[0])
+
+    def inside(self, folder: Path) -> list[str]:
+        """Frozen towers that lie in a folder: there are none."""
+        return []
+
+    def write(self, folder: Path, include: Collection[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """The files of `save_pretrained`, written into an existing folder. include: as for a zip; here all is inside anyway."""
         for name in include:
             self._shift(name)
@@ -291,7 +300,7 @@ class Baseline(nn.Module):
         )
         towers = {**self.config.towers, base: decoder}
         self._decoder.save(folder / "towers" / base)
-        checkpoint.save(folder, dataclasses.replace(self.config, towers=towers).to_dict(), {}, {}, dict(record or {}))
+        checkpoint.save(folder, dataclasses.replace(self.config, towers=towers).to_dict(), {}, dict(record or {}))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "Baseline":

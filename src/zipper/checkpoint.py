@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,10 +44,10 @@ Headers = dict[str, dict[str, Entry]]  # by file, by tensor
 
 _NAME = r"[a-z][a-z0-9_]*"  # of a tower
 _TOWER_FILE = r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-# Settings by which a config.json could bring in code, another file or another kernel. save_pretrained writes none of them.
-_FOREIGN = re.compile(
-    r"auto_map|custom_|quantization_config|compression_config|transformers_weights|_?(attn|experts)_implementation"
-)
+# Settings by which a config.json could bring in code, another file or another kernel. `save_tower` writes none of them, except of
+# a model with compressed weights, which no tower that is trained or taken along can be.
+_CODE = re.compile(r"auto_map|custom_|transformers_weights|_?(attn|experts)_implementation")
+_FOREIGN = re.compile(rf"{_CODE.pattern}|quantization_config|compression_config")
 # What a killed save leaves: the folder being written (or, after its place was taken, the one before), the one before where there is
 # no exchange, the one being removed; then eight random letters. Nobody's own backup is called that.
 _LEFT = re.compile(r"\.(?P<name>.+)\.zipper-(?P<kind>new|old|gone)\.\w{8}")
@@ -56,9 +57,11 @@ MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B h
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole(folder: Path, prove: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Write a folder so that a reader sees the old one or the new one, never a mix: yields a temporary sibling, and on success
     adds the manifest, flushes everything to the disk and puts it into place. On failure the old folder is untouched.
+
+    prove: looks at the new folder before that, and raises a ZipperError for one that could not be loaded.
 
     On Linux the old folder and the new one change places in one step. Elsewhere, and on file systems that cannot, there is a moment
     without either: killed in it, the old one is put back by the next `whole` or `clean`. A ZipperError refuses to replace a folder
@@ -77,6 +80,8 @@ def whole(folder: Path) -> Iterator[Path]:
                 for path in inside(temporary):
                     flush(path)
                 seal(temporary)
+                if prove is not None:
+                    proven(temporary, folder, prove)
                 flush(temporary / MANIFEST)
                 flush(temporary)
                 _place(temporary, folder)
@@ -86,6 +91,30 @@ def whole(folder: Path) -> Iterator[Path]:
     with saving(folder, "It is whole and in its place, but a power cut may bring back the one before."):
         flush(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)  # the old one; not before the new one is sure to stay
+
+
+@contextmanager
+def rehearsal(folder: Path, prove: Callable[[Path], None]) -> Iterator[Path]:
+    """As `whole`, but nothing takes the folder's place: what a save would end in is known before there is anything to lose."""
+    folder = Path(os.path.realpath(folder))
+    with saving(folder, "Nothing was changed."):
+        _make(folder.parent)
+        with _beside(folder, "new") as temporary:
+            try:
+                yield temporary
+                seal(temporary)
+                proven(temporary, folder, prove)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def proven(temporary: Path, folder: Path, prove: Callable[[Path], None]) -> None:
+    """A ZipperError, in words of the folder that is to be, where what lies in another could not be loaded."""
+    try:
+        prove(temporary)
+    except ZipperError as error:
+        said = str(error).replace(str(temporary), str(folder))
+        raise ZipperError(f"{folder} was not saved, for it could not be loaded again: {said}") from error
 
 
 def seal(folder: Path) -> None:
@@ -257,19 +286,60 @@ def check(folder: Path, root: Path | None = None) -> Headers:
     return headers
 
 
-def save(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    towers: Mapping[str, PreTrainedModel],
-    record: Any,
-) -> None:
-    """Write a zip's files into an existing folder (use inside `whole`)."""
-    for name, tower in towers.items():
-        tower.save_pretrained(folder / "towers" / name)
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], record: Any) -> None:
+    """Write a zip's own files into an existing folder (use inside `whole`)."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
     versions = {package: version(package) for package in ("torch", "transformers", "safetensors")}
     write_json(folder / CONFIG, {"format": 1, "config": config, "versions": versions, "record": record})
+
+
+def save_tower(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model as transformers does, with these tensors, but without the settings of its config.json by which code could come
+    in: many repositories of the hub name some beside a model that transformers knows. They are never followed, so nothing is lost.
+    """
+    with _savable(model):
+        model.save_pretrained(folder, state_dict=dict(tensors))
+    _strip(folder / "config.json")
+
+
+def check_tower(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Raises the ZipperError in which loading this model from what `save_tower` writes would end; writes no weights."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "towers" / "tower"
+        with _savable(model):
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+        _strip(folder / "config.json")
+        kinds = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
+        held = revert_weight_conversion(model, dict(tensors))
+        entries = {name: Entry(kinds.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.nbytes) for name, t in held.items()}
+        try:
+            _check_model(folder, entries, None)
+        except ZipperError as error:
+            said = str(error).replace(f"{folder}{os.sep}", "its ")
+            raise ZipperError(f"{type(model).__name__} could be trained and saved, but not loaded again: {said}") from error
+
+
+@contextmanager
+def _savable(model: PreTrainedModel) -> Iterator[None]:
+    """A model with settings of generation that transformers saves: it loads some, as of sampling without sampling, that it refuses
+    to save. A zip does not follow them."""
+    own = model.generation_config
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            own.save_pretrained(place)
+    except ValueError:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _strip(path: Path) -> None:
+    """Take the settings out of a config.json by which code could come in."""
+    written = read_json(path)
+    write_json(path, _without_code(written))
 
 
 def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -278,18 +348,29 @@ def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[s
 
     What the configuration says of links is left to whoever knows links (`tensors`). A ZipperError names the file.
     """
-    headers = check(folder, root)
-    files = read_json(folder / MANIFEST)["files"]
+    return _examined(folder, check(folder, root))
+
+
+def examine(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`load` of what this process has written: its hashes are not computed again."""
+    return _examined(folder, {name: header(folder / name) for name in _listed(folder) if name.endswith(".safetensors")})
+
+
+def _examined(folder: Path, headers: Headers) -> tuple[dict[str, Any], dict[str, Any]]:
     data = read_json(folder / CONFIG)
     if data.get("format") != 1 or not isinstance(data.get("config"), dict) or not isinstance(data.get("record") or {}, dict):
         raise ZipperError(f"{folder / CONFIG} has format {data.get('format')!a:.80}; this version of zipper reads format 1.")
     towers = _towers(folder / CONFIG, data["config"])
     inside = {f"towers/{name}": tower for name, tower in towers.items() if tower["source"] == f"towers/{name}"}
-    _check_parts(folder, files, towers, inside)
+    _check_parts(folder, _listed(folder), towers, inside)
     for place, tower in inside.items():
         shards = {Path(name).name: entries for name, entries in headers.items() if name.startswith(f"{place}/")}
-        _check_tower(folder / place, shards, tower)
+        _check_model(folder / place, _held(folder / place, shards), tower)
+    double = any(tower.get("dtype") == "float64" for tower in towers.values())
     for name, entries in headers.items():
+        for tensor, entry in () if double else entries.items():
+            if entry.dtype == "F64":
+                raise ZipperError(f"{folder / name}: {tensor} is of type F64, but no tower of {folder / CONFIG} is in float64.")
         check_finite(folder / name, entries)
     return data["config"], data.get("record") or {}
 
@@ -297,13 +378,23 @@ def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[s
 def tensors(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The new parameters; names, shapes and kinds are compared with `wanted` (on any device, also meta) before any memory is taken
     for them."""
-    path = folder / TENSORS
-    _compare(path, header(path), wanted, folder / CONFIG)
+    path = compare(folder, wanted)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
         raise ZipperError(f"{path} is damaged or not a safetensors file: {error}. Copy the folder again.") from error
+
+
+def compare(folder: Path, wanted: Mapping[str, Tensor]) -> Path:
+    """The file of the new parameters, which holds those that are wanted. Raises a ZipperError where it does not."""
+    path = folder / TENSORS
+    _compare(path, header(path), wanted, folder / CONFIG)
+    return path
+
+
+def _listed(folder: Path) -> list[str]:
+    return [*read_json(folder / MANIFEST)["files"]]
 
 
 def _manifest(files: Mapping[str, Any]) -> bytes:
@@ -372,12 +463,13 @@ def _check_parts(folder: Path, files: Iterable[str], towers: Mapping[str, Mappin
             raise ZipperError(f"{folder / name} has more than {most} bytes, for a vocabulary of {parts[place]['vocabulary']}.")
 
 
-def _check_tower(folder: Path, shards: Mapping[str, Mapping[str, Entry]], pin: Mapping[str, Any]) -> None:
+def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any] | None) -> None:
     """The files of a tower hold the tensors of the model that its config.json describes, and that is of the pinned size.
 
-    The model is built without memory, and not before what it is built of is known to be no more than the files hold.
+    held: all tensors. pin: None = of any size. The model is built without memory, and not before what it is built of is known to be
+    no more than the files hold.
     """
-    path, generation, held = folder / "config.json", folder / "generation_config.json", _held(folder, shards)
+    path, generation = folder / "config.json", folder / "generation_config.json"
     described = read_json(path)
     if generation.is_file():
         read_json(generation)
@@ -390,13 +482,13 @@ def _check_tower(folder: Path, shards: Mapping[str, Mapping[str, Entry]], pin: M
         raise ZipperError(
             f"{path} describes no causal language model that transformers knows: {described.get('model_type')!a:.80}."
         )
-    pinned = {size: pin[size] for size in SIZES}
     try:
         if generation.is_file():
             GenerationConfig.from_pretrained(folder, local_files_only=True)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
         sizes = dict(zip(SIZES, (text.hidden_size, text.num_hidden_layers, text.vocab_size), strict=True))
+        pinned = sizes if pin is None else {size: pin[size] for size in SIZES}
         if sizes == pinned:
             with torch.device("meta"), _Few(1_000 + 50 * len(held)):
                 model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -410,7 +502,7 @@ def _check_tower(folder: Path, shards: Mapping[str, Mapping[str, Entry]], pin: M
         raise ZipperError(f"{path} asks for {computed} bytes of tables that no file holds. Do not use this file.")
     stored = {id(wanted[name]) for name in held.keys() & wanted.keys()}
     tied = {name for name, tensor in wanted.items() if name not in held and id(tensor) in stored}  # saved under another name
-    weights = folder / (next(iter(shards)) if len(shards) == 1 else INDEX)
+    weights = folder / (INDEX if (folder / INDEX).is_file() else "model.safetensors")
     _compare(weights, held, {name: tensor for name, tensor in wanted.items() if name not in tied}, path)
 
 
@@ -438,6 +530,13 @@ def _compare(path: Path, held: Mapping[str, Entry], wanted: Mapping[str, Tensor]
             raise ZipperError(f"{path}: {name} has shape {entry.shape}, {configuration} wants {shape}.")
         if entry.real != wanted[name].is_floating_point():
             raise ZipperError(f"{path}: {name} is of type {entry.dtype}, {configuration} wants {wanted[name].dtype}.")
+
+
+def _without_code(data: Any) -> Any:
+    """A nested configuration without the settings by which code could come in."""
+    if isinstance(data, dict):
+        return {key: _without_code(item) for key, item in data.items() if not _CODE.match(key)}
+    return [_without_code(item) for item in data] if isinstance(data, list) else data
 
 
 def _settings(data: Any) -> Iterator[tuple[str, Any]]:

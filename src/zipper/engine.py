@@ -7,17 +7,20 @@ tokens, draws and scores are those of `generation.generate`, which is the refere
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from zipper.errors import ZipperError
+from zipper.files import settle
 from zipper.fused import Fused
-from zipper.generation import Clock, Limits, Model, check, planned
+from zipper.generation import Clock, Limits, Model, check, check_limits, planned
 from zipper.model import Zipper
 from zipper.sampling import Rules, Sampling, choose
 from zipper.sequence import Segment
@@ -90,9 +93,10 @@ class Search:
     length_power: float = 0.6
 
     def __post_init__(self) -> None:
-        if not 1 <= self.best <= self.width or self.length_power < 0:
+        settle(self, {"width": (1, 10_000), "best": (1, 10_000), "length_power": (0.0, 100.0)})
+        if self.best > self.width:
             raise ZipperError(
-                f"Search wants 1 <= best <= width and length_power >= 0; it got {self.best}, {self.width} and {self.length_power}."
+                f"A search for the best {self.best} with a width of {self.width} was wanted; it finds no more than its width."
             )
 
     def score(self, logprob: float, tokens: int) -> float:
@@ -172,18 +176,26 @@ class Answer:
         self.fed: deque[int] = deque()
         self._model, self._given = model, list(request.segments[-1].content) if request.more else []
 
-    def feed(self, ids: Sequence[int]) -> None:
+    def feed(self, ids: Iterable[int]) -> None:
         """More of the last given segment. Raises a ZipperError for ids that the model cannot read."""
-        if self.complete:
-            raise ZipperError("This request is complete. Make it with more=True to feed it, and feed it before finish().")
+        if self.complete or self.done:
+            raise ZipperError(
+                f"This request is {'complete' if self.complete else 'done'}. Make it with more=True to feed it, and feed it before "
+                "finish()."
+            )
         *before, last = self.request.segments
-        self._model.check([*before, Segment(last.tower, [*self._given, *ids])])
-        self._given += ids
-        self.fed += ids
+        (whole,) = _read(self._model, [Segment(last.tower, [*self._given, *ids])], before)
+        self.fed.extend(whole.content[len(self._given) :])
+        self._given = whole.content
 
     def finish(self) -> None:
         """The last given segment is whole."""
         self.complete = True
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to read before it is fed or finished."""
+        return not self.fed and not self.complete
 
     def cancel(self) -> None:
         """Nobody waits for it any more; the engine forgets it at its next step."""
@@ -204,31 +216,45 @@ Life = Generator[list[Wish], list[Any], None]  # says its wishes, is sent the lo
 
 @dataclass
 class _Row:
-    """A request that runs: its generator, and what it wants to read next."""
+    """A request: its generator, whether that was begun, and what it wants to read next."""
 
     answer: Answer
     life: Life
+    turn: int  # how many were submitted before it
+    begun: bool = False
     wishes: list[Wish] = field(default_factory=list)
     logits: list[Any] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has something to read; one that is new reads its begin token."""
+        return not self.begun or not self.answer.waits
 
 
 @final
 class Engine:
-    """Runs requests. Not thread-safe: one thread calls `submit` and `step`."""
+    """Runs requests. Not thread-safe: one thread calls `submit` and `step`.
+
+    A request holds a row while it has something to read. One that waits to be fed (`Request.more`) gives its row to others and
+    keeps what it has read; once it is fed, it takes the next row that is free, before all that were submitted after it. So whoever
+    does nothing keeps nobody waiting, and nobody waits for ever: what came before reads no more than its towers have room for.
+    """
 
     def __init__(self, model: Model, rows: int = 8, reader: Reader | None = None) -> None:
-        """rows: requests that run at once, others wait their turn. reader: how to read; default the fastest that knows the model,
+        """rows: requests that read at once, others wait their turn. reader: how to read; default the fastest that knows the model,
         which takes its weights as they are now."""
-        if rows < 1:
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
             raise ZipperError(f"An engine for {rows} requests was asked for; it runs at least 1.")
         self.model, self.rows = model, rows
         self.reader = fastest(model) if reader is None else reader
-        self._waiting: deque[Answer] = deque()
+        self._waiting: list[_Row] = []  # in the order in which they were submitted
         self._running: list[_Row] = []
+        self._turns = count()
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run, and that wait."""
+        """Requests that hold a row, and all others that are not done: new ones, and those that wait to be fed, which hold in memory
+        what they have read."""
         return len(self._running), len(self._waiting)
 
     def submit(self, request: Request) -> Answer:
@@ -238,28 +264,37 @@ class Engine:
             raise ZipperError("A request without outputs; name at least one tower.")
         if request.more and not request.segments:
             raise ZipperError("A request with more=True has no given segment to feed. Give one, its content may be empty.")
-        self.model.check([*request.segments, *plan])
         for option in (request.limits or {}), request.rules:
             self.model.check([Segment(tower, []) for tower in option])
-        if wrong := [limit for limit in (request.limits or {}).values() if limit < 1]:
-            raise ZipperError(f"A limit of {wrong[0]} was given; a limit is a number of tokens, at least 1.")
-        if request.search is not None and request.sampling.guidance != 1:
-            raise ZipperError(
-                "A request with a search and with guidance was made; guidance is for sampling. Leave one of them out."
-            )
+        limits = check_limits(request.limits)
+        for name, plain in ("guidance", 1.0), ("temperature", 0.0):
+            if request.search is not None and getattr(request.sampling, name) != plain:
+                raise ZipperError(
+                    f"A request with a search and with {name} was made; {name} is for sampling. Leave one of them out."
+                )
+        # All of it is read later, so that none of it may be the caller's.
+        own = _read(self.model, [*request.segments, *plan])
+        request = replace(
+            request,
+            segments=own[: len(request.segments)],
+            outputs=own[len(request.segments) :],
+            limits=limits,
+            rules=dict(request.rules),
+        )
         answer = Answer(request, self.model)
-        self._waiting.append(answer)
+        self._waiting.append(_Row(answer, _life(self.model, self.reader, answer), next(self._turns)))
         return answer
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Every running request reads once; those that end make room for those that wait. Returns whether anything was read."""
+        """Every request with a row reads once; those that end, or wait to be fed, make room for others. Returns whether anything
+        was read: False while all wait to be fed."""
         self._running = [row for row in self._running if not row.answer.done]
-        while self._waiting and len(self._running) < self.rows:
-            if not (answer := self._waiting.popleft()).done:
-                row = _Row(answer, _life(self.model, self.reader, answer))
-                self._go_on(row, first=True)
-                self._running.append(row)
+        self._waiting = [row for row in self._waiting if not row.answer.done]
+        for row in [row for row in self._waiting if row.ready][: self.rows - len(self._running)]:
+            self._waiting.remove(row)
+            self._running.append(row)
+            self._go_on(row)
         towers: dict[str, list[tuple[_Row, int]]] = {}
         for row in self._running:
             row.logits = [None] * len(row.wishes)
@@ -272,6 +307,10 @@ class Engine:
         for row in self._running:
             if not row.answer.done:
                 self._go_on(row)
+        parked = [row for row in self._running if not row.answer.done and not row.wishes]
+        if parked:
+            self._running = [row for row in self._running if row.answer.done or row.wishes]
+            self._waiting = sorted([*self._waiting, *parked], key=lambda row: row.turn)
         return bool(towers)
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
@@ -318,14 +357,22 @@ class Engine:
             if answer.done or not self.step():
                 return
 
-    def _go_on(self, row: _Row, first: bool = False) -> None:
+    def _go_on(self, row: _Row) -> None:
         """Hands a request its logits and notes what it wants next. What goes wrong in it is its own affair."""
+        begun, row.begun = row.begun, True
         try:
-            row.wishes = next(row.life) if first else row.life.send(row.logits)
+            row.wishes = row.life.send(row.logits) if begun else next(row.life)
         except StopIteration:
             row.answer.done, row.wishes = True, []
         except Exception as error:
             row.answer.done, row.answer.error, row.wishes = True, error, []
+
+
+def _read(model: Model, segments: Sequence[Segment], before: Sequence[Segment] = ()) -> list[Segment]:
+    """Segments with contents of their own, which no one else will change. Raises a ZipperError for what the model cannot read behind
+    those before."""
+    model.check([*before, *segments])
+    return [replace(segment, content=np.asarray(segment.content).tolist()) for segment in segments]
 
 
 def _here(rows: list[Tensor | None]) -> list[Tensor | None]:

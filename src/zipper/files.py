@@ -1,8 +1,9 @@
 """Files of strangers: what JSON and safetensors files say of themselves is checked before it is believed.
 
 A size is compared with a limit before memory is taken for it, a value with the type that its field names, a tensor's place with
-the file it lies in. What is written here is on the disk before it takes its place. This file knows neither zips nor models, and
-does not need torch.
+the file it lies in. What a program says of itself in a configuration is held to the same limits (`settle`), so that nothing is
+saved that would not be read. What is written here is on the disk before it takes its place. This file knows neither zips nor
+models, and does not need torch.
 """
 
 import errno
@@ -11,9 +12,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,10 +32,16 @@ MOST_HEADER_BYTES = 4 << 20  # some 40,000 tensors; the largest models have a fe
 MOST_INTEGER = 1 << 53  # beyond lie no counts
 
 #: Bytes of a number, by the types that we and the towers write.
-WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # The bits that are all ones in NaN and infinity, and in no other number.
-_EXPONENT = {"F32": (np.uint32, 0x7F80_0000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+_EXPONENT: dict[str, tuple[Any, int]] = {
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
 _NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")  # no string holds a line break of its own
+HELD = ".held"  # in a folder that a process writes; who
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
 
 _WHAT_TO_DO = {
@@ -91,6 +102,38 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder that this process writes, made if it is not there: a ZipperError says who holds it, if another process that
+    lives does. The system lets go when the process ends, however it ends.
+
+    On a network file system it holds as far as that has locks (NFS from version 4 on, Lustre with -o flock); where there are none,
+    and on Windows, nobody is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with saving(folder, "Nothing was written."):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            raise ZipperError(f"{folder} is in use: {who} writes it. Wait for it or end it, or choose another folder.") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def saving(path: Path, safe: str, done: str = "saved") -> Iterator[None]:
     """Makes a ZipperError of what the system says when it cannot write: what happened, what is safe, what to do.
 
@@ -119,11 +162,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def parse(kind: type[T], data: Any, where: str, limits: Limits) -> T:
+def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) -> T:
     """A dataclass from what JSON gave: every value has the type that its field names, numbers are finite and inside the limits.
 
-    limits: (least, most) by the name of the field, in nested dataclasses too. Fields that have a default may be absent. Raises a
-    ZipperError that begins with `where` for unknown and missing keys and for values that do not fit.
+    limits: (least, most) by the name of the field, in nested dataclasses too; a class that settles itself (`settle`) has its own.
+    Fields that have a default may be absent. Raises a ZipperError that begins with `where` for unknown and missing keys and for
+    values that do not fit.
     """
     assert is_dataclass(kind)
     if not isinstance(data, dict):
@@ -134,8 +178,19 @@ def parse(kind: type[T], data: Any, where: str, limits: Limits) -> T:
     needed = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
     if missing := sorted(needed - data.keys()):
         raise ZipperError(f"{where}: it lacks the key {missing[0]!r}.")
-    types = get_type_hints(kind)
-    return kind(**{name: _parse(types[name], value, f"{where}, {name}", name, limits) for name, value in data.items()})
+    values = {name: _parse(_types(kind)[name], value, f"{where}: {name}", name, limits or {}) for name, value in data.items()}
+    try:
+        return kind(**values)
+    except ZipperError as error:
+        raise ZipperError(f"{where}: {error}") from error
+
+
+def settle(config: Any, limits: Limits) -> None:
+    """For the `__post_init__` of a frozen dataclass: what `parse` asks of a file is asked of a program too, numbers of numpy and
+    paths become plain ones, and lists and dicts become the configuration's own, whatever becomes of the caller's."""
+    for field in fields(config):
+        value = _parse(_types(type(config))[field.name], getattr(config, field.name), field.name, field.name, limits)
+        object.__setattr__(config, field.name, value)
 
 
 class Entry(NamedTuple):
@@ -232,34 +287,73 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not belong in JSON")
 
 
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
-    """A value as a type annotation wants it."""
+    """A value as a type annotation wants it, and as a new object."""
     origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return deepcopy(value) if isinstance(value, dict | list) else value
     if origin in (Union, UnionType):
-        (other,) = (choice for choice in inner if choice is not NoneType)
-        return None if value is None else _parse(other, value, where, name, limits)
+        if value is None and NoneType in inner:
+            return None
+        choices = [choice for choice in inner if choice is not NoneType]
+        fits = (choice for choice in choices if _holds(get_origin(choice), value))
+        return _parse(next(fits, choices[0]), value, where, name, limits)
     if origin is Literal:
         if isinstance(value, str) and value in inner:
             return value
-        raise ZipperError(f"{where}: it is {_short(value)}; it must be one of {', '.join(inner)}.")
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_parse(inner[0], item, where, name, limits) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {key: _parse(inner[1], item, f"{where}, {_short(key)}", name, limits) for key, item in value.items()}
-    if kind is Any:
+        *most, last = map(repr, inner)
+        raise ZipperError(f"{where} is {_short(value)}; it must be {', '.join(most)}{' or ' * bool(most)}{last}.")
+    if _holds(origin, value):
+        if origin in (dict, Mapping):
+            keys = [_parse(inner[0], key, f"a key of {where}", name, {}) for key in value]
+            found = [_parse(inner[1], item, f"{where}[{_short(key)}]", name, limits) for key, item in value.items()]
+            return dict(zip(keys, found, strict=True))
+        items = sorted(value, key=str) if isinstance(value, Set) else value
+        many = inner if origin is tuple and inner[-1] is not Ellipsis else (inner[0],) * len(items)
+        if len(many) != len(items):
+            raise ZipperError(f"{where} is {_short(value)}; it must have {len(many)} items.")
+        found = [_parse(one, item, where, name, limits) for one, item in zip(many, items, strict=True)]
+        return tuple(found) if origin is tuple else found
+    if origin is Callable and callable(value):
         return value
     if isinstance(kind, type) and is_dataclass(kind):
-        return parse(kind, value, where, limits)
-    if kind is float and type(value) is int and abs(value) < MOST_INTEGER:
-        value = float(value)
+        return value if isinstance(value, kind) else parse(kind, value, where, limits)
+    value = _plainly(kind, value)
     if type(value) is not kind:
-        wanted = {tuple: "list", dict: "object"}.get(origin or kind, (origin or kind).__name__)
-        raise ZipperError(f"{where}: it is {_short(value)}; it must be of type {wanted}.")
+        wanted = {tuple: "list", Sequence: "list", dict: "object", Mapping: "object", Callable: "function"}.get(origin or kind)
+        raise ZipperError(f"{where} is {_short(value)}; it must be of type {wanted or kind.__name__}.")
     if kind in (int, float):
         least, most = limits.get(name, (-MOST_INTEGER, MOST_INTEGER))
-        if not least <= value <= most:
-            raise ZipperError(f"{where}: it is {_short(value)}; it must lie between {least:g} and {most:g}.")
+        if not least <= value <= most:  # NaN is not
+            bounds = f"at least {least:,.10g}" if most == MOST_INTEGER else f"from {least:,.10g} to {most:,.10g}"
+            raise ZipperError(f"{where} is {_short(value)}; it must be {bounds}.")
     return value
+
+
+def _holds(origin: Any, value: Any) -> bool:
+    """Whether a value is a container as an annotation names it."""
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    return origin in (list, tuple, Sequence) and isinstance(value, list | tuple | Set)
+
+
+def _plainly(kind: type, value: Any) -> Any:
+    """Numbers of any library, and paths, as the plain type that is wanted; anything else as it is."""
+    if kind is bool and isinstance(value, np.bool_):
+        return bool(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool | np.bool_) or kind not in (int, float) or not isinstance(value, Integral if kind is int else Real):
+        return value
+    try:
+        return kind(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return math.inf
 
 
 def _entry(name: str, data: Any, base: int) -> Entry:

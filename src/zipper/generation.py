@@ -101,11 +101,17 @@ def check(
         if [segment.tower for segment in prompt] != shape:
             raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
         model.check([*prompt, *plan])
-    for tower, limit in (limits or {}).items():
-        model.check([Segment(tower, [])])
-        if limit < 1:
-            raise ZipperError(f"limits[{tower!r}] is {limit}; a limit is a number of tokens, at least 1.")
+    model.check([Segment(tower, []) for tower in check_limits(limits)])
     return plan
+
+
+def check_limits(limits: Limits | None) -> dict[str, int]:
+    """Limits of the caller's own that will not change. Raises a ZipperError for one that is no number of tokens."""
+    own = dict(limits or {})
+    for tower, limit in own.items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ZipperError(f"limits[{tower!r}] is {limit!r}; a limit is a number of tokens, at least 1.")
+    return own
 
 
 def _segment(

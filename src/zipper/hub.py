@@ -5,6 +5,7 @@ knows which files a zip has, not what is in them; it decides what is a folder an
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,22 +46,35 @@ def names_a_path(source: str) -> bool:
     return source.startswith((".", "~", "/")) or source.count("/") > 1 or (parent != Path() and parent.is_dir())
 
 
+def as_folder(source: str | Path) -> Path | None:
+    """The folder that a source means, absolute; None where it is a hub id."""
+    place = Path(source).expanduser()
+    local = place.is_dir() or isinstance(source, Path) or names_a_path(source)
+    return Path(os.path.abspath(place)) if local else None
+
+
+def absolute(source: str | Path) -> str:
+    """A folder as an absolute path, links followed; a hub id as it is."""
+    place = as_folder(source)
+    return str(source) if place is None else str(place.resolve())
+
+
 def fetch(source: str | Path, revision: str | None = None) -> Local:
     """The zip in a folder, or that of a hub repository at a branch, tag or commit (None = main), downloaded where it is not cached.
 
     With HF_HUB_OFFLINE=1, or no network, the cache alone is looked in. Its files are not checked. Raises ZipperError where there is
     no such repository or revision, where it may not be read or reached, or where it holds no zip.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir() or isinstance(source, Path) or names_a_path(source):
+    if as_folder(source) is not None:
+        place = Path(source).expanduser()
         if revision is not None:
             raise ZipperError(f"{source} is a folder; only a hub repository has the revision {revision!r}. Leave revision out.")
-        return Local(folder, _root(folder))
-    with _in_words(source, revision):
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*FILES]))
-    if not (folder / checkpoint.MANIFEST).is_file():
+        return Local(place, _root(place))
+    with _in_words(str(source), revision):
+        place = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*FILES]))
+    if not (place / checkpoint.MANIFEST).is_file():
         raise ZipperError(f"The hub repository {source} holds no zip: it has no {checkpoint.MANIFEST}. A bare model is a tower.")
-    return Local(folder, _root(folder), source, folder.name)
+    return Local(place, _root(place), str(source), place.name)
 
 
 def commit(repo: str, revision: str | None = None) -> str:
@@ -93,7 +107,7 @@ def push(
         if not tower["source"].startswith("towers/") and names_a_path(tower["source"]):
             raise ZipperError(
                 f"The frozen tower {name!r} of {folder} is pinned to {tower['source']}, a folder that others do not have. "
-                f"Save the zip with include=[{name!r}], or build it from a hub id."
+                f"Save the zip with include=[{name!r}] (--include {name}), or say of which hub id it is (--tower {name}=ID)."
             )
     files = {checkpoint.MANIFEST, *checkpoint.read_json(folder / checkpoint.MANIFEST)["files"]}
     card = folder / checkpoint.CARD

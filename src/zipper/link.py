@@ -16,6 +16,17 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from zipper.errors import ZipperError
+from zipper.files import settle
+
+#: What a link may ask for, in a program as in a file: (least, most).
+LIMITS = {
+    "width": (1, 1 << 20),
+    "head_width": (1, 1 << 16),
+    "feedforward": (0.0, 64.0),
+    "projection_depth": (0, 64),
+    "gate_init": (-100.0, 100.0),
+    "dropout": (0.0, 0.999),
+}
 
 InputKind = Literal["residual", "paper", "none"]
 
@@ -47,6 +58,9 @@ class LinkConfig:
     gate_init: float = 0.0
     dropout: float = 0.0
     whiten: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self, LIMITS)
 
 
 #: The paper to the letter: 3-layer projections with a final ReLU (A.3), no positions, Flamingo's feed-forward of factor 4.
@@ -156,6 +170,10 @@ class Link(nn.Module):
         self.feedforward: nn.Sequential | None = None
         if config.feedforward:
             hidden = round(config.feedforward * width)
+            if hidden < 1:
+                raise ZipperError(
+                    f"feedforward is {config.feedforward}: of a width of {width} that leaves no neuron. Set it to 0 or larger."
+                )
             self.feedforward = nn.Sequential(
                 nn.LayerNorm(width),
                 nn.Linear(width, hidden, bias=False),

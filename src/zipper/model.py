@@ -6,10 +6,11 @@ unimodal path: the bare tower, no projection, no link.
 """
 
 import dataclasses
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +24,17 @@ from transformers import PreTrainedModel
 from zipper import checkpoint, hub, loss
 from zipper.card import card
 from zipper.errors import ZipperError
-from zipper.files import parse
+from zipper.files import parse, settle
 from zipper.generation import Limits, default_limit, generate
 from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory, block_mask
-from zipper.sampling import Sampling
-from zipper.sequence import Ends, Segment
-from zipper.tower import Past, Strand, Tower
+from zipper.sampling import Sampling, check_seed
+from zipper.sequence import Ends, Segment, read_ids
+from zipper.tower import Past, Strand, Tower, UnsupportedTower
 
 Junction = dict[str, int]
 TowerSource = str | Path | PreTrainedModel | Tower
 
-#: What a file may ask of a zip: (least, most) by field. No model lies beyond.
+#: What a zip may ask for, in a program as in a file: (least, most) by field. No model lies beyond.
 LIMITS = {
     "width": (1, 1 << 20),
     "layers": (1, checkpoint.MOST_LAYERS),
@@ -42,22 +43,39 @@ LIMITS = {
     "end": (0, 1 << 27),
     "tokens": (0.0, 1e6),
     "junctions": (1, checkpoint.MOST_LAYERS),
-    "head_width": (1, 1 << 16),
-    "feedforward": (0.0, 64.0),
-    "projection_depth": (0, 64),
-    "gate_init": (-100.0, 100.0),
-    "dropout": (0.0, 0.999),
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-#: Settings of an adapter that a file may name; peft knows others, which import modules or name files.
-ADAPTER = set("r lora_alpha lora_dropout target_modules exclude_modules bias use_rslora use_dora fan_in_fan_out".split())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Settings of an adapter that a zip can keep: those of peft's LoraConfig that import no module, name no file and leave the base
+    as it is. Others that peft knows are refused, and so are those by which an adapter would do nothing."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self, {"r": (1, 1 << 20), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0.0, 0.999)})
+        if self.bias != "none":
+            raise ZipperError(
+                f"bias is {self.bias!r}; only 'none' can be kept: an adapter leaves its base as it is, biases too. Leave it out."
+            )
 
 
 @dataclass(frozen=True)
 class TowerConfig:
     """What a zip knows of one tower.
 
-    source: hub id or folder it came from ("" for an object in memory). digest: SHA-256 of what its checkpoint holds, in
+    source: hub id or folder it came from ("" for an object in memory). relative: that folder as it is seen from the zip's own, where
+    it is looked for first, so that both may move together ("" in memory). digest: SHA-256 of what its checkpoint holds, in
     `dtype` (`Tower.pin`). train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use
     only as a ratio between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
     revision: the hub commit it came from. lora: settings of peft's LoraConfig; the base stays frozen, its adapter learns.
@@ -76,6 +94,19 @@ class TowerConfig:
     digest: str = ""
     revision: str = ""
     lora: dict[str, Any] | None = None
+    relative: str = ""
+
+    def __post_init__(self) -> None:
+        settle(self, LIMITS)
+        if max(self.begin, self.end) >= self.vocabulary:
+            raise ZipperError(f"Its ids {self.begin} and {self.end}, begin and end, are not all below {self.vocabulary}, their number.")
+        if self.dtype not in DTYPES:
+            raise ZipperError(f"dtype is {self.dtype!r}; a tower in a zip is one of {', '.join(DTYPES)}.")
+        if self.lora is not None:
+            adapter = parse(Adapter, self.lora, "lora")
+            if adapter.r > self.width:
+                raise ZipperError(f"lora: r is {adapter.r}; it must be at most {self.width}, the width of the tower.")
+            object.__setattr__(self, "lora", {name: getattr(adapter, name) for name in self.lora})
 
     @property
     def learns(self) -> bool:
@@ -93,6 +124,12 @@ class ZipperConfig:
     link: LinkConfig = field(default_factory=LinkConfig)
     dropped: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        settle(self, LIMITS)
+        _junctions({name: tower.layers for name, tower in self.towers.items()}, None, self.junctions)
+        if foreign := {*self.dropped} - {link_name(*link) for link in self._pairs()}:
+            raise ZipperError(f"It drops {sorted(foreign)[0]!a:.80}, which is no link between its towers.")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
@@ -100,26 +137,15 @@ class ZipperConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "This is not the configuration of a zip") -> "ZipperConfig":
         """The inverse of `to_dict`. Raises a ZipperError that begins with `where` for keys, types and numbers that do not fit."""
-        config = parse(cls, data, where, LIMITS)
-        for name, tower in config.towers.items():
-            if max(tower.begin, tower.end) >= tower.vocabulary or tower.dtype not in DTYPES:
-                raise ZipperError(f"{where}: the tower {name!r} has ids outside its vocabulary, or a dtype not among {DTYPES}.")
-            rank = (tower.lora or {}).get("r", 8)
-            if tower.lora and (not tower.lora.keys() <= ADAPTER or type(rank) is not int or not 0 < rank <= tower.width):
-                raise ZipperError(f"{where}: the tower {name!r} has an adapter that no file may ask for: {tower.lora!s:.200}.")
-        try:
-            _junctions({name: tower.layers for name, tower in config.towers.items()}, None, config.junctions)
-        except ZipperError as error:
-            raise ZipperError(f"{where}: {error}") from error
-        if foreign := {*config.dropped} - {link_name(*link) for link in dataclasses.replace(config, dropped=()).link_names()}:
-            raise ZipperError(f"{where}: it drops {sorted(foreign)[0]!a:.80}, which is no link between its towers.")
-        return config
+        return parse(cls, data, where)
 
     def link_names(self) -> list[tuple[int, str, str]]:
         """(junction, source, target) of every link, in an order that is not that of the dicts."""
-        pairs = ((n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t)
-        there = (link for link in pairs if link_name(*link) not in self.dropped)
+        there = (link for link in self._pairs() if link_name(*link) not in self.dropped)
         return sorted(there, key=lambda link: (link[0], link[2], link[1]))
+
+    def _pairs(self) -> Iterator[tuple[int, str, str]]:
+        yield from ((n, s, t) for n, junction in enumerate(self.junctions) for t in junction for s in junction if s != t)
 
 
 def link_name(junction: int, source: str, target: str) -> str:
@@ -174,22 +200,12 @@ class Zipper(nn.Module):
         super().__init__()
         self.config = config
         self.towers = nn.ModuleDict(towers)
-        self.inputs = nn.ModuleDict(
-            {
-                name: InputProjection(tower.width, tower.input_projection)
-                for name, tower in sorted(config.towers.items())
-                if tower.input_projection != "none" and len(config.towers) > 1
-            }
-        )
-        self.links = nn.ModuleDict()
-        for n, source, target in config.link_names():
-            a, b = config.towers[target], config.towers[source]
-            scale = b.tokens / a.tokens if a.tokens and b.tokens else 1.0
-            self.links[link_name(n, source, target)] = Link(a.width, b.width, config.link, scale)
+        self.inputs, self.links = _inputs(config), _links(config)
         for name, tower in config.towers.items():
             self.towers[name].requires_grad_(tower.train)
             if tower.lora is not None:
-                self._tower(name).adapt(tower.lora)
+                adapted = {name: dataclasses.replace(tower, lora=self._tower(name).adapt(tower.lora))}
+                self.config = dataclasses.replace(self.config, towers=self.config.towers | adapted)
             elif any(".lora_" in parameter for parameter, _ in towers[name].named_parameters()):
                 raise ZipperError(f"The model given as {name!r} has an adapter. Name its settings in lora, or load its base anew.")
         self.train(False)
@@ -223,13 +239,15 @@ class Zipper(nn.Module):
         """
         if preset not in ("default", "paper"):
             raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
+        check_seed(seed)
         for option, given in {"every": every, "ends": ends, "tokens": tokens, "train": train, "lora": lora}.items():
             _known(option, given or (), towers)
         if both := sorted({*train} & {*(lora or ())}):
             raise ZipperError(f"train and lora both name {both}. An adapter stands on a frozen tower: name it in one of them.")
         for name, settings in (lora or {}).items():
-            if unknown := sorted({*settings} - ADAPTER):
-                raise ZipperError(f"lora[{name!r}] sets {unknown}; a zip can keep {', '.join(sorted(ADAPTER))}.")
+            kept = [field.name for field in dataclasses.fields(Adapter)]
+            if unknown := sorted({*settings} - {*kept}):
+                raise ZipperError(f"lora[{name!r}] sets {unknown}; a zip can keep {', '.join(kept)}.")
         if isinstance(input_projection, Mapping):
             _known("input_projection", input_projection, towers)
         loaded = {name: source if isinstance(source, Tower) else Tower.load(source) for name, source in towers.items()}
@@ -253,21 +271,26 @@ class Zipper(nn.Module):
                         f"The token {token} that begins or ends {name!r} is outside its vocabulary of {tower.vocabulary}."
                     )
             source = towers[name]
-            configs[name] = TowerConfig(
-                source=str(source) if isinstance(source, str | Path) else "",
-                width=tower.width,
-                layers=tower.layers,
-                vocabulary=tower.vocabulary,
-                begin=begin,
-                end=end,
-                train=name in train,
-                input_projection=kind if isinstance(kind, str) else kind.get(name, "none"),
-                tokens=(tokens or {}).get(name, 0.0),
-                dtype=_dtype(tower),
-                digest=tower.pin(),
-                revision=tower.revision,
-                lora=dict(lora[name]) if lora and name in lora else None,
-            )
+            if name in train:
+                tower.check_saving()
+            try:
+                configs[name] = TowerConfig(
+                    source=hub.absolute(source) if isinstance(source, str | Path) else "",
+                    width=tower.width,
+                    layers=tower.layers,
+                    vocabulary=tower.vocabulary,
+                    begin=begin,
+                    end=end,
+                    train=name in train,
+                    input_projection=kind if isinstance(kind, str) else kind.get(name, "none"),
+                    tokens=(tokens or {}).get(name, 0.0),
+                    dtype=_dtype(tower),
+                    digest=tower.pin(),
+                    revision=tower.revision,
+                    lora=dict(lora[name]) if lora and name in lora else None,
+                )
+            except ZipperError as error:
+                raise ZipperError(f"The tower {name!r}: {error}") from error
         config = ZipperConfig(
             configs,
             _junctions({name: tower.layers for name, tower in loaded.items()}, every, junctions),
@@ -361,15 +384,14 @@ class Zipper(nn.Module):
         return default_limit(self.config.towers[tower].tokens, usual, room)
 
     def check(self, segments: Sequence[Segment]) -> None:
-        """Raises ZipperError for a sample this model cannot read: unknown tower, ids out of range, longer than its positions."""
+        """Raises ZipperError for a sample this model cannot read: unknown tower, contents that `read_ids` refuses, more than its
+        positions."""
         read: dict[str, int] = {}
         for segment in segments:
             self._tower(segment.tower)
-            vocabulary = self.config.towers[segment.tower].vocabulary
-            wrong = [i for i in segment.content if not 0 <= i < vocabulary]
-            if wrong:
-                raise ZipperError(f"A segment of {segment.tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
-            read[segment.tower] = read.get(segment.tower, 0) + len(segment.content) + 2
+            tower = self.config.towers[segment.tower]
+            ids = read_ids(segment.content, segment.tower, Ends(tower.begin, tower.end), tower.vocabulary)
+            read[segment.tower] = read.get(segment.tower, 0) + len(ids) + 2
         for tower, count in read.items():
             if count > self._room(tower):
                 raise ZipperError(
@@ -412,14 +434,28 @@ class Zipper(nn.Module):
     def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """Save the zip: links, projections and trained towers; frozen towers are named and pinned by their hash.
 
-        include: frozen towers to copy into the folder as well. record: anything JSON to keep beside it (how it was trained).
-        The folder appears whole or not at all; an older zip in its place is replaced.
+        include: frozen towers to copy into the folder as well; one that lies in it already stays. record: anything JSON to keep
+        beside it (how it was trained). The folder appears whole and such as can be loaded, or not at all; an older zip in its place
+        is replaced.
         """
-        with checkpoint.whole(Path(folder)) as temporary:
-            self.write(temporary, include, record)
+        with checkpoint.whole(Path(folder), self.prove) as temporary:
+            self.write(temporary, {*include, *self.inside(Path(folder))}, record)
             (temporary / checkpoint.CARD).write_text(card(temporary, self.sizes()), encoding="utf-8")
 
-    def write(self, folder: Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
+    def prove(self, folder: Path) -> None:
+        """Raises the ZipperError in which loading what `write` wrote would end; takes no memory for tensors."""
+        path = folder / checkpoint.CONFIG
+        config = ZipperConfig.from_dict(checkpoint.examine(folder)[0], f"{path} is not the configuration of a zip")
+        with torch.device("meta"):
+            born = nn.ModuleDict({"inputs": _inputs(config), "links": _links(config)}).state_dict()
+        checkpoint.compare(folder, born | {n: p for n, p in self.new_parameters().items() if n.startswith("towers.")})
+
+    def inside(self, folder: Path) -> list[str]:
+        """Frozen towers that lie in a folder, as those do that were included in the zip there."""
+        frozen = {name: Path(t.source) for name, t in self.config.towers.items() if t.source and not t.train}
+        return [name for name, place in frozen.items() if place.is_dir() and place.resolve().is_relative_to(folder.resolve())]
+
+    def write(self, folder: Path, include: Collection[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """The files of `save_pretrained`, written into an existing folder."""
         _known("include", include, self.config.towers)
         inside = {name: self._tower(name) for name, t in self.config.towers.items() if t.train or name in include}
@@ -427,18 +463,18 @@ class Zipper(nn.Module):
         for name, tower in self.config.towers.items():
             if name in inside:
                 towers[name] = dataclasses.replace(
-                    tower, source=f"towers/{name}", revision="", digest=inside[name].pin(), dtype=_dtype(inside[name])
+                    tower, source=f"towers/{name}", relative="", revision="", digest=inside[name].pin(), dtype=_dtype(inside[name])
                 )
                 inside[name].save(folder / "towers" / name)
             elif tower.source:
-                towers[name] = dataclasses.replace(tower, source=_absolute(tower.source))
+                towers[name] = dataclasses.replace(tower, source=hub.absolute(tower.source), relative=_relative(tower.source, folder))
             else:
                 raise ZipperError(
                     f"The frozen tower {name!r} was given as an object, so the zip has no place to name for it. "
                     f"Pass include=[{name!r}], or build the zip from a folder or hub id."
                 )
         config = dataclasses.replace(self.config, towers=towers)
-        checkpoint.save(folder, config.to_dict(), self.new_parameters(), {}, dict(record or {}))
+        checkpoint.save(folder, config.to_dict(), self.new_parameters(), dict(record or {}))
 
     def push_to_hub(self, repo: str, private: bool = False, revision: str | None = None, include: Sequence[str] = ()) -> str:
         """Save the zip and upload it to a repository of the hub, in one commit; returns the commit's URL. See `zipper.hub.push`."""
@@ -469,10 +505,14 @@ class Zipper(nn.Module):
         _known("towers", towers or (), config.towers)
         loaded, found = {}, {}
         for name, pin in config.towers.items():
-            inside = folder / pin.source if pin.source == f"towers/{name}" else pin.source
-            base, kept = (towers or {}).get(name, inside), getattr(torch, pin.dtype)
+            base, kept = (towers or {}).get(name) or _base(folder, name, pin), getattr(torch, pin.dtype)
             commit = pin.revision or None if base == pin.source else None
-            loaded[name] = base if isinstance(base, Tower) else Tower.load(base, *(() if _in_memory(base) else (kept, commit)))
+            try:
+                loaded[name] = base if isinstance(base, Tower) else Tower.load(base, *(() if _in_memory(base) else (kept, commit)))
+            except UnsupportedTower:
+                raise
+            except ZipperError as error:
+                raise ZipperError(f"The tower {name!r} of {folder} could not be loaded. {error} {_elsewhere(name)}") from error
             digest = loaded[name].pin(kept)
             if digest != pin.digest:
                 mismatch = (
@@ -481,8 +521,7 @@ class Zipper(nn.Module):
                 )
                 if not allow_mismatch:
                     raise ZipperError(
-                        f"{mismatch} Pass towers={{{name!r}: ...}} with the right base, or allow the mismatch "
-                        "(allow_mismatch=True, --allow-mismatch)."
+                        f"{mismatch} {_elsewhere(name)} Or allow the mismatch (allow_mismatch=True, --allow-mismatch)."
                     )
                 warnings.warn(f"{mismatch} It was allowed: what the links say may be noise to it.", stacklevel=2)
             sizes = [(getattr(pin, size), getattr(loaded[name], size)) for size in checkpoint.SIZES]
@@ -493,7 +532,9 @@ class Zipper(nn.Module):
                 )
             found[name] = dataclasses.replace(pin, digest=digest)
             if isinstance(base, str | Path):
-                found[name] = dataclasses.replace(found[name], source=_absolute(str(base)), revision=loaded[name].revision)
+                found[name] = dataclasses.replace(
+                    found[name], source=hub.absolute(base), relative="", revision=loaded[name].revision
+                )
         config = dataclasses.replace(config, towers=found)
         try:
             for name, tower in found.items():
@@ -609,6 +650,21 @@ class Zipper(nn.Module):
         return new
 
 
+def _inputs(config: ZipperConfig) -> nn.ModuleDict:
+    towers = sorted(config.towers.items()) if len(config.towers) > 1 else []
+    kinds = {name: (tower.width, tower.input_projection) for name, tower in towers if tower.input_projection != "none"}
+    return nn.ModuleDict({name: InputProjection(*kind) for name, kind in kinds.items()})
+
+
+def _links(config: ZipperConfig) -> nn.ModuleDict:
+    links = nn.ModuleDict()
+    for n, source, target in config.link_names():
+        a, b = config.towers[target], config.towers[source]
+        scale = b.tokens / a.tokens if a.tokens and b.tokens else 1.0
+        links[link_name(n, source, target)] = Link(a.width, b.width, config.link, scale)
+    return links
+
+
 def visible(target: Strand, source: Strand) -> Bool[Tensor, "batch target source"]:
     """The one mask rule (sec. 3.1): source.time < target.time and same document. Padding (document -1) sees and shows nothing."""
     same = (target.document[:, :, None] == source.document[:, None, :]) & (source.document >= 0)[:, None, :]
@@ -655,12 +711,37 @@ def _dtype(tower: Tower) -> str:
     return str(next(tower.parameters()).dtype).removeprefix("torch.")
 
 
-def _absolute(source: str) -> str:
-    """A folder as an absolute path, a hub id as it is."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+def _relative(source: str, folder: Path) -> str:
+    """The folder of a tower as it is seen from another folder; "" for a hub id, and where there is no way from there."""
+    place = hub.as_folder(source)
+    try:
+        return "" if place is None else Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive
+        return ""
 
 
-def _known(option: str, given: Mapping[str, Any] | Sequence[str], towers: Mapping[str, Any]) -> None:
+def _base(folder: Path, name: str, pin: TowerConfig) -> str | Path:
+    """Where a tower of the zip in a folder lies now. Raises a ZipperError that says what to do where it is in none of its places."""
+    if pin.source == f"towers/{name}":
+        return folder / pin.source
+    place = hub.as_folder(pin.source)
+    if place is None:
+        return pin.source
+    places = [Path(os.path.normpath(folder.resolve() / pin.relative))] if pin.relative else []
+    places += [place] if place not in places else []
+    for found in places:
+        if (found / "config.json").is_file():
+            return found
+    looked = "".join(f"no model lies in {found}, and " for found in places[:-1])
+    what = "has no config.json" if place.is_dir() else "does not exist"
+    raise ZipperError(f"The frozen tower {name!r} of {folder} was not found: {looked}{place} {what}. {_elsewhere(name)}")
+
+
+def _elsewhere(name: str) -> str:
+    return f"Say where the right one lies now: --tower {name}=PATH, in Python towers={{{name!r}: PATH}}."
+
+
+def _known(option: str, given: Collection[str], towers: Mapping[str, Any]) -> None:
     for name in given:
         if name not in towers:
             raise ZipperError(f"{option} names the tower {name!r}; this model has {sorted(towers)}.")

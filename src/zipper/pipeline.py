@@ -3,7 +3,7 @@ touch."""
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,35 +86,34 @@ class Pipeline:
             raise ZipperError(
                 f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
             )
-        pins = checkpoint.read_json(folder / PINS)
-        modalities = {}
-        for name, pin in pins.items():
-            modality = load_modality(folder / "modalities" / name)
-            if modality.fingerprint != pin:
-                mismatch = (
-                    f"{folder / 'modalities' / name} is not what this model was trained with: its hash is "
-                    f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
-                )
-                if not allow_mismatch:
-                    raise ZipperError(
-                        f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, --allow-mismatch)."
-                    )
-                warnings.warn(f"{mismatch} It was allowed: its ids may mean something else to the model.", stacklevel=2)
-            modalities[name] = modality
+        modalities = _modalities(folder, allow_mismatch)
         try:
             return cls(model, modalities)
         except ZipperError as error:
             raise ZipperError(f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}") from error
 
     def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
-        """Save model and modalities in one folder, whole or not at all; see `Zipper.save_pretrained`."""
-        with checkpoint.whole(Path(folder)) as temporary:
-            self.model.write(temporary, include, record)
-            for name, modality in self.modalities.items():
-                modality.save(temporary / "modalities" / name)
-            checkpoint.write_json(temporary / PINS, {name: m.fingerprint for name, m in self.modalities.items()})
-            if isinstance(self.model, Zipper):
-                (temporary / checkpoint.CARD).write_text(card(temporary, self.model.sizes()), encoding="utf-8")
+        """Save model and modalities in one folder, such as can be loaded, whole or not at all; see `Zipper.save_pretrained`."""
+        with checkpoint.whole(Path(folder), self.prove) as temporary:
+            self._write(temporary, {*include, *self.model.inside(Path(folder))}, record)
+
+    def rehearse(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
+        """Raises what `save_pretrained` would, from disks that are full to files that could not be loaded again, and leaves nothing."""
+        with checkpoint.rehearsal(Path(folder), self.prove) as temporary:
+            self._write(temporary, self.model.inside(Path(folder)), record)
+
+    def prove(self, folder: Path) -> None:
+        """Raises the ZipperError in which loading what was written would end; takes no memory for the model's tensors."""
+        self.model.prove(folder)
+        _modalities(folder)
+
+    def _write(self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None) -> None:
+        self.model.write(folder, include, record)
+        for name, modality in self.modalities.items():
+            modality.save(folder / "modalities" / name)
+        checkpoint.write_json(folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()})
+        if isinstance(self.model, Zipper):
+            (folder / checkpoint.CARD).write_text(card(folder, self.model.sizes()), encoding="utf-8")
 
     def push_to_hub(self, repo: str, private: bool = False, revision: str | None = None, include: Sequence[str] = ()) -> str:
         """Save model and modalities and upload them to a repository of the hub, in one commit; returns the commit's URL."""
@@ -223,6 +222,23 @@ class Pipeline:
     def _encode(self, segment: Segment) -> Segment:
         modality = self._modality(segment.tower)
         return segment if isinstance(segment.content, list) else replace(segment, content=modality.encode(segment.content))
+
+
+def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modality]:
+    """The modalities of a saved pipeline. Raises a ZipperError where one is not what its model was trained with."""
+    modalities = {}
+    for name, pin in checkpoint.read_json(folder / PINS).items():
+        modality = load_modality(folder / "modalities" / name)
+        if modality.fingerprint != pin:
+            mismatch = (
+                f"{folder / 'modalities' / name} is not what this model was trained with: its hash is "
+                f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
+            )
+            if not allow_mismatch:
+                raise ZipperError(f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, --allow-mismatch).")
+            warnings.warn(f"{mismatch} It was allowed: its ids may mean something else to the model.", stacklevel=3)
+        modalities[name] = modality
+    return modalities
 
 
 def _is_baseline(folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, and rules on what a segment may say. Every row has its own
 random stream, so that what is drawn for it does not depend on its neighbours in a batch."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from zipper.errors import ZipperError
+from zipper.files import MOST_INTEGER, settle
+
+MOST_SEED = (1 << 63) - 1  # what torch takes, and row i of a batch beyond it
+
+
+def check_seed(seed: int) -> None:
+    """Raises a ZipperError for what is no seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -MOST_SEED <= seed <= MOST_SEED:
+        raise ZipperError(f"seed is {seed!r}; it must be a whole number of at most {MOST_SEED}.")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 = greedy. top_k: keep the k likeliest (0 = all). top_p: keep the smallest set of at least this probability
+    """temperature: 0 = greedy, whatever top_k and top_p; otherwise from 1e-6 to 1e6. top_k: keep the k likeliest (0 = all). top_p: keep the smallest set of at least this probability
     (nucleus sampling, arXiv:1904.09751). seed: row i of a batch draws from seed + i. guidance: how far to go from what the tower
     would say alone towards what it says having seen the others, in log-probabilities (classifier-free guidance,
     arXiv:2306.17806); 1 = no further than the model goes, 2 often helps text to speech, at the cost of the tower once more.
@@ -27,11 +35,14 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.guidance < math.inf:
-            raise ZipperError(
-                f"Sampling wants temperature >= 0, top_k >= 0, 0 < top_p <= 1 and guidance >= 0; "
-                f"it got {self.temperature}, {self.top_k}, {self.top_p} and {self.guidance}."
-            )
+        most = {"temperature": (0.0, 1e6), "top_k": (0, MOST_INTEGER), "top_p": (1e-300, 1.0), "guidance": (0.0, 1e3)}
+        try:
+            settle(self, most | {"seed": (-MOST_SEED, MOST_SEED)})
+            if 0 < self.temperature < 1e-6:
+                raise ZipperError(f"temperature is {self.temperature}; it must be 0, which is greedy, or at least 1e-6.")
+        except ZipperError as error:
+            wanted = "temperature >= 0, top_k >= 0, 0 < top_p <= 1 and guidance >= 0"
+            raise ZipperError(f"Sampling wants {wanted}; {error}") from error
 
     def guide(
         self, seeing: Float[Tensor, "*rows vocabulary"], blind: Float[Tensor, "*rows vocabulary"]
@@ -66,18 +77,14 @@ class Rules:
     repeats: int = 4
 
     def __post_init__(self) -> None:
-        if self.repetition < 1 or self.period < 0 or self.repeats < 2:
-            raise ZipperError(
-                f"Rules want repetition >= 1, period >= 0 and repeats >= 2; they got {self.repetition}, {self.period} and "
-                f"{self.repeats}."
-            )
+        settle(self, {"repetition": (1.0, 1e6), "period": (0, 1_000_000), "repeats": (2, 1_000_000)})
 
     def weigh(self, logprobs: Float[Tensor, " vocabulary"], ids: Sequence[int]) -> Float[Tensor, " vocabulary"]:
         """Log-probabilities behind `ids`, what is not allowed at -inf. Raises a ZipperError where nothing is left."""
         if self.repetition != 1 and ids:
             held = torch.tensor(sorted({*ids}), device=logprobs.device)
             logprobs = logprobs.index_copy(0, held, logprobs[held] * self.repetition)
-        if self.allowed is not None and (few := self.allowed(ids)) is not None:
+        if self.allowed is not None and (few := self.allowed(tuple(ids))) is not None:
             kept = torch.full_like(logprobs, -torch.inf)
             few = torch.tensor(sorted({*few}), dtype=torch.long, device=logprobs.device)
             logprobs = kept.index_copy(0, few, logprobs[few])

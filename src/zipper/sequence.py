@@ -42,6 +42,29 @@ class Ends(NamedTuple):
     end: int
 
 
+def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]:
+    """The content of a segment, a sequence or array of ids, as a list of its own. Raises a ZipperError for what is none: numbers that
+    are not whole, ids that the tower does not know, and its begin and end, which the model puts around a segment itself."""
+    if isinstance(content, str | bytes) or not isinstance(content, Sequence | np.ndarray | Tensor):
+        raise ZipperError(f"A segment of {tower!r} holds a {type(content).__name__}; a list of ids was wanted.")
+    try:
+        ids = np.asarray(content)
+    except (TypeError, ValueError) as error:  # rows of several lengths, tensors of another device
+        raise ZipperError(f"A segment of {tower!r} holds no list of ids: {error}.") from error
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise ZipperError(f"A segment of {tower!r} holds {ids.dtype} of shape {ids.shape}; one row of whole numbers was wanted.")
+    if len(wrong := ids[(ids < 0) | (ids >= vocabulary)]):
+        raise ZipperError(f"A segment of {tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
+    if len(wrong := ids[(ids == ends.begin) | (ids == ends.end)]):
+        raise ZipperError(
+            f"A segment of {tower!r} holds the id {wrong[0]}, by which its segments {'begin' if wrong[0] == ends.begin else 'end'}: "
+            "begin and end are put around a segment by the model. Give the ids between them (of a tokenizer of Hugging Face: "
+            "add_special_tokens=False)."
+        )
+    found: list[int] = ids.tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Batch:
     """A padded batch. Per tower that takes part: what it reads, the id to predict at each position, and the weight of that loss

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipper import checkpoint
+from zipper import checkpoint, hub
 from zipper.data import Row
 from zipper.errors import ZipperError
 from zipper.inspection import Activity as Activity
@@ -23,6 +23,7 @@ from zipper.inspection import activity as activity
 from zipper.modality import Modality
 from zipper.model import Junction, TowerConfig, TowerSource, Zipper, ZipperConfig, link_name
 from zipper.pipeline import PINS, Pipeline
+from zipper.sampling import check_seed
 from zipper.sequence import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
@@ -111,6 +112,7 @@ def swap(
 
     Raises ZipperError: unknown names, a tower that cannot be run part way or has no room for a junction.
     """
+    check_seed(seed)
     for option, names, known in (
         ("swap", towers, model.config.towers),
         *((option, given or (), towers) for option, given in (("train", train), ("ends", ends), ("tokens", tokens))),
@@ -131,7 +133,7 @@ def swap(
         born = Zipper.from_towers({name: tower}, train=learns, ends={name: own} if own else None).config.towers[name]
         after = dataclasses.replace(
             born,
-            source=str(source) if isinstance(source, str | Path) else "",
+            source=hub.absolute(source) if isinstance(source, str | Path) else "",
             input_projection=before.input_projection,
             tokens=(tokens or {}).get(name, before.tokens),
         )
@@ -293,8 +295,7 @@ def prune(model: Zipper, links: Sequence[str]) -> Zipper:
 
 def inside(model: Zipper, folder: Path) -> list[str]:
     """Frozen towers that lie in the folder that this model was loaded from: another folder must hold them too."""
-    frozen = {name: folder / tower.source for name, tower in model.config.towers.items() if tower.source and not tower.train}
-    return [name for name, place in frozen.items() if place.is_dir() and place.resolve().is_relative_to(folder.resolve())]
+    return model.inside(folder)
 
 
 def _born(towers: Mapping[str, Tower], config: ZipperConfig, seed: int = 0) -> Zipper:

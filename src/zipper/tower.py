@@ -6,6 +6,7 @@ or other towers.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from zipper import hub
+from zipper import checkpoint, hub
 from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists
 from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.errors import ZipperError as ZipperError
@@ -290,11 +291,12 @@ class Tower(nn.Module):
         with _evaluating(self), torch.no_grad():
             self._prove(self._sample(seed))
 
-    def adapt(self, settings: Mapping[str, Any]) -> None:
+    def adapt(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Adds a LoRA adapter (arXiv:2106.09685) to the model in place, by peft: the base is frozen, the adapter learns.
 
         settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The function does not change at
         birth. An adapted tower keeps the adapter that it has; settings other than that one's are a ZipperError, as unknown ones.
+        Returns the settings, with a word such as "all-linear" as the modules that it stands for here.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -303,18 +305,27 @@ class Tower(nn.Module):
         adapted = getattr(self.model, "peft_config", None)
         try:
             config = LoraConfig(**settings)
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # a bare twin without memory shows what it comes to
+                inject_adapter_in_model(config, type(self.model)(self.model.config))
             if adapted is None:
-                inject_adapter_in_model(config, self.model)
+                inject_adapter_in_model(LoraConfig(**settings), self.model)
         except (TypeError, ValueError) as error:
             raise ZipperError(f"{self.name} cannot be adapted by lora={dict(settings)}: {error}") from error
         if adapted is not None and any(adapted["default"].to_dict()[key] != config.to_dict()[key] for key in settings):
             raise ZipperError(f"{self.name} has an adapter with other settings than lora={dict(settings)}. Load its base anew.")
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
+        modules = config.target_modules
+        named = {"target_modules": sorted(modules) if isinstance(modules, set) else modules}
+        return {key: named.get(key, value) for key, value in settings.items()}
 
     def save(self, folder: Path) -> None:
-        """Writes the model, without its adapter, as transformers does."""
-        self.model.save_pretrained(folder, state_dict=self.base())
+        """Writes the model, without its adapter, as transformers does, and such that it can be loaded (`checkpoint.save_tower`)."""
+        checkpoint.save_tower(folder, self.model, self.base())
+
+    def check_saving(self) -> None:
+        """Raises a ZipperError where what `save` writes could not be loaded again."""
+        checkpoint.check_tower(self.model, self.base())
 
     def digest(self) -> str:
         """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold: did this tower change?"""
