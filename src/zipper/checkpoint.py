@@ -57,7 +57,7 @@ MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B h
 
 
 @contextmanager
-def whole(folder: Path, prove: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def whole(folder: Path, prove: Callable[[Path], Any] | None = None) -> Iterator[Path]:
     """Write a folder so that a reader sees the old one or the new one, never a mix: yields a temporary sibling, and on success
     adds the manifest, flushes everything to the disk and puts it into place. On failure the old folder is untouched.
 
@@ -94,7 +94,7 @@ def whole(folder: Path, prove: Callable[[Path], None] | None = None) -> Iterator
 
 
 @contextmanager
-def rehearsal(folder: Path, prove: Callable[[Path], None]) -> Iterator[Path]:
+def rehearsal(folder: Path, prove: Callable[[Path], Any]) -> Iterator[Path]:
     """As `whole`, but nothing takes the folder's place: what a save would end in is known before there is anything to lose."""
     folder = Path(os.path.realpath(folder))
     with saving(folder, "Nothing was changed."):
@@ -108,7 +108,7 @@ def rehearsal(folder: Path, prove: Callable[[Path], None]) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def proven(temporary: Path, folder: Path, prove: Callable[[Path], None]) -> None:
+def proven(temporary: Path, folder: Path, prove: Callable[[Path], Any]) -> None:
     """A ZipperError, in words of the folder that is to be, where what lies in another could not be loaded."""
     try:
         prove(temporary)

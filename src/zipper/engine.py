@@ -369,8 +369,8 @@ class Engine:
 
 
 def _read(model: Model, segments: Sequence[Segment], before: Sequence[Segment] = ()) -> list[Segment]:
-    """Segments with contents of their own, which no one else will change. Raises a ZipperError for what the model cannot read behind
-    those before."""
+    """Segments with contents of their own, which no one else will change. Raises a ZipperError for what the model cannot
+    read behind those before."""
     model.check([*before, *segments])
     return [replace(segment, content=np.asarray(segment.content).tolist()) for segment in segments]
 

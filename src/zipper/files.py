@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -42,6 +42,7 @@ _EXPONENT: dict[str, tuple[Any, int]] = {
 }
 _NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")  # no string holds a line break of its own
 HELD = ".held"  # in a folder that a process writes; who
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # of a file system that has none
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
 
 _WHAT_TO_DO = {
@@ -104,7 +105,7 @@ def flush(path: Path) -> None:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder that this process writes, made if it is not there: a ZipperError says who holds it, if another process that
-    lives does. The system lets go when the process ends, however it ends.
+    lives does. The system lets go when the process ends, however it ends; of an empty folder nothing stays.
 
     On a network file system it holds as far as that has locks (NFS from version 4 on, Lustre with -o flock); where there are none,
     and on Windows, nobody is kept out.
@@ -116,20 +117,37 @@ def held(folder: Path) -> Iterator[None]:
         return
     with saving(folder, "Nothing was written."):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _hold(folder, fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            raise ZipperError(f"{folder} is in use: {who} writes it. Wait for it or end it, or choose another folder.") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
+        with suppress(OSError):
+            os.unlink(folder / HELD)  # while it is held: whoever opened it before will see that it is not there any more
+            os.rmdir(folder)
+        os.close(descriptor)
+
+
+def _hold(folder: Path, lock: Callable[[int, int], None], how: int) -> int:
+    """A descriptor of the file in a folder that says who holds it, locked. Raises a ZipperError if somebody else has it."""
+    while True:
+        descriptor = os.open(folder / HELD, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                lock(descriptor, how)
+            except BlockingIOError:
+                who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise ZipperError(f"{folder} is in use: {who} writes it. Wait for it, end it or choose another folder.") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            with suppress(FileNotFoundError):  # the one before took it away: try the next one
+                mine, there = os.fstat(descriptor), os.stat(folder / HELD)
+                if os.path.samestat(mine, there):
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode().ljust(200), 0)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 
@@ -169,7 +187,7 @@ def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) ->
     Fields that have a default may be absent. Raises a ZipperError that begins with `where` for unknown and missing keys and for
     values that do not fit.
     """
-    assert is_dataclass(kind)
+    assert isinstance(kind, type) and is_dataclass(kind)
     if not isinstance(data, dict):
         raise ZipperError(f"{where}: it is {_short(data)}; it must be an object.")
     known = {field.name: field for field in fields(kind)}
@@ -288,7 +306,7 @@ def _plain(value: Any) -> Any:
 
 
 @cache
-def _types(kind: type) -> dict[str, Any]:
+def _types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
@@ -306,14 +324,14 @@ def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in inner:
             return value
-        *most, last = map(repr, inner)
-        raise ZipperError(f"{where} is {_short(value)}; it must be {', '.join(most)}{' or ' * bool(most)}{last}.")
+        *others, last = map(repr, inner)
+        raise ZipperError(f"{where} is {_short(value)}; it must be {', '.join(others)}{' or ' * bool(others)}{last}.")
     if _holds(origin, value):
         if origin in (dict, Mapping):
             keys = [_parse(inner[0], key, f"a key of {where}", name, {}) for key in value]
-            found = [_parse(inner[1], item, f"{where}[{_short(key)}]", name, limits) for key, item in value.items()]
-            return dict(zip(keys, found, strict=True))
-        items = sorted(value, key=str) if isinstance(value, Set) else value
+            items = [_parse(inner[1], item, f"{where}[{_short(key)}]", name, limits) for key, item in value.items()]
+            return dict(zip(keys, items, strict=True))
+        items = sorted(value, key=str) if isinstance(value, Set) else [*value]
         many = inner if origin is tuple and inner[-1] is not Ellipsis else (inner[0],) * len(items)
         if len(many) != len(items):
             raise ZipperError(f"{where} is {_short(value)}; it must have {len(many)} items.")
@@ -328,10 +346,10 @@ def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
         wanted = {tuple: "list", Sequence: "list", dict: "object", Mapping: "object", Callable: "function"}.get(origin or kind)
         raise ZipperError(f"{where} is {_short(value)}; it must be of type {wanted or kind.__name__}.")
     if kind in (int, float):
-        least, most = limits.get(name, (-MOST_INTEGER, MOST_INTEGER))
-        if not least <= value <= most:  # NaN is not
-            bounds = f"at least {least:,.10g}" if most == MOST_INTEGER else f"from {least:,.10g} to {most:,.10g}"
-            raise ZipperError(f"{where} is {_short(value)}; it must be {bounds}.")
+        low, high = limits.get(name, (-MOST_INTEGER, MOST_INTEGER))
+        if not low <= value <= high:  # NaN is not
+            bounds = f"at least {low:,.10g}" if high == MOST_INTEGER else f"from {low:,.10g} to {high:,.10g}"
+            raise ZipperError(f"{where} is {_short(value)}; it must be {bounds if name in limits else 'finite'}.")
     return value
 
 
@@ -342,7 +360,7 @@ def _holds(origin: Any, value: Any) -> bool:
     return origin in (list, tuple, Sequence) and isinstance(value, list | tuple | Set)
 
 
-def _plainly(kind: type, value: Any) -> Any:
+def _plainly(kind: Any, value: Any) -> Any:
     """Numbers of any library, and paths, as the plain type that is wanted; anything else as it is."""
     if kind is bool and isinstance(value, np.bool_):
         return bool(value)

@@ -8,6 +8,7 @@ unimodal path: the bare tower, no projection, no link.
 import dataclasses
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -70,12 +71,20 @@ class Adapter:
             )
 
 
+class LostTower(ZipperError):
+    """A frozen tower of a saved zip is in none of its places. name: the tower's."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class TowerConfig:
     """What a zip knows of one tower.
 
-    source: hub id or folder it came from ("" for an object in memory). relative: that folder as it is seen from the zip's own, where
-    it is looked for first, so that both may move together ("" in memory). digest: SHA-256 of what its checkpoint holds, in
+    source: hub id or folder it came from ("" for an object in memory). relative: that folder as it is seen from the zip's own,
+    where it is looked for first, so that both may move together ("" in memory). digest: SHA-256 of what its checkpoint holds, in
     `dtype` (`Tower.pin`). train: it learns in alignment; otherwise it is frozen for ever. tokens: mean tokens of a segment, of use
     only as a ratio between towers: it scales rotary positions in links and caps the length of what is generated (0 = unknown).
     revision: the hub commit it came from. lora: settings of peft's LoraConfig; the base stays frozen, its adapter learns.
@@ -99,7 +108,9 @@ class TowerConfig:
     def __post_init__(self) -> None:
         settle(self, LIMITS)
         if max(self.begin, self.end) >= self.vocabulary:
-            raise ZipperError(f"Its ids {self.begin} and {self.end}, begin and end, are not all below {self.vocabulary}, their number.")
+            raise ZipperError(
+                f"Its ids {self.begin} and {self.end}, begin and end, are not all below {self.vocabulary}, their number."
+            )
         if self.dtype not in DTYPES:
             raise ZipperError(f"dtype is {self.dtype!r}; a tower in a zip is one of {', '.join(DTYPES)}.")
         if self.lora is not None:
@@ -389,8 +400,8 @@ class Zipper(nn.Module):
         read: dict[str, int] = {}
         for segment in segments:
             self._tower(segment.tower)
-            tower = self.config.towers[segment.tower]
-            ids = read_ids(segment.content, segment.tower, Ends(tower.begin, tower.end), tower.vocabulary)
+            known = self.config.towers[segment.tower]
+            ids = read_ids(segment.content, segment.tower, Ends(known.begin, known.end), known.vocabulary)
             read[segment.tower] = read.get(segment.tower, 0) + len(ids) + 2
         for tower, count in read.items():
             if count > self._room(tower):
@@ -450,6 +461,16 @@ class Zipper(nn.Module):
             born = nn.ModuleDict({"inputs": _inputs(config), "links": _links(config)}).state_dict()
         checkpoint.compare(folder, born | {n: p for n, p in self.new_parameters().items() if n.startswith("towers.")})
 
+    @staticmethod
+    def repin(folder: Path, towers: Mapping[str, str | Path]) -> None:
+        """Write into a saved zip where frozen towers lie now, {name: folder or hub id}; everything else stays as it is."""
+        saved = checkpoint.read_json(folder / checkpoint.CONFIG)
+        with checkpoint.whole(folder, checkpoint.examine) as temporary:
+            for name, source in towers.items():
+                saved["config"]["towers"][name] |= {"source": hub.absolute(source), "relative": _relative(str(source), temporary)}
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+            checkpoint.write_json(temporary / checkpoint.CONFIG, saved)
+
     def inside(self, folder: Path) -> list[str]:
         """Frozen towers that lie in a folder, as those do that were included in the zip there."""
         frozen = {name: Path(t.source) for name, t in self.config.towers.items() if t.source and not t.train}
@@ -467,7 +488,9 @@ class Zipper(nn.Module):
                 )
                 inside[name].save(folder / "towers" / name)
             elif tower.source:
-                towers[name] = dataclasses.replace(tower, source=hub.absolute(tower.source), relative=_relative(tower.source, folder))
+                towers[name] = dataclasses.replace(
+                    tower, source=hub.absolute(tower.source), relative=_relative(tower.source, folder)
+                )
             else:
                 raise ZipperError(
                     f"The frozen tower {name!r} was given as an object, so the zip has no place to name for it. "
@@ -505,10 +528,12 @@ class Zipper(nn.Module):
         _known("towers", towers or (), config.towers)
         loaded, found = {}, {}
         for name, pin in config.towers.items():
-            base, kept = (towers or {}).get(name) or _base(folder, name, pin), getattr(torch, pin.dtype)
-            commit = pin.revision or None if base == pin.source else None
+            where, kept = (towers or {}).get(name) or base(folder, name, pin), getattr(torch, pin.dtype)
+            commit = pin.revision or None if where == pin.source else None
             try:
-                loaded[name] = base if isinstance(base, Tower) else Tower.load(base, *(() if _in_memory(base) else (kept, commit)))
+                loaded[name] = (
+                    where if isinstance(where, Tower) else Tower.load(where, *(() if _in_memory(where) else (kept, commit)))
+                )
             except UnsupportedTower:
                 raise
             except ZipperError as error:
@@ -516,7 +541,7 @@ class Zipper(nn.Module):
             digest = loaded[name].pin(kept)
             if digest != pin.digest:
                 mismatch = (
-                    f"The tower {name!r} from {base if isinstance(base, str | Path) else 'memory'} is not the one this zip was "
+                    f"The tower {name!r} from {where if isinstance(where, str | Path) else 'memory'} is not the one this zip was "
                     f"trained on: its content hash is {digest[:16]}, the zip wants {pin.digest[:16]}."
                 )
                 if not allow_mismatch:
@@ -528,12 +553,12 @@ class Zipper(nn.Module):
             if any(said != real for said, real in sizes):
                 raise ZipperError(
                     f"{path} says of the tower {name!r} that {' and '.join(checkpoint.SIZES)} are {[said for said, _ in sizes]}; "
-                    f"of the one from {base if isinstance(base, str | Path) else 'memory'} they are {[real for _, real in sizes]}."
+                    f"of that from {where if isinstance(where, str | Path) else 'memory'} they are {[real for _, real in sizes]}."
                 )
             found[name] = dataclasses.replace(pin, digest=digest)
-            if isinstance(base, str | Path):
+            if isinstance(where, str | Path):
                 found[name] = dataclasses.replace(
-                    found[name], source=hub.absolute(base), relative="", revision=loaded[name].revision
+                    found[name], source=hub.absolute(where), relative="", revision=loaded[name].revision
                 )
         config = dataclasses.replace(config, towers=found)
         try:
@@ -720,8 +745,8 @@ def _relative(source: str, folder: Path) -> str:
         return ""
 
 
-def _base(folder: Path, name: str, pin: TowerConfig) -> str | Path:
-    """Where a tower of the zip in a folder lies now. Raises a ZipperError that says what to do where it is in none of its places."""
+def base(folder: Path, name: str, pin: TowerConfig) -> str | Path:
+    """Where a tower of the zip in a folder lies now. Raises a LostTower that says what to do where it is in none of its places."""
     if pin.source == f"towers/{name}":
         return folder / pin.source
     place = hub.as_folder(pin.source)
@@ -734,7 +759,7 @@ def _base(folder: Path, name: str, pin: TowerConfig) -> str | Path:
             return found
     looked = "".join(f"no model lies in {found}, and " for found in places[:-1])
     what = "has no config.json" if place.is_dir() else "does not exist"
-    raise ZipperError(f"The frozen tower {name!r} of {folder} was not found: {looked}{place} {what}. {_elsewhere(name)}")
+    raise LostTower(f"The frozen tower {name!r} of {folder} was not found: {looked}{place} {what}. {_elsewhere(name)}", name)
 
 
 def _elsewhere(name: str) -> str:

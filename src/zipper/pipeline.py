@@ -98,7 +98,7 @@ class Pipeline:
             self._write(temporary, {*include, *self.model.inside(Path(folder))}, record)
 
     def rehearse(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
-        """Raises what `save_pretrained` would, from disks that are full to files that could not be loaded again, and leaves nothing."""
+        """Raises what `save_pretrained` would, for a disk that is full or files that could not be loaded, and leaves nothing."""
         with checkpoint.rehearsal(Path(folder), self.prove) as temporary:
             self._write(temporary, self.model.inside(Path(folder)), record)
 

@@ -22,10 +22,11 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 = greedy, whatever top_k and top_p; otherwise from 1e-6 to 1e6. top_k: keep the k likeliest (0 = all). top_p: keep the smallest set of at least this probability
-    (nucleus sampling, arXiv:1904.09751). seed: row i of a batch draws from seed + i. guidance: how far to go from what the tower
-    would say alone towards what it says having seen the others, in log-probabilities (classifier-free guidance,
-    arXiv:2306.17806); 1 = no further than the model goes, 2 often helps text to speech, at the cost of the tower once more.
+    """temperature: 0 = greedy, whatever top_k and top_p say; else from 1e-6 to 1e6. top_k: keep the k likeliest (0 = all). top_p:
+    keep the smallest set of at least this probability (nucleus sampling, arXiv:1904.09751). seed: row i of a batch draws from
+    seed + i. guidance: how far to go from what the tower would say alone towards what it says having seen the others, in
+    log-probabilities (classifier-free guidance, arXiv:2306.17806); 1 = no further than the model goes, 2 often helps text to
+    speech, at the cost of the tower once more. A plan of one tower has no others, and is not guided.
     """
 
     temperature: float = 0.0

@@ -43,8 +43,8 @@ class Ends(NamedTuple):
 
 
 def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]:
-    """The content of a segment, a sequence or array of ids, as a list of its own. Raises a ZipperError for what is none: numbers that
-    are not whole, ids that the tower does not know, and its begin and end, which the model puts around a segment itself."""
+    """The content of a segment, a sequence or array of ids, as a list of its own. Raises a ZipperError for what is none: numbers
+    that are not whole, ids that the tower does not know, and its begin and end, which the model itself puts around a segment."""
     if isinstance(content, str | bytes) or not isinstance(content, Sequence | np.ndarray | Tensor):
         raise ZipperError(f"A segment of {tower!r} holds a {type(content).__name__}; a list of ids was wanted.")
     try:
@@ -57,9 +57,9 @@ def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]
         raise ZipperError(f"A segment of {tower!r} holds the id {wrong[0]}; its ids go from 0 to {vocabulary - 1}.")
     if len(wrong := ids[(ids == ends.begin) | (ids == ends.end)]):
         raise ZipperError(
-            f"A segment of {tower!r} holds the id {wrong[0]}, by which its segments {'begin' if wrong[0] == ends.begin else 'end'}: "
-            "begin and end are put around a segment by the model. Give the ids between them (of a tokenizer of Hugging Face: "
-            "add_special_tokens=False)."
+            f"A segment of {tower!r} holds the id {wrong[0]}, with which its segments "
+            f"{'begin' if wrong[0] == ends.begin else 'end'}: the model puts begin and end around a segment. "
+            "Give the ids between them (with a tokenizer of Hugging Face: add_special_tokens=False)."
         )
     found: list[int] = ids.tolist()
     return found

@@ -305,7 +305,10 @@ class Tower(nn.Module):
         adapted = getattr(self.model, "peft_config", None)
         try:
             config = LoraConfig(**settings)
-            with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # a bare twin without memory shows what it comes to
+            with (
+                torch.device("meta"),
+                warnings.catch_warnings(action="ignore"),
+            ):  # a bare twin without memory shows what it comes to
                 inject_adapter_in_model(config, type(self.model)(self.model.config))
             if adapted is None:
                 inject_adapter_in_model(LoraConfig(**settings), self.model)

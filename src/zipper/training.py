@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,16 +34,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper import checkpoint, files, inspection, plan
+from zipper import checkpoint, files, hub, inspection, plan
 from zipper.baseline import Baseline
 from zipper.data import Row
 from zipper.errors import ZipperError
 from zipper.extraction import Policy, load
-from zipper.files import saving
+from zipper.files import MOST_INTEGER, held, parse, saving, settle
 from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
-from zipper.model import Zipper
+from zipper.model import Adapter, LostTower, TowerConfig, Zipper, base
 from zipper.packing import lengths, pack
 from zipper.pipeline import PINS, Pipeline
 from zipper.rows import Rows, draws, mixed_seed
@@ -50,6 +51,19 @@ from zipper.sequence import Batch, collate
 from zipper.sharding import like, shard, whole
 from zipper.tasks import Task, tower_of
 from zipper.tower import Tower
+
+#: What a recipe may ask for: (least, most) by field.
+LIMITS = {
+    **dict.fromkeys(("steps", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"), (1, MOST_INTEGER)),
+    **dict.fromkeys(("warmup", "patience", "calibrate", "seed", "least_ids"), (0, MOST_INTEGER)),
+    **dict.fromkeys(("batch", "accumulate"), (1, 1 << 20)),
+    **dict.fromkeys(("lr_new", "lr_gate", "lr_tower", "weight_decay"), (0.0, 1e3)),
+    **dict.fromkeys(("lr_final", "corrupt", "most_bad"), (0.0, 1.0)),
+    "most_ids": (1, MOST_INTEGER),
+    "clip": (1e-12, 1e12),
+    "betas": (0.0, 1 - 1e-9),
+    "loss_weight": (0.0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -138,17 +152,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle(self, LIMITS)
         if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
             raise ZipperError(f"tasks is {dict(self.tasks)}; it needs at least one task with a positive share.")
-        for name in ("steps", "batch", "accumulate", "rows", "eval_every", "save_every", "log_every", "keep", "eval_rows"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ZipperError(f"{name} is {number}; it must be at least 1.")
         Policy(self.bad, self.most_bad)
         if not isinstance(self.data, str) and (not self.data or min(self.data.values()) < 0 or sum(self.data.values()) <= 0):
             raise ZipperError(f"data is {dict(self.data)}; it needs at least one source with a positive weight.")
-        for name in ("warmup", "patience", "calibrate", "seed", "least_ids"):
-            if (number := getattr(self, name)) < 0:
-                raise ZipperError(f"{name} is {number}; it must be at least 0.")
+        if self.most_ids is not None and self.least_ids > self.most_ids:
+            raise ZipperError(f"least_ids is {self.least_ids}, most_ids {self.most_ids}: no row has so many and so few.")
         known = {
             "mixed_precision": ("no", "bf16"),
             "save_dtype": (None, "float32", "float16", "bfloat16"),
@@ -182,6 +193,32 @@ class TrainConfig:
             for tower in Task.parse(task).towers:
                 if tower not in self.towers:
                     raise ZipperError(f"The task {task!r} names the tower {tower!r}; this recipe has {sorted(self.towers)}.")
+        for name, adapter in self.lora.items():
+            parse(Adapter, adapter, f"lora[{name!r}]")
+        self._check_use()
+
+    def _check_use(self) -> None:
+        """Raises a ZipperError for a setting that would do nothing."""
+        tasks = [Task.parse(task) for task, share in self.tasks.items() if share]
+        named, produced = ({tower for task in tasks for tower in part(task)} for part in (lambda t: t.towers, lambda t: t.outputs))
+        for option, used, what in (
+            ("train", named, "named by"),
+            ("lora", named, "named by"),
+            ("pack", named, "named by"),
+            ("corrupt", produced, "produced in"),
+            ("loss_weight", produced, "produced in"),
+        ):
+            if idle := sorted({*getattr(self, option)} - used):
+                raise ZipperError(f"{option} names {idle[0]!r}, which is {what} no task: it would do nothing. Leave it out.")
+        if not any(self.loss_weight.get(tower, 1.0) for tower in produced):
+            raise ZipperError(f"loss_weight is {dict(self.loss_weight)}: nothing that is produced has a loss. Raise one.")
+        for option in ("every", "junctions", "calibrate") if len(self.towers) == 1 else ():
+            if getattr(self, option):
+                raise ZipperError(f"{option} is {getattr(self, option)}, but one tower has no links: leave it out.")
+        if self.calibrate and not self.start and not self.link.projection_depth:
+            raise ZipperError("A link without a projection cannot be calibrated: set link.projection_depth to 1 or more.")
+        if self.frozen_dtype and (self.baseline or len(self.towers) == 1 or {*self.towers} <= {*self.train}):
+            raise ZipperError("frozen_dtype is for frozen towers, and here every tower learns: it would do nothing. Leave it out.")
 
 
 Model = Zipper | Baseline
@@ -239,13 +276,22 @@ class Objective(nn.Module):
 def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]) -> Model:
     """The model that a run starts from. rows: a sample of the data, on which the mean lengths of segments are measured."""
     if config.start is not None:
-        started = Zipper.from_pretrained(config.start, dtype=torch.float32)
+        started = _started(config.start, config.towers)
         if set(started.towers) != set(config.towers):
             raise ZipperError(
                 f"start={config.start!r} has the towers {sorted(started.towers)}, this recipe {sorted(config.towers)}."
             )
         for name, modality in modalities.items():
             _pinned(name, Path(config.start) / "towers" / name, modality)
+        for option, said, own in (
+            ("train", sorted(config.train), sorted(n for n, tower in started.config.towers.items() if tower.train)),
+            ("lora", _adapters(config.lora), _adapters({n: t.lora for n, t in started.config.towers.items() if t.lora})),
+        ):
+            if said and said != own:
+                raise ZipperError(
+                    f"{option} is {said}, but in start={config.start!r} it is {own}, and what learns stays as it was. "
+                    f"Leave {option} out, or give the same."
+                )
         return started
     items = [item for name in config.tasks for task in [Task.parse(name)] for item in task.given + task.produced]
     fields = {tower_of(item): item.partition(":")[0] for item in items}
@@ -295,11 +341,29 @@ def build(config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequenc
         seed=config.seed,
     )
     named = {
-        name: dataclasses.replace(t, source="" if isinstance(config.towers[name], Mapping) else str(config.towers[name]))
+        name: dataclasses.replace(t, source="" if isinstance(config.towers[name], Mapping) else hub.absolute(config.towers[name]))
         for name, t in model.config.towers.items()
     }
     model.config = dataclasses.replace(model.config, towers=named)
     return model
+
+
+def _adapters(lora: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Settings of adapters, but for the modules: a word may stand for these."""
+    found = {name: parse(Adapter, settings, f"lora[{name!r}]") for name, settings in lora.items()}
+    return {name: dataclasses.replace(a, target_modules=None, exclude_modules=None) for name, a in found.items()}
+
+
+def _started(source: str, towers: Mapping[str, Any]) -> Zipper:
+    """The saved zip that a run goes on from. A frozen tower that is not where it was is the recipe's, if it is the same one."""
+    found: dict[str, Any] = {}
+    while True:
+        try:
+            return Zipper.from_pretrained(source, found, torch.float32)
+        except LostTower as lost:
+            if not isinstance(towers.get(lost.name), str):
+                raise
+            found[lost.name] = towers[lost.name]
 
 
 def _pinned(name: str, source: Path, modality: Modality) -> None:
@@ -339,6 +403,14 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
         project_config=ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    with _alone(Path(config.output), accelerator):
+        return _train(config, resume, report, accelerator)
+
+
+def _train(
+    config: TrainConfig, resume: bool, report: Callable[[dict[str, Any]], None] | None, accelerator: Accelerator
+) -> Pipeline:
+    """`train`, by processes that hold the run's folder."""
     folder = Path(config.output)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ZipperError(f"Launched with {accelerator.distributed_type.value}. Launch plain processes; shard=True cuts the model.")
@@ -379,12 +451,17 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     optimizer = accelerator.prepare(_optimizer(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}
     progress = _restore(folder, optimizer, names, course, accelerator.is_main_process) if resume else Progress()
+    ended = progress.stopped or progress.step >= config.steps
+    if resume and not _kept(folder / "model", progress, model, ended, accelerator.is_main_process):
+        progress.best, progress.since_best = math.inf, 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with saving(folder, "The checkpoints in it are as they were."):
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "config.json", dataclasses.asdict(config))
             _forget(folder, progress.step)
+        if progress.step < config.steps and not progress.stopped:  # what the end needs is tried before the first step
+            Pipeline(complete, modalities).rehearse(folder / "model", _record(config, progress, {}))
     accelerator.init_trackers(folder.name)
 
     def evaluate() -> dict[str, float]:
@@ -439,6 +516,11 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
             logs = step + 1 == config.steps or (step + 1) % config.log_every == 0
             norms = inspection.gradient_norms(model) if logs else {}
             norm = whole(accelerator.clip_grad_norm_(list(names), config.clip))
+            if not norm.isfinite():  # in all processes alike; after a step by it no weight would be a number
+                raise ZipperError(
+                    f"The gradient of step {step + 1} is not finite (losses: {sums}). What {folder} holds is from before it. "
+                    f"Start anew with smaller learning rates, perhaps from the best model (start={str(folder / 'model')!r})."
+                )
             optimizer.step()
             optimizer.zero_grad()
             progress.step = step = step + 1
@@ -495,14 +577,35 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     if not stop and not (folder / "model").is_dir():  # no dev loss was a number
         keep_model({})
     if config.save_dtype and not stop and accelerator.is_main_process:
-        best = Pipeline.from_pretrained(folder / "model")
+        best = Pipeline.from_pretrained(folder / "model", _frozen(model))
         best.model.cast(getattr(torch, config.save_dtype))
         best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if stop:
         raise Stopped
-    return Pipeline.from_pretrained(folder / "model")
+    return Pipeline.from_pretrained(folder / "model", _frozen(model))
+
+
+@contextmanager
+def _alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder, by one process for all of them. A ZipperError says who writes it already, in every process."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(held(folder))
+            except ZipperError as error:
+                refused = str(error)
+        if said := broadcast_object_list([refused])[0]:
+            raise ZipperError(said)
+        yield
+
+
+def _frozen(model: Model) -> dict[str, Any]:
+    """Where the towers lie that a saved model does not hold."""
+    towers = model.config.towers.items() if isinstance(model, Zipper) else ()
+    return {name: tower.source for name, tower in towers if tower.source and not tower.train}
 
 
 @dataclass(frozen=True)
@@ -798,6 +901,35 @@ def _restore(folder: Path, optimizer: Any, names: Mapping[nn.Parameter, str], co
             if moments:
                 optimizer.state[p] = {k: v if k == "step" else like(v, p) for k, v in moments.items()}
     return Progress(**(state | {"best": math.inf if state["best"] is None else state["best"]}))
+
+
+def _kept(best: Path, progress: Progress, model: Model, ended: bool, write: bool) -> bool:
+    """Whether the best model of a run that goes on is there, whole, and on the towers that the run has; those that moved are pinned
+    where they are now. Says so where it is not: the next evaluation is the best then, or there is a ZipperError if none will come.
+    """
+    problem = ""
+    if write and not math.isinf(progress.best):
+        try:
+            pins = checkpoint.load(best)[0]["towers"]
+            moved, frozen = {}, _frozen(model)
+            for name, source in frozen.items():
+                pin = TowerConfig(**pins[name])
+                if pin.digest != model.config.towers[name].digest:
+                    raise ZipperError(f"{best} was made with another tower {name!r} than {source}.")
+                try:
+                    base(best, name, pin)
+                except LostTower:
+                    moved[name] = source
+            if moved:
+                Zipper.repin(best, moved)
+        except ZipperError as error:
+            problem = str(error)
+    problem = broadcast_object_list([problem])[0]
+    if problem and ended:
+        raise ZipperError(f"The run is at its end, but its best model is lost. {problem}")
+    if problem and write:
+        warnings.warn(f"The best model so far is lost, the next evaluation counts as the best. {problem}", stacklevel=3)
+    return not problem
 
 
 def _forget(folder: Path, step: int) -> None:
