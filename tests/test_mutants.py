@@ -101,7 +101,7 @@ def greedy_is_greedy_in_every_row() -> None:
 
 def a_row_draws_the_same_alone() -> None:
     """Almost evenly, so that rows are of unequal length; what the model thinks of the tokens shows in the scores."""
-    batch = [[Segment("text", [i])] for i in range(5)]
+    batch = [[Segment("text", [i])] for i in range(1, 6)]
     limits, outputs = {"text": 6, "speech": 8}, ["speech", "text", "speech"]
     found = generate(zips()["two"], batch, outputs, Sampling(temperature=9.0), limits)
     assert len({len(segments[0].content) for segments in found}) > 1

@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `zipper --help` answers at once
 
 import argparse
 import json
+import math
 import os
 import runpy
 import sys
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one), or the folder of a run")
     p.add_argument("-o", "--output", type=Path, help="page to write of a run (default: run.html in its folder)")
-    _mismatch_option(p)
+    _loading_options(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -157,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
         "zipper verify",
     )
     p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
-    _mismatch_option(p)
+    _loading_options(p)
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -176,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokens", action="append", default=[], metavar="NAME=MEAN", help="its mean tokens per segment (default: as before)"
     )
+    _tower_option(p)
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
     p = add(
@@ -187,10 +189,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, help="a saved model")
     p.add_argument("-o", "--output", type=Path, required=True, help="new folder for the model")
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--below", type=float, metavar="SHARE", help="links that add less than this share of their target's states")
+    which.add_argument(
+        "--below", type=_number, metavar="SHARE", help="links that add less than this share of their target's states"
+    )
     which.add_argument("--links", nargs="+", metavar="LINK", help="these links, e.g. '0:text>speech'")
     p.add_argument("--data", type=Path, help="measure on this manifest (JSONL) instead of the built-in dev part")
     p.add_argument("--rows", type=_count, default=60, help="rows to measure on (default 60)")
+    _tower_option(p)
     p.add_argument("--json", action="store_true", help="print what was found as JSON")
     p = add(
         "reproduce",
@@ -209,11 +214,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print results.json at the end; the tables go to stderr")
     p = add("push", push, "Upload a saved model to the hub, in one commit.", "zipper push runs/demo/model me/my-zip --private")
-    p.add_argument("model", type=Path, help="a saved model, with every tower that is not on the hub inside")
+    p.add_argument("model", type=Path, help="a saved model")
     p.add_argument("repo", help="hub repository; made if there is none")
     p.add_argument("--private", action="store_true", help="if the repository is new, only its owner sees it")
     p.add_argument("--revision", help="branch to commit to, made from main if there is none (default main)")
     p.add_argument("--message", default="Upload a zip", help="of the commit")
+    p.add_argument(
+        "--include", action="append", default=[], metavar="NAME", help="a frozen tower to upload too: others lack its folder"
+    )
+    _tower_option(p)
 
     p = add(
         "bench",
@@ -237,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     p.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16: autocast, frozen towers in bfloat16")
     p.add_argument("--attention", choices=["sdpa", "flex"], default="sdpa", help="of the links; flex is for cuda (default sdpa)")
-    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    p.add_argument("--threads", type=_threads, default=0, help="of every arm (default: as many as torch takes)")
     _bench_options(p)
 
     about = "Tokens of a zip, of its tower alone, of stock transformers and of other designs, in turn; medians of ratios."
@@ -254,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=["float32", "bfloat16"], default="float32", help="of weights and states (default float32)"
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    p.add_argument("--threads", type=_threads, default=0, help="of every arm (default: as many as torch takes)")
     _bench_options(p)
 
     about = "A model of text and speech against real time: recordings and sentences, one and eight at a time, and the first sound."
@@ -263,7 +272,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=_count, default=5, help="turns of each arm that count (default 5)")
     p.add_argument("--utterances", type=_count, default=16, help="in a turn (default 16)")
     p.add_argument("--model", default="", help="a saved pipeline (default: the shipped one)")
-    p.add_argument("--threads", type=int, default=0, help="of every arm (default: as many as torch takes)")
+    _tower_option(p)
+    p.add_argument("--threads", type=_threads, default=0, help="of every arm (default: as many as torch takes)")
     _bench_options(p)
 
     p = add(
@@ -296,17 +306,39 @@ def _commands(above: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 
 
 def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
+    if not (text.isdecimal() and len(text) < 16 and int(text)):  # more is no count, and no size either
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
 
 
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+def _threads(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def _model_option(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", help="a saved model: folder or hub id (default: the one that comes with the package)")
-    _mismatch_option(p)
+    _loading_options(p)
 
 
-def _mismatch_option(p: argparse.ArgumentParser) -> None:
+def _tower_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tower",
+        action="append",
+        default=[],
+        dest="towers",
+        metavar="NAME=PATH",
+        help="where a frozen tower of the model lies now: folder or hub id",
+    )
+
+
+def _loading_options(p: argparse.ArgumentParser) -> None:
+    _tower_option(p)
     p.add_argument(
         "--allow-mismatch", action="store_true", help="load it on another base, tokenizer or codebook than it was made with"
     )
@@ -331,13 +363,16 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
 def _sampling(given: argparse.Namespace) -> Any:
     from zipper.sampling import Sampling
 
+    for name, plain in {"top-k": 0, "top-p": 1.0, "seed": 0}.items():
+        if not given.temperature and getattr(given, name.replace("-", "_")) != plain:
+            raise ZipperError(f"--{name} says how tokens are drawn, and at temperature 0 none are. Pass --temperature, e.g. 0.8.")
     return Sampling(given.temperature, given.top_k, given.top_p, given.seed, given.guidance)
 
 
 def _pipeline(given: argparse.Namespace) -> Any:
     from zipper.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(given.model, allow_mismatch=given.allow_mismatch)
+    return Pipeline.from_pretrained(given.model, _named("--tower", given.towers), allow_mismatch=given.allow_mismatch)
 
 
 def _folder(given: argparse.Namespace) -> Path:
@@ -410,6 +445,8 @@ def run(given: argparse.Namespace) -> None:
             )
         segments.append(Segment(name, content))
     outputs = [name.strip() for name in given.outputs.split(",") if name.strip()]
+    if given.guidance != 1 and len({*outputs, *(segment.tower for segment in segments)}) < 2:
+        raise ZipperError("--guidance leads away from what a tower would say alone, and this plan names no other. Leave it out.")
     pipeline = _pipeline(given)
     if any(isinstance(pipeline.modalities.get(name), SpeechUnits) for name in outputs):
         if given.output is None:
@@ -604,6 +641,8 @@ def show(given: argparse.Namespace) -> None:
         said = run.summary() | {"page": str(page)}
         print(json.dumps(said, indent=1) if given.json else f"{history.text(said)}\npage        {page}")
         return
+    if given.output:
+        raise ZipperError(f"-o is for the page of a run; {given.model or 'the shipped model'} is a model. Leave it out.")
     found = describe(_pipeline(given), _folder(given))
     print(json.dumps(found, indent=1) if given.json else table(found))
 
@@ -622,7 +661,7 @@ def verify(given: argparse.Namespace) -> int:
     if (folder / PINS).is_file():
         model = _pipeline(given).zip
     else:  # a model that was saved without modalities has promises too
-        model = Zipper.from_pretrained(folder, dtype=torch.float32, allow_mismatch=given.allow_mismatch)
+        model = Zipper.from_pretrained(folder, _named("--tower", given.towers), torch.float32, given.allow_mismatch)
     checks = run_verification(model)
     if given.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
@@ -646,7 +685,7 @@ def swap(given: argparse.Namespace) -> None:
     _absent(given.output)
     modalities = {name: modality.load(folder) for name, folder in _named("--modality", given.modality).items()}
     record = checkpoint.load(given.model)[1]
-    old = Pipeline.from_pretrained(given.model, dtype=None)
+    old = Pipeline.from_pretrained(given.model, _named("--tower", given.towers), dtype=None)
     new, report = surgery.swap_pipeline(old, towers, modalities, given.train, means)
     new.save_pretrained(given.output, surgery.inside(new.zip, given.model), record | {"swap": dataclasses.asdict(report)})
     print(json.dumps(dataclasses.asdict(report), indent=1) if given.json else f"{report.table()}\n{given.output}: saved")
@@ -661,7 +700,8 @@ def prune(given: argparse.Namespace) -> None:
 
     _absent(given.output)
     record = checkpoint.load(given.model)[1]
-    whole = Pipeline.from_pretrained(given.model)
+    bases = _named("--tower", given.towers)
+    whole = Pipeline.from_pretrained(given.model, bases)
     raw = data.manifest(given.data, given.rows) if given.data else corpus.rows("dev", given.rows, whole.units)
     folder = given.data.parent if given.data else Path()
     rows = [data.encode(row, whole.modalities, folder, f"{given.data or 'dev'}, line {n}") for n, row in enumerate(raw, 1)]
@@ -670,7 +710,7 @@ def prune(given: argparse.Namespace) -> None:
     links = given.links or surgery.idle(found, given.below)
     if not links:
         raise ZipperError(f"No link adds less than {given.below}: the least is {min(link.share for link in found.values()):.4f}.")
-    stored = Pipeline.from_pretrained(given.model, dtype=None)  # so that what stays keeps its bits on the disk too
+    stored = Pipeline.from_pretrained(given.model, bases, dtype=None)  # so that what stays keeps its bits on the disk too
     pruned = Pipeline(surgery.prune(stored.zip, links), stored.modalities)
     costs = surgery.costs(whole.zip, samples)
     sizes = [sum(p.numel() for p in model.new_parameters().values()) for model in (stored.model, pruned.model)]
@@ -681,7 +721,7 @@ def prune(given: argparse.Namespace) -> None:
         "rows": len(rows),
     }
     pruned.save_pretrained(given.output, surgery.inside(pruned.zip, given.model), record | {"pruned": result})
-    loaded = Pipeline.from_pretrained(given.output)
+    loaded = Pipeline.from_pretrained(given.output, bases)
     after = _rates(loaded, raw, rows, given.data is None)
     losses = [surgery.losses(pipeline.zip, samples) for pipeline in (whole, loaded)]
     result["nats_per_token"] = {task: {"before": loss, "after": losses[1][task]} for task, loss in losses[0].items()}
@@ -723,6 +763,8 @@ def _named(option: str, items: Sequence[str]) -> dict[str, str]:
     found = dict(item.partition("=")[::2] for item in items)
     if wrong := [item for item in items if not all(item.partition("="))]:
         raise ZipperError(f"{option} {wrong[0]!r} is not NAME=VALUE. Write e.g. text=runs/tower.")
+    if len(found) < len(items):
+        raise ZipperError(f"{option} says of one name two things: {', '.join(items)}. Leave one out.")
     return found
 
 
@@ -759,9 +801,21 @@ def reproduce(given: argparse.Namespace) -> int:
 
 def push(given: argparse.Namespace) -> None:
     """zipper push"""
-    from zipper import hub
+    import tempfile
 
-    print(hub.push(given.model, given.repo, private=given.private, revision=given.revision, message=given.message))
+    from zipper import checkpoint, hub
+    from zipper.model import Zipper
+    from zipper.pipeline import PINS, Pipeline
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = given.model
+        if given.include or given.towers:
+            kind = Pipeline if (given.model / PINS).is_file() else Zipper
+            record = checkpoint.load(given.model)[1]
+            model = kind.from_pretrained(given.model, _named("--tower", given.towers), dtype=None)
+            folder = Path(place) / "zip"
+            model.save_pretrained(folder, [*given.include, *model.inside(given.model)], record)
+        print(hub.push(folder, given.repo, private=given.private, revision=given.revision, message=given.message))
 
 
 def bench_all(given: argparse.Namespace) -> None:
@@ -821,7 +875,8 @@ def bench_speech(given: argparse.Namespace) -> None:
     """zipper bench speech"""
     from zipper.bench import speech as benchmark
 
-    measured = partial(benchmark.bench, given.rounds, 1, given.model, given.utterances, given.threads, given.hardware)
+    bases = _named("--tower", given.towers)
+    measured = partial(benchmark.bench, given.rounds, 1, given.model, given.utterances, given.threads, given.hardware, bases)
     _benchmark(given, measured, benchmark.table)
 
 

@@ -54,6 +54,7 @@ _WHAT_TO_DO = {
 
 T = TypeVar("T")
 Limits = Mapping[str, tuple[int | float, int | float]]
+_types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
@@ -303,11 +304,6 @@ def _plain(value: Any) -> Any:
     if type(value).__module__ == "torch":  # a dtype
         return str(value)
     raise TypeError(f"{type(value).__name__} does not belong in JSON")
-
-
-@cache
-def _types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:

@@ -58,6 +58,10 @@ class Pipeline:
         """What a copy or a pickle takes along: not the reader, which points into this process's memory."""
         return {**self.__dict__, "_reader": None, "_weights": []}
 
+    def inside(self, folder: Path) -> list[str]:
+        """Frozen towers that lie in a folder; see `Zipper.inside`."""
+        return self.model.inside(folder)
+
     @classmethod
     def from_pretrained(
         cls,

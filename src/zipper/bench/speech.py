@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,27 @@ FIRST = 5  # units in the parts of a stream of sound: 0.2 s
 
 @dataclass(frozen=True)
 class Settings:
-    """What an arm is told. model: a folder, "" = the shipped one. threads: 0 = as many as torch takes."""
+    """What an arm is told. model: a folder, "" = the shipped one. threads: 0 = as many as torch takes. towers: where its frozen
+    towers lie now."""
 
     arm: str
     model: str = ""
     utterances: int = 16
     threads: int = 0
+    towers: Mapping[str, str] = field(default_factory=dict)
 
 
 def bench(
-    rounds: int, warm: int = 1, model: str = "", utterances: int = 16, threads: int = 0, hardware: str = ""
+    rounds: int,
+    warm: int = 1,
+    model: str = "",
+    utterances: int = 16,
+    threads: int = 0,
+    hardware: str = "",
+    towers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measure; the result is plain data for JSON, `table` shows it."""
-    settings = {arm: asdict(Settings(arm, model, utterances, threads)) for arm in ARMS}
+    settings = {arm: asdict(Settings(arm, model, utterances, threads, towers or {})) for arm in ARMS}
     turns = take_turns("zipper.bench.speech", settings, rounds, warm)
     return {
         **machine(hardware),
@@ -141,7 +149,7 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    pipeline = Pipeline.from_pretrained(settings.model or None)
+    pipeline = Pipeline.from_pretrained(settings.model or None, settings.towers)
     utterances = corpus.sentences("test", settings.utterances)
     if settings.arm not in ARMS:
         raise ZipperError(f"There is no arm {settings.arm!r}; there are {', '.join(ARMS)}.")

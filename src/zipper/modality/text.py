@@ -16,6 +16,7 @@ from zipper.errors import ZipperError
 from zipper.files import read_json
 
 BEGIN, END = "<s>", "</s>"
+TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
 MOST_BYTES = 64 << 20  # of a tokenizer.json; a vocabulary of 262,000 takes 33 MB
 LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
 
@@ -75,18 +76,9 @@ class Text:
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
         """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a slow one."""
-        if (Path(source) / cls.DEFINITION).is_file():
+        if (Path(source).expanduser() / cls.DEFINITION).is_file():
             return cls.load(source)
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(str(source))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ZipperError(f"no tokenizer at {source}: {error}. Give a folder with a {cls.DEFINITION} or a hub id.") from error
-        if not isinstance(loaded, PreTrainedTokenizerFast):
-            raise ZipperError(
-                f"{source} has only a slow tokenizer ({type(loaded).__name__}). Save it as a fast one ({cls.DEFINITION}) first."
-            )
+        loaded = _loaded(source)
         return cls(loaded.backend_tokenizer.to_str(), loaded.bos_token, loaded.eos_token)
 
     @property
@@ -118,16 +110,19 @@ class Text:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """From a folder with a tokenizer.json, ours or another's; transformers is not imported."""
-        folder = Path(folder)
+        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name the tokens that begin and
+        end a text, transformers knows the other places that may."""
+        folder = Path(folder).expanduser()
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
                 definition = file.read(MOST_BYTES + 1)
             if len(definition) > MOST_BYTES:
                 raise ValueError(f"{cls.DEFINITION} has more than {MOST_BYTES} bytes")
-            config = read_json(folder / cls.CONFIG)
-            tokens = (_token(config.get("bos_token")), _token(config.get("eos_token")))
-            return cls(definition.decode(), *tokens)
+            config = read_json(folder / cls.CONFIG) if (folder / cls.CONFIG).is_file() else {}
+            named = [_token(config.get(name)) for name in TOKENS]
+            if named[1] is None or "bos_token" not in config:
+                named = _tokens(folder, definition.decode(), named)
+            return cls(definition.decode(), *named)
         except (OSError, ValueError) as error:
             raise ZipperError(f"{folder} holds no tokenizer: {error} It needs {cls.DEFINITION} and {cls.CONFIG}.") from error
 
@@ -140,6 +135,43 @@ class Text:
     def _writes(self, character: str) -> bool:
         ids = self.tokenizer.encode(character, add_special_tokens=False).ids
         return bool(ids) and self._unknown not in ids
+
+
+def _loaded(source: str | Path) -> Any:
+    """A fast tokenizer by transformers, without code of strangers. Raises a ZipperError where there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # whatever a stranger's files lead transformers to
+        raise ZipperError(
+            f"no tokenizer at {source}: {error!s:.500}. Give a folder with a {Text.DEFINITION} or a hub id."
+        ) from error
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise ZipperError(
+            f"the tokenizer of {source} is a slow one ({type(loaded).__name__}). Save it as a fast one ({Text.DEFINITION}) first."
+        )
+    return loaded
+
+
+def _tokens(folder: Path, definition: str, named: list[str | None]) -> list[str | None]:
+    """The tokens that begin and end a text: as transformers knows them (by more files, and by the tokenizer's class) or, where it
+    knows none that the definition has, those whose ids the model's own configuration beside it names. named: by one file."""
+    try:
+        loaded, tokenizer = _loaded(folder), Tokenizer.from_str(definition)
+    except Exception:  # none that transformers knows either, or no definition: whoever reads it says so
+        return named
+    ids: dict[str, Any] = {}
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        ids |= {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+    found: list[str | None] = []
+    for name, own in zip(TOKENS, named, strict=True):
+        number = ids.get(f"{name}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        by_id = tokenizer.id_to_token(number) if type(number) is int and 0 <= number < 1 << 31 else None
+        candidates = (own, getattr(loaded, name), by_id)
+        found.append(next((c for c in candidates if c is not None and (c is own or tokenizer.token_to_id(c) is not None)), None))
+    return found
 
 
 def _token(entry: Any) -> str | None:
