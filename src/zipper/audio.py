@@ -83,13 +83,9 @@ class Audio:
         return Audio(self.samples[max(0, loud[0] * hop - margin) : (loud[-1] + 1) * hop + margin], self.rate_hz)
 
     def level(self, loud: float) -> "Audio":
-        """Scaled so that its loud frames (95th percentile of 10 ms power) have this root mean square, however it was recorded; a
-        constant offset, which some sound cards add, is no sound and is taken away before."""
-        if not len(self.samples):
-            return self
-        samples = self.samples - self.samples.mean(dtype=np.float64).astype(np.float32)
-        power = float(np.quantile(_frame_power(samples, self.rate_hz // 100), 0.95))
-        return Audio(samples if power < 1e-12 else samples * np.float32(loud / power**0.5), self.rate_hz)
+        """Scaled so that its loud frames (95th percentile of 10 ms power) have this root mean square, however it was recorded."""
+        power = float(np.quantile(_frame_power(self.samples, self.rate_hz // 100), 0.95)) if len(self.samples) else 0.0
+        return self if power < 1e-12 else Audio(self.samples * np.float32(loud / power**0.5), self.rate_hz)
 
 
 def read(
@@ -98,7 +94,7 @@ def read(
     """The sound of a wav, flac, mp3, ogg, opus, aiff, au, caf, w64 or sph file, its channels averaged.
 
     source: a path, or the content of a file (at most 25 MB). rate_hz: the rate wanted; None keeps the file's. start_s, stop_s: the
-    piece wanted, in seconds (None: to the end): what `samples[start:stop]` of the whole is.
+    piece wanted, in seconds (None: to the end): `samples[start:stop]` of the whole, but for the scale where samples go beyond 1.
 
     What is returned was decoded, whatever a header says: the file is read until nothing more comes. Raises ZipperError for what is
     no such file; for a length that differs from the header's (the file was cut short, damaged or joined); and for sound that is
@@ -133,12 +129,12 @@ def read(
         raise ZipperError(f"{where} is {heard.rate_hz} Hz, these units need {rate_hz} Hz. Pass resample=True or convert it first.")
     if not len(heard.samples):
         raise ZipperError(f"{where} holds no sound (0 samples). Give a recording with something in it.")
-    peak = max(-float(heard.samples.min()), float(heard.samples.max()))  # abs() would be a copy
-    if not np.isfinite(peak):
+    low, high = float(heard.samples.min()), float(heard.samples.max())  # abs() would be a copy
+    if not np.isfinite([low, high]).all():
         raise ZipperError(f"{where} holds NaN or infinite samples. It was damaged when it was written: export it again.")
-    if peak > 1:
-        heard.samples.__itruediv__(np.float32(peak))
-    return Audio(heard.samples, heard.rate_hz).resample(rate_hz or heard.rate_hz)
+    samples = heard.samples
+    samples /= np.float32(max(1.0, -low, high))
+    return Audio(samples, heard.rate_hz).resample(rate_hz or heard.rate_hz)
 
 
 def write(path: str | Path, audio: Audio) -> None:
@@ -210,7 +206,7 @@ class _Header(NamedTuple):
         stop = start + self._most + 1 if stop_s is None else max(start + 1, round(stop_s * self.rate_hz))
         long = min(last, stop if stop_s is not None else np.inf) - start
         if np.isfinite(long) and long > self._most:
-            raise self._too_long(f"{long / self.rate_hz:.0f}", long)
+            raise self._too_long(f"{long / self.rate_hz:.0f}", int(long))
         return start, stop
 
     def check(self, at: int, stop: int, start_s: float, stop_s: float | None) -> None:
@@ -231,7 +227,7 @@ class _Header(NamedTuple):
         """Samples a channel that are decoded at most."""
         return min(int(LONGEST_S * self.rate_hz), MOST_DECODED_BYTES // (4 * self.channels))
 
-    def _too_long(self, seconds: str, frames: float) -> ZipperError:
+    def _too_long(self, seconds: str, frames: int) -> ZipperError:
         limit = f"{LONGEST_S:.0f} s are read"
         if frames <= LONGEST_S * self.rate_hz:
             limit = f"{self._most / self.rate_hz:.0f} s of {self.channels} channels at {self.rate_hz} Hz are read"

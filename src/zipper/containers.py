@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from zipper.errors import ZipperError
 
 MOST_CHUNKS = 1_000  # sound has a dozen; libsndfile and we would walk through millions of empty ones
+MOST_TAGS = 10
 NEAR = 65_536  # bytes in which the first frame of an MP3, and the last page of an Ogg file, must begin
 #: From here on 32 bits mean "unknown": pipes leave 0x7FFFF000 (SoX), 0x80000000 (arecord), 0xFFFFFFFF (ffmpeg).
 UNKNOWN_BYTES = 0x7FFFF000
@@ -61,7 +62,7 @@ def opened(file: io.BufferedIOBase, where: str) -> Opened:
         return _mp3(file, first, end, where)
     kind = next((told for start, told in _FOREIGN.items() if head.lower().startswith(start)), "")
     kind = "MP4, such as m4a" if head[4:8] == b"ftyp" else kind
-    begins = f"it is {kind}" if kind else f"it begins with {head[:8]!r}" if head else "it is empty"
+    begins = f"it is {kind}" if kind else f"it begins with {head[:8]!r}" if head else "nothing is in it"
     raise ZipperError(f"{where} is not readable sound ({begins}). Give a wav, flac, mp3, ogg or opus file.")
 
 
@@ -110,7 +111,10 @@ def _at(file: io.BufferedIOBase, place: int, count: int) -> bytes:
 def _behind_tag(file: io.BufferedIOBase) -> int:
     """Where a file begins behind the ID3v2 tags before it."""
     at = 0
-    while (tag := _at(file, at, 10))[:3] == b"ID3" and len(tag) == 10 and max(tag[6:]) < 128:
+    for _ in range(MOST_TAGS):
+        tag = _at(file, at, 10)
+        if tag[:3] != b"ID3" or len(tag) < 10 or max(tag[6:]) > 127:
+            break
         at += 10 + sum(byte << 7 * n for n, byte in enumerate(reversed(tag[6:]))) + (10 if tag[5] & 16 else 0)
     return at
 
@@ -156,7 +160,7 @@ _CHUNKED = {
 
 def _chunked(file: io.BufferedIOBase, size: int, layout: _Chunks, where: str) -> Opened:
     long = 0
-    for name, place, length in _chunks(file, layout, where):
+    for name, place, length in _chunks(file, size, layout, where):
         if name == b"ds64":
             long = int.from_bytes(_at(file, place + 8, 8), "little")
         if name[:4] == layout.sound:
@@ -166,11 +170,11 @@ def _chunked(file: io.BufferedIOBase, size: int, layout: _Chunks, where: str) ->
     raise ZipperError(f"{where} ends before its sound begins. Fetch or export it again.")
 
 
-def _chunks(file: io.BufferedIOBase, layout: _Chunks, where: str) -> Iterator[tuple[bytes, int, int]]:
-    """Name, place and size of the content of every chunk."""
+def _chunks(file: io.BufferedIOBase, size: int, layout: _Chunks, where: str) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and size of the content of every chunk that begins in the file."""
     at = layout.first
     for _ in range(MOST_CHUNKS):
-        head = _at(file, at, layout.name + layout.size)
+        head = _at(file, min(at, size), layout.name + layout.size)
         if len(head) < layout.name + layout.size:
             return
         length = int.from_bytes(head[layout.name :], layout.order) - layout.counted
