@@ -26,7 +26,7 @@ MOST_DECODED_BYTES = 256 << 20  # of all channels as float32; 600 s of stereo at
 MOST_BYTES = 25_000_000  # of a file that is given as bytes, and so lies in memory
 BLOCK = 65_536  # samples of all channels that are decoded at once
 SLACK_S = 0.1  # that the end of a piece may lie behind the end of its file: manifests are rounded
-CANCELLED = 0.1  # of the power that the mean of channels with nothing in common would have: a correlation below -0.9
+CANCELLED = 0.1  # of the power that the sum of channels with nothing in common has; two of one power: a correlation below -0.9
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
 QUIET_DB = -45.0  # under the loudest frame: eSpeak's own pauses lie below -60, its weakest fricatives above -40
 
@@ -260,16 +260,17 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
             header = _Header(where, sound.samplerate, sound.channels, told, opened.slack)
             start, stop = header.piece(start_s, stop_s)
             at = _seek(sound, start) if start else 0
-            room = np.empty((BLOCK // sound.channels, sound.channels), np.float32)
-            pcm, moments = bytearray(), np.zeros((2, sound.channels + 1))
+            count = sound.channels
+            room = np.empty((BLOCK // count, count), np.float32)
+            share = np.full(count, 1 / count, np.float32) if channel is None else np.eye(count, dtype=np.float32)[channel]
+            pcm, total, products = bytearray(), np.zeros(count), np.zeros((count, count))
             while at < stop and len(block := sound.read(out=room[: stop - at])):
                 fresh = block[max(0, start - at) :]
-                mixed = fresh.mean(axis=1)
-                pcm += (mixed if channel is None else fresh[:, channel]).tobytes()
                 at += len(block)
-                if sound.channels > 1:
-                    every = np.column_stack([fresh, mixed]).astype(np.float64)
-                    moments += every.sum(axis=0), np.square(every).sum(axis=0)
+                with np.errstate(all="ignore"):  # of NaN and infinity, which are refused at the end
+                    pcm += (fresh @ share).tobytes()
+                    total += fresh.sum(axis=0)
+                    products += fresh.T @ fresh
     except soundfile.LibsndfileError as error:
         raise ZipperError(
             f"{where} is not readable sound ({error.error_string}). It was cut short, damaged or is of another kind: fetch or "
@@ -278,10 +279,10 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
     except OSError as error:
         raise ZipperError(f"{where} is not readable sound ({error}). Give a wav, flac, mp3 or ogg file.") from error
     header.check(at, stop, start_s, stop_s)
-    mean, square = moments / max(1, at - start)
-    power = square - np.square(mean)  # an offset is no sound
-    cancelled = header.channels > 1 and power[-1] < CANCELLED * power[:-1].sum() / header.channels**2
-    return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, bool(cancelled), int(power[:-1].argmax()))
+    heard = max(1, at - start)
+    spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
+    cancelled = bool(spread.sum() < CANCELLED * spread.trace())
+    return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax()))
 
 
 @functools.cache
