@@ -55,7 +55,7 @@ class Audio:
         """
         object.__setattr__(self, "samples", _one_channel(samples))
         number = isinstance(rate_hz, int | float | np.integer | np.floating) and not isinstance(rate_hz, bool)
-        if not number or rate_hz != np.floor(rate_hz):
+        if not number or not np.isfinite(rate_hz) or rate_hz != int(rate_hz):
             raise ZipperError(f"The rate {rate_hz!r} was given for a sound. Give a whole number of samples a second, e.g. 16000.")
         _check_rate(int(rate_hz), "this sound")
         object.__setattr__(self, "rate_hz", int(rate_hz))
@@ -280,8 +280,9 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
         raise ZipperError(f"{where} is not readable sound ({error}). Give a wav, flac, mp3 or ogg file.") from error
     header.check(at, stop, start_s, stop_s)
     heard = max(1, at - start)
-    spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
-    cancelled = bool(spread.sum() < CANCELLED * spread.trace())
+    with np.errstate(all="ignore"):
+        spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
+        cancelled = bool(spread.sum() < CANCELLED * spread.trace())
     return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax()))
 
 
