@@ -25,7 +25,7 @@ LONGEST_S = 600.0
 MOST_DECODED_BYTES = 256 << 20  # of all channels as float32; 600 s of stereo at 48 kHz are 220 MiB
 MOST_BYTES = 25_000_000  # of a file that is given as bytes, and so lies in memory
 BLOCK = 65_536  # samples of all channels that are decoded at once
-SLACK_S = 0.1  # that the end of a piece may lie behind the end of its file: manifests are rounded
+SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: manifests are rounded
 CANCELLED = 0.1  # of the power that the sum of channels with nothing in common has; two of one power: a correlation below -0.9
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
 QUIET_DB = -45.0  # under the loudest frame: eSpeak's own pauses lie below -60, its weakest fricatives above -40
@@ -288,7 +288,8 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
 
 @functools.cache
 def _forward() -> Any:
-    """soundfile's reader without the seek behind every block, after which libsndfile decodes MP3 without what came before."""
+    """soundfile's reader without its seek behind every block: after one MP3 is decoded without what came before, and FLAC that does
+    not say where it ends fails there."""
 
     class Forward(extra("soundfile").SoundFile):  # type: ignore[misc]
         def seekable(self) -> bool:

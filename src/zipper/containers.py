@@ -320,7 +320,7 @@ def _mp3(file: io.BufferedIOBase, start: int, end: int, where: str) -> Opened:
     told = int.from_bytes(head[first.info + 8 : first.info + 12], "big") if xing and head[first.info + 7] & 1 else 0
     if head[36:40] == b"VBRI":  # as Fraunhofer writes it
         xing, told = True, int.from_bytes(head[50:54], "big")
-    there -= xing  # the header is a frame without sound
+    there = max(0, there - xing)  # the header is a frame without sound
     if told > there + 2:  # whether it counts itself is not agreed upon
         raise ZipperError(
             f"{where} was cut short: its header speaks of {told * seconds:.2f} s, {there * seconds:.2f} s are there. "
