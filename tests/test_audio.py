@@ -145,8 +145,8 @@ def test_a_piece_that_is_none_is_refused(tmp_path: Path) -> None:
         (1.0, 1.0),
         (1.0, 0.5),
         (-1.0, 1.0),
-        (1.0, 2.5),
-        (0.0, 2.5),
+        (1.0, 2.6),
+        (0.0, 2.6),
         (np.nan, None),
         (0.0, np.nan),
     ]:

@@ -17,7 +17,7 @@ from zipper.errors import ZipperError
 
 MOST_CHUNKS = 1_000  # sound has a dozen; libsndfile and we would walk through millions of empty ones
 MOST_TAGS = 10
-MOST_PAGES = 250_000  # of Ogg: 83 minutes if each holds 20 ms, days as most are written; 1.5 s of work
+MOST_PAGES = 500_000  # of Ogg: 2.8 hours if each holds 20 ms, days as most are written; 1.2 s of work
 NEAR = 65_536  # bytes in which the first frame of an MP3 must begin
 #: From here on 32 bits mean "unknown": pipes leave 0x7FFFF000 (SoX), 0x80000000 (arecord), 0xFFFFFFFF (ffmpeg).
 UNKNOWN_BYTES = 0x7FFFF000
