@@ -46,6 +46,7 @@ ORDER = (
     "graphs",
     "fused",
     "engine",
+    "containers",
     "audio",
     "modality",
     "pipeline",

@@ -51,6 +51,9 @@ def test_it_transcribes_a_file_or_a_sound(pipe: Pipeline, clip: Path) -> None:
     codes = tiny.units().encode(clip)
     (wanted,) = ids(pipe, [Segment("speech", codes)], ["text"])
     assert pipe.transcribe(clip) == pipe.transcribe(str(clip)) == pipe.transcribe(audio.read(clip)) == tiny.text().decode(wanted)
+    sound = audio.read(clip)
+    pulses = Audio((sound.samples * 32_768).astype(np.int16), sound.rate_hz)  # as the file has them
+    assert pipe.transcribe(clip.read_bytes()) == pipe.transcribe(pulses) == tiny.text().decode(wanted)
 
 
 def test_it_speaks_text_as_sound(pipe: Pipeline) -> None:
@@ -220,6 +223,8 @@ def test_bad_input_is_refused_in_a_sentence(pipe: Pipeline, clip: Path, tmp_path
         (lambda: pipe.transcribe(tmp_path / "gone.wav"), r"gone.wav does not exist"),
         (lambda: pipe.transcribe(tmp_path / "words.wav"), r"words.wav is not readable sound"),
         (lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)), r"'speech' would read 502 tokens.*at most 128"),
+        (lambda: pipe.transcribe(b"these are words"), r"\(sound given as bytes\) is not readable sound"),
+        (lambda: pipe.transcribe(Audio([], 16_000)), r"The sound given has no samples"),
         (lambda: pipe.speak("call anna", voice="alto"), r"no voice 'alto'. Take one of low, high"),
         (lambda: pipe.speak("call 42"), r"cannot write 2 4"),
         (lambda: pipe.run_batch([[Segment("text", "a")], [Segment("speech", clip)]], ["text"]), r"same towers in the same order"),

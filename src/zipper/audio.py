@@ -8,19 +8,25 @@ import importlib
 import io
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Complex64, Float32
 
+from zipper import containers
 from zipper.errors import ZipperError
 
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 8_000, 192_000
 MOST_CHANNELS = 8
 LONGEST_S = 600.0
-BLOCK = 65_536  # samples a channel that are decoded at once
+MOST_DECODED_BYTES = 256 << 20  # of all channels as float32; 600 s of stereo at 48 kHz are 220 MiB
+MOST_BYTES = 25_000_000  # of a file that is given as bytes, and so lies in memory
+BLOCK = 65_536  # samples of all channels that are decoded at once
+SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: manifests are rounded
+CANCELLED = 0.1  # of the power that the sum of channels with nothing in common has; two of one power: a correlation below -0.9
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
 QUIET_DB = -45.0  # under the loudest frame: eSpeak's own pauses lie below -60, its weakest fricatives above -40
 
@@ -33,12 +39,26 @@ def extra(module: str) -> Any:
         raise ZipperError(f"sound needs {module}, which is not installed ({error}). Do: pip install 'zipper-lm[speech]'") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Audio:
-    """One channel of sound: `samples` float32 in [-1, 1], `rate_hz` samples per second."""
+    """One channel of sound: `samples` float32, finite, in [-1, 1] by custom; `rate_hz` samples per second, 8,000 to 192,000."""
 
     samples: Float32[np.ndarray, " time"]
     rate_hz: int
+
+    def __init__(self, samples: Any, rate_hz: Any) -> None:
+        """samples: an array, a tensor or a list of one channel, (time,), (1, time) or (time, 1). Floats stay as they are; integers
+        of 8, 16 or 32 bits are scaled by what they can hold, as in a file. None at all are silence of no length.
+
+        Raises ZipperError for several channels (which of the two axes they are is a guess), for NaN and infinity, for integers of
+        another width, and for a rate out of bounds.
+        """
+        object.__setattr__(self, "samples", _one_channel(samples))
+        number = isinstance(rate_hz, int | float | np.integer | np.floating) and not isinstance(rate_hz, bool)
+        if not number or not np.isfinite(rate_hz) or rate_hz != int(rate_hz):
+            raise ZipperError(f"The rate {rate_hz!r} was given for a sound. Give a whole number of samples a second, e.g. 16000.")
+        _check_rate(int(rate_hz), "this sound")
+        object.__setattr__(self, "rate_hz", int(rate_hz))
 
     @property
     def seconds(self) -> float:
@@ -71,55 +91,69 @@ class Audio:
 def read(
     source: str | Path | bytes, rate_hz: int | None = None, resample: bool = True, start_s: float = 0.0, stop_s: float | None = None
 ) -> Audio:
-    """The sound of a wav, flac, mp3, ogg or opus file, its channels averaged.
+    """The sound of a wav, flac, mp3, ogg, opus, aiff, au, caf, w64 or sph file, its channels averaged.
 
-    source: a path, or the content of a file. rate_hz: the rate wanted; None keeps the file's. start_s, stop_s: the piece wanted, in
-    seconds (None: to the end). Raises ZipperError for what is no such file, and for sound that is empty,
-    holds NaN or infinity, has an odd rate (8 to 192 kHz are fine), more than 8 channels, or lasts more than 600 s; the header
-    is checked before anything is decoded.
+    source: a path, or the content of a file (at most 25 MB). rate_hz: the rate wanted; None keeps the file's. start_s, stop_s: the
+    piece wanted, in seconds (None: to the end): `samples[start:stop]` of the whole, but for the scale where samples go beyond 1.
+
+    What is returned was decoded, whatever a header says: the file is read until nothing more comes. Raises ZipperError for what is
+    no such file; for a length that differs from the header's (the file was cut short, damaged or joined); and for sound that is
+    empty, holds NaN or infinity, has an odd rate (8 to 192 kHz are fine), more than 8 channels, or is longer than 600 s or 256 MiB
+    decoded, which is asked of the header first and of the decoder again. Where a header gives no length (a stream: MP3 without a
+    Xing header, Ogg, sizes of 0xFFFFFFFF, FLAC of 0 samples) what can be decoded is the sound.
+
+    Channels that cancel each other out (one of them is inverted) are not averaged: the loudest is taken, with a warning.
     """
-    soundfile = extra("soundfile")
-    path = Path("(sound given as bytes)" if isinstance(source, bytes) else source)
-    if not isinstance(source, bytes) and not path.is_file():
+    where = "(sound given as bytes)"
+    if isinstance(source, bytes):
+        if len(source) > MOST_BYTES:
+            raise ZipperError(
+                f"{len(source):,} bytes of a sound file were given, at most {MOST_BYTES:,} are read. Give its path, or shorten it."
+            )
+        file: io.BufferedIOBase = io.BytesIO(source)
+    elif isinstance(source, str | Path):
+        file, where = _open(Path(source).expanduser()), str(source)
+    else:
         raise ZipperError(
-            f"{path} is a folder, a sound file was wanted." if path.is_dir() else f"{path} does not exist. Give a sound file."
+            f"A {type(source).__name__} was given as sound. Give the path of a sound file, its bytes, or Audio(samples, rate_hz)."
         )
-    try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else path) as file:
-            start = round(start_s * file.samplerate)
-            stop = file.frames if stop_s is None else min(file.frames, round(stop_s * file.samplerate))
-            if (start_s, stop_s) != (0.0, None) and not 0 <= start < stop:
-                raise ZipperError(
-                    f"{path} lasts {file.frames / file.samplerate:.2f} s; {start_s} to {stop_s} s are no piece of it."
-                )
-            _check_header(path, stop - start, file.samplerate, file.channels)
-            if rate_hz not in (None, file.samplerate) and not resample:
-                raise ZipperError(
-                    f"{path} is {file.samplerate} Hz, these units need {rate_hz} Hz. Pass resample=True or convert it first."
-                )
-            if start:
-                file.seek(start)
-            blocks = [block.mean(axis=1) for block in file.blocks(BLOCK, dtype="float32", always_2d=True, frames=stop - start)]
-            audio = Audio(np.concatenate(blocks) if blocks else np.zeros(0, np.float32), file.samplerate)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
-        raise ZipperError(f"{path} is not readable sound ({error}). Give a wav, flac, mp3 or ogg file.") from error
-    if not len(audio.samples):
-        raise ZipperError(f"{path} holds no sound (0 samples). Give a recording with something in it.")
-    peak = float(np.abs(audio.samples).max())
-    if not np.isfinite(peak):
-        raise ZipperError(f"{path} holds NaN or infinite samples. It was damaged when it was written: export it again.")
-    audio = Audio(audio.samples / np.float32(max(1.0, peak)), audio.rate_hz)
-    return audio.resample(rate_hz or audio.rate_hz)
+    with file:
+        heard = _decode(file, where, start_s, stop_s)
+        if heard.cancelled:
+            heard = _decode(file, where, start_s, stop_s, heard.loudest)
+            warnings.warn(
+                f"{where}: its channels cancel each other out, one is inverted. Channel {heard.loudest + 1} was taken alone.",
+                stacklevel=2,
+            )
+    if rate_hz not in (None, heard.rate_hz) and not resample:
+        raise ZipperError(f"{where} is {heard.rate_hz} Hz, these units need {rate_hz} Hz. Pass resample=True or convert it first.")
+    if not len(heard.samples):
+        raise ZipperError(f"{where} holds no sound (0 samples). Give a recording with something in it.")
+    low, high = float(heard.samples.min()), float(heard.samples.max())  # abs() would be a copy
+    if not np.isfinite([low, high]).all():
+        raise ZipperError(f"{where} holds NaN or infinite samples. It was damaged when it was written: export it again.")
+    samples = heard.samples
+    samples /= np.float32(max(1.0, -low, high))
+    return Audio(samples, heard.rate_hz).resample(rate_hz or heard.rate_hz)
 
 
 def write(path: str | Path, audio: Audio) -> None:
-    """Sound as a wav (16 bit), flac, ogg or mp3 file, told by the name's ending; the file is there whole or not at all."""
-    soundfile, path = extra("soundfile"), Path(path)
+    """Sound as a wav (16 bit), flac, ogg or mp3 file, told by the name's ending; the file is there whole or not at all.
+
+    Samples beyond 1 are scaled down, not cut. Raises ZipperError for a sound of no samples, which `read` would refuse, for a
+    rate that the kind of file does not know, and for a place that cannot be written.
+    """
+    soundfile, path = extra("soundfile"), Path(path).expanduser()
     check_writable(path)
+    if not len(audio.samples):
+        raise ZipperError(f"There is no sound to write to {path} (0 samples).")
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)
     try:
-        soundfile.write(temporary, audio.samples, audio.rate_hz)
+        scale = np.float32(max(1.0, np.abs(audio.samples).max()))
+        with soundfile.SoundFile(temporary, "w", audio.rate_hz, 1) as file:
+            for at in range(0, len(audio.samples), BLOCK):  # libsndfile lays a whole Vorbis file on its stack, and dies of it
+                file.write(audio.samples[at : at + BLOCK] / scale)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
@@ -141,12 +175,162 @@ def check_writable(path: str | Path) -> None:
         raise ZipperError(f"the folder {path.parent} is not yours to write in. Choose another one.")
 
 
-def _check_header(path: Path, frames: int, rate_hz: int, channels: int) -> None:
-    _check_rate(rate_hz, str(path))
-    if channels > MOST_CHANNELS:
-        raise ZipperError(f"{path} has {channels} channels, at most {MOST_CHANNELS} are read. Mix it down first.")
-    if frames > LONGEST_S * rate_hz:
-        raise ZipperError(f"{path} lasts {frames / rate_hz:.0f} s, at most {LONGEST_S:.0f} s are read. Cut it into pieces.")
+class _Heard(NamedTuple):
+    """What was decoded. cancelled: its channels do not bear being averaged; the loudest of them is `loudest`."""
+
+    samples: Float32[np.ndarray, " time"]
+    rate_hz: int
+    cancelled: bool
+    loudest: int
+
+
+class _Header(NamedTuple):
+    """What a file says of itself. frames: samples a channel, None where it does not say; slack: how many of them may be missing."""
+
+    where: str
+    rate_hz: int
+    channels: int
+    frames: int | None
+    slack: int
+
+    def piece(self, start_s: float, stop_s: float | None) -> tuple[int, int]:
+        """The samples wanted, from and up to; of all, one more than may be. Raises ZipperError for what need not be decoded."""
+        _check_rate(self.rate_hz, self.where)
+        if self.channels > MOST_CHANNELS:
+            raise ZipperError(f"{self.where} has {self.channels} channels, at most {MOST_CHANNELS} are read. Mix it down first.")
+        last = np.inf if self.frames is None else self.frames
+        end_s = np.inf if stop_s is None else stop_s
+        start = round(start_s * self.rate_hz) if 0 <= start_s < end_s else -1
+        if start < 0 or start >= last > 0 or (stop_s is not None and (stop_s - SLACK_S) * self.rate_hz > last):
+            raise self._no_piece(self.frames, start_s, stop_s)
+        stop = start + self._most + 1 if stop_s is None else max(start + 1, round(stop_s * self.rate_hz))
+        long = min(last, stop if stop_s is not None else np.inf) - start
+        if np.isfinite(long) and long > self._most:
+            raise self._too_long(f"{long / self.rate_hz:.0f}", int(long))
+        return start, stop
+
+    def check(self, at: int, stop: int, start_s: float, stop_s: float | None) -> None:
+        """Raises ZipperError if what was decoded, up to `at`, is not what was wanted, up to `stop`, or not what the file says."""
+        if stop_s is None and at == stop:
+            raise self._too_long(f"more than {self._most / self.rate_hz:.0f}", at)
+        told = at if self.frames is None else self.frames
+        if at < min(told, stop) - self.slack or (stop_s is None and at > told):
+            raise ZipperError(
+                f"{self.where} was cut short or damaged: its header speaks of {told / self.rate_hz:.2f} s, "
+                f"{at / self.rate_hz:.2f} s can be decoded. Fetch or export it again."
+            )
+        if stop_s is not None and at < stop - SLACK_S * self.rate_hz:
+            raise self._no_piece(at, start_s, stop_s)
+
+    @property
+    def _most(self) -> int:
+        """Samples a channel that are decoded at most."""
+        return min(int(LONGEST_S * self.rate_hz), MOST_DECODED_BYTES // (4 * self.channels))
+
+    def _too_long(self, seconds: str, frames: int) -> ZipperError:
+        limit = f"{LONGEST_S:.0f} s are read"
+        if frames <= LONGEST_S * self.rate_hz:
+            limit = f"{self._most / self.rate_hz:.0f} s of {self.channels} channels at {self.rate_hz} Hz are read"
+        return ZipperError(f"{self.where} lasts {seconds} s, at most {limit}. Cut it into pieces.")
+
+    def _no_piece(self, frames: int | None, start_s: float, stop_s: float | None) -> ZipperError:
+        lasts = "" if frames is None else f"lasts {frames / self.rate_hz:.2f} s; "
+        return ZipperError(f"{self.where} {lasts}{start_s} to {stop_s} s are no piece of it.")
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    if not path.is_file():
+        raise ZipperError(
+            f"{path} is a folder, a sound file was wanted." if path.is_dir() else f"{path} does not exist. Give a sound file."
+        )
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ZipperError(f"{path} is not readable sound ({error}). Give a file that is yours to read.") from error
+
+
+def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float | None, channel: int | None = None) -> _Heard:
+    """A piece of a file, its channels averaged or one of them alone, block by block: never are all channels in memory at once."""
+    soundfile = extra("soundfile")
+    try:
+        opened = containers.opened(file, where)
+        opened.file.seek(0)  # libsndfile begins where a file stands
+        with _forward()(opened.file) as sound:
+            told = opened.frames or (sound.frames if sound.frames < 1 << 62 else None)
+            header = _Header(where, sound.samplerate, sound.channels, told, opened.slack)
+            start, stop = header.piece(start_s, stop_s)
+            at = _seek(sound, start) if start else 0
+            count = sound.channels
+            room = np.empty((BLOCK // count, count), np.float32)
+            share = np.full(count, 1 / count, np.float32) if channel is None else np.eye(count, dtype=np.float32)[channel]
+            pcm, total, products = bytearray(), np.zeros(count), np.zeros((count, count))
+            while at < stop and len(block := sound.read(out=room[: stop - at])):
+                fresh = block[max(0, start - at) :]
+                at += len(block)
+                with np.errstate(all="ignore"):  # of NaN and infinity, which are refused at the end
+                    pcm += (fresh @ share).tobytes()
+                    total += fresh.sum(axis=0)
+                    products += fresh.T @ fresh
+    except soundfile.LibsndfileError as error:
+        raise ZipperError(
+            f"{where} is not readable sound ({error.error_string}). It was cut short, damaged or is of another kind: fetch or "
+            "export it again."
+        ) from error
+    except OSError as error:
+        raise ZipperError(f"{where} is not readable sound ({error}). Give a wav, flac, mp3 or ogg file.") from error
+    header.check(at, stop, start_s, stop_s)
+    heard = max(1, at - start)
+    with np.errstate(all="ignore"):
+        spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
+        cancelled = bool(spread.sum() < CANCELLED * spread.trace())
+    return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax()))
+
+
+@functools.cache
+def _forward() -> Any:
+    """soundfile's reader without its seek behind every block: after one MP3 is decoded without what came before, and FLAC that does
+    not say where it ends fails there."""
+
+    class Forward(extra("soundfile").SoundFile):  # type: ignore[misc]
+        def seekable(self) -> bool:
+            return False
+
+    return Forward
+
+
+def _seek(sound: Any, start: int) -> int:
+    """Goes to a sample, or before it where that is not exact, and says where. What an MP3, Vorbis or Opus decoder gives hangs on
+    what it read before: 1 s of that is enough for all three (RFC 7845 asks 80 ms for Opus; tests/test_audio.py)."""
+    if not super(type(sound), sound).seekable():
+        return 0
+    place = max(0, start - sound.samplerate) if sound.subtype in ("VORBIS", "OPUS", "MPEG_LAYER_III") else start
+    sound.seek(place)
+    return place
+
+
+def _one_channel(samples: Any) -> Float32[np.ndarray, " time"]:
+    try:
+        given = np.asarray(samples)
+        if given.dtype.name in ("uint8", "int16", "int32"):
+            info = np.iinfo(given.dtype)
+            given = (given - np.float32((info.max + info.min + 1) / 2)) / np.float32((info.max - info.min + 1) / 2)
+        elif given.size and given.dtype.kind != "f":
+            raise TypeError(f"numbers of the type {given.dtype}; PCM has floats, or integers of 8, 16 or 32 bits")
+        with np.errstate(over="ignore"):
+            one = given.reshape(-1) if given.ndim == 2 and 1 in given.shape else given
+            one = one.astype(np.float32, copy=False)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of bfloat16, on a device, or with a gradient
+        raise ZipperError(f"The samples of a sound are not an array of one channel ({error}). Give a float32 array.") from error
+    if one.ndim != 1:
+        raise ZipperError(
+            f"Samples of the shape {given.shape} were given, one channel of the shape (time,) was wanted. Average the channels, "
+            "samples.mean(axis=0) of (channels, time) or samples.mean(axis=1) of (time, channels), or take one."
+        )
+    if not np.isfinite(one).all():
+        raise ZipperError(
+            "The samples of a sound hold NaN or infinity. Look at what made them; np.nan_to_num makes silence of them."
+        )
+    return one
 
 
 def _check_rate(rate_hz: int, whose: str) -> None:

@@ -457,8 +457,9 @@ def run(given: argparse.Namespace) -> None:
         if isinstance(content, Audio):
             given.output.mkdir(parents=True, exist_ok=True)
             path = given.output / f"{number}-{segment.tower}.wav"
-            audio.write(path, content)
-            content = str(path)
+            if len(content.samples):  # a model may say nothing, and a file of that could not be read
+                audio.write(path, content)
+            content = str(path) if len(content.samples) else ""
         print(json.dumps({segment.tower: content, "ended": segment.ended}) if given.json else f"{segment.tower}: {content}")
 
 

@@ -132,7 +132,8 @@ class Pipeline:
         sampling: Sampling | None = None,
         limits: Limits | None = None,
     ) -> list[Segment]:
-        """Read raw segments (text as str, speech as Audio or path), produce one raw segment per item of `outputs`, in that order.
+        """Read raw segments (text as str; speech as Audio, path or the bytes of a file), produce one raw segment per item of
+        `outputs`, in that order.
 
         A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default derived from the input.
         """
@@ -187,8 +188,9 @@ class Pipeline:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are now; contents are ids."""
         return Engine(self.model, rows)
 
-    def transcribe(self, speech: Audio | str | Path) -> str:
-        """Speech to text: an Audio or the path of a sound file -> its words."""
+    def transcribe(self, speech: Audio | str | Path | bytes) -> str:
+        """Speech to text: an Audio, the path of a sound file or its content -> its words. Raises ZipperError for what is no sound,
+        of no length, or not of one channel; see `Audio` and `audio.read`."""
         text = self.run([Segment("speech", speech)], outputs=["text"])[0].content
         assert isinstance(text, str)
         return text
@@ -224,8 +226,10 @@ class Pipeline:
         return self.modalities[name]
 
     def _encode(self, segment: Segment) -> Segment:
-        modality = self._modality(segment.tower)
-        return segment if isinstance(segment.content, list) else replace(segment, content=modality.encode(segment.content))
+        modality, content = self._modality(segment.tower), segment.content
+        if isinstance(content, Audio) and not len(content.samples):
+            raise ZipperError("The sound given has no samples. Give one with something in it.")
+        return segment if isinstance(content, list) else replace(segment, content=modality.encode(content))
 
 
 def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modality]:

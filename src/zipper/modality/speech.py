@@ -96,8 +96,8 @@ class SpeechUnits:
         """The picture that these units are codes of; sound of any rate and loudness."""
         return self.config.mel.picture(audio)
 
-    def encode(self, raw: Audio | str | Path) -> list[int]:
-        """Codes of a sound or sound file, one per started 40 ms; nothing but codes."""
+    def encode(self, raw: Audio | str | Path | bytes) -> list[int]:
+        """Codes of a sound, a sound file or its content, one per started 40 ms; nothing but codes."""
         audio = raw if isinstance(raw, Audio) else read(raw)
         codes: list[int] = nearest(stacked(self.log_mel(audio), self.config.stack), self.codebook).tolist()
         return codes
