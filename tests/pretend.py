@@ -167,6 +167,7 @@ def cuda() -> Iterator[torch.device]:
     nothing: Callable[..., None] = lambda *given: None  # noqa: E731
     stream = mock.Mock(spec=["wait_stream"])
     fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext()}
+    fakes |= {"Event": lambda enable_timing: mock.Mock(elapsed_time=lambda end: 1.0), "get_device_name": lambda device: "H100"}
     fakes |= {"graph": _capture, "CUDAGraph": Graph, "synchronize": nothing, "_lazy_init": nothing}
     before = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes it here and moves it
