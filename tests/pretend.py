@@ -59,7 +59,6 @@ class There(Tensor):
         return nn.Parameter(twin, self.requires_grad) if isinstance(self, nn.Parameter) else twin
 
 
-
 class _Everywhere(TorchDispatchMode):
     """Also what names no tensor of the device, such as `torch.zeros(..., device=...)`."""
 

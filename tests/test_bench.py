@@ -128,7 +128,9 @@ def test_the_table_has_every_arm_and_a_verdict_for_every_ratio(tmp_path: Path) -
     found |= {"arms": arms, "ratios": rows}
     lines = table(found)
     assert all(f"| {name}: {about} |" in lines for name, about in ARMS.items())
-    assert [line.count("(held)") - line.count("(missed)") for line in lines.splitlines() if " / " in line] == [-1, 1] * (len(RATIOS) // 2)
+    assert [line.count("(held)") - line.count("(missed)") for line in lines.splitlines() if " / " in line] == [-1, 1] * (
+        len(RATIOS) // 2
+    )
     write(tmp_path / "new" / "train_a", found, lines)
     assert json.loads((tmp_path / "new" / "train_a.json").read_text()) == found
     assert (tmp_path / "new" / "train_a.md").read_text() == lines
