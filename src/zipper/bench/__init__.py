@@ -104,10 +104,14 @@ def take_turns_here(
                 said = trying(name, turns[name])
                 if turn >= warm and said is not None:
                     found.setdefault(name, []).append(said)
-            told(found, lost)
+            told(_in_order(found, arms), lost)
         turns.clear()
         free()
-    return found, lost
+    return _in_order(found, arms), lost
+
+
+def _in_order(found: Mapping[str, list[Turn]], arms: Mapping[str, Any]) -> dict[str, list[Turn]]:
+    return {name: found[name] for name in arms if name in found}
 
 
 def free() -> None:
