@@ -85,15 +85,14 @@ def test_requests_of_all_plans_side_by_side_get_their_own_greedy_answers(way: st
 
 
 def test_requests_on_a_gpu_get_their_own_greedy_answers(cuda: torch.device) -> None:
-    model, there = (zipped(THREE, {"text": 2}) for _ in range(2))
+    model, there = (zipped(LLAMAS, {"text": 2}) for _ in range(2))
     there.to(cuda)
-    wanted = requests(7)
-    for running in (Stepwise(there), Fused(there)):
-        for request, answer in zip(wanted, Engine(there, 4, running).run(wanted), strict=True):
-            is_the_greedy_answer(model, request.segments, request.outputs, ALL, answer.segments())
-    (given, outputs), chosen = PLANS[-1], Sampling(4.0, top_k=3, top_p=0.9, guidance=2.0)
-    prompts = [prompt(given, seed) for seed in range(3)]
-    found, here = (generate(some, prompts, outputs, chosen, ALL) for some in (there, model))
+    wanted = [replace(request, limits={"text": 3, "speech": 3}) for request in requests(4)[2:]]
+    for request, answer in zip(wanted, Engine(there, 2, Fused(there)).run(wanted), strict=True):
+        is_the_greedy_answer(model, request.segments, request.outputs, request.limits or {}, answer.segments())
+    chosen, limits = Sampling(4.0, top_k=3, top_p=0.9, guidance=2.0), {"text": 2, "speech": 2}
+    prompts = [prompt(["speech"], seed) for seed in range(2)]
+    found, here = (generate(some, prompts, ["text", "speech"], chosen, limits) for some in (there, model))
     for mine, theirs in zip(found, here, strict=True):
         assert_same(mine, theirs)
 

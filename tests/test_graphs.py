@@ -19,6 +19,8 @@ from zipper.fused import Fused, Session
 from zipper.graphs import Pool, Replay, Shape, above
 
 NAMES = ["speech", "text"]
+#: Kernels that a GPU has, and nobody pretends.
+MORE = [(torch.bfloat16, False), (torch.float32, True)] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +67,7 @@ def compiled(backend: str) -> None:
     assert len(steps) > 3, "of the proof, of silent and of speaking plans"
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, True), *MORE])
 def test_a_graph_says_the_same(dtype: torch.dtype, int8: bool, cuda: torch.device) -> None:
     model = zipped(LLAMAS, {"text": 2})
     model.cast(dtype)

@@ -36,6 +36,7 @@ Tell = Callable[[Found], None]  # takes what a section has found so far
 
 ENDING_S = 10.0  # between being asked to end and being killed: training saves a checkpoint in it
 EVERY_S = 0.5  # how often the runner looks
+LEAST_S = 15.0  # less is not worth a start
 
 
 @dataclass(frozen=True)
@@ -444,9 +445,10 @@ class Run:
             self.found["sections"][name] = entry = {"how": "running", "cap_s": round(cap, 1), "found": {}}
             if missing := [package for package in ("torch", "jaxtyping", "transformers", *section.needs) if not _there(package)]:
                 entry |= {"how": "left out", "why": f"it needs {', '.join(missing)}. Install them: pip install {' '.join(missing)}"}
-            elif cap < 15:
+            elif cap < LEAST_S:
                 entry |= {"how": "left out", "why": "no time was left for it"}
             else:
+                self.write()
                 self.one(name, cap, entry)
             print(f"{name}: {entry['how']}{', ' * ('why' in entry)}{entry.get('why', '')}", flush=True)
             self.write()
