@@ -102,7 +102,10 @@ def take_turns_here(
                 break
             for name in [name for name in group[:: -1 if turn % 2 else 1] if name not in lost]:
                 said = trying(name, turns[name])
-                if turn >= warm and said is not None:
+                if said is None:
+                    del turns[name]
+                    free()
+                elif turn >= warm:
                     found.setdefault(name, []).append(said)
             told(_in_order(found, arms), lost)
         turns.clear()
@@ -138,7 +141,7 @@ def limits(device: str) -> dict[str, float | None]:
     there = torch.device(device)
     size = 8192 if there.type == "cuda" else 512
     name = torch.cuda.get_device_name(there) if there.type == "cuda" else ""
-    numbers = torch.zeros((1 << 28) if there.type == "cuda" else 1 << 22, device=there)
+    numbers = torch.rand((1 << 28) if there.type == "cuda" else 1 << 22, device=there)
     rates, copy = list[float](), torch.empty_like(numbers)
     for _ in range(10):
         lap = stopwatch(device)

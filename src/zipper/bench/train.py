@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -247,17 +247,10 @@ def build(settings: Settings) -> Arm:
         each = plan.Load(1.0, {"text": float(row)}, {"text": float(row)}, reads)
         return Arm(stock, drawn, plain, lambda pairs: plan.cost(alone, each * float(len(pairs))).flops)
 
-    learns = ("text", "speech") if settings.arm == "trained" else ()
-    towers = {}
-    for name in ("text", "speech"):
-        kept = torch.float32 if half is None or name in learns else half
-        towers[name] = Tower(_made(shapes[name], device, kept).eval())
-    model = Zipper.from_towers(towers, every=shapes["every"], train=learns, link=LinkConfig(gate_init=0.5), input_projection="none")
-    model.attention = "flex" if "flex" in (settings.arm, settings.attention) else "sdpa"
-    model.train()
+    model = (_zip if settings.arm == "trained" else _frozen)(settings.size, settings.arm == "trained", device, half)
     objective = Objective(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    contents = {name: torch.randint(2, shapes[name]["vocab_size"], (4096,)).tolist() for name in towers}
+    contents = {name: torch.randint(2, shapes[name]["vocab_size"], (4096,)).tolist() for name in ("text", "speech")}
 
     def sample(pair: Pair) -> list[Segment]:
         return [Segment(name, contents[name][: pair[name] - 2], weight=float(name == "text")) for name in ("speech", "text")]
@@ -275,11 +268,25 @@ def build(settings: Settings) -> Arm:
 
     def zipped(given: Given) -> None:
         batch: Batch = given.data
+        model.attention = "flex" if "flex" in (settings.arm, settings.attention) else "sdpa"
         with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
             loss = objective([batch])["text"] / batch.weights["text"].sum()
         _learn(model, optimizer, loss)
 
     return Arm(model, collated, zipped, flops)
+
+
+def _zip(size: str, trained: bool, device: torch.device, half: torch.dtype | None) -> Zipper:
+    """A zip that learns in both towers, or in its links alone; then towers are kept in `half`, if there is one."""
+    shapes = SIZES[size]
+    kept = torch.float32 if half is None or trained else half
+    towers = {name: Tower(_made(shapes[name], device, kept).eval()) for name in ("text", "speech")}
+    learns, link = tuple(towers) if trained else (), LinkConfig(gate_init=0.5)
+    model = Zipper.from_towers(towers, every=shapes["every"], train=learns, link=link, input_projection="none")
+    return model.train()
+
+
+_frozen = cache(_zip)  # arms in one process share it: what they learn does not change how fast they are
 
 
 def _made(shape: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
