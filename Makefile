@@ -10,7 +10,10 @@ export GOMP_SPINCOUNT := 3000
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo check format slow kill-test matrix docs report record clean
+# A machine with a GPU has its own torch; nothing is installed for it.
+GPU_PYTHON = $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo $(PYTHON) || ls $(BIN)/python 2>/dev/null || echo $(PYTHON))
+
+.PHONY: help setup demo check format slow kill-test matrix docs report record gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -54,6 +57,9 @@ report: setup  ## docs/results.md and docs/results.html from the recorded run of
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
 	$(BIN)/python -m zipper.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper/bench/recorded.json
+
+gpu:  ## ten minutes of a GPU, to benchmarks/results or OUT (PYTHON with torch and CUDA, else .venv; SIZE=tiny, ONLY=decode, LIMIT=300)
+	PYTHONPATH=src $(GPU_PYTHON) tools/gpu.py
 
 clean:  ## remove the environment and the tools' caches; runs/ and .cache/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

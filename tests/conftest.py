@@ -13,11 +13,57 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import jaxtyping
-import torch
-from hypothesis import settings
+# The training loop takes a GPU where there is one; tests do so when they ask for it.
+os.environ["ACCELERATE_USE_CPU"] = "true"
 
-jaxtyping.install_import_hook("zipper", "beartype.beartype")
+import importlib.util
+from collections.abc import Iterator
+
+import jaxtyping
+import pretend
+import pytest
+import torch
+
+if importlib.util.find_spec("beartype"):  # a GPU machine may lack it: then shapes go unchecked there
+    jaxtyping.install_import_hook("zipper", "beartype.beartype")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("zipper", deadline=None, derandomize=True)
+    settings.load_profile("zipper")
 torch.set_num_threads(1)
-settings.register_profile("zipper", deadline=None, derandomize=True)
-settings.load_profile("zipper")
+
+
+@pytest.fixture
+def cuda() -> Iterator[torch.device]:
+    """A GPU; where there is none, the pretended one: for tests of where tensors lie, and of what a graph is."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda", 0)
+    elif pretend.possible():
+        with pretend.cuda() as device:
+            yield device
+    else:
+        pytest.skip("there is no GPU, and no C++ compiler to pretend one")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A GPU that is there: for tests of kernels."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that is there."""
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use a GPU have the mark `cuda`, which tools/gpu.py asks for."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        params = item.callspec.params.values() if "callspec" in vars(item) else ()
+        if {"cuda", "gpu"} & {*item.fixturenames} or any(value == "cuda" for value in params if isinstance(value, str)):
+            item.add_marker("cuda")

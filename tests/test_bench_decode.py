@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from zipper.bench import decode
+from zipper.bench import Here, decode
 from zipper.bench.decode import ARMS, SAME, SIZES, Settings, bench, build, table, timed
 from zipper.cli import main
 from zipper.errors import ZipperError
@@ -24,6 +25,40 @@ def test_arms_that_compute_the_same_choose_the_same_tokens() -> None:
     choices = {arm: turn(arm)["choice"] for arm in {arm for pair in SAME for arm in pair} - {"static"}}  # it would compile
     assert [pair for pair in SAME if "static" not in pair and choices[pair[0]] != choices[pair[1]]] == []
     assert choices["zip"] != choices["blind"], "the source is seen"
+
+
+def test_arms_on_a_gpu_choose_the_tokens_of_the_cpu(cuda: torch.device) -> None:
+    memory, made = torch.ones(1000, device=cuda), (decode._made, decode._zip, decode._reader)
+    for arm in ("zip", "blind", "bare", "steps", "streams", "stock", "expanded", "mllama"):
+        there = timed(build(Settings(arm, "tiny", source=12, prompt=6, tokens=4, device=str(cuda))), IDS, str(cuda), memory)
+        if not torch.cuda.is_available():  # a GPU has random numbers of its own
+            assert there["choice"] == turn(arm)["choice"], arm
+        assert there["decode_s"] > 0 and there["read"] > 0
+    for known in made:
+        known.cache_clear()  # what was made on the pretended device
+
+
+def test_arms_in_one_process_share_weights_take_turns_and_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, told = list[str](), list[dict[str, Any]]()
+
+    def turns(settings: Settings) -> Callable[[], dict[str, float]]:
+        def take() -> dict[str, float]:
+            order.append(settings.arm)
+            if settings.arm == "stock" and order.count("stock") == 3:
+                raise RuntimeError("CUDA out of memory")
+            return turn("bare") | {"prefill_flops": 1.0}
+
+        return take
+
+    monkeypatch.setattr(decode, "_turns", turns)
+    found = bench("tiny", 3, 1, ["zip", "bare", "stock"], here=Here(told=told.append))
+    assert order == ["zip", "bare", "stock", "stock", "bare", "zip", "zip", "bare", "stock", "bare", "zip"]
+    assert [*found["arms"]] == ["zip", "bare"] and found["rounds"] == 3 and len(told) == 4
+    assert "CUDA out of memory" in found["lost"]["stock"] and "Lost: stock: RuntimeError: CUDA out of memory" in table(found)
+    assert "stock" in told[2]["arms"] or "stock" in told[1]["arms"]
+    order.clear()
+    assert bench("tiny", 9, 1, ["zip", "bare"], here=Here(apart=True, seconds=0.0))["rounds"] == 3
+    assert order == ["zip"] * 4 + ["bare"] * 4
 
 
 def test_what_cannot_see_goes_beside_the_tower_alone_on_the_same_weights() -> None:

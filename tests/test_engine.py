@@ -44,12 +44,14 @@ def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
 
 
-@pytest.fixture(params=["fused", "static", "stepwise"])
+@pytest.fixture(params=["fused", "static", "stepwise", *(["cuda"] if torch.cuda.is_available() else [])])
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def reader(model: Zipper, way: str) -> Reader:
+    if way == "cuda":
+        return Fused(model.to("cuda"))
     return Stepwise(model) if way == "stepwise" else Fused(model, static=way == "static")
 
 
@@ -80,6 +82,19 @@ def test_requests_of_all_plans_side_by_side_get_their_own_greedy_answers(way: st
     wanted = requests(7)
     for request, answer in zip(wanted, Engine(model, 4, reader(model, way)).run(wanted), strict=True):
         is_the_greedy_answer(model, request.segments, request.outputs, ALL, answer.segments())
+
+
+def test_requests_on_a_gpu_get_their_own_greedy_answers(cuda: torch.device) -> None:
+    model, there = (zipped(LLAMAS, {"text": 2}) for _ in range(2))
+    there.to(cuda)
+    wanted = [replace(request, limits={"text": 3, "speech": 3}) for request in requests(4)[2:]]
+    for request, answer in zip(wanted, Engine(there, 2, Fused(there)).run(wanted), strict=True):
+        is_the_greedy_answer(model, request.segments, request.outputs, request.limits or {}, answer.segments())
+    chosen, limits = Sampling(4.0, top_k=3, top_p=0.9, guidance=2.0), {"text": 2, "speech": 2}
+    prompts = [prompt(["speech"], seed) for seed in range(2)]
+    found, here = (generate(some, prompts, ["text", "speech"], chosen, limits) for some in (there, model))
+    for mine, theirs in zip(found, here, strict=True):
+        assert_same(mine, theirs)
 
 
 def test_requests_that_draw_get_what_they_draw_alone(way: str) -> None:

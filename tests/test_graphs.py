@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from types import FunctionType
 
+import pretend
 import pytest
 import torch
 from laws import LLAMAS, zipped
@@ -18,6 +19,8 @@ from zipper.fused import Fused, Session
 from zipper.graphs import Pool, Replay, Shape, above
 
 NAMES = ["speech", "text"]
+#: Kernels that a GPU has, and nobody pretends.
+MORE = [(torch.bfloat16, False), (torch.float32, True)] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +67,49 @@ def compiled(backend: str) -> None:
     assert len(steps) > 3, "of the proof, of silent and of speaking plans"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_says_the_same(dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, True), *MORE])
+def test_a_graph_says_the_same(dtype: torch.dtype, int8: bool, cuda: torch.device) -> None:
     model = zipped(LLAMAS, {"text": 2})
     model.cast(dtype)
-    model.to("cuda")
+    model.to(cuda)
     fast, plain = Fused(model, int8), Fused(model, int8, static=False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=tolerance, rtol=0)
+    torch.testing.assert_close(said(fast, three(fast)).cpu(), said(plain, three(plain)).cpu(), atol=tolerance, rtol=0)
+    assert fast._replays and all(replay._graph is not None for replay in fast._replays.values()), "none was refused"
+
+
+def test_a_step_that_asks_the_device_is_not_captured_and_says_the_same(cuda: torch.device) -> None:
+    def step(given: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return given * int(given.sum()), None
+
+    assert isinstance(step, FunctionType)
+    replay, before = Replay(step, (1, 2), cuda, compiled=False), torch.cuda.current_stream()
+    with torch.inference_mode(), pytest.warns(UserWarning, match="could not be captured"):
+        first, _ = replay(torch.tensor([[1, 2]]))
+    assert torch.cuda.current_stream() == before, "a capture that fails leaves no stream of its own behind"
+    assert first is not None and first.tolist() == [[3, 6]]
+    with torch.inference_mode():
+        second, _ = replay(torch.tensor([[2, 2]]))
+    assert second is not None and second.tolist() == [[8, 8]]
+
+
+def test_the_pretended_device_meets_no_tensor_of_the_cpu_and_its_graphs_are_frozen_kernels() -> None:
+    if not pretend.possible():
+        pytest.skip("there is no C++ compiler to pretend a GPU")
+    with pretend.cuda() as device, torch.inference_mode():
+        here, there = torch.ones(2), torch.ones(2, device=device)
+        with pytest.raises(RuntimeError, match="met a tensor of the CPU"):
+            there + here
+        graph, factor = torch.cuda.CUDAGraph(), 3
+        with torch.cuda.graph(graph):
+            found = there * factor
+        factor = 5  # too late
+        there.fill_(2)
+        graph.replay()
+        assert found.tolist() == [6, 6]
+        with pytest.raises(RuntimeError, match="when stream is capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            float(there[0])
+    assert there.device.type == "cuda" and here.device.type == "cpu"
 
 
 def test_compiled_steps_want_fixed_shapes() -> None:

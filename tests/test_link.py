@@ -7,6 +7,7 @@ import pytest
 import torch
 from laws import unchecked
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipper.errors import ZipperError
 from zipper.link import PAPER_LINK, InputProjection, Link, LinkConfig, Memory, mlp, rotate
@@ -48,8 +49,8 @@ def ranks(rows: int, length: int) -> Tensor:
 
 
 def added(module: Link, x: Tensor, source: Tensor, mask: Tensor = MASK) -> Tensor:
-    memory = module.read(source, ranks(*source.shape[:2]))
-    return module(x, memory, mask, ranks(*x.shape[:2]))
+    memory = module.read(source, ranks(*source.shape[:2]).to(x.device))
+    return module(x, memory, mask.to(x.device), ranks(*x.shape[:2]).to(x.device))
 
 
 @every_config
@@ -72,10 +73,12 @@ def test_only_the_gates_are_zero_at_birth_and_they_can_learn_at_once(config: Lin
 
 @every_dtype
 @every_config
-def test_a_row_with_nothing_to_see_gets_exactly_nothing_forwards_and_backwards(config: LinkConfig, dtype: torch.dtype) -> None:
-    module = link(config).to(dtype)
-    x = states(3, 4, WIDTH, dtype=dtype).requires_grad_()
-    source = states(3, 4, SOURCE_WIDTH, seed=1, dtype=dtype).requires_grad_()
+def test_a_row_with_nothing_to_see_gets_exactly_nothing_forwards_and_backwards(
+    config: LinkConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    module = link(config).to(device, dtype)
+    x = states(3, 4, WIDTH, dtype=dtype).to(device).requires_grad_()
+    source = states(3, 4, SOURCE_WIDTH, seed=1, dtype=dtype).to(device).requires_grad_()
     out = added(module, x, source)
     assert not out[EMPTY].any()
     assert (out[~EMPTY].abs().sum(-1) > 0).all()
@@ -94,14 +97,34 @@ def test_a_row_with_nothing_to_see_gets_exactly_nothing_forwards_and_backwards(c
 
 @every_dtype
 @every_config
-def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype) -> None:
-    module = link(config).to(dtype)
-    x, source = states(3, 4, WIDTH, dtype=dtype), states(3, 4, SOURCE_WIDTH, seed=1, dtype=dtype)
+def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype, device: torch.device) -> None:
+    module = link(config).to(device, dtype)
+    x, source = (states(3, 4, w, seed=n, dtype=dtype).to(device) for n, w in enumerate((WIDTH, SOURCE_WIDTH)))
     other = source.clone()
     other[0, 2], other[1] = 1e4, -1e4
     assert torch.equal(added(module, x, source), added(module, x, other))
     other[0, 0] = 1e4
     assert not torch.equal(added(module, x, source), added(module, x, other))
+
+
+@every_dtype
+@pytest.mark.parametrize("kernel", ["MATH", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+def test_every_kernel_of_a_gpu_gives_nothing_where_nothing_is_seen(kernel: str, dtype: torch.dtype, gpu: torch.device) -> None:
+    if kernel == "CUDNN_ATTENTION" and dtype == torch.float32:
+        pytest.skip("it takes 16 bits only")
+    torch.manual_seed(0)
+    module = Link(64, 48, LinkConfig(head_width=32, gate_init=0.8)).to(gpu, dtype)
+    x, source = (states(3, 4, w, seed=n, dtype=dtype).to(gpu).requires_grad_() for n, w in enumerate((64, 48)))
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        try:
+            out = added(module, x, source)
+        except RuntimeError as error:
+            pytest.skip(f"it does not take this: {error}")
+        out.float().square().sum().backward()
+    assert not out[EMPTY].any() and (out[~EMPTY].abs().sum(-1) > 0).all()
+    assert x.grad is not None and source.grad is not None
+    assert x.grad.isfinite().all() and source.grad.isfinite().all()
+    assert not x.grad[EMPTY].any() and not source.grad[0, 2].any() and not source.grad[1].any()
 
 
 @pytest.mark.parametrize("name", ["default", "paper"])

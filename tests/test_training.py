@@ -613,6 +613,30 @@ def test_a_step_in_bfloat16_keeps_weights_in_float32(world: World, unbroken: Pat
     assert loss != exact["loss/speech"]
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_on_a_gpu_is_that_of_the_cpu_and_goes_on(
+    world: World, tmp_path: Path, precision: str, gpu: torch.device, bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to rounding: kernels of a GPU may add up in another order every time."""
+    changes = RESUMED | {"corrupt": {}, "link": LinkConfig(head_width=16, gate_init=0.6)}
+    train(world.config(tmp_path / "cpu", **changes))
+    AcceleratorState._reset_state(True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    changes |= {"mixed_precision": precision, "frozen_dtype": None if precision == "no" else "bfloat16"}
+    assert Accelerator(mixed_precision=precision).device.type == gpu.type
+    train(world.config(tmp_path / "gpu", **changes))
+    with pytest.raises(Killed):
+        train(world.config(tmp_path / "killed", **changes), report=killing(9))
+    pipeline = train(world.config(tmp_path / "killed", **changes), resume=True)
+    near = {"no": 1e-3, "bf16": 0.05}[precision]
+    here, there, again = (metrics(tmp_path / name) for name in ("cpu", "gpu", "killed"))
+    for cpu, one, other in zip(here, there, again, strict=True):
+        losses = [key for key in cpu if key.startswith(("loss/", "dev/"))]
+        assert [one[key] for key in losses] == pytest.approx([cpu[key] for key in losses], rel=near)
+        assert [other[key] for key in losses] == pytest.approx([one[key] for key in losses], rel=near)
+    assert pipeline.model.towers["text"].digest() == Tower.load(world.folder / "text" / "tower").digest()  # type: ignore[operator]
+
+
 def test_a_model_may_be_saved_in_half_precision(world: World, tmp_path: Path) -> None:
     pipeline = train(world.config(tmp_path, steps=1, save_dtype="float16"))
     saved = [*(tmp_path / "model").rglob("*.safetensors")]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -77,6 +76,8 @@ def pairs(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def sound(path: Path, seconds: float = 1.0, rate_hz: int = 16_000, seed: int = 0) -> Path:
     """A sound file of noise."""
+    import soundfile  # a GPU machine may lack it
+
     noise = np.random.default_rng(seed).normal(0, 0.1, int(seconds * rate_hz)).astype(np.float32)
     soundfile.write(path, noise, rate_hz)
     return path

@@ -238,9 +238,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", default="30m", help="tiny, 30m (text) + 10m (speech), 0.5b or 1.5b + 138m (default 30m)")
     p.add_argument("--rounds", type=_count, default=15, help="turns of each arm that count (default 15)")
     p.add_argument("--warm", type=_count, default=2, help="turns before them (default 2)")
-    p.add_argument(
-        "--arms", default="bare,frozen,trained,expanded,padded,packed", metavar="ARM,ARM", help="only these (default all)"
-    )
+    p.add_argument("--arms", default="", metavar="ARM,ARM", help="only these (default all that the device has)")
     p.add_argument("--pairs", type=_count, default=16, help="pairs in a step (default 16)")
     p.add_argument("--room", type=_count, default=1024, help="tokens of speech in a packed row (default 1024)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -836,7 +834,7 @@ def bench_train(given: argparse.Namespace) -> None:
             given.size,
             given.rounds,
             given.warm,
-            given.arms.split(","),
+            given.arms.split(",") if given.arms else (),
             given.pairs,
             given.room,
             given.device,

@@ -484,10 +484,15 @@ def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
 
 def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """One tower alone; returns its folder by its name."""
-    ground, name = Ground(**needs["corpus"]), spec["tower"]
-    modality = name.partition("-")[0]
-    steps = spec["steps"]
-    config = TrainConfig(
+    train(tower_recipe(spec, needs, folder), resume=True)
+    return {spec["tower"]: str(folder / "model" / "towers" / spec["tower"].partition("-")[0])}
+
+
+def tower_recipe(spec: Mapping[str, Any], needs: Needs, folder: Path) -> TrainConfig:
+    """The recipe by which a tower is pre-trained."""
+    ground, steps = Ground(**needs["corpus"]), spec["steps"]
+    modality = spec["tower"].partition("-")[0]
+    return TrainConfig(
         output=str(folder),
         towers={modality: spec["shape"]},
         modalities={modality: ground.modalities[modality]},
@@ -505,8 +510,6 @@ def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
         save_every=max(1, steps // 8),
         trackers=(),
     )
-    train(config, resume=True)
-    return {name: str(folder / "model" / "towers" / modality)}
 
 
 def search_rates(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:

@@ -138,7 +138,8 @@ class Replay:
         torch.cuda.current_stream().wait_stream(beside)
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The outer one brings the stream back: a capture that fails leaves its own as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self._said = self._step(self._given)
             self._graph = graph
         except RuntimeError as error:

@@ -82,8 +82,9 @@ def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
 
 @cache
 def _flex(compiled: bool) -> Any:
-    """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with."""
-    return torch.compile(flex_attention) if compiled else flex_attention
+    """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with. Compiled for any lengths: batches
+    differ in all of them, and torch.compile gives a function up for good after eight versions."""
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def mlp(width_in: int, width_out: int, depth: int, hidden: int) -> nn.Sequential:

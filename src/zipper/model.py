@@ -309,7 +309,9 @@ class Zipper(nn.Module):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(loaded, config)
+            model = cls(loaded, config)
+        model.place({name: tower.device for name, tower in loaded.items()})
+        return model
 
     def train(self, mode: bool = True) -> "Zipper":
         """Training mode for links, projections and towers that learn; frozen towers stay in eval mode for ever."""
@@ -570,6 +572,7 @@ class Zipper(nn.Module):
         except ZipperError as error:
             raise ZipperError(f"{path} does not fit: {error}") from error
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
+        model.place({name: tower.device for name, tower in loaded.items()})
         if dtype is not None:
             shared = [name for name, base in (towers or {}).items() if _in_memory(base)]
             for part in (model.inputs, model.links, *(tower for name, tower in model.towers.items() if name not in shared)):

@@ -267,6 +267,11 @@ def _sounds(sample: Sample) -> dict[str, Sound]:
     return {"recorded": sample.recorded, "rebuilt": sample.rebuilt, "spoken": sample.spoken}
 
 
+def installed() -> str:
+    """The version of zipper that is installed; "not installed" where the source is run as it lies."""
+    return _version("zipper-lm")
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -4,7 +4,9 @@ This page starts the processes, lets them take turns, and says by how much one i
 files, one per benchmark.
 """
 
+import gc
 import json
+import math
 import os
 import platform
 import random
@@ -12,8 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +38,8 @@ class Ratio(NamedTuple):
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
-    """How many times as fast one arm is as another: the median of the ratios within each round."""
-    rounds = [a / b for a, b in zip(above, below, strict=True)]
+    """How many times as fast one arm is as another: the median of the ratios within each round that both took."""
+    rounds = [a / b for a, b in zip(above, below, strict=False)]
     dice = random.Random(0)
     medians = sorted(statistics.median(dice.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
     return Ratio(statistics.median(rounds), medians[RESAMPLES // 40], medians[-RESAMPLES // 40 - 1])
@@ -56,6 +60,117 @@ def take_turns(module: str, arms: Mapping[str, Mapping[str, Any]], rounds: int, 
                 if number >= warm:
                     found[name].append(said)
     return found
+
+
+class Here(NamedTuple):
+    """How arms take turns in this process, as on a GPU: a process for each would take minutes to start, and memory for a context.
+    apart: one arm after the other, each alone in memory, instead of A B B A. seconds: for all of them; rounds that do not fit are
+    left out, but for the first three. told: called after each round with the benchmark's result so far."""
+
+    apart: bool = False
+    seconds: float = math.inf
+    told: Callable[[dict[str, Any]], None] = lambda found: None
+
+
+def take_turns_here(
+    make: Callable[[Any], Callable[[], Turn]],
+    arms: Mapping[str, Any],
+    rounds: int,
+    warm: int,
+    how: Here,
+    told: Callable[[Mapping[str, Sequence[Turn]], Mapping[str, str]], None],
+) -> tuple[dict[str, list[Turn]], dict[str, str]]:
+    """`take_turns` in this process. make: settings -> what takes a turn. An arm that fails is lost, the others go on: returns also
+    {arm: traceback}. told: called after each round with both."""
+    found, lost = dict[str, list[Turn]](), dict[str, str]()
+    groups = [[name] for name in arms] if how.apart else [list(arms)]
+    until = time.monotonic() + how.seconds
+
+    def trying(name: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception:  # whatever it is
+            lost[name] = traceback.format_exc()
+            found.pop(name, None)
+            return None
+
+    for number, group in enumerate(groups):
+        share = time.monotonic() + (until - time.monotonic()) / (len(groups) - number)
+        turns = {name: trying(name, partial(make, arms[name])) for name in group}
+        for turn in range(warm + rounds):
+            if turn >= warm + 3 and time.monotonic() > share:
+                break
+            for name in [name for name in group[:: -1 if turn % 2 else 1] if name not in lost]:
+                said = trying(name, turns[name])
+                if said is None:
+                    del turns[name]
+                    free()
+                elif turn >= warm:
+                    found.setdefault(name, []).append(said)
+            told(_in_order(found, arms), lost)
+        turns.clear()
+        free()
+    return _in_order(found, arms), lost
+
+
+def _in_order(found: Mapping[str, list[Turn]], arms: Mapping[str, Any]) -> dict[str, list[Turn]]:
+    return {name: found[name] for name in arms if name in found}
+
+
+def free() -> None:
+    """Gives back to the GPU what nobody holds any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+#: Operations a second in bfloat16, dense, by the vendor's sheets, of the cards with the fastest clocks (SXM); others of the name do
+#: less, which the name may not say.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def limits(device: str) -> dict[str, float | None]:
+    """What the device can do at most: operations a second in bfloat16 by its name (None = not known) and as measured in a product
+    of 8192 x 8192 (on a CPU of 512), bytes a second of a copy, read and written."""
+    import torch
+
+    from zipper import plan
+
+    there = torch.device(device)
+    size = 8192 if there.type == "cuda" else 512
+    name = torch.cuda.get_device_name(there) if there.type == "cuda" else ""
+    numbers = torch.rand((1 << 28) if there.type == "cuda" else 1 << 22, device=there)
+    rates, copy = list[float](), torch.empty_like(numbers)
+    for _ in range(10):
+        lap = stopwatch(device)
+        copy.copy_(numbers)
+        rates.append(2 * numbers.nbytes / lap())
+    return {
+        "peak": next((peak for known, peak in PEAKS.items() if known in name), None),
+        "matmul": plan.matmul_rate(size, size, size, torch.bfloat16, device, 0.5),
+        "copy": statistics.median(rates),
+    }
+
+
+def stopwatch(device: str) -> Callable[[], float]:
+    """Seconds until it is called: on CUDA by events, between the end of what was asked before and the end of all that was asked."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        began = time.perf_counter()
+        return lambda: time.perf_counter() - began
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+
+    def elapsed() -> float:
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    return elapsed
 
 
 @contextmanager
@@ -100,7 +215,7 @@ def resident() -> tuple[int, int]:
 
 def machine(hardware: str) -> dict[str, Any]:
     """Where and with what something was measured."""
-    versions = {name: version(name) for name in ("torch", "transformers")} | {"zipper": report.commit()[:7] or version("zipper-lm")}
+    versions = {name: version(name) for name in ("torch", "transformers")} | {"zipper": report.commit()[:7] or report.installed()}
     return {
         "hardware": hardware or f"{os.cpu_count()} cores",
         "month": time.strftime("%Y-%m"),

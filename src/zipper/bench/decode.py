@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MllamaForCausalLM, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from zipper.bench import Ratio, Turn, head, machine, ratio, serve, take_turns
+from zipper.bench import Here, Ratio, Turn, head, machine, ratio, serve, stopwatch, take_turns, take_turns_here
 from zipper.engine import Reader, Stepwise
 from zipper.errors import ZipperError
 from zipper.fused import Fused
@@ -65,24 +65,26 @@ ONLY = {"torch": "cpu", "whole": "cuda"}
 #: Arms that compute the same thing.
 SAME = (("zip", "steps"), ("zip", "torch"), ("zip", "streams"), ("blind", "bare"), ("bare", "stock"), ("stock", "static"))
 STREAMS = 8
-#: Numbers that are summed to learn how fast memory is read, beyond all caches, and how often.
-MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 30}, 3
+#: Numbers that are read to learn how fast memory is, beyond all caches, and how often.
+MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 29}, 3
 EVERY = 2  # blocks between junctions
 
 
-def _llama(width: int, layers: int, heads: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+def _llama(width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any) -> dict[str, Any]:
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": hidden}
     ends = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": True}
-    return {"num_key_value_heads": heads, "max_position_embeddings": 4096, **shape, **ends}
+    return {"model_type": "llama", "num_key_value_heads": heads, "max_position_embeddings": 4096, **shape, **ends, **more}
 
 
+_SPEECH = _llama(768, 16, 12, 2720, 1028)  # 138M
+_QWEN = {"model_type": "qwen2", "num_key_value_heads": 2}  # Qwen2.5's shapes (arXiv:2412.15115, table 1)
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {"text": _llama(64, 4, 2, 96, 96), "speech": _llama(64, 4, 2, 96, 64)},
     "30m": {"text": _llama(384, 10, 6, 1024, 32_000), "speech": _llama(320, 10, 5, 864, 1028)},
     "120m": {"text": _llama(768, 12, 12, 2048, 32_000), "speech": _llama(512, 12, 8, 1376, 1028)},
-    "0.5b": {"text": _llama(1024, 24, 16, 2816, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
-    "1.5b": {"text": _llama(2048, 24, 16, 5504, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
-    "8b": {"text": _llama(4096, 32, 32, 14_336, 128_000), "speech": _llama(768, 16, 12, 2720, 1028)},
+    "0.5b": {"text": _llama(896, 24, 14, 4864, 151_936, **_QWEN), "speech": _SPEECH},
+    "1.5b": {"text": _llama(1536, 28, 12, 8960, 151_936, **_QWEN), "speech": _SPEECH},
+    "8b": {"text": _llama(4096, 32, 32, 14_336, 128_000), "speech": _SPEECH},
 }
 
 
@@ -126,9 +128,11 @@ def bench(
     threads: int = 0,
     hardware: str = "",
     batch: int = 1,
+    here: Here | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the device has. Raises ZipperError for
-    unknown names, and where arms that compute the same thing choose other tokens in float32."""
+    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the device has. here: in this process,
+    where an arm may be lost; default for CUDA. Raises ZipperError for unknown names, and where arms that compute the same thing
+    choose other tokens in float32."""
     known = [arm for arm in ARMS if device.startswith(ONLY.get(arm, ""))]
     arms = arms or known
     if unknown := sorted({*arms} - {*known}):
@@ -137,7 +141,20 @@ def bench(
         raise ZipperError(f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 and bfloat16.")
     shared = asdict(Settings("", size, source, 16, tokens, precision, device, threads, batch))
     settings = {arm: {**shared, "arm": arm} for arm in arms}
-    turns = take_turns("zipper.bench.decode", settings, rounds, warm)
+    about = {**machine(hardware), "settings": {name: value for name, value in shared.items() if name != "arm"}}
+    here = Here() if here is None and not device.startswith("cpu") else here
+    if here is None:
+        return about | _found(take_turns("zipper.bench.decode", settings, rounds, warm), {}, precision)
+    told, each = here.told, {arm: Settings(**given) for arm, given in settings.items()}
+
+    def tell(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> None:
+        told(about | _found(turns, lost, precision))
+
+    return about | _found(*take_turns_here(_turns, each, rounds, warm, here, tell), precision)
+
+
+def _found(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str], precision: str) -> dict[str, Any]:
+    """What the turns say. lost: why arms took none."""
     _same(turns, precision)
     ratios = []
     for fast, slow, target in RATIOS:
@@ -154,14 +171,12 @@ def bench(
         seconds = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
         work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
         prefill = {"work": round(work, 3), "target": round(0.9 * work, 3), **ratio(*seconds)._asdict()}
-    del shared["arm"]
     return {
-        **machine(hardware),
-        "rounds": rounds,
-        "settings": shared,
+        "rounds": min(map(len, turns.values()), default=0),
         "arms": {arm: _summary(said) for arm, said in turns.items()},
         "ratios": ratios,
         "prefill": prefill,
+        "lost": dict(lost),
     }
 
 
@@ -211,59 +226,80 @@ def table(found: Mapping[str, Any]) -> str:
             "",
             f"A step of the zip reads {share:.3f} times the bytes of the bare tower's: by them zip / bare is {1 / share:.3f}.",
         ]
-    size = 4e-6 * MEMORY[torch.device(found["settings"]["device"]).type]
+    kind = torch.device(found["settings"]["device"]).type
+    how = f"sums over {4e-6 * MEMORY[kind]:.0f} MB of float32"
+    if kind != "cpu":
+        how = f"copies of {2e-6 * MEMORY[kind]:.0f} MB, read and written"
     lines += [
         "",
-        f"Read bandwidth: sums over {size:.0f} MB of float32, in the same process. Prefill: the source and 16 tokens of text. On a "
+        f"Read bandwidth: {how}, in the same process. Prefill: the source and 16 tokens of text. On a "
         "CPU blind / bare is taken on the same weights, token by token in turn: two processes with equal weights differ by 3 %.",
     ]
+    lines += [f"\nLost: {arm}: {why.strip().splitlines()[-1]}" for arm, why in found.get("lost", {}).items()]
     return "\n".join(lines) + "\n"
 
 
+@cache
+def _made(settings: Settings, tower: str, wider: int = 0) -> Any:
+    """A tower in stock transformers, with random weights. wider: more ids."""
+    shape = SIZES[settings.size][tower]
+    torch.manual_seed(0)
+    with torch.device(settings.device):  # made where it is used: a billion random numbers take a CPU a minute
+        config = AutoConfig.for_model(**{**shape, "vocab_size": shape["vocab_size"] + wider})
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.precision)).eval()
+
+
+@cache
+def _zip(settings: Settings, *towers: str) -> Zipper:
+    """A zip of towers, its gates open."""
+    made = {name: _made(settings, name) for name in towers}
+    model = Zipper.from_towers(made, every=dict.fromkeys(towers, EVERY), link=LinkConfig(gate_init=0.5), input_projection="none")
+    model.links.to(getattr(torch, settings.precision))
+    return model
+
+
+@cache
+def _reader(settings: Settings, kind: str, *towers: str) -> Reader:
+    """A zip, or one tower, laid out for decoding. kind: "", or the arm that reads otherwise."""
+    model = _zip(settings, *towers)
+    return Stepwise(model) if kind == "steps" else Fused(model, int8=kind == "int8", compiled=kind == "whole")
+
+
 def build(settings: Settings) -> Arm:
-    """An arm by its settings, with random weights."""
-    shapes, dtype = SIZES[settings.size], getattr(torch, settings.precision)
+    """An arm by its settings, with random weights; in one process arms of a size share them."""
+    shapes, arm, batch = SIZES[settings.size], settings.arm, settings.batch
     numbers = torch.Generator().manual_seed(1)
     source = torch.randint(2, shapes["speech"]["vocab_size"], (settings.source,), generator=numbers).tolist()
     prompt = torch.randint(2, shapes["text"]["vocab_size"], (settings.prompt,), generator=numbers).tolist()
-
-    def made(shape: Mapping[str, Any]) -> Any:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype)
-        return model.to(settings.device).eval()
-
-    if settings.arm == "mllama":
-        return _mllama(shapes["text"], len(source), [prompt] * settings.batch, dtype, settings.device)
-    if settings.arm in ("stock", "static"):
-        room = settings.prompt + settings.tokens if settings.arm == "static" else 0
-        return _stock(made(shapes["text"]), [prompt] * settings.batch, room)
-    if settings.arm == "expanded":
+    alike = Settings("", settings.size, precision=settings.precision, device=settings.device)
+    if arm == "mllama":
+        dtype = getattr(torch, settings.precision)
+        return _mllama(shapes["text"], len(source), [prompt] * batch, dtype, settings.device)
+    if arm in ("stock", "static"):
+        room = settings.prompt + settings.tokens if arm == "static" else 0
+        return _stock(_made(alike, "text"), [prompt] * batch, room)
+    if arm == "expanded":
         units = shapes["text"]["vocab_size"]
-        wide = Zipper.from_towers({"text": made({**shapes["text"], "vocab_size": units + shapes["speech"]["vocab_size"]})})
-        arm = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt, settings.batch)
-        return arm._replace(prefill_flops=_products(_blocks(wide, "text"), len(source) + len(prompt)))
-    towers = {name: made(shapes[name]) for name in (("text",) if settings.arm == "bare" else ("text", "speech"))}
-    model = Zipper.from_towers(towers, every=dict.fromkeys(towers, EVERY), link=LinkConfig(gate_init=0.5), input_projection="none")
-    model.links.to(dtype)
-    how = {"int8": settings.arm == "int8", "compiled": settings.arm == "whole"}
-    reader = Stepwise(model) if settings.arm == "steps" else Fused(model, **how)
-    if settings.arm in ("bare", "blind"):
-        arm = _ours(reader, list(towers), [], prompt, settings.batch)
-        if settings.arm == "bare" or settings.device != "cpu":  # on CUDA a second session has another row, a graph of another shape
-            return arm
-        return arm._replace(beside=_ours(reader, ["text"], [], prompt, settings.batch).start)
-    streams = settings.batch * (STREAMS if settings.arm == "streams" else 1)
-    arm = _ours(reader, ["speech", "text"], source, prompt, streams)
-    return arm._replace(prefill_flops=_zip_prefill(model, len(source), len(prompt)))
+        wide = Zipper.from_towers({"text": _made(alike, "text", shapes["speech"]["vocab_size"])})
+        made = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt, batch)
+        return made._replace(prefill_flops=_products(_blocks(wide, "text"), len(source) + len(prompt)))
+    towers = ["text"] if arm == "bare" else ["text", "speech"]
+    reader = _reader(alike, arm if arm in ("steps", "int8", "whole") else "", *towers)
+    if arm in ("bare", "blind"):
+        made = _ours(reader, towers, [], prompt, batch)
+        if arm == "bare" or settings.device != "cpu":  # on CUDA a second session has another row, a graph of another shape
+            return made
+        return made._replace(beside=_ours(reader, ["text"], [], prompt, batch).start)
+    made = _ours(reader, ["speech", "text"], source, prompt, batch * (STREAMS if arm == "streams" else 1))
+    return made._replace(prefill_flops=_zip_prefill(_zip(alike, *towers), len(source), len(prompt)))
 
 
 def _ours(reader: Reader, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int = 1) -> Arm:
     def start() -> Callable[[int], Tensor]:
         sessions = [reader.open(plan, ["text"]) for _ in range(streams)]
-        for session in sessions:
-            if source:
-                reader.read("speech", [(session, source)])
-            reader.read("text", [(session, prompt)])
+        if source:
+            reader.read("speech", [(session, source) for session in sessions])
+        reader.read("text", [(session, prompt) for session in sessions])
 
         def step(i: int) -> Tensor:
             logits = reader.read("text", [(session, [i]) for session in sessions])[0]
@@ -315,18 +351,16 @@ def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if room else model.forward
     named = _cache_argument(model)
+    static = StaticCache(model.config, max_cache_len=room) if room else None  # one for ever: its addresses are in the graphs
 
     def start() -> Callable[[int], Tensor]:
-        cache = StaticCache(model.config, max_cache_len=room) if room else DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config) if static is None else static
+        cache.reset()
         model(torch.tensor(prompts, device=model.device), **{named: cache})
-        place = len(prompts[0])
 
         def step(i: int) -> Tensor:
-            nonlocal place
-            given = {"cache_position": torch.tensor([place], device=model.device)} if room else {}
-            place += 1
             ids = torch.tensor([[i]] * len(prompts), device=model.device)
-            logits: Tensor = forward(ids, **{named: cache}, **given).logits[0, -1]
+            logits: Tensor = forward(ids, **{named: cache}).logits[0, -1]
             return logits
 
         return step
@@ -343,9 +377,11 @@ def _mllama(text: Mapping[str, Any], length: int, prompts: Sequence[Sequence[int
     """A layer of cross-attention behind every second block, as many as the zip has junctions; its source costs nothing to make."""
     places = [layer + n for n, layer in enumerate(range(EVERY, text["num_hidden_layers"], EVERY))]
     shape = {**text, "num_hidden_layers": text["num_hidden_layers"] + len(places), "cross_attention_layers": places}
+    del shape["model_type"]
     made: Any = MllamaForCausalLM
     torch.manual_seed(0)
-    model = made(MllamaTextConfig(**shape)).to(device, dtype).eval()
+    with torch.device(device):
+        model = made._from_config(MllamaTextConfig(**shape), dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("_gate"):
             parameter.data.fill_(0.5)  # they are born closed
@@ -382,9 +418,10 @@ def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
     for i in ids:
         choice = (choice * 31 + int(step(i).argmax())) % (1 << 40)
     ended = now()
+    lap, (first, second) = stopwatch(device), memory.chunk(2)
     for _ in range(READS):
-        memory.sum()
-    read = READS * memory.numel() * memory.element_size() / (now() - ended)
+        second.copy_(first) if device != "cpu" else memory.sum()
+    read = READS * memory.numel() * memory.element_size() / lap()
     return {
         "prefill_s": prefilled - began,
         "decode_s": ended - prefilled,
@@ -412,6 +449,18 @@ def _in_turn(arm: Arm, ids: Sequence[int]) -> Turn:
     return seconds
 
 
+@cache
+def _memory(device: str) -> Tensor:
+    return torch.ones(MEMORY[torch.device(device).type], device=device)
+
+
+def _turns(settings: Settings) -> Callable[[], Turn]:
+    """What takes the turns of an arm."""
+    vocabulary = SIZES[settings.size]["text"]["vocab_size"]
+    ids = torch.randint(2, vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(2)).tolist()
+    return partial(timed, build(settings), ids, settings.device, _memory(settings.device))
+
+
 def main() -> None:
     """An arm's process."""
     settings = Settings(**json.loads(sys.argv[1]))
@@ -419,10 +468,7 @@ def main() -> None:
         os.environ["ZIPPER_NATIVE"] = "0"
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    vocabulary = SIZES[settings.size]["text"]["vocab_size"]
-    ids = torch.randint(2, vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(2)).tolist()
-    memory = torch.ones(MEMORY[torch.device(settings.device).type], device=settings.device)
-    serve(partial(timed, build(settings), ids, settings.device, memory))
+    serve(_turns(settings))
 
 
 if __name__ == "__main__":
