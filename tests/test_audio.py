@@ -207,7 +207,17 @@ def test_channels_that_cancel_each_other_out_are_not_averaged(tmp_path: Path) ->
 
 def test_channels_that_differ_are_averaged_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     one, other, silence = tone(300).samples, tone(700).samples, np.zeros(8_000, np.float32)
-    for channels in [(one, silence), (one, other), (silence, silence), (one, -0.3 * one), (one, *[silence] * 7), (one, one, -one)]:
+    steady = silence + np.float32(0.3)
+    for channels in [
+        (one, silence),
+        (one, other),
+        (silence, silence),
+        (steady, steady),
+        (steady, -steady),
+        (one, -0.3 * one),
+        (one, *[silence] * 7),
+        (one, one, -one),
+    ]:
         soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 16_000, subtype="FLOAT")
         np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, np.mean(channels, axis=0), atol=1e-6)
     assert not recwarn.list

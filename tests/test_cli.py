@@ -18,8 +18,10 @@ import torch
 from tiny import World
 
 from zipper import audio, cli, data
+from zipper.audio import Audio
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
+from zipper.sequence import Segment
 from zipper.verify import Check
 
 COMMANDS = sorted(
@@ -159,6 +161,18 @@ def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: P
     assert audio.read(tmp_path / "made" / "here" / "1-speech.wav").seconds > 0
     answer = zipper("run", "--given", f"speech={clip}", "--outputs", "text", "--model", world.zip)
     assert answer.out.startswith("text: ")
+
+
+def test_run_goes_on_where_the_model_says_nothing(
+    zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produced = [Segment("speech", Audio([], 16_000)), Segment("text", "call anna")]
+    monkeypatch.setattr("zipper.pipeline.Pipeline.run", lambda *_, **__: produced)
+    plan = ("--given", "text=call", "--outputs", "speech, text", "--model", world.zip, "-o", "made")
+    assert zipper("run", *plan) == Answer(0, "speech: \ntext: call anna\n", "")
+    assert not list((tmp_path / "made").iterdir())
+    answer = zipper("speak", "call", "-o", "a.wav", "--model", world.zip)
+    assert (answer.code, answer.out) == (2, "") and "There is no sound to write to a.wav" in answer.err
 
 
 def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:

@@ -164,7 +164,7 @@ def write(path: str | Path, audio: Audio) -> None:
 
 def check_writable(path: str | Path) -> None:
     """Raises ZipperError if sound cannot be written there: ask before the work, not after it."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix.lower() not in WRITABLE:
         raise ZipperError(f"{path} does not say which kind of sound it is. End its name in one of {', '.join(WRITABLE)}.")
     if path.is_dir():
@@ -282,7 +282,8 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
     heard = max(1, at - start)
     with np.errstate(all="ignore"):
         spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
-        cancelled = bool(spread.sum() < CANCELLED * spread.trace())
+        sounds = spread.trace() > 1e-5 * products.trace() / heard  # float32 leaves as much of an offset alone
+        cancelled = bool(sounds and spread.sum() < CANCELLED * spread.trace())
     return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax()))
 
 
