@@ -178,10 +178,10 @@ def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_p
     with pytest.raises(ZipperError, match=message):
         Zipper.from_pretrained(here)
     (place / "towers" / "text").mkdir(parents=True)
-    with pytest.raises(ZipperError, match="towers/text has no config.json"):
+    with pytest.raises(ZipperError, match=r"towers/text has no config.json"):
         Zipper.from_pretrained(here)
     shutil.copytree(world.folder / "speech" / "tower", place / "towers" / "text", dirs_exist_ok=True)
-    with pytest.raises(ZipperError, match="'text' from .* is not the one .* Say where the right one lies now: --tower text=PATH"):
+    with pytest.raises(ZipperError, match=r"'text' from .* is not the one .* Say where the right one lies now: --tower text=PATH"):
         Zipper.from_pretrained(here)
     Zipper.repin(here, {"text": tmp_path / "gone" / "text"})
     assert source(here) == tmp_path / "gone" / "text"
@@ -280,7 +280,7 @@ def test_a_class_that_only_a_program_knows_can_be_frozen_and_cannot_learn() -> N
     towers = {"text": Own(config).eval(), "speech": tiny.tower(tiny.units())}
     Zipper.from_towers(towers, link=LinkConfig(head_width=16))
     with pytest.raises(
-        ZipperError, match="Own could be trained and saved, but not loaded again: its config.json describes no causal"
+        ZipperError, match=r"Own could be trained and saved, but not loaded again: its config.json describes no causal"
     ):
         Zipper.from_towers(towers, train=("text",), link=LinkConfig(head_width=16))
 
@@ -293,7 +293,10 @@ def fill(model: Zipper, value: float) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda m: fill(m, torch.nan), "towers/speech/model.safetensors: the tensor .* holds NaN or infinity"),
+        (
+            lambda m: fill(m, torch.nan),
+            r"/copy was not saved, for it could not be .*/copy/towers/speech/model.safetensors: the tensor .* holds NaN",
+        ),
         (
             lambda m: m.links["0:text>speech"].gate.data.fill_(torch.inf),
             "zip.safetensors: the tensor links.0:text>speech.gate holds NaN",
@@ -308,7 +311,7 @@ def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(world: Wor
     before, pipeline = files(saved), Pipeline.from_pretrained(saved)
     harm(pipeline.zip)
     for save in (pipeline.save_pretrained, pipeline.rehearse):
-        with pytest.raises(ZipperError, match=rf"^{saved} was not saved, for it could not be loaded again: {saved}/.*{message}"):
+        with pytest.raises(ZipperError, match=message):
             save(saved)
         assert files(saved) == before and os.listdir(saved.parent) == ["copy"]
 
@@ -325,7 +328,7 @@ def test_a_rehearsal_raises_what_a_save_would_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(ZipperError, match="copy could not be saved: No space left on device. Nothing was changed. Make room"):
+    with pytest.raises(ZipperError, match=r"copy could not be saved: No space left on device. Nothing was changed. Make room"):
         pipeline.rehearse(saved)
     assert files(saved) == before and not [path for path in saved.parent.iterdir() if path.name.startswith(".")]
 
