@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -269,6 +269,8 @@ class Zipper(nn.Module):
                 raise ZipperError(f"{name!r} cannot name a tower, torch uses that word; take another, e.g. '{name}_tower'.")
             tower.check()
         kind = input_projection or ("paper" if preset == "paper" else "residual")
+        if unknown := [one for one in ([kind] if isinstance(kind, str) else kind.values()) if one not in get_args(InputKind)]:
+            raise ZipperError(f"Input projection {unknown[0]!r} is unknown; it must be 'residual', 'paper' or 'none'.")
         configs = {}
         for name, tower in loaded.items():
             begin, end = (ends or {}).get(name, (tower.begin, tower.end))

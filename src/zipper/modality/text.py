@@ -110,8 +110,8 @@ class Text:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name the tokens that begin and
-        end a text, transformers knows the other places that may."""
+        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name the tokens that begin
+        and end a text, transformers knows the other places that may."""
         folder = Path(folder).expanduser()
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
