@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zipper.environment import extra
 from zipper.errors import ZipperError
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -550,9 +551,7 @@ def train(given: argparse.Namespace) -> None:
     if not given.plan:
         _writable(Path(config.output) / "config.json")
     if "prepare" in recipe:
-        from accelerate import PartialState
-
-        with PartialState().main_process_first():
+        with extra("accelerate").PartialState().main_process_first():
             recipe["prepare"]()
     if given.plan:
         _plan(config, given.json)
