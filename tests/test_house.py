@@ -74,6 +74,7 @@ ORDER = (
     "bench",
     "bench.summary",
     "serving",
+    "doctor",
     "cli",
     "__main__",
     "testing",

@@ -5,11 +5,14 @@ Heavy imports stand inside the commands, so that `zipper --help` answers at once
 
 import argparse
 import json
+import logging
 import math
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # are some microseconds (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     try:
-        return given.command(given) or 0
+        with _one_voice():
+            return given.command(given) or 0
     except ZipperError as error:
         return _say(given, 2, str(error))
     except KeyboardInterrupt:
@@ -40,6 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ZIPPER_DEBUG"):
             raise
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Other libraries draw no bars and give no advice; they are heard where they fail. A warning of ours, or of CUDA, is one line.
+
+    Only here, and only while a command runs: who imports zipper keeps his settings, and those of the environment and of -W hold.
+    """
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if logging.lastResort:  # what has no handler of its own
+        logging.lastResort.setLevel(logging.ERROR)
+    for action, module in (("default", r"zipper(\.|$)"), ("default", r"torch\.cuda(\.|$)"), ("ignore", "")):
+        warnings.filterwarnings(action, module=module, append=True)  # type: ignore[arg-type]
+    told = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"zipper: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = told
 
 
 def _say(given: argparse.Namespace, code: int, message: str) -> int:
@@ -160,6 +185,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
     _loading_options(p)
+    p.add_argument("--json", action="store_true", help="print as JSON")
+
+    p = add(
+        "doctor", doctor, "What zipper stands on here, and whether it works; 1 if something installed does not.", "zipper doctor"
+    )
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -668,6 +698,15 @@ def verify(given: argparse.Namespace) -> int:
     return int(not all(check.held for check in checks))
 
 
+def doctor(given: argparse.Namespace) -> int:
+    """zipper doctor"""
+    from zipper import doctor as ward
+
+    found = ward.examine()
+    print(json.dumps(ward.record(found), indent=1) if given.json else ward.table(found))
+    return int(not ward.works(found))
+
+
 def swap(given: argparse.Namespace) -> None:
     """zipper swap"""
     import dataclasses
@@ -894,12 +933,10 @@ def towers(given: argparse.Namespace) -> None:
     """zipper towers"""
     import dataclasses
 
-    import transformers
     from tqdm import tqdm
 
     from zipper import families
 
-    transformers.logging.set_verbosity_error()  # it warns of every tiny model
     chosen = given.family or families.names()
     found = [families.tried(name) for name in tqdm(chosen, desc="towers", unit="family", disable=None)]
     print(json.dumps([dataclasses.asdict(family) for family in found], indent=1) if given.json else families.table(found))

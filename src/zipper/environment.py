@@ -24,7 +24,11 @@ MOVING = ("torch", "transformers")  # what a tower is run by, and what changes u
 
 
 class MissingExtra(ZipperError):
-    """Something is asked for that an extra of the package is for, and the extra is not installed, or not whole."""
+    """Something is asked for that an extra of the package is for, and that is not installed."""
+
+
+class BrokenExtra(ZipperError):
+    """It is installed and cannot be imported."""
 
 
 @cache
@@ -50,7 +54,7 @@ def install(extra: str) -> str:
 
 
 def extra(module: str) -> Any:
-    """A module of an extra, imported when it is needed. Raises MissingExtra, which says how to install it."""
+    """A module of an extra, imported when it is needed. Raises MissingExtra or BrokenExtra, which say how to install it."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a library below it that does not load
@@ -59,11 +63,11 @@ def extra(module: str) -> Any:
         todo = install(names[0]) if names else f"pip install {top}"
         if isinstance(error, ModuleNotFoundError) and (error.name or top).partition(".")[0] == top:
             raise MissingExtra(f"This needs {top}, which is not installed. Do: {todo}") from error
-        raise MissingExtra(f"This needs {top}, which is installed and does not load ({error}). Do: {todo}") from error
+        raise BrokenExtra(f"This needs {top}, which is installed and does not load ({error}). Do: {todo}") from error
 
 
 def need(*names: str) -> None:
-    """Raises MissingExtra unless every package of these extras can be imported: for long work, before it begins."""
+    """Raises as `extra` does unless every package of these extras can be imported: for long work, before it begins."""
     for name in names:
         for package in extras().get(name, ()):
             extra(importable(package))
@@ -94,10 +98,16 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, release[0].split("."))) if release else ()
 
 
+def newer(name: str, found: str) -> bool:
+    """Whether a version is newer than the newest that was tried, in as many numbers as that one has."""
+    newest = numbers(tried()[name][-1])
+    return numbers(found)[: len(newest)] > newest
+
+
 def untried() -> dict[str, str]:
     """Which of torch and transformers are here in a version that is newer than the newest that was tried."""
     here = {name: installed(name) for name in MOVING}
-    return {name: found for name, found in here.items() if found and numbers(found) > numbers(tried()[name][-1])}
+    return {name: found for name, found in here.items() if found and newer(name, found)}
 
 
 def known_ground() -> str:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import set_tqdm_hook
 
 from zipper import checkpoint, hub
 from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists, refusal
@@ -189,15 +190,16 @@ class Tower(nn.Module):
         commit = "" if local else hub.commit(str(source), revision)
         loader: Any = AutoModelForCausalLM
         try:
-            model, report = loader.from_pretrained(
-                folder if local else source,
-                revision=commit or "main",
-                dtype=dtype or "auto",
-                local_files_only=local,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with _without_bars():
+                model, report = loader.from_pretrained(
+                    folder if local else source,
+                    revision=commit or "main",
+                    dtype=dtype or "auto",
+                    local_files_only=local,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, SafetensorError) as error:
             raise ZipperError(f"Cannot load a causal language model from {where}: {error}") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights
@@ -513,6 +515,16 @@ def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
 def _lengths(cache: Any) -> list[int]:
     """Slots that each layer of a cache holds."""
     return [layer.get_seq_length() for layer in cache.layers]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set holds again afterwards."""
+    before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 @contextmanager
