@@ -222,7 +222,7 @@ def test_recomputed_blocks_keep_what_they_are_given_and_one_of_them_the_rest() -
 
 
 class Work(TorchFunctionMode):
-    """Counts operations of products and tells the time by them: `rate` a second, ten times as long where other work comes between."""
+    """Tells the time by the operations of products: `rate` a second, ten times as long where other work comes between."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
