@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zipper import environment
 from zipper.environment import extra
 from zipper.errors import ZipperError
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ZIPPER_DEBUG"):
             raise
+        if isinstance(error, ModuleNotFoundError) and environment.home(error.name or ""):  # imported by a recipe, or by a library
+            return _say(given, 2, str(environment.lacking(str(error.name), error)))
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
 
 
@@ -644,6 +647,7 @@ def evaluate(given: argparse.Namespace) -> None:
     from zipper import checkpoint, corpus, demo, report
     from zipper.pipeline import Pipeline
 
+    environment.need("speech")
     if given.output:
         _writable(given.output)
     pipeline, second = _pipeline(given), Pipeline.from_pretrained(given.judge) if given.judge else None

@@ -75,7 +75,7 @@ def _ground(name: str) -> Finding:
     if name != "python":
         try:
             extra(name)
-        except (MissingExtra, BrokenExtra) as error:
+        except MissingExtra as error:
             return Finding(name, "broken", f"{here}: {error.__cause__}", environment.known_ground(), {name: here})
     known, versions = ", ".join(tried()[name]), {name: here}
     same = [version for version in tried()[name] if numbers(here)[: len(numbers(version))] == numbers(version)]
@@ -94,10 +94,11 @@ def _extra(name: str, packages: Sequence[str]) -> Finding:
     for package in packages:
         try:
             extra(importable(package))
-        except MissingExtra:
-            absent.append(package)
         except Exception as error:  # whatever it does when it is imported
-            broken.append(f"{package}: {error.__cause__ or error}")
+            if isinstance(error, MissingExtra) and not isinstance(error, BrokenExtra):
+                absent.append(package)
+            else:
+                broken.append(f"{package}: {error.__cause__ or error}")
     named, todo = f"extra {name}", f"For it: {environment.install(name)}"
     versions |= dict.fromkeys(absent)
     if broken:
@@ -178,7 +179,7 @@ def _shipped() -> tuple[str, str, str]:
     sound = pipeline.speak(SENTENCE)
     try:
         extra("soundfile")
-    except MissingExtra:
+    except MissingExtra:  # that is said elsewhere
         way = "without a file"
     else:
         way = "by way of a file"

@@ -24,10 +24,10 @@ MOVING = ("torch", "transformers")  # what a tower is run by, and what changes u
 
 
 class MissingExtra(ZipperError):
-    """Something is asked for that an extra of the package is for, and that is not installed."""
+    """Something is asked for that an extra of the package is for, and that is not installed: no data and no model is to blame."""
 
 
-class BrokenExtra(ZipperError):
+class BrokenExtra(MissingExtra):
     """It is installed and cannot be imported."""
 
 
@@ -54,20 +54,30 @@ def install(extra: str) -> str:
 
 
 def extra(module: str) -> Any:
-    """A module of an extra, imported when it is needed. Raises MissingExtra or BrokenExtra, which say how to install it."""
+    """A module of an extra, imported when it is needed. Raises MissingExtra, which says how to install it."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a library below it that does not load
-        top = module.partition(".")[0]
-        names = [name for name, packages in extras().items() if top in map(importable, packages)]
-        todo = install(names[0]) if names else f"pip install {top}"
-        if isinstance(error, ModuleNotFoundError) and (error.name or top).partition(".")[0] == top:
-            raise MissingExtra(f"This needs {top}, which is not installed. Do: {todo}") from error
-        raise BrokenExtra(f"This needs {top}, which is installed and does not load ({error}). Do: {todo}") from error
+        raise lacking(module, error) from error
+
+
+def home(module: str) -> str | None:
+    """The extra that brings a module; None where none does."""
+    top = module.partition(".")[0]
+    return next((name for name, packages in extras().items() if top in map(importable, packages)), None)
+
+
+def lacking(module: str, error: Exception) -> MissingExtra:
+    """What an import that failed by this error means."""
+    top, name = module.partition(".")[0], home(module)
+    todo = install(name) if name else f"pip install {top}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or top).partition(".")[0] == top:
+        return MissingExtra(f"This needs {top}, which is not installed. Do: {todo}")
+    return BrokenExtra(f"This needs {top}, which is installed and does not load ({error}). Do: {todo}")
 
 
 def need(*names: str) -> None:
-    """Raises as `extra` does unless every package of these extras can be imported: for long work, before it begins."""
+    """Raises MissingExtra unless every package of these extras can be imported: for long work, before it begins."""
     for name in names:
         for package in extras().get(name, ()):
             extra(importable(package))

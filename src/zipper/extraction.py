@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from zipper import data, layouts
 from zipper.audio import Audio
 from zipper.data import Row, Sample
-from zipper.environment import extra
+from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
 from zipper.files import sha256, write_json
 from zipper.modality import Modality
@@ -219,6 +219,8 @@ def _make(job: Job) -> Record:
                 raise ZipperError(f"{sample.where} {sample.problem}")
             heard = data.hear(sample.row, modalities, sample.folder, sample.where)
             rows.append(data.encode(heard, modalities, sample.folder, sample.where))
+        except MissingExtra:  # no sample is bad because of it
+            raise
         except ZipperError as error:
             bad.append({"where": sample.where, "id": name, "why": str(error)})
             continue
