@@ -71,7 +71,8 @@ CORE = {
     "train lora": "train",
     "evaluate": "speech",
     "show run": "train",
-    "reproduce": "train",
+    "prune": "speech",
+    "reproduce": "speech",
 }
 
 
