@@ -341,11 +341,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert (tmp_path / "a.mp3").read_bytes() == before
 
 
-def test_a_missing_extra_says_what_to_install() -> None:
-    with pytest.raises(ZipperError, match=r"pip install 'zipper-lm\[speech\]'"):
-        audio.extra("zipper_has_no_such_module")
-
-
 def test_trimming_takes_the_silence_at_the_ends_only() -> None:
     rate, silence, word = 16_000, np.zeros(8_000, np.float32), tone(440, 0.25).samples
     sound = Audio(np.concatenate([silence, word, silence, word, silence]), rate)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def test_help_lists_every_command_and_loads_no_heavy_library() -> None:
         "import sys, zipper.cli\n"
         "try: zipper.cli.main(['--help'])\n"
         "except SystemExit as stop: assert not stop.code\n"
-        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tqdm', 'huggingface_hub'} & set(sys.modules)))"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert set(COMMANDS) <= {line.split()[0] for line in said.splitlines() if line.startswith("    ")}
@@ -479,3 +480,41 @@ def test_an_interrupt_is_exit_code_1(zipper: Zipper, world: World, monkeypatch: 
 
     monkeypatch.setattr(Pipeline, "from_pretrained", interrupt)
     assert zipper("show", world.zip) == Answer(1, "", "zipper show: interrupted\n")
+
+
+# --- what other libraries say
+
+VOICES = """
+import logging, sys, warnings
+from zipper import cli, inspection
+
+def describe(*_):
+    warnings.warn("advice of a library", UserWarning)
+    warnings.warn_explicit("of ours,\\nin two lines", UserWarning, "model.py", 1, "zipper.model")
+    warnings.warn_explicit("of the driver", UserWarning, "cuda.py", 1, "torch.cuda")
+    logging.getLogger("accelerate").warning("advice by a logger")
+    logging.getLogger("accelerate").error("what went wrong")
+    return {}
+
+inspection.describe = describe
+inspection.table = lambda found: "told"
+sys.exit(cli.main(["show"]))
+"""
+
+
+def test_of_others_only_what_matters_is_heard_and_what_is_ours_in_one_line() -> None:
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
+    said = run([sys.executable, "-c", VOICES])
+    assert said.stdout == "told\n"
+    assert said.stderr.splitlines() == ["zipper: of ours, in two lines", "zipper: of the driver", "what went wrong"]
+    assert "advice of a library" in run([sys.executable, "-W", "default", "-c", VOICES]).stderr
+
+
+def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) -> None:
+    """In a process of its own, with the settings of a user: nobody's bars, nobody's advice."""
+    settings = ("HF_", "TRANSFORMERS_", "TOKENIZERS_")
+    user = {name: value for name, value in os.environ.items() if not name.startswith(settings)} | {"HF_HUB_OFFLINE": "1"}
+    clip = tiny.sound(tmp_path / "clip.wav", 0.4)
+    for arguments in (["show"], ["transcribe", clip], ["speak", "call anna", "-o", tmp_path / "out.wav"]):
+        done = subprocess.run([sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout

@@ -26,6 +26,7 @@ PACKAGE = ROOT / "src" / "zipper"
 # another, the files among themselves may not. zipper/__init__.py names what lies below, so nothing may import from it.
 ORDER = (
     "errors",
+    "environment",
     "files",
     "checkpoint",
     "hub",
@@ -73,6 +74,7 @@ ORDER = (
     "bench",
     "bench.summary",
     "serving",
+    "doctor",
     "cli",
     "__main__",
     "testing",

@@ -285,7 +285,7 @@ def test_a_process_without_network_loads_it_from_the_cache(standin: StandIn, who
         print(model(collate([sample], model.ends()).strands)["speech"].tolist())
         Pipeline.from_pretrained("me/other")"""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     assert torch.equal(torch.tensor(json.loads(done.stdout)), logits(whole))
     assert "me/other is no folder and not wholly in the hub's cache, and HF_HUB_OFFLINE is set. Go online" in done.stderr
 

@@ -4,7 +4,6 @@ Everything here is one channel of float32 samples in [-1, 1] with its rate besid
 """
 
 import functools
-import importlib
 import io
 import os
 import tempfile
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Complex64, Float32
 
 from zipper import containers
+from zipper.environment import extra
 from zipper.errors import ZipperError
 
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 8_000, 192_000
@@ -29,14 +29,6 @@ SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: man
 CANCELLED = 0.1  # of the power that the sum of channels with nothing in common has; two of one power: a correlation below -0.9
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
 QUIET_DB = -45.0  # under the loudest frame: eSpeak's own pauses lie below -60, its weakest fricatives above -40
-
-
-def extra(module: str) -> Any:
-    """A module of the extra `speech`, imported when it is needed. Raises ZipperError saying how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ZipperError(f"sound needs {module}, which is not installed ({error}). Do: pip install 'zipper-lm[speech]'") from error
 
 
 @dataclass(frozen=True, init=False)

@@ -5,15 +5,20 @@ Heavy imports stand inside the commands, so that `zipper --help` answers at once
 
 import argparse
 import json
+import logging
 import math
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zipper import environment
+from zipper.environment import extra
 from zipper.errors import ZipperError
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -25,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # are some microseconds (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     try:
-        return given.command(given) or 0
+        with _one_voice():
+            return given.command(given) or 0
     except ZipperError as error:
         return _say(given, 2, str(error))
     except KeyboardInterrupt:
@@ -38,7 +43,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ZIPPER_DEBUG"):
             raise
+        if isinstance(error, ModuleNotFoundError) and environment.home(error.name or ""):  # imported by a recipe, or by a library
+            return _say(given, 2, str(environment.lacking(str(error.name), error)))
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Other libraries draw no bars and give no advice; they are heard where they fail. A warning of ours, or of CUDA, is one line.
+
+    Only here, and only while a command runs: who imports zipper keeps his settings, and those of the environment and of -W hold.
+    """
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if logging.lastResort:  # what has no handler of its own
+        logging.lastResort.setLevel(logging.ERROR)
+    for action, module in (("default", r"zipper(\.|$)"), ("default", r"torch\.cuda(\.|$)"), ("ignore", "")):
+        warnings.filterwarnings(action, module=module, append=True)  # type: ignore[arg-type]
+    told = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"zipper: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = told
 
 
 def _say(given: argparse.Namespace, code: int, message: str) -> int:
@@ -159,6 +188,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
     _loading_options(p)
+    p.add_argument("--json", action="store_true", help="print as JSON")
+
+    p = add(
+        "doctor", doctor, "What zipper stands on here, and whether it works; 1 if something installed does not.", "zipper doctor"
+    )
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -550,9 +584,7 @@ def train(given: argparse.Namespace) -> None:
     if not given.plan:
         _writable(Path(config.output) / "config.json")
     if "prepare" in recipe:
-        from accelerate import PartialState
-
-        with PartialState().main_process_first():
+        with extra("accelerate").PartialState().main_process_first():
             recipe["prepare"]()
     if given.plan:
         _plan(config, given.json)
@@ -615,6 +647,7 @@ def evaluate(given: argparse.Namespace) -> None:
     from zipper import checkpoint, corpus, demo, report
     from zipper.pipeline import Pipeline
 
+    environment.need("speech")
     if given.output:
         _writable(given.output)
     pipeline, second = _pipeline(given), Pipeline.from_pretrained(given.judge) if given.judge else None
@@ -667,6 +700,15 @@ def verify(given: argparse.Namespace) -> int:
     else:
         print("\n".join(f"{'ok    ' if check.held else 'BROKEN'}  {check.promise}: {check.measured}" for check in checks))
     return int(not all(check.held for check in checks))
+
+
+def doctor(given: argparse.Namespace) -> int:
+    """zipper doctor"""
+    from zipper import doctor as ward
+
+    found = ward.examine()
+    print(json.dumps(ward.record(found), indent=1) if given.json else ward.table(found))
+    return int(not ward.works(found))
 
 
 def swap(given: argparse.Namespace) -> None:
@@ -895,12 +937,10 @@ def towers(given: argparse.Namespace) -> None:
     """zipper towers"""
     import dataclasses
 
-    import transformers
     from tqdm import tqdm
 
     from zipper import families
 
-    transformers.logging.set_verbosity_error()  # it warns of every tiny model
     chosen = given.family or families.names()
     found = [families.tried(name) for name in tqdm(chosen, desc="towers", unit="family", disable=None)]
     print(json.dumps([dataclasses.asdict(family) for family in found], indent=1) if given.json else families.table(found))

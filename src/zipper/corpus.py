@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 

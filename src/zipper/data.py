@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from zipper import audio
 from zipper.audio import Audio
+from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality.speech import SpeechUnits
@@ -99,6 +100,8 @@ def encode(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: P
         elif isinstance(value, Audio if not isinstance(modality, Text) else str):
             try:
                 encoded[field or name] = modality.encode(value)
+            except MissingExtra:
+                raise
             except ZipperError as error:
                 raise ZipperError(f"{where}: {error}") from error
         else:
@@ -119,6 +122,8 @@ def hear(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pat
         at: Mapping[str, Any] = {"path": value} if isinstance(value, str) else value
         try:
             heard[key] = audio.read(at.get("bytes") or folder / at["path"], start_s=at.get("start", 0.0), stop_s=at.get("stop"))
+        except MissingExtra:
+            raise
         except ZipperError as error:
             raise ZipperError(f"{where}: {error}") from error
     return heard

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from zipper import checkpoint, corpus, data, report
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import need
 from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
 from zipper.inspection import attention
 from zipper.link import LinkConfig
@@ -74,9 +75,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
     """
-    report.plotting()  # what is needed at the end should not be missed there
-    extra("pocketsphinx")
-    extra("jiwer")
+    need("speech", "train")  # what is needed at the end should not be missed there
     if (output / "run").exists():
         shutil.rmtree(output / "run")
     clock = Clock()

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 
 NORMALISER = "lower-ascii-words"  # the name of `normalise`: rates under different normalisers do not compare

@@ -5,7 +5,6 @@ pass that was killed goes on where it was, and a corpus that changed costs only 
 """
 
 import hashlib
-import importlib
 import json
 import math
 import multiprocessing
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 from zipper import data, layouts
 from zipper.audio import Audio
 from zipper.data import Row, Sample
+from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
 from zipper.files import sha256, write_json
 from zipper.modality import Modality
@@ -171,10 +171,7 @@ def processes(workers: int | None = None) -> Spread:
 
 def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
     """Spread over a Ray cluster by Ray Data, a task a shard. Every machine sees the folder, and the source, at the same paths."""
-    try:
-        ray = importlib.import_module("ray.data")
-    except ImportError as error:
-        raise ZipperError(f"Ray Data is not installed ({error}). Do: pip install 'zipper-lm[ray]'") from error
+    ray = extra("ray.data")
     jobs = iter(jobs)
     while wave := list(islice(jobs, _WAVE)):
         # Bytes in, bytes out: Arrow would give rows with unlike keys one shape. They travel, and are kept nowhere.
@@ -222,6 +219,8 @@ def _make(job: Job) -> Record:
                 raise ZipperError(f"{sample.where} {sample.problem}")
             heard = data.hear(sample.row, modalities, sample.folder, sample.where)
             rows.append(data.encode(heard, modalities, sample.folder, sample.where))
+        except MissingExtra:  # no sample is bad because of it
+            raise
         except ZipperError as error:
             bad.append({"where": sample.where, "id": name, "why": str(error)})
             continue

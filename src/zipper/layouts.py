@@ -21,6 +21,7 @@ from typing import Any
 
 from zipper import data
 from zipper.data import Sample
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.files import read_json
 
@@ -182,29 +183,25 @@ def _hugging_face(kind: str) -> Callable[[str], Iterator[Sample]]:
     """A reader by the library `datasets`, streaming: nothing is copied into its cache, and sound stays bytes in a file."""
 
     def read(place: str) -> Iterator[Sample]:
-        try:
-            from datasets import Audio, DatasetDict, Value, load_dataset, load_from_disk
-        except ImportError as error:
-            raise ZipperError(
-                f"{kind}: needs datasets, which is not installed ({error}). Do: pip install 'zipper-lm[data]'"
-            ) from error
+        datasets = extra("datasets")
         files = sorted(glob(place, recursive=True)) if has_magic(place) else [place]
         if not files or not Path(files[0]).exists():
             raise ZipperError(
                 f"There is nothing at {place}. Give {'a folder' if kind == 'audiofolder' else 'a file or a pattern'}."
             )
         if kind == "arrow" and Path(place).is_dir():
-            loaded = load_from_disk(place)
-            splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+            loaded = datasets.load_from_disk(place)
+            splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
         elif kind == "audiofolder":
-            splits = load_dataset(kind, data_dir=place, streaming=True)
+            splits = datasets.load_dataset(kind, data_dir=place, streaming=True)
         else:
-            splits = {"train": load_dataset(kind, data_files={"train": files}, streaming=True)["train"]}
+            splits = {"train": datasets.load_dataset(kind, data_files={"train": files}, streaming=True)["train"]}
         for split, dataset in splits.items():
-            spoken = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Audio)]
+            spoken = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Audio)]
             for name in spoken:
                 # Left as it is, a path or the content of a file: else torchcodec is asked for.
-                dataset = dataset.cast_column(name, Value("string") if kind == "audiofolder" else Audio(decode=False))
+                left = datasets.Value("string") if kind == "audiofolder" else datasets.Audio(decode=False)
+                dataset = dataset.cast_column(name, left)
             for n, row in enumerate(dataset):
                 if len(spoken) == 1:
                     row.setdefault("speech", row[spoken[0]])

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from zipper import checkpoint, hub, loss
 from zipper.card import card
+from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.files import parse, settle
 from zipper.generation import Limits, default_limit, generate
@@ -571,6 +572,8 @@ class Zipper(nn.Module):
                     loaded[name].adapt(tower.lora)
             with torch.device("meta"):  # no memory, no random numbers for what the file will bring, or will not
                 model = cls(loaded, config)
+        except MissingExtra:
+            raise
         except ZipperError as error:
             raise ZipperError(f"{path} does not fit: {error}") from error
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from zipper.audio import Audio, Mel, extra
+from zipper.audio import Audio, Mel
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate, normalise
 
@@ -353,10 +354,8 @@ def _attention(seen: AttentionMap) -> str:
     (down, rows), (across, columns) = [(title, [*map(_cut, labels)]) for title, labels in sides]
 
     def draw(figure: "Figure") -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-
         axes = figure.subplots()
-        clear = LinearSegmentedColormap.from_list("clear", [f"{PALETTE[0]}00", PALETTE[0]])
+        clear = extra("matplotlib.colors").LinearSegmentedColormap.from_list("clear", [f"{PALETTE[0]}00", PALETTE[0]])
         axes.imshow(weights, cmap=clear, aspect="auto", interpolation="none", vmin=0)
         axes.set_yticks(range(len(rows)), rows)
         every = -(-len(columns) // 32)
@@ -454,17 +453,6 @@ def series(metrics: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tuple
     return found
 
 
-def plotting() -> Any:
-    """matplotlib; raises ZipperError where it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ZipperError(
-            "matplotlib draws the report's pictures and is not installed. Run: pip install 'zipper-lm[train]'."
-        ) from error
-    return matplotlib
-
-
 def _cut(label: str, most: int = 16) -> str:
     """A label so long that it would leave no room for what it labels is cut."""
     return label if len(label) <= most else label[: most - 1] + "…"
@@ -475,11 +463,9 @@ def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: st
 
     matplotlib makes the remaining ids from what they name and a salt: the label keeps them apart, and the same from run to run.
     """
-    with plotting().rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
+    with extra("matplotlib").rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has a font for it, and draws the text
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=inches, layout="constrained")
+        figure = extra("matplotlib.figure").Figure(figsize=inches, layout="constrained")
         draw(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -489,12 +475,9 @@ def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: st
 
 def _spectrogram(audio: Audio) -> bytes:
     """A PNG, low frequencies at the bottom, 10 ms per pixel; the darkest is 60 dB under the loudest."""
-    plotting()
-    from matplotlib.image import imsave
-
     picture = PICTURE.picture(audio.resample(PICTURE.rate_hz)).T
     out = io.BytesIO()
-    imsave(out, picture, vmin=picture.max() - np.log(1e6), cmap="magma", origin="lower", format="png")
+    extra("matplotlib.image").imsave(out, picture, vmin=picture.max() - np.log(1e6), cmap="magma", origin="lower", format="png")
     return out.getvalue()
 
 
