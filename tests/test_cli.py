@@ -133,7 +133,29 @@ def test_transcribe_prints_the_words_of_each_file(zipper: Zipper, world: World, 
     assert (answer.code, answer.out) == (0, "".join(f"{text}\n" for text in words))
     answer = zipper("transcribe", *clips, "--model", world.zip, "--json")
     found = [json.loads(line) for line in answer.out.splitlines()]
+    sure = [found_one.pop("confidence") for found_one in found]
     assert found == [{"file": str(clip), "text": text} for clip, text in zip(clips, words, strict=True)]
+    assert sure == pytest.approx([pipe.hear(clip).confidence for clip in clips], abs=1e-4)
+
+
+def test_where_nothing_is_said_nothing_is_written(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    silence, noise = np.zeros(16_000, np.float32), np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    soundfile.write(tmp_path / "silence.wav", silence, 16_000)
+    soundfile.write(tmp_path / "noise.wav", noise, 16_000)
+    said = tiny.sound(tmp_path / "said.wav")
+    answer = zipper("transcribe", "silence.wav", "noise.wav", said, "--model", world.zip, "--json")
+    found = [json.loads(line) for line in answer.out.splitlines()]
+    assert [(one["text"], one["confidence"]) for one in found[:2]] == [("", 1.0)] * 2
+    assert found[2]["text"]
+    assert 0 < found[2]["confidence"] < 0.5  # an untrained model is sure of nothing
+    answer = zipper("transcribe", said, "--model", world.zip, "--json", "--least", "0.9")
+    assert json.loads(answer.out) == found[2] | {"text": ""}
+    for least in ("nan", "1.5", "-0.1"):
+        answer = zipper("transcribe", said, "--model", world.zip, "--least", least)
+        assert (answer.code, answer.out) == (2, "")
+        assert "confidence goes from 0 to 1" in answer.err
+    answer = zipper("run", "--given", "speech=silence.wav", "--outputs", "text", "--model", world.zip, "--json")
+    assert json.loads(answer.out) == {"text": "", "ended": True}
 
 
 def test_speak_writes_the_sound(zipper: Zipper, world: World, tmp_path: Path) -> None:

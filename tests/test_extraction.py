@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from zipper import cli, data, extraction, rows
+from zipper import audio, cli, data, disturbance, extraction, rows
 from zipper.errors import ZipperError
 from zipper.extraction import Policy, extract, processes
 
@@ -153,7 +153,7 @@ def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
     run()
     assert made == [] and content(folder) == before
     tiny.sound(tmp_path / "3.wav", seconds=0.3)
-    assert len(run()[3]["speech"]) == 8
+    assert len(run()[3]["speech"]) == 9  # 0.3 s, 20 ms behind, and what lies before it on the grid
     assert made == [2] and len(list(folder.glob("*.safetensors"))) == 2
     shard = folder / rows.provenance(folder)["shards"][0]["file"]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -274,3 +274,37 @@ def test_the_command_makes_unit_files_of_a_corpus_and_leaves_out_what_is_bad(
     assert "made holds the units of another source, part, tokenizer or codebook" in capsys.readouterr().err
     assert cli.main(["units", "nowhere:x", "-o", "other"]) == 2
     assert "'nowhere:x' is no source. Give the path of a .jsonl manifest" in capsys.readouterr().err
+
+
+def test_takes_lie_beside_the_clean_sound_of_each_sample(tmp_path: Path) -> None:
+    told = [
+        {"id": str(n), "text": "call anna", "voice": "low", "speech": tiny.sound(tmp_path / f"{n}.wav", seed=n).name}
+        for n in range(3)
+    ]
+    data.write(tmp_path / "pairs.jsonl", told)
+    source = str(tmp_path / "pairs.jsonl")
+    plain = extract(source, tmp_path / "plain", MODALITIES, spread=HERE)
+    found = extract(source, tmp_path / "taken", MODALITIES, spread=HERE, takes=30)
+    assert rows.provenance(tmp_path / "taken")["takes"] == 30
+    assert (len(found), rows.provenance(tmp_path / "taken")["samples"]) == (90, 3)
+    silent = 0
+    for number in range(90):
+        row, clean = dict(found[number]), plain[number // 30]
+        assert found.name(number) == str(number // 30)
+        heard, said = row.pop("heard"), row.pop("said")
+        assert row == clean  # what is to be spoken stays clean
+        sound, anything = disturbance.take(audio.read(tmp_path / f"{number // 30}.wav"), f"{number // 30} {number % 30}")
+        assert heard == MODALITIES["speech"].encode(sound)
+        assert said == (clean["text"] if anything else [])
+        silent += not anything
+    assert 0 < silent < 20
+    with pytest.raises(ZipperError, match="units of another source"):
+        extract(source, tmp_path / "taken", MODALITIES, spread=HERE, takes=2)
+
+
+def test_a_sample_without_sound_cannot_be_taken_again(tmp_path: Path) -> None:
+    data.write(tmp_path / "pairs.jsonl", tiny.pairs(2))
+    with pytest.raises(
+        ZipperError, match=r"line 1 has no sound and text, so it cannot be taken again. Give both, or leave takes out"
+    ):
+        extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=2)

@@ -17,7 +17,7 @@ from zipper.audio import Audio
 from zipper.errors import ZipperError
 from zipper.fused import Fused
 from zipper.model import Zipper
-from zipper.pipeline import Pipeline
+from zipper.pipeline import Pipeline, Transcript
 from zipper.sampling import Sampling
 from zipper.sequence import Segment, collate
 from zipper.tower import Tower
@@ -54,6 +54,36 @@ def test_it_transcribes_a_file_or_a_sound(pipe: Pipeline, clip: Path) -> None:
     sound = audio.read(clip)
     pulses = Audio((sound.samples * 32_768).astype(np.int16), sound.rate_hz)  # as the file has them
     assert pipe.transcribe(clip.read_bytes()) == pipe.transcribe(pulses) == tiny.text().decode(wanted)
+
+
+def test_it_says_how_sure_it_is(pipe: Pipeline, clip: Path) -> None:
+    found = pipe.hear(clip)
+    given = Segment("speech", tiny.units().encode(clip))
+    written = pipe.model.generate([given], ["text"])[0]
+    ends = pipe.model.ends()
+    logits = pipe.model(collate([[given, written]], ends).strands)["text"][0].detach()
+    logits[:, ends["text"].begin] = -torch.inf  # no token of a text
+    logits = logits.log_softmax(-1)
+    said = [*written.content, *[ends["text"].end] * written.ended]
+    nats = [float(logits[place, token]) for place, token in enumerate(said)]
+    assert found.text == tiny.text().decode(written.content) == pipe.transcribe(clip)
+    assert found.confidence == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
+
+
+def test_where_nothing_is_said_nothing_comes_out(pipe: Pipeline, clip: Path) -> None:
+    silence = Audio(np.zeros(16_000, np.float32), 16_000)
+    noise = Audio(np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32), 16_000)
+    for nothing in (silence, noise):
+        assert pipe.hear(nothing) == Transcript("", 1.0)
+        text, sound = pipe.run([Segment("speech", nothing)], ["text", "speech"])
+        assert (text.content, text.ended, len(sound.content.samples)) == ("", True, 0)
+    heard = [[Segment("speech", one)] for one in (silence, clip, noise)]
+    assert [row[0].content for row in pipe.run_batch(heard, ["text"])] == ["", pipe.transcribe(clip), ""]
+    with_words = pipe.run([Segment("text", "call anna"), Segment("speech", silence)], ["text"])  # something was given
+    assert (
+        with_words[0].content
+        == pipe.run([Segment("text", "call anna"), Segment("speech", pipe.units.encode(silence))], ["text"])[0].content
+    )
 
 
 def test_it_speaks_text_as_sound(pipe: Pipeline) -> None:
@@ -222,7 +252,7 @@ def test_bad_input_is_refused_in_a_sentence(pipe: Pipeline, clip: Path, tmp_path
         (lambda: pipe.run([Segment("text", "call " * 100)], ["speech"]), r"'text' would read \d+ tokens.*at most 128"),
         (lambda: pipe.transcribe(tmp_path / "gone.wav"), r"gone.wav does not exist"),
         (lambda: pipe.transcribe(tmp_path / "words.wav"), r"words.wav is not readable sound"),
-        (lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)), r"'speech' would read 502 tokens.*at most 128"),
+        (lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)), r"'speech' would read 503 tokens.*at most 128"),
         (lambda: pipe.transcribe(b"these are words"), r"\(sound given as bytes\) is not readable sound"),
         (lambda: pipe.transcribe(Audio([], 16_000)), r"The sound given has no samples"),
         (lambda: pipe.speak("call anna", voice="alto"), r"no voice 'alto'. Take one of low, high"),

@@ -11,6 +11,7 @@ import tiny
 import torch
 from tiny import World
 
+from zipper import data
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
 
@@ -20,7 +21,11 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     torch.manual_seed(0)
-    return tiny.world(tmp_path_factory.mktemp("world"))
+    made = tiny.world(tmp_path_factory.mktemp("world"))
+    for name in ("pairs", "dev"):
+        path = made.folder / f"{name}.jsonl"
+        data.write(path, [row | {"heard:speech": row["speech"][1:], "said:text": row["text"]} for row in data.manifest(path)])
+    return made
 
 
 def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:

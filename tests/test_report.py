@@ -90,7 +90,11 @@ WEIGHTS = np.random.default_rng(0).dirichlet(np.ones(7), 3).astype(np.float32)
 
 def whole() -> Report:
     return Report(
-        asr=[Score("model", "by eye", rate(0), unended=0.0317), Score("floor", "by eye", rate(1))],
+        asr=[
+            Score("model", "by eye", rate(0), unended=0.0317),
+            Score("floor", "by eye", rate(1)),
+            Score("model", "by eye", rate(7), disturbed="noise at 20 dB"),
+        ],
         tts=[
             Score("model", "first judge", rate(2), unended=0.0719),
             Score("model", "second judge", rate(3)),
@@ -241,6 +245,17 @@ def test_report_json_quotes_the_first_judge_over_all_voices_in_fractions() -> No
     assert [found["tts"][key] for key in ("wer", "oracle", "floor")] == [rate(2).wer, rate(5).wer, rate(6).wer]
     assert [score["rate"]["wer"] for score in found["tts"]["scores"]] == [rate(k).wer for k in range(2, 7)]
     assert found["samples"][0]["spoken_heard"] == {"first judge": "lend forty oranges"}
+
+
+def test_disturbed_speech_stands_beside_and_is_not_quoted(page: Page) -> None:
+    found = whole().to_json()["asr"]
+    assert found["wer"] == rate(0).wer
+    assert found["robust"] == {"noise at 20 dB": rate(7).wer}
+    assert "robust" not in whole().to_json()["tts"]
+    assert "noise at 20 dB" in page.text
+    table = report.text_table(whole().asr).splitlines()
+    assert len({line.index(end) + len(end) for line, end in zip(table, ("WER", "10.0%", "11.0%", "17.0%"), strict=True)}) == 1
+    assert "noise at 20 dB" in table[3]
 
 
 def test_a_report_of_one_task_and_no_pictures_is_a_page_too(tmp_path: Path) -> None:

@@ -75,11 +75,12 @@ def pairs(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def sound(path: Path, seconds: float = 1.0, rate_hz: int = 16_000, seed: int = 0) -> Path:
-    """A sound file of noise."""
+    """A sound file of noise that swells and falls four times a second, as speech does."""
     import soundfile  # a GPU machine may lack it
 
-    noise = np.random.default_rng(seed).normal(0, 0.1, int(seconds * rate_hz)).astype(np.float32)
-    soundfile.write(path, noise, rate_hz)
+    noise = np.random.default_rng(seed).normal(0, 0.1, int(seconds * rate_hz))
+    swell_db = 15 * np.sin(2 * np.pi * 4 * np.arange(len(noise)) / rate_hz)
+    soundfile.write(path, (noise * 10 ** ((swell_db - 15) / 20)).astype(np.float32), rate_hz)
     return path
 
 
