@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from zipper.report import AttentionMap, Report, Sample, Score, Sound
 from zipper.sampling import Sampling
 from zipper.sequence import Segment, collate
 from zipper.training import TrainConfig, train
+from zipper.workers import spread
 
 CHUNK = 100  # utterances that are generated together
 JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
@@ -228,8 +229,7 @@ def _say(pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, s
 
 def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:
     """Units to sound, in `workers` processes."""
-    with corpus.pool(workers) as each:
-        sounds = each(pipeline.units.decode, [list(ids) for ids in units])
+    with closing(spread(pipeline.units.decode, map(list, units), workers, corpus.CHUNK)) as sounds:
         return list(tqdm(sounds, desc="vocode", total=len(units), unit="utterance", disable=None))
 
 
