@@ -25,7 +25,7 @@ HERE = processes(1)
 def many(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of ids, of all lengths."""
     chance = random.Random(seed)
-    return [{"id": f"n{i}", "text": chance.choices(range(40), k=chance.randrange(9)), "speech": [i % 24]} for i in range(n)]
+    return [{"id": f"n{i}", "text": chance.choices(range(2, 42), k=chance.randrange(9)), "speech": [i % 24]} for i in range(n)]
 
 
 def spoil(path: Path, which: Iterable[int]) -> None:
@@ -67,7 +67,12 @@ def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None
     assert found.seconds.tolist() == pytest.approx([0.0] * 9 + [0.7, 2.5])
     assert list(data.read(tmp_path / "units", MODALITIES, limit=3)) == wanted[:3]
     told = rows.provenance(tmp_path / "units")
-    assert told["fields"]["question"] == {"rows": 1, "ids": len(wanted[9]["question"]), "longest": len(wanted[9]["question"])}
+    assert told["fields"]["question"] == {
+        "rows": 1,
+        "ids": len(wanted[9]["question"]),
+        "longest": len(wanted[9]["question"]),
+        "empty": 0,
+    }
     assert (told["samples"], told["rows"], told["bad"], told["seconds"]) == (11, 11, 0, 3.2)
     assert told["modalities"] == {name: modality.fingerprint for name, modality in MODALITIES.items()}
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from zipper import audio
 from zipper.audio import Audio
 from zipper.errors import ZipperError
-from zipper.files import lines, place, unique
+from zipper.files import as_json, lines, place, unique
 from zipper.modality import Modality
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
@@ -95,17 +95,10 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(b"".join(map(_line, rows)))
+        temporary.write_text("".join(f"{as_json(row)}\n" for row in rows), encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    try:
-        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # half a character, such as a name of a file that is no UTF-8
-        return f"{json.dumps(row)}\n".encode()
 
 
 def read(path: Path, modalities: Mapping[str, Modality], limit: int | None = None) -> Sequence[Row]:

@@ -44,6 +44,7 @@ _EXPONENT: dict[str, tuple[Any, int]] = {
 _NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")  # no string holds a line break of its own
 HELD = ".held"  # in a folder that a process writes; who
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # of a file system that has none
+_HALF = re.compile("[\ud800-\udfff]")
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
 
 _WHAT_TO_DO = {
@@ -103,9 +104,16 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, one readable way for the whole project, lists of numbers on one line. JSON has no NaN and no infinity: null
     stands for them."""
-    text = json.dumps(_plain(data), indent=1, ensure_ascii=False)
+    text = as_json(_plain(data), indent=1)
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     write(path, f"{text}\n".encode())
+
+
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON that people can read; with escapes where half a character, as in a file's name that is no
+    UTF-8, has no other way to be written."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(data, indent=indent)
 
 
 def write(path: Path, content: bytes) -> None:

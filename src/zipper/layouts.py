@@ -332,9 +332,9 @@ def _sounds(place: str | Sequence[Path], passed: Passed) -> Iterator[Sample]:
     folder that holds all, without an ending where they are different without it."""
     places = [Path(os.path.abspath(place_of(p))) for p in ([place] if isinstance(place, str) else place)]
     single: dict[Path, list[str]] = {}
-    for path in dict.fromkeys(path for path in places if not path.is_dir() and not isinstance(place, str)):
+    folders = [path for path in dict.fromkeys(places) if path.is_dir() or isinstance(place, str)]
+    for path in sorted({*places} - {*folders}):
         single.setdefault(path.parent, []).append(path.name)
-    folders = [path for path in places if path.is_dir() or isinstance(place, str)]
     root = Path(os.path.commonpath([*single, *folders]))
     met = set[str]()
     _over(passed, "files that were given twice", len(places) - len({*places}))
@@ -520,7 +520,7 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
         for name in names:
             if _is_sound(name) and os.path.realpath(folder / name) not in named:
                 yield Sample(
-                    str(folder / name), {"id": str((folder / name).relative_to(root))}, root, "is in no row of the metadata."
+                    str(folder / name), {"id": str((folder / name).relative_to(root))}, root, "is passed over by datasets: no row of the metadata names it, or it does not know the ending."
                 )
         _others(passed, (name for name in names if not _is_sound(name)))
 
