@@ -76,6 +76,11 @@ def test_speech_with_a_known_voice_is_also_voiced(tmp_path: Path) -> None:
     assert [row["speech"] for row in data.read(path, MODALITIES)] == [[5]] * 3
 
 
+def test_a_row_that_gives_its_voiced_speech_itself_keeps_it(tmp_path: Path) -> None:
+    for row in ({"voiced:speech": [27, 3], "speech": [3]}, {"speech": [3], "voiced:speech": [27, 3], "voice": "low"}):
+        assert data.encode(row, MODALITIES, tmp_path, "row") == {"speech": [3], "voiced": [27, 3]}
+
+
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
     path = manifest(tmp_path, {"text": "call"}, {"text": "send"}, "this is not JSON")
     assert data.manifest(path, limit=2) == [{"text": "call"}, {"text": "send"}]
@@ -120,6 +125,8 @@ def test_a_written_manifest_reads_the_same_and_leaves_nothing_beside_it(tmp_path
         ({"speech": {"path": None, "bytes": None}}, r"line 2: 'speech' holds \{.*\}; give"),
         ({"speech": ""}, r"line 2: its sound is empty"),
         ({"speech": [True]}, r"line 2: 'speech' holds True; ids"),
+        ({"a:text": "call", "a:speech": [1]}, r"line 2: 'a:speech' gives no field of its own"),
+        ({"text": "call", ":text": "send"}, r"line 2: ':text' gives no field of its own"),
         ({"speech": [1, 24]}, r"line 2: 'speech' holds 24, which begins or ends a segment of 'speech'"),
         ({"question:speech": [25]}, r"line 2: 'question:speech' holds 25, which begins or ends"),
         ({"text": [0, 5]}, r"line 2: 'text' holds 0, which begins or ends a segment of 'text'"),

@@ -129,13 +129,15 @@ def take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pat
 
 def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> Taken:
     settled = settle(row, modalities)
-    encoded: Row = {}
-    heard, passed = list[float](), list[str]()
+    encoded, voiced = Row(), Row()
+    heard, passed, known = list[float](), list[str](), {"id", "split"}
     for key, value in settled.items():
-        field, _, name = key.rpartition(":")
+        field, colon, name = key.rpartition(":")
         if name not in modalities:
             continue
-        modality = modalities[name]
+        modality, known = modalities[name], known | {key}
+        if (field or name) in encoded or (colon and not field):
+            raise ZipperError(f"{key!r} gives no field of its own. Write NAME or FIELD:NAME, each field once.")
         if isinstance(value, list):
             encoded[field or name] = _ids(key, value, modality)
         elif isinstance(modality, Text) and isinstance(value, str):
@@ -150,17 +152,20 @@ def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pa
         else:
             raise ZipperError(f"{key!r} holds {value!r:.200}; give text, the path of a file or a list of ids.")
         if isinstance(modality, SpeechUnits) and not field:
-            voice = [modality.voice_id(row["voice"])] if _known_voice(row, modality) else []
-            encoded["voiced"] = voice + encoded[name]
+            voiced["voiced"] = encoded[name]
+            if row.get("voice") in modality.voices:
+                voiced["voiced"], known = [modality.voice_id(row["voice"]), *encoded[name]], known | {"voice"}
     if not encoded:
         raise ZipperError(f"it has the keys {sorted(row)}; none of them names a modality of {sorted(modalities)}.")
-    said = float(settled["duration"]) if _is_number(settled.get("duration")) else None
-    if said is not None and len(heard) == 1 and not _alike(heard[0], said):
-        raise ZipperError(
-            f"'duration' says {said:g} s, its sound has {heard[0]:.2f} s. Put it right, or write the offset of a piece."
-        )
-    passed += [f"field {key:.100}" for key, value in settled.items() if value is not None and not _means(key, value, modalities)]
-    return Taken(encoded, sum(heard) if heard else said or 0.0, tuple(passed))
+    said = 0.0
+    if "duration" in settled and _is_number(settled["duration"]):
+        said, known = float(settled["duration"]), known | {"duration"}
+        if len(heard) == 1 and not _alike(heard[0], said):
+            raise ZipperError(
+                f"'duration' says {said:g} s, its sound has {heard[0]:.2f} s. Put it right, or write the offset of a piece."
+            )
+    passed += [f"field {key:.100}" for key, value in settled.items() if value is not None and key not in known]
+    return Taken(voiced | encoded, sum(heard) if heard else said, tuple(passed))
 
 
 def _ids(key: str, ids: list[Any], modality: Modality) -> list[int]:
@@ -206,7 +211,7 @@ def settle(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[s
 def sounds(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> list[str]:
     """The keys of a row that stand for sound in files."""
     keys = [key for key in row if (name := key.rpartition(":")[2]) in modalities and not isinstance(modalities[name], Text)]
-    return [key for key in keys if _names_a_sound(row[key])]
+    return [key for key in keys if not isinstance(row[key], list) and _names_a_sound(row[key])]
 
 
 def _names_a_sound(value: Any) -> bool:
@@ -255,17 +260,6 @@ def _is_number(value: Any) -> bool:
 
 def _alike(seconds: float, said: float) -> bool:
     return abs(seconds - said) <= max(TOLERANCE_S[0], TOLERANCE_S[1] * said)
-
-
-def _known_voice(row: Mapping[str, Any], modality: SpeechUnits) -> bool:
-    return row.get("voice") in modality.voices
-
-
-def _means(key: str, value: Any, modalities: Mapping[str, Modality]) -> bool:
-    """Whether something was done with this field, or is done by those who read the row."""
-    if key == "voice":
-        return any(isinstance(m, SpeechUnits) and value in m.voices for m in modalities.values())
-    return key in ("id", "split") or (key == "duration" and _is_number(value)) or key.rpartition(":")[2] in modalities
 
 
 def files(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> Iterator[Path]:

@@ -61,7 +61,7 @@ def samples(source: Source, split: str | None = None, passed: Passed | None = No
             if split is not None and sample.row.get("split", split) != split:
                 passed["rows of another split"] += 1
             else:
-                yield _renamed(sample, columns, passed)
+                yield _renamed(sample, columns, passed) if columns else sample
     except OSError as error:
         raise ZipperError(f"{error.filename or source} cannot be read: {error.strerror or error}.") from error
     if not number:
@@ -116,7 +116,7 @@ def _shown(source: Source) -> str:
 
 def _renamed(sample: Sample, columns: Mapping[str, str], passed: Passed) -> Sample:
     """Its fields under the names that were asked for; one whose place is taken is passed over."""
-    if not columns or sample.problem:
+    if sample.problem:
         return sample
     if missing := sorted({*columns.values()} - {*sample.row}):
         return sample._replace(problem=f"has no {missing[0]!r}; it has {', '.join(map(str, sample.row))}.")
@@ -519,9 +519,8 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
     for folder, names in walk(root, passed):
         for name in names:
             if _is_sound(name) and os.path.realpath(folder / name) not in named:
-                yield Sample(
-                    str(folder / name), {"id": str((folder / name).relative_to(root))}, root, "is passed over by datasets: no row of the metadata names it, or it does not know the ending."
-                )
+                why = "is passed over by datasets: no row of the metadata names it, or it does not know the ending."
+                yield Sample(str(folder / name), {"id": str((folder / name).relative_to(root))}, root, why)
         _others(passed, (name for name in names if not _is_sound(name)))
 
 
