@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from zipper.errors import ZipperError
-from zipper.files import read_json
+from zipper.files import place, read_json
 
 BEGIN, END = "<s>", "</s>"
 TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
@@ -79,7 +79,7 @@ class Text:
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
         """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a slow one."""
-        if (Path(source).expanduser() / cls.DEFINITION).is_file():
+        if (place(source) / cls.DEFINITION).is_file():
             return cls.load(source)
         loaded = _loaded(source)
         return cls(loaded.backend_tokenizer.to_str(), loaded.bos_token, loaded.eos_token)
@@ -132,9 +132,9 @@ class Text:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name the tokens that begin and
-        end a text, transformers knows the other places that may."""
-        folder = Path(folder).expanduser()
+        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name
+        the tokens that begin and end a text, transformers knows the other places that may."""
+        folder = place(folder)
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
                 definition = file.read(MOST_BYTES + 1)
