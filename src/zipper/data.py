@@ -51,9 +51,11 @@ class Sample(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a raw row became: ids, the seconds of its sounds, and the names of what was passed over in it."""
+    """What a raw row became: ids, its sounds by key, how long they are (or said to be, of ids alone), and the
+    names of what was passed over in it."""
 
     row: Row
+    heard: Mapping[str, Audio]
     seconds: float
     passed: tuple[str, ...]
 
@@ -130,7 +132,7 @@ def take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pat
 def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> Taken:
     settled = settle(row, modalities)
     encoded, voiced = Row(), Row()
-    heard, passed, known = list[float](), list[str](), {"id", "split"}
+    heard, passed, known = dict[str, Audio](), list[str](), {"id", "split"}
     for key, value in settled.items():
         field, colon, name = key.rpartition(":")
         if name not in modalities:
@@ -146,9 +148,8 @@ def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pa
             if spelled != value:
                 passed.append(f"punctuation of {key}")
         elif not isinstance(modality, Text) and _names_a_sound(value):
-            sound = _heard(value, folder)
-            heard.append(sound.seconds)
-            encoded[field or name] = modality.encode(sound)
+            heard[key] = _heard(value, folder)
+            encoded[field or name] = modality.encode(heard[key])
         else:
             raise ZipperError(f"{key!r} holds {value!r:.200}; give text, the path of a file or a list of ids.")
         if isinstance(modality, SpeechUnits) and not field:
@@ -157,15 +158,14 @@ def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pa
                 voiced["voiced"], known = [modality.voice_id(row["voice"]), *encoded[name]], known | {"voice"}
     if not encoded:
         raise ZipperError(f"it has the keys {sorted(row)}; none of them names a modality of {sorted(modalities)}.")
-    said = 0.0
+    seconds = sum(sound.seconds for sound in heard.values())
     if "duration" in settled and _is_number(settled["duration"]):
         said, known = float(settled["duration"]), known | {"duration"}
-        if len(heard) == 1 and not _alike(heard[0], said):
-            raise ZipperError(
-                f"'duration' says {said:g} s, its sound has {heard[0]:.2f} s. Put it right, or write the offset of a piece."
-            )
+        if len(heard) == 1 and not _alike(seconds, said):
+            raise ZipperError(f"'duration' says {said:g} s, its sound has {seconds:.2f} s. Put it right, or write an offset.")
+        seconds = seconds if heard else said
     passed += [f"field {key:.100}" for key, value in settled.items() if value is not None and key not in known]
-    return Taken(voiced | encoded, sum(heard) if heard else said, tuple(passed))
+    return Taken(voiced | encoded, heard, float(seconds), tuple(passed))
 
 
 def _ids(key: str, ids: list[Any], modality: Modality) -> list[int]:

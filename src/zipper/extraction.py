@@ -243,7 +243,7 @@ def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], poli
     rows = Rows(paths)
     for record in records:
         passed.update(record["passed"])
-    if twice := len(rows) - rows.distinct():
+    if twice := total["samples"] - len(total["bad"]) - rows.distinct():
         passed["ids that another sample has too"] = twice
     counted = {
         "format": FORMAT,
