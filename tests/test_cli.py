@@ -530,6 +530,8 @@ def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) ->
     for arguments in (["show"], ["transcribe", clip], ["speak", "call anna", "-o", tmp_path / "out.wav"]):
         done = subprocess.run([sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user)
         assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
 # --- where a base lies now
 
 
