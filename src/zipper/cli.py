@@ -427,9 +427,11 @@ def _writable(path: Path) -> None:
 def demo(given: argparse.Namespace) -> None:
     """zipper demo"""
     from zipper.demo import demo as run_demo
+    from zipper.files import held
 
     _writable(given.output / "report.json")
-    report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
+    with held(given.output):
+        report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
     if given.json:
         print(json.dumps(report, indent=1))
 
@@ -814,7 +816,7 @@ def reproduce(given: argparse.Namespace) -> int:
     from contextlib import nullcontext, redirect_stdout
 
     from zipper import experiments, results
-    from zipper.files import read_json
+    from zipper.files import held, read_json
 
     if given.report:
         results.write(read_json(given.report), given.output)
@@ -823,7 +825,7 @@ def reproduce(given: argparse.Namespace) -> int:
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]
     said.append(f"--judge {given.judge}" * bool(given.judge))
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+    with held(given.output), redirect_stdout(sys.stderr) if given.json else nullcontext():
         found, failed = experiments.reproduce(
             given.preset,
             given.output,
