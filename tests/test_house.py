@@ -49,6 +49,7 @@ ORDER = (
     "engine",
     "containers",
     "audio",
+    "disturbance",
     "modality",
     "pipeline",
     "inspection",

@@ -98,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
     p = add("transcribe", transcribe, "Speech to text.", "zipper transcribe hello.wav")
     p.add_argument("audio", nargs="+", type=Path, help="sound files (wav, flac, ogg, mp3)")
     _model_option(p)
-    p.add_argument("--json", action="store_true", help="one JSON object per file")
+    p.add_argument("--least", type=float, default=0.0, metavar="SHARE", help="no words where it is less sure, 0 to 1 (default 0)")
+    p.add_argument("--json", action="store_true", help="one JSON object per file: file, text, confidence")
 
     p = add("speak", speak, "Text to speech.", 'zipper speak "send forty two oranges to vienna" -o out.wav')
     p.add_argument("text", help="what to say")
@@ -143,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--split", help="only this part of a corpus, e.g. train-clean-100")
     p.add_argument("--limit", type=_count, help="only its first so many samples")
+    p.add_argument("--takes", type=_count, default=0, metavar="N", help="N rows a sample, each with a disturbed take of its sound")
     p.add_argument("--bad", choices=["error", "warn", "skip"], default="error", help="what becomes of bad samples (default: error)")
     p.add_argument("--most-bad", type=float, default=0.01, metavar="SHARE", help="refuse a corpus with more (default 0.01)")
     p.add_argument("--workers", type=_count, help="processes (default: one a core)")
@@ -165,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test", type=_count, default=300, help="utterances of the built-in test part (default 300)")
     p.add_argument("--task", choices=["asr", "tts", "both"], default="both")
     p.add_argument("--judge", type=Path, help="a second judge for TTS: a saved pipeline that transcribes units")
+    p.add_argument("--robust", action="store_true", help="ASR also of disturbed sound: later, in noise, faster ...")
     _model_option(p)
     p.add_argument("--output", type=Path, help="write the results with every raw text to this JSON file")
     p.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -440,11 +443,15 @@ def transcribe(given: argparse.Namespace) -> None:
     """zipper transcribe"""
     from zipper import audio
 
+    if not 0 <= given.least <= 1:
+        raise ZipperError(f"--least is {given.least}; confidence goes from 0 to 1.")
     heard = [audio.read(path) for path in given.audio]  # all inputs are checked before the model is loaded
     pipeline = _pipeline(given)
     for path, sound in zip(given.audio, heard, strict=True):
-        text = pipeline.transcribe(sound)
-        print(json.dumps({"file": str(path), "text": text}) if given.json else text)
+        said = pipeline.hear(sound)
+        text = said.text if said.confidence >= given.least else ""
+        found = {"file": str(path), "text": text, "confidence": round(said.confidence, 4)}
+        print(json.dumps(found) if given.json else text)
 
 
 def speak(given: argparse.Namespace) -> None:
@@ -509,6 +516,8 @@ def units(given: argparse.Namespace) -> None:
     from zipper.pipeline import SHIPPED
 
     corpus = len(given.source) == 1 and layouts.names(given.source[0])
+    if given.takes and not corpus:
+        raise ZipperError("--takes wants sound with its texts. Give a corpus, or a manifest of both.")
     if not corpus:
         _writable(given.output)
         given_paths = [Path(path) for path in given.source]
@@ -549,6 +558,7 @@ def units(given: argparse.Namespace) -> None:
             given.limit,
             spread=spread,
             report=lambda s: speed.append(s["real_time"]),
+            takes=given.takes,
         )
     except ZipperError:
         if not corpus and len(list(folder.glob("units-*"))) < 2:  # nothing worth keeping
@@ -654,7 +664,7 @@ def evaluate(given: argparse.Namespace) -> None:
         _writable(given.output)
     pipeline, second = _pipeline(given), Pipeline.from_pretrained(given.judge) if given.judge else None
     tasks = ["asr", "tts"] if given.task == "both" else [given.task]
-    found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second)
+    found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second, given.robust)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)

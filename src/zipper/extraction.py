@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from zipper import data, layouts
+from zipper import data, disturbance, layouts
 from zipper.audio import Audio
 from zipper.data import Row, Sample
 from zipper.environment import MissingExtra, extra
@@ -36,6 +36,7 @@ from zipper.errors import ZipperError
 from zipper.files import sha256, write_json
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
+from zipper.modality.speech import SpeechUnits
 from zipper.rows import BAD, PROVENANCE, Rows, provenance, read_record, write_shard
 
 FORMAT = 1
@@ -59,11 +60,13 @@ class Policy:
 
 
 class Job(NamedTuple):
-    """A shard to be made: its file, its raw rows, and the fingerprints of the modalities in modalities/ beside it."""
+    """A shard to be made: its file, its raw rows, the fingerprints of the modalities in modalities/ beside it, and how many rows
+    with a disturbed take of its speech each sample becomes (0: one, without)."""
 
     path: Path
     samples: Sequence[Sample]
     modalities: tuple[tuple[str, str], ...]
+    takes: int = 0
 
 
 #: Of a shard: {"samples": how many were read, "seconds": of sound kept, "bad": [{"where", "id", "why"}]}.
@@ -82,17 +85,21 @@ def extract(
     shard: int = SHARD,
     spread: Spread | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    takes: int = 0,
 ) -> Rows:
     """A source (see zipper.layouts) as unit files in `folder`; what is there already is not made again.
 
-    split, limit: only this part of it, only its first so many samples. shard: samples a file. spread: who works (default: a process
+    split, limit: only this part of it, only its first so many samples. takes: so many rows of each
+    sample, each with another disturbed take of its speech in the field "heard", and what is said in
+    that in "said" (`disturbance.take`), to learn "heard:speech -> said:text" from; its own fields
+    stay as they are. shard: samples a file. spread: who works (default: a process
     a core). report: called after every shard made with {"samples", "bad", "seconds" of sound, "real_time": seconds of sound a
     second}. The files are the same bytes whoever works and however often the pass was killed. Raises ZipperError for a source that
     is not there or empty, bad samples that the policy does not bear, and a folder that holds units of something else.
     """
     policy, spread = policy or Policy(), spread or processes()
     pins = tuple(sorted((name, modality.fingerprint) for name, modality in modalities.items()))
-    origin = {"source": source, "split": split, "limit": limit, "modalities": dict(pins)}
+    origin = {"source": source, "split": split, "limit": limit, "modalities": dict(pins), "takes": takes or None}
     if (folder / PROVENANCE).is_file() and any(provenance(folder).get(key) != value for key, value in origin.items()):
         raise ZipperError(f"{folder} holds the units of another source, part, tokenizer or codebook. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +110,9 @@ def extract(
     def missing() -> Iterator[Job]:
         found = islice(layouts.samples(source, split), limit)
         while chunk := list(islice(found, shard)):
-            paths.append(folder / f"units-{_key(chunk, modalities, pins)}.safetensors")
+            paths.append(folder / f"units-{_key(chunk, modalities, pins, takes)}.safetensors")
             if read_record(paths[-1]) is None:
-                yield Job(paths[-1], chunk, pins)
+                yield Job(paths[-1], chunk, pins, takes)
 
     since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
     with tqdm(desc=f"units of {source}", unit="sample", disable=None) as bar, closing(spread(_make, missing())) as records:
@@ -218,17 +225,31 @@ def _make(job: Job) -> Record:
             if sample.problem:
                 raise ZipperError(f"{sample.where} {sample.problem}")
             heard = data.hear(sample.row, modalities, sample.folder, sample.where)
-            rows.append(data.encode(heard, modalities, sample.folder, sample.where))
+            row = data.encode(heard, modalities, sample.folder, sample.where)
+            made = [row | take for take in _takes(row, heard, modalities, job.takes, name, sample.where)]
         except MissingExtra:  # no sample is bad because of it
             raise
         except ZipperError as error:
             bad.append({"where": sample.where, "id": name, "why": str(error)})
             continue
-        names.append(name)
-        seconds.append(_seconds(heard))
+        rows += made
+        names += [name] * len(made)
+        seconds += [_seconds(heard)] * len(made)
     record = {"samples": len(job.samples), "seconds": sum(seconds, 0.0), "bad": bad}
     write_shard(job.path, rows, names, seconds, record)
     return record
+
+
+def _takes(row: Row, heard: Mapping[str, Any], modalities: Mapping[str, Modality], takes: int, name: str, where: str) -> list[Row]:
+    """The fields that disturbed takes of a sample's speech add to its row, take by take; one of none where none were wanted."""
+    if not takes:
+        return [{}]
+    units = [(key, one) for key, one in modalities.items() if isinstance(one, SpeechUnits) and isinstance(heard.get(key), Audio)]
+    if not units or "text" not in row:
+        raise ZipperError(f"{where} has no sound and text, so it cannot be taken again. Give both, or leave takes out.")
+    key, speech = units[0]
+    taken = [disturbance.take(heard[key], f"{name} {number}") for number in range(takes)]
+    return [{"heard": speech.encode(sound), "said": row["text"] if said else []} for sound, said in taken]
 
 
 def _seconds(heard: Mapping[str, Any]) -> float:
@@ -246,9 +267,9 @@ def _modalities(folder: Path, pins: tuple[tuple[str, str], ...]) -> dict[str, Mo
     return {name: load_modality(folder / name) for name, _ in pins}
 
 
-def _key(chunk: Sequence[Sample], modalities: Mapping[str, Modality], pins: Sequence[tuple[str, str]]) -> str:
+def _key(chunk: Sequence[Sample], modalities: Mapping[str, Modality], pins: Sequence[tuple[str, str]], takes: int) -> str:
     """A hash of all that decides a shard."""
-    digest = hashlib.sha256(json.dumps([FORMAT, pins]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, pins, *[takes][: takes > 0]]).encode())
     for sample in chunk:
         row = sample.row
         digest.update(json.dumps([row, sample.problem], sort_keys=True, default=_hashed).encode())
