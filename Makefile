@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # A machine with a GPU has its own torch; nothing is installed for it.
 GPU_PYTHON = $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo $(PYTHON) || ls $(BIN)/python 2>/dev/null || echo $(PYTHON))
 
-.PHONY: help setup demo check format slow kill-test matrix docs report record gpu clean
+.PHONY: help setup demo check format slow kill-test matrix upgrade docs report record gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -44,9 +44,11 @@ slow: setup  ## the tests that take minutes
 kill-test: setup  ## 100 SIGKILLs of a run of one process, half inside saves; minutes (tools/kill_test.py --ranks 2: of two)
 	$(BIN)/python tools/kill_test.py
 
-matrix: setup  ## the towers' tests on the oldest transformers that is supported
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .cache/transformers-5.5.0 transformers==5.5.0 -c constraints.txt
-	PYTHONPATH=.cache/transformers-5.5.0 $(BIN)/python -m pytest -q tests/test_tower.py tests/test_families.py
+matrix: setup  ## tests on the lowest and newest versions and every transformers that was tried (ROWS=lowest, TESTS=tests: all)
+	$(BIN)/python tools/versions.py matrix $(ROWS) --workers $(WORKERS) $(if $(TESTS),--tests "$(TESTS)")
+
+upgrade: setup  ## constraints.txt from today's versions, then the gate; says what moved (TORCH=2.14.1 moves torch too)
+	$(BIN)/python tools/versions.py upgrade $(if $(TORCH),--torch $(TORCH))
 
 docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"

@@ -16,5 +16,11 @@ prepare = ALIGNED["prepare"]
 def config() -> TrainConfig:
     """The shipped recipe with one task and fewer steps."""
     return dataclasses.replace(
-        ALIGNED["config"](), output="runs/judge", tasks={"speech -> text": 1.0}, steps=1200, corrupt={}, eval_every=200, seed=1
+        ALIGNED["config"](),
+        output="runs/judge",
+        tasks={"heard:speech -> said:text": 1.0},
+        steps=1200,
+        corrupt={},
+        eval_every=200,
+        seed=1,
     )

@@ -16,7 +16,7 @@ def prepare() -> None:
         return
     units = SpeechUnits.load(FOLDER / "speech")
     for name, part, n in [("pairs_dev", "dev", 400), ("pairs", "pairs", 50_000)]:
-        data.write(FOLDER / f"{name}.jsonl", corpus.rows(part, n, units))
+        data.write(FOLDER / f"{name}.jsonl", corpus.rows(part, n, units, takes=1))
 
 
 def config() -> TrainConfig:
@@ -27,7 +27,7 @@ def config() -> TrainConfig:
         modalities={"text": str(FOLDER / "text"), "speech": str(FOLDER / "speech")},
         data=str(FOLDER / "pairs.jsonl"),
         dev=str(FOLDER / "pairs_dev.jsonl"),
-        tasks={"speech -> text": 0.3, "text -> voiced:speech": 0.7},
+        tasks={"heard:speech -> said:text": 0.3, "text -> voiced:speech": 0.7},
         train=("speech",),
         every={"text": 1, "speech": 1},
         link=LinkConfig(gate_init=0.6, dropout=0.1),

@@ -21,7 +21,7 @@ def config() -> TrainConfig:
         output="runs/spoken-commands-2",
         start="runs/spoken-commands/model",
         calibrate=1000,
-        tasks={"speech -> text": 0.25, "text -> voiced:speech": 0.75},
+        tasks={"heard:speech -> said:text": 0.25, "text -> voiced:speech": 0.75},
         steps=2200,
         warmup=60,
         lr_new=1.5e-3,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from zipper import adaptation, prose
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import Judge, error_rate, pronunciations
 

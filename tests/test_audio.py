@@ -207,7 +207,17 @@ def test_channels_that_cancel_each_other_out_are_not_averaged(tmp_path: Path) ->
 
 def test_channels_that_differ_are_averaged_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     one, other, silence = tone(300).samples, tone(700).samples, np.zeros(8_000, np.float32)
-    for channels in [(one, silence), (one, other), (silence, silence), (one, -0.3 * one), (one, *[silence] * 7), (one, one, -one)]:
+    steady = silence + np.float32(0.3)
+    for channels in [
+        (one, silence),
+        (one, other),
+        (silence, silence),
+        (steady, steady),
+        (steady, -steady),
+        (one, -0.3 * one),
+        (one, *[silence] * 7),
+        (one, one, -one),
+    ]:
         soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 16_000, subtype="FLOAT")
         np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, np.mean(channels, axis=0), atol=1e-6)
     assert not recwarn.list
@@ -331,16 +341,49 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert (tmp_path / "a.mp3").read_bytes() == before
 
 
-def test_a_missing_extra_says_what_to_install() -> None:
-    with pytest.raises(ZipperError, match=r"pip install 'zipper-lm\[speech\]'"):
-        audio.extra("zipper_has_no_such_module")
-
-
 def test_trimming_takes_the_silence_at_the_ends_only() -> None:
     rate, silence, word = 16_000, np.zeros(8_000, np.float32), tone(440, 0.25).samples
     sound = Audio(np.concatenate([silence, word, silence, word, silence]), rate)
     assert sound.trim().seconds == pytest.approx(0.25 + 0.5 + 0.25 + 2 * 0.02, abs=0.011)
     assert Audio(silence, rate).trim().seconds == 0.5
+
+
+def word_at(start: int, length: int = 8_000, noise: float = 0.0) -> Audio:
+    """A tone of 200 ms that begins at a sample, in a room."""
+    room = noise * np.random.default_rng(start).standard_normal(length).astype(np.float32)
+    room[start : start + 3_200] += tone(440, 0.2, height=0.3).samples
+    return Audio(room, 16_000)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 3e-3])
+@pytest.mark.parametrize("start", [0, 1, 997, 4_800])
+def test_the_ends_of_a_sound_are_found_to_the_sample(start: int, noise: float) -> None:
+    first, last = word_at(start, noise=noise).ends()
+    assert start <= first <= start + 8  # half a millisecond: a sine begins at 0
+    assert abs(last - start - 3_200) <= (8 if noise < 1e-3 else 32)
+
+
+def test_pauses_are_filled_up_where_there_were_none() -> None:
+    sound = Audio(word_at(0).samples[:3_200], 16_000).trim()
+    assert abs(len(sound.samples) - 3_200 - 640) <= 16
+    assert not sound.samples[:300].any()
+    assert not sound.samples[-300:].any()
+    np.testing.assert_array_equal(sound.between(-2, 3).samples, [0, 0, *sound.samples[:3]])
+
+
+def test_an_offset_goes_and_the_sound_stays() -> None:
+    sound = tone(440, 0.5)
+    shifted = Audio(sound.samples + np.float32(0.3), 16_000)
+    np.testing.assert_allclose(shifted.centred().samples, sound.samples, atol=0.02)
+    assert Audio(np.full(8_000, 0.3, np.float32), 16_000).centred().samples.max() == pytest.approx(0, abs=1e-6)
+
+
+def test_speech_swings_and_noise_does_not() -> None:
+    noise = Audio(np.random.default_rng(0).standard_normal(16_000).astype(np.float32), 16_000)
+    assert noise.swing_db < 2
+    assert tone(440).swing_db < 1
+    assert Audio(np.zeros(100, np.float32), 16_000).swing_db == 0
+    assert word_at(4_000, noise=3e-3).swing_db == pytest.approx(10 * np.log10(0.3**2 / 2 / 3e-3**2), abs=1.5)
 
 
 def test_levelling_makes_loud_frames_equally_loud() -> None:

@@ -17,9 +17,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import World
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from zipper import checkpoint
 from zipper.errors import ZipperError
+from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sequence import Segment
@@ -128,6 +130,207 @@ def test_a_foreign_base_is_refused_by_both_hashes(world: World, saved: Path, tmp
     pin = json.loads((saved / "zipper.json").read_text())["config"]["towers"]["text"]["digest"]
     with pytest.raises(ZipperError, match=rf"'text' from .*foreign is not the one .* hash is \w{{16}}, the zip wants {pin[:16]}"):
         Zipper.from_pretrained(saved, towers={"text": tmp_path / "foreign"})
+
+
+def project(world: World, place: Path) -> Path:
+    """A project that its owner may move: the frozen tower, and a zip that names it."""
+    shutil.copytree(world.folder / "text" / "tower", place / "towers" / "text")
+    model = Zipper.from_pretrained(world.zip, towers={"text": place / "towers" / "text"})
+    model.save_pretrained(place / "runs" / "a" / "zip")
+    return place
+
+
+def source(folder: Path) -> Path:
+    """Where the frozen tower of a loaded zip was found."""
+    return Path(Zipper.from_pretrained(folder).config.towers["text"].source)
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied", "deeper", "by a link", "alone", "to a folder of its own name"])
+def test_a_zip_finds_its_base_whoever_of_them_moved(world: World, tmp_path: Path, how: str) -> None:
+    place = project(world, tmp_path / "project")
+    pin = json.loads((place / "runs" / "a" / "zip" / "zipper.json").read_text())["config"]["towers"]["text"]
+    assert (pin["source"], pin["relative"]) == (str(place / "towers" / "text"), "../../../towers/text")
+    if how == "renamed":
+        moved = place.rename(tmp_path / "other")
+    elif how == "copied":  # the copy stands on its own
+        moved = Path(shutil.copytree(place, tmp_path / "copy"))
+    elif how == "deeper":
+        (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+        moved = place.rename(tmp_path / "a" / "b" / "c" / "project")
+    elif how == "by a link":
+        moved = tmp_path / "link"
+        moved.symlink_to(place.rename(tmp_path / "hidden"))
+    else:  # the tower stays: its absolute place holds
+        name = "runs" if how == "to a folder of its own name" else "zip"
+        (place / "runs" / "a" / "zip").rename(tmp_path / name)
+        assert source(tmp_path / name) == place / "towers" / "text"
+        return
+    assert source(moved / "runs" / "a" / "zip") == (moved / "towers" / "text").resolve()
+    again = Zipper.from_pretrained(moved / "runs" / "a" / "zip")
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in Zipper.from_pretrained(world.zip).state_dict().items())
+
+
+def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_path: Path) -> None:
+    place = project(world, tmp_path / "project")
+    (place / "towers").rename(tmp_path / "gone")
+    here = place / "runs" / "a" / "zip"
+    message = rf"frozen tower 'text' of {here} was not found: {place}/towers/text does not exist. .*--tower text=PATH, .*towers="
+    with pytest.raises(ZipperError, match=message):
+        Zipper.from_pretrained(here)
+    (place / "towers" / "text").mkdir(parents=True)
+    with pytest.raises(ZipperError, match=r"towers/text has no config.json"):
+        Zipper.from_pretrained(here)
+    shutil.copytree(world.folder / "speech" / "tower", place / "towers" / "text", dirs_exist_ok=True)
+    with pytest.raises(ZipperError, match=r"'text' from .* is not the one .* Say where the right one lies now: --tower text=PATH"):
+        Zipper.from_pretrained(here)
+    Zipper.repin(here, {"text": tmp_path / "gone" / "text"})
+    assert source(here) == tmp_path / "gone" / "text"
+    before, after = files(project(world, tmp_path / "fresh") / "runs" / "a" / "zip"), files(here)
+    assert {name for name in before if before[name] != after[name]} == {"zipper.json", "manifest.json", "README.md"} - (
+        {"README.md"} if before["README.md"] == after["README.md"] else set()
+    )
+
+
+def test_pins_of_older_zips_hold(world: World, saved: Path) -> None:
+    config = json.loads((saved / "zipper.json").read_text())
+    assert config["config"]["towers"]["text"].pop("relative")
+    (saved / "zipper.json").write_text(json.dumps(config))
+    checkpoint.seal(saved)
+    assert source(saved) == world.folder / "text" / "tower"
+
+
+def test_a_source_is_meant_from_where_it_was_given(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from where the process happens to be when it saves, or loads."""
+    monkeypatch.chdir(world.folder)
+    model = Zipper.from_towers({"text": "text/tower", "speech": "./speech/tower"}, train=("speech",), tokens={"text": 3.0})
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("zip")
+    monkeypatch.chdir("/")
+    assert source(tmp_path / "zip") == world.folder / "text" / "tower"
+    monkeypatch.setenv("HOME", str(world.folder))
+    model = Zipper.from_towers({"text": "~/text/tower", "speech": world.folder / "speech" / "tower"}, train=("speech",))
+    assert model.config.towers["text"].source == str(world.folder / "text" / "tower")
+
+
+def test_a_base_that_lies_in_the_zip_is_not_lost_when_the_zip_is_saved_over(world: World, tmp_path: Path) -> None:
+    Pipeline.from_pretrained(world.zip).save_pretrained(tmp_path / "zip", include=["text"])
+    for loaded in (Pipeline.from_pretrained(tmp_path / "zip"), Zipper.from_pretrained(tmp_path / "zip")):
+        loaded.save_pretrained(tmp_path / "zip")
+        assert (tmp_path / "zip" / "towers" / "text" / "model.safetensors").is_file()
+        Zipper.from_pretrained(tmp_path / "zip")
+
+
+# --- what is saved can be loaded
+
+
+def trained(change: Any = None, dtype: torch.dtype = torch.float32) -> Zipper:
+    """A zip of two towers that learn, one with an odd configuration."""
+    odd, plain = (tiny.tower(modality).model.to(dtype) for modality in (tiny.text(), tiny.units()))
+    if change is not None:
+        change(odd)
+    return Zipper.from_towers({"text": odd, "speech": plain}, train=("text", "speech"), link=LinkConfig(head_width=16))
+
+
+ODD = {
+    "code beside an official class": lambda m: setattr(m.config, "auto_map", {"AutoModelForCausalLM": "x.Y"}),
+    "code for generation": lambda m: setattr(m.config, "custom_generate", "x"),
+    "a kernel by name": lambda m: setattr(m.config, "experts_implementation", "x"),
+    "sampling without sampling": lambda m: setattr(m.generation_config, "temperature", 0.5),
+    "many beams without beams": lambda m: setattr(m.generation_config, "length_penalty", 0.5),
+    "several ends": lambda m: setattr(m.config, "eos_token_id", [m.config.eos_token_id, 5]),
+}
+
+
+@pytest.mark.parametrize("change", [None, *ODD.values()], ids=["nothing", *ODD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_tower_with_odd_settings_is_saved_without_them_and_loaded(tmp_path: Path, change: Any, dtype: torch.dtype) -> None:
+    model = trained(change, dtype)
+    model.save_pretrained(tmp_path / "zip")
+    again = Zipper.from_pretrained(tmp_path / "zip")
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+    assert again.tower("text").dtype == dtype
+    written = (tmp_path / "zip" / "towers" / "text" / "config.json").read_text()
+    assert not any(key in written for key in ("auto_map", "custom_generate", "experts_implementation"))
+
+
+class Own(LlamaForCausalLM):
+    """A class that only its writer's program knows."""
+
+    class config_class(LlamaConfig):
+        model_type = "somebodys_own"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "'quantization_config', by which"),
+        (lambda m: setattr(m.config, "num_layers_to_skip", 20_000), "'num_layers_to_skip' to 20000, which no model has"),
+        (lambda m: setattr(m.config, "scale", 2**60), "'scale' to 1152921504606846976, which no model has"),
+    ],
+)
+def test_a_tower_that_would_not_be_loaded_again_cannot_learn(change: Any, message: str) -> None:
+    with pytest.raises(
+        ZipperError, match=rf"LlamaForCausalLM could be trained and saved, but not loaded again: its config.json .*{message}"
+    ):
+        trained(change)
+
+
+def test_a_class_that_only_a_program_knows_can_be_frozen_and_cannot_learn() -> None:
+    config = Own.config_class(**{**tiny.shape(), "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1})
+    towers = {"text": Own(config).eval(), "speech": tiny.tower(tiny.units())}
+    Zipper.from_towers(towers, link=LinkConfig(head_width=16))
+    with pytest.raises(
+        ZipperError, match=r"Own could be trained and saved, but not loaded again: its config.json describes no causal"
+    ):
+        Zipper.from_towers(towers, train=("text",), link=LinkConfig(head_width=16))
+
+
+def fill(model: Zipper, value: float) -> None:
+    with torch.no_grad():
+        model.tower("speech").lm_head.weight[3, 4] = value
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda m: fill(m, torch.nan),
+            r"/copy was not saved, for it could not be .*/copy/towers/speech/model.safetensors: the tensor .* holds NaN",
+        ),
+        (
+            lambda m: m.links["0:text>speech"].gate.data.fill_(torch.inf),
+            "zip.safetensors: the tensor links.0:text>speech.gate holds NaN",
+        ),
+        (lambda m: m.links.double(), "zip.safetensors: .* is of type F64, but no tower of .*zipper.json is in float64"),
+        (lambda m: m.links.to(torch.float8_e4m3fn), "zip.safetensors is damaged or not .*'F8_E4M3'"),
+        (lambda m: setattr(m.tower("speech").config, "quantization_config", {}), "sets 'quantization_config'"),
+        (lambda m: m.links["0:text>speech"].register_buffer("more", torch.zeros(3)), "tensors are not those .*more"),
+    ],
+)
+def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(world: World, saved: Path, harm: Any, message: str) -> None:
+    before, pipeline = files(saved), Pipeline.from_pretrained(saved)
+    harm(pipeline.zip)
+    for save in (pipeline.save_pretrained, pipeline.rehearse):
+        with pytest.raises(ZipperError, match=message):
+            save(saved)
+        assert files(saved) == before and os.listdir(saved.parent) == ["copy"]
+
+
+def test_a_rehearsal_raises_what_a_save_would_and_leaves_nothing(
+    world: World, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, pipeline = files(saved), Pipeline.from_pretrained(saved)
+    pipeline.rehearse(saved, {"step": 3})
+    pipeline.rehearse(saved.parent / "new" / "place")
+    assert files(saved) == before and not [*(saved.parent / "new").iterdir()]
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(ZipperError, match=r"copy could not be saved: No space left on device. Nothing was changed. Make room"):
+        pipeline.rehearse(saved)
+    assert files(saved) == before and not [path for path in saved.parent.iterdir() if path.name.startswith(".")]
 
 
 # --- what is damaged
@@ -333,7 +536,7 @@ def test_killed_at_any_moment_a_save_leaves_a_whole_folder(tmp_path: Path) -> No
             for number in range(start, start + 1_000):
                 write(number)
             os._exit(0)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while checkpoint.read_json(folder / "zipper.json")["number"] < start and time.monotonic() < until:
             time.sleep(0.001)  # the first one of this writer is there
         time.sleep(chance.uniform(0, 0.05))

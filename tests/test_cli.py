@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,24 @@ import torch
 from tiny import World
 
 from zipper import audio, cli, data
+from zipper.audio import Audio
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
+from zipper.sequence import Segment
 from zipper.verify import Check
 
+#: How each command that loads a saved model is told where a frozen tower lies; the others load none.
+LOADS = {
+    "transcribe": ["a.wav"],
+    "speak": ["call anna", "-o", "out.wav"],
+    "run": ["--given", "text=call anna", "--outputs", "text"],
+    "evaluate": [],
+    "show": [],
+    "verify": [],
+    "swap": ["text=x", "-o", "out"],
+    "prune": ["--below", "0.1", "-o", "out"],
+    "push": ["me/zip"],
+}
 COMMANDS = sorted(
     name for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
 )
@@ -97,7 +112,7 @@ def test_help_lists_every_command_and_loads_no_heavy_library() -> None:
         "import sys, zipper.cli\n"
         "try: zipper.cli.main(['--help'])\n"
         "except SystemExit as stop: assert not stop.code\n"
-        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tqdm', 'huggingface_hub'} & set(sys.modules)))"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert set(COMMANDS) <= {line.split()[0] for line in said.splitlines() if line.startswith("    ")}
@@ -159,6 +174,18 @@ def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: P
     assert audio.read(tmp_path / "made" / "here" / "1-speech.wav").seconds > 0
     answer = zipper("run", "--given", f"speech={clip}", "--outputs", "text", "--model", world.zip)
     assert answer.out.startswith("text: ")
+
+
+def test_run_goes_on_where_the_model_says_nothing(
+    zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produced = [Segment("speech", Audio([], 16_000)), Segment("text", "call anna")]
+    monkeypatch.setattr("zipper.pipeline.Pipeline.run", lambda *_, **__: produced)
+    plan = ("--given", "text=call", "--outputs", "speech, text", "--model", world.zip, "-o", "made")
+    assert zipper("run", *plan) == Answer(0, "speech: \ntext: call anna\n", "")
+    assert not list((tmp_path / "made").iterdir())
+    answer = zipper("speak", "call", "-o", "a.wav", "--model", world.zip)
+    assert (answer.code, answer.out) == (2, "") and "There is no sound to write to a.wav" in answer.err
 
 
 def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
@@ -553,3 +580,154 @@ def test_an_interrupt_is_exit_code_1(zipper: Zipper, world: World, monkeypatch: 
 
     monkeypatch.setattr(Pipeline, "from_pretrained", interrupt)
     assert zipper("show", world.zip) == Answer(1, "", "zipper show: interrupted\n")
+
+
+# --- what other libraries say
+
+VOICES = """
+import logging, sys, warnings
+from zipper import cli, inspection
+
+def describe(*_):
+    warnings.warn("advice of a library", UserWarning)
+    warnings.warn_explicit("of ours,\\nin two lines", UserWarning, "model.py", 1, "zipper.model")
+    warnings.warn_explicit("of the driver", UserWarning, "cuda.py", 1, "torch.cuda")
+    logging.getLogger("accelerate").warning("advice by a logger")
+    logging.getLogger("accelerate").error("what went wrong")
+    return {}
+
+inspection.describe = describe
+inspection.table = lambda found: "told"
+sys.exit(cli.main(["show"]))
+"""
+
+
+def test_of_others_only_what_matters_is_heard_and_what_is_ours_in_one_line() -> None:
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
+    said = run([sys.executable, "-c", VOICES])
+    assert said.stdout == "told\n"
+    assert said.stderr.splitlines() == ["zipper: of ours, in two lines", "zipper: of the driver", "what went wrong"]
+    assert "advice of a library" in run([sys.executable, "-W", "default", "-c", VOICES]).stderr
+
+
+def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) -> None:
+    """In a process of its own, with the settings of a user: nobody's bars, nobody's advice."""
+    settings = ("HF_", "TRANSFORMERS_", "TOKENIZERS_")
+    user = {name: value for name, value in os.environ.items() if not name.startswith(settings)} | {"HF_HUB_OFFLINE": "1"}
+    clip = tiny.sound(tmp_path / "clip.wav", 0.4)
+    for arguments in (["show"], ["transcribe", clip], ["speak", "call anna", "-o", tmp_path / "out.wav"]):
+        done = subprocess.run([sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+# --- where a base lies now
+
+
+@pytest.fixture(scope="module")
+def lost(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A zip whose frozen tower is not where it was, and where that lies."""
+    place = tmp_path_factory.mktemp("lost")
+    shutil.copytree(world.folder / "text" / "tower", place / "towers" / "text")
+    pipeline = Pipeline.from_pretrained(world.zip, towers={"text": place / "towers" / "text"})
+    pipeline.save_pretrained(place / "runs" / "zip")
+    (place / "towers").rename(place / "elsewhere")
+    return place / "runs" / "zip", place / "elsewhere" / "text"
+
+
+def given(command: str, model: Path) -> list[str]:
+    """The command's words for this model."""
+    words = LOADS[command]
+    return (
+        [command, *words, "--model", str(model)]
+        if command in ("transcribe", "speak", "run", "evaluate")
+        else [command, str(model), *words]
+    )
+
+
+@pytest.mark.parametrize("command", ["transcribe", "speak", "run", "show", "verify", "prune"])
+def test_a_lost_base_is_named_with_the_option_that_finds_it(
+    world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path, command: str
+) -> None:
+    tiny.sound(tmp_path / "a.wav")
+    words = [*given(command, lost[0]), *(["--data", str(world.folder / "dev.jsonl"), "--below", "9"] if command == "prune" else [])]
+    said = zipper(*words)
+    assert said.code == 2
+    assert f"The frozen tower 'text' of {lost[0]} was not found" in said.err and "--tower text=PATH" in said.err
+    assert said.err.count("\n") == 1
+    found = zipper(*words, "--tower", f"text={lost[1]}")
+    assert found.code == 0, found.err
+
+
+def test_every_command_that_loads_a_model_takes_the_option(world: World, lost: tuple[Path, Path]) -> None:
+    parser = cli.parser()
+    for command in LOADS:
+        assert parser.parse_args([*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]).towers == ["a=b", "c=d"]
+    subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    takes = {name for name, sub in subparsers.items() if any("a saved model" in str(action.help) for action in sub._actions)}
+    assert takes <= LOADS.keys()
+
+
+def test_what_is_said_of_a_base_is_checked(world: World, lost: tuple[Path, Path], zipper: Zipper) -> None:
+    for words, message in (
+        (["--tower", "text"], "--tower 'text' is not NAME=VALUE"),
+        (["--tower", "video=x"], "towers names the tower 'video'; this model has ['speech', 'text']"),
+        (["--tower", f"text={lost[1]}", "--tower", "text=x"], "--tower says of one name two things"),
+        (["--tower", f"text={world.folder / 'speech' / 'tower'}"], "is not the one this zip was trained on"),
+        (["--tower", "text=./nowhere"], "The tower 'text' of"),
+    ):
+        said = zipper("show", lost[0], *words)
+        assert said.code == 2 and message in said.err, said.err
+
+
+def test_a_swap_finds_the_base_that_stays(world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tiny.tower(tiny.units()).model.save_pretrained(tmp_path / "new")
+    said = zipper("swap", lost[0], f"speech={tmp_path / 'new'}", "-o", "out", "--tower", f"text={lost[1]}")
+    assert said.code == 0, said.err
+    assert Path(Pipeline.from_pretrained(tmp_path / "out").zip.config.towers["text"].source) == lost[1]
+
+
+# --- numbers, and settings that say nothing
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "nan"],
+        ["--temperature", "inf"],
+        ["--temperature", "1e-45"],
+        ["--temperature", "1e300"],
+        ["--temperature", "1", "--seed", str(2**64)],
+        ["--temperature", "1", "--seed", str(-(2**70))],
+        ["--temperature", "1", "--top-k", "-1"],
+        ["--temperature", "1", "--top-p", "nan"],
+        ["--temperature", "1", "--top-p", "0"],
+        ["--guidance", "nan"],
+        ["--guidance", "1e300"],
+        ["--top-k", "3"],
+        ["--top-p", "0.5"],
+        ["--seed", "3"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_cannot_be_worked_with_is_wrong_usage(world: World, zipper: Zipper, tmp_path: Path, words: list[str]) -> None:
+    said = zipper("speak", "call anna", "-o", "out.wav", "--model", world.zip, *words)
+    assert said.code == 2 and said.err.startswith("zipper speak: ") and not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "m", "--below", "nan", "-o", "x"],
+        ["prune", "m", "--below", "inf", "-o", "x"],
+        ["prune", "m", "--below", "1", "-o", "x", "--rows", "9" * 20],
+        ["bench", "decode", "--threads", "-1"],
+        ["bench", "train", "--rounds", "0"],
+        ["evaluate", "--test", "1e3"],
+        ["show", "-o", "page.html"],
+        ["run", "--given", "text=a", "--outputs", "text", "--guidance", "2"],
+    ],
+    ids=" ".join,
+)
+def test_options_are_refused_where_they_mean_nothing(zipper: Zipper, words: list[str]) -> None:
+    assert zipper(*words).code == 2

@@ -60,7 +60,7 @@ def test_a_piece_of_a_sound_gives_the_ids_of_that_piece(tmp_path: Path) -> None:
         (0.0, 10**400, "'stop' holds 10*; give seconds"),
         (True, None, "'start' holds True; give seconds"),
         ("1", None, "'start' holds '1'; give seconds"),
-        (1.0, 9.0, r"its piece from 1 to 9 s ends behind its sound: 1.00 s of it are there"),
+        (1.0, 9.0, r"all.flac lasts 2.00 s; 1.0 to 9.0 s are no piece of it"),
     ]:
         row = {"path": str(tmp_path / "all.flac"), "start": start, "stop": stop}
         with pytest.raises(ZipperError, match=f"row 1: .*{message}"):
@@ -210,7 +210,7 @@ def test_nemos_offsets_and_durations_are_pieces(tmp_path: Path) -> None:
         ({"speech": "a.wav", "duration": 3.0}, r"'duration' says 3 s, its sound has 1.00 s"),
         ({"audio_filepath": "a.wav", "duration": 0.4}, r"'duration' says 0.4 s, its sound has 1.00 s"),
         ({"audio_filepath": "a.wav", "offset": 2.0, "duration": 1.0}, r"lasts 1.00 s; 2.0 to 3.0 s are no piece"),
-        ({"audio_filepath": "a.wav", "offset": 0.2, "duration": 3.0}, r"ends behind its sound: 0.80 s of it are there"),
+        ({"audio_filepath": "a.wav", "offset": 0.2, "duration": 3.0}, r"lasts 1.00 s; 0.2 to 3.2 s are no piece of it"),
         ({"audio_filepath": "a.wav", "offset": "0"}, r"'offset' holds '0'; give seconds"),
         ({"audio_filepath": "a.wav", "offset": float("nan")}, r"'offset' holds nan; give seconds"),
         ({"audio_filepath": "a.wav", "offset": 0, "duration": "1"}, r"'duration' holds '1'; give seconds"),

@@ -23,6 +23,7 @@ from tiny import World
 from torch import Tensor
 
 from zipper import checkpoint
+from zipper.files import held
 from zipper.tower import Tower
 from zipper.training import CLOCK, Stopped, train
 
@@ -68,7 +69,7 @@ def environment(processes: int = 1, rank: int = 0, port: int = 0) -> dict[str, s
     return {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
 
 
-def together(processes: int, world: World, runs: Sequence[dict[str, Any]], timeout_s: float = 300) -> None:
+def together(processes: int, world: World, runs: Sequence[dict[str, Any]], timeout_s: float = 1500) -> None:
     """Runs, one after the other, each by so many processes at once."""
     command = [sys.executable, "-c", SCRIPT, str(world.folder), json.dumps(runs)]
     group = [
@@ -212,7 +213,7 @@ def test_ten_random_runs_stopped_anywhere_and_resumed_are_those_that_were_not(wo
         whole, cut = tmp_path / f"{number}-whole", tmp_path / f"{number}-cut"
         stop = chance.randrange(1, steps[-1] - 1)
         runs += [run(whole, changes), run(cut, changes, stop=stop), run(cut, changes, resume=True)]
-    together(ranks, world, runs, timeout_s=1500)
+    together(ranks, world, runs)
     found = [[digest(tmp_path / f"{n}-{kind}", steps[n], ranks) for kind in ("whole", "cut")] for n in range(10)]
     assert [whole == cut for whole, cut in found] == [True] * 10
     assert len({whole for whole, _ in found}) == 10
@@ -232,12 +233,23 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
+def test_a_run_that_is_held_is_refused_in_every_process(world: World, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(world.folder), json.dumps([run(tmp_path / "run", {"steps": 1})])]
+    with held(tmp_path / "run"):
+        group = [subprocess.Popen(command, env=environment(2, rank), stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        said = [process.communicate(timeout=300)[1] for process in group]
+    for process, text in zip(group, said, strict=True):
+        assert process.returncode and f"run is in use: process {os.getpid()} on" in text, text[-3000:]
+    together(2, world, [run(tmp_path / "run", {"steps": 1})])  # nobody holds it now
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_command(world: World, tmp_path: Path, launcher: str) -> None:
     (tmp_path / "recipe.py").write_text(RECIPE.format(world=str(world.folder), steps=4))
     rest = {key: value for key, value in environment().items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     launch = [sys.executable, "-m", *LAUNCHERS[launcher], "train", "recipe.py"]
-    subprocess.run(launch, check=True, env=rest, cwd=tmp_path, timeout=300)
+    subprocess.run(launch, check=True, env=rest, cwd=tmp_path, timeout=1500)
     train(world.config(tmp_path / "one", steps=4, save_every=1, log_every=1, eval_every=4))
     assert_close(state(tmp_path / "run", 4), state(tmp_path / "one", 4))
 
@@ -252,6 +264,6 @@ def test_a_command_stopped_by_sigterm_says_so(world: World, tmp_path: Path) -> N
         assert process.poll() is None
         process.stderr.read(1)  # the progress bar moves
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=1500)[1]
     assert process.returncode == 128 + signal.SIGTERM == Stopped().code
     assert "by SIGTERM; go on with resume" in said

@@ -1,13 +1,15 @@
 """The engine against `generate`: what a request gets among others, whenever they come and go, is what it gets alone."""
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, zipped
+from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, unchecked, zipped
 from test_fused import truth
 from test_generation import assert_same
 from torch._subclasses import FakeTensorMode
@@ -330,6 +332,135 @@ def test_what_is_fed_is_checked() -> None:
         answer.segments()
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [np.array([5]), np.array([6, 7])],
+        [torch.tensor([5]), torch.tensor([6, 7])],
+        [(5,), range(6, 8)],
+        [iter([5]), (i for i in (6, 7))],
+        [[np.int64(5)], np.array([6, 7], np.uint8)],
+        [[], np.array([], np.int64), [5, 6, 7]],
+    ],
+    ids=["numpy", "torch", "tuple", "iterators", "numbers", "nothing"],
+)
+def test_whatever_is_fed_is_read_number_by_number(parts: list[Sequence[int]]) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    for together in (True, False):  # fed before the first step, or a part a step
+        running = Engine(model, 1)
+        answer = running.submit(Request([Segment("speech", [3])], ["text"], limits=LIMITS, more=True))
+        for part in map(list, parts) if together else parts:
+            answer.feed(part)
+            assert together or running.step()
+        assert [*answer.fed] == ([5, 6, 7] if together else [])
+        answer.finish()
+        list(running.stream(answer))
+        assert_same(answer.segments(), alone(model, Request([Segment("speech", [3, 5, 6, 7])], ["text"], limits=LIMITS)))
+        parts = [[5], [6, 7]]  # iterators are spent
+
+
+def test_what_a_caller_does_to_its_own_lists_later_changes_no_request() -> None:
+    """Buffers that are used again, as those of a microphone are."""
+    model = zipped(LLAMAS, {"text": 2})
+    buffer, forced, limits = np.array([3, 4, 5]), [5], {"text": 3, "speech": 2}
+    rules = {"text": Rules()}
+    running = Engine(model, 1)
+    request = Request([Segment("speech", buffer)], [Segment("text", forced), "speech"], limits=limits, rules=rules)
+    wanted = Request([Segment("speech", [3, 4, 5])], [Segment("text", [5]), "speech"], limits=dict(limits))
+    answer = running.submit(request)
+    buffer[:], limits["text"], rules["text"] = 9, 1, Rules(one_of([[7]], 19))
+    forced.append(8)
+    list(running.stream(answer))
+    assert_same(answer.segments(), alone(model, wanted))
+    fed = running.submit(Request([Segment("speech", buffer)], ["text"], limits=LIMITS, more=True))
+    part = np.array([4, 5])
+    fed.feed(part)
+    buffer[:], part[:] = 3, 3
+    fed.finish()
+    list(running.stream(fed))
+    assert_same(fed.segments(), alone(model, Request([Segment("speech", [9, 9, 9, 4, 5])], ["text"], limits=LIMITS)))
+
+
+def test_whoever_says_what_is_allowed_cannot_change_what_was_said() -> None:
+    model = zipped(LLAMAS)
+    seen: list[Sequence[int]] = []
+    request = Request(TALK, ["text"], limits=LIMITS, rules={"text": Rules(lambda ids: seen.append(ids))})  # type: ignore[func-returns-value]
+    (answer,) = Engine(model, 1).run([request])
+    assert seen and all(list(ids) == answer.written[0].ids[: len(ids)] for ids in seen)
+    assert {*map(type, seen)} == {tuple}
+
+
+# Requests that wait.
+
+
+def waiting(seed: int) -> Request:
+    return Request([Segment("speech", [3 + seed])], ["text"], limits=LIMITS, more=True)
+
+
+def test_requests_that_wait_to_be_fed_hold_no_row(way: str) -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    running = Engine(model, 2, reader(model, way))
+    idle = [running.submit(waiting(seed)) for seed in range(3)]
+    mine = running.submit(requests(1)[0])
+    while running.step():
+        pass
+    assert mine.done and not any(answer.done for answer in idle) and running.load == (0, 3)
+    assert_same(mine.segments(), alone(model, requests(1)[0]))
+    for answer in idle:
+        answer.feed([5, 6])
+        answer.finish()
+    while running.step():
+        pass
+    for number, answer in enumerate(idle):
+        assert_same(answer.segments(), alone(model, Request([Segment("speech", [3 + number, 5, 6])], ["text"], limits=LIMITS)))
+    assert running.load == (0, 0)
+
+
+def test_a_request_that_is_fed_goes_before_those_that_came_after_it() -> None:
+    model = zipped(LLAMAS, {"text": 2})
+    running = Engine(model, 1)
+    first = running.submit(waiting(0))
+    while running.step():
+        pass
+    others = [running.submit(request) for request in requests(2)]
+    running.step()
+    assert running.load == (1, 2)
+    first.feed([5])
+    first.finish()
+    order = []
+    while running.step():
+        order += [answer for answer in (first, *others) if answer.done and answer not in order]
+    assert order == [others[0], first, others[1]]
+
+
+def test_a_request_that_waits_and_is_given_up_is_forgotten() -> None:
+    model = zipped(LLAMAS)
+    running = Engine(model, 1)
+    idle = [running.submit(waiting(seed)) for seed in range(3)]
+    while running.step():
+        pass
+    idle[1].cancel()
+    assert not running.step() and running.load == (0, 2)
+    with pytest.raises(ZipperError, match="This request is done"):
+        idle[1].feed([5])
+
+
+def test_requests_are_parked_and_fed_at_any_step_and_get_what_they_get_alone(way: str) -> None:
+    model, dice = zipped(LLAMAS, {"text": 2}), random.Random(1)
+    running = Engine(model, 2, reader(model, way))
+    contents = [[i for _, i in draw(dice, ["speech"], 1, 12)] for _ in range(8)]
+    answers = [running.submit(Request([Segment("speech", [])], ["text"], limits=LIMITS, more=True)) for _ in contents]
+    left = [list(ids) for ids in contents]
+    while running.step() or not all(answer.done for answer in answers):
+        for number, answer in enumerate(answers):
+            if left[number] and dice.random() < 0.5:
+                answer.feed([left[number].pop(0)])
+            elif not left[number]:
+                answer.finish()
+    for ids, answer in zip(contents, answers, strict=True):
+        assert_same(answer.segments(), alone(model, Request([Segment("speech", ids)], ["text"], limits=LIMITS)))
+
+
 # Search.
 
 
@@ -476,6 +607,9 @@ TALK = [Segment("speech", [3, 4])]
         (Request(TALK, []), "without outputs"),
         (Request(TALK, ["txt"]), "no tower 'txt'"),
         (Request([Segment("speech", [23])], ["text"]), "id 23"),
+        (Request([Segment("speech", [0, 3, 14])], ["text"]), "the id 0, with which its segments begin"),
+        (Request(TALK, [Segment("text", [5, 19])]), "the id 19, with which its segments end"),
+        (Request(TALK, ["text"], Sampling(temperature=1.0), search=Search()), "a search and with temperature"),
         (Request(TALK, ["text"], limits={"txt": 3}), "no tower 'txt'"),
         (Request(TALK, ["text"], limits={"text": 0}), "at least 1"),
         (Request(TALK, ["text"], rules={"txt": Rules()}), "no tower 'txt'"),
@@ -489,15 +623,22 @@ def test_what_cannot_be_answered_is_refused_at_once(request_: Request, message: 
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
+    running = Engine(zipped(LLAMAS))
     for make in (
+        lambda: running.submit(Request(TALK, ["text"], limits={"text": 2.5})),  # type: ignore[dict-item]
+        lambda: running.submit(Request(TALK, ["text"], limits={"text": True})),
+        lambda: running.generate([TALK], ["text"], Sampling(), {"text": math.nan}),  # type: ignore[dict-item]
         lambda: Search(2, 3),
         lambda: Search(0, 0),
         lambda: Search(length_power=-1.0),
         lambda: Rules(repetition=0.5),
         lambda: Rules(repeats=1),
+        lambda: Search(length_power=math.nan),
+        lambda: Rules(repetition=math.nan),
         lambda: Engine(zipped(LLAMAS), rows=0),
+        lambda: Engine(zipped(LLAMAS), rows=math.nan),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ZipperError):
+        with unchecked(), pytest.raises(ZipperError):
             make()
 
 

@@ -171,7 +171,7 @@ def test_a_run_that_is_stopped_stops_its_workers(tmp_path: Path) -> None:
     def start(told: Path, log: Path) -> subprocess.Popen[bytes]:
         if started:
             raise KeyboardInterrupt
-        started.append(worker("import time; time.sleep(60)")(told, log))
+        started.append(worker("import time; time.sleep(600)")(told, log))
         return started[0]
 
     with pytest.raises(KeyboardInterrupt):

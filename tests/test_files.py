@@ -4,6 +4,10 @@ import errno
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from zipper.errors import ZipperError
-from zipper.files import check_finite, flush, header, parse, read_json, saving, write, write_json
+from zipper.files import HELD, MOST_INTEGER, check_finite, flush, header, held, parse, read_json, saving, settle, write, write_json
 
 
 @dataclass(frozen=True)
@@ -227,3 +231,130 @@ def test_other_errors_pass_unchanged(error: Exception) -> None:
     missing.__cause__ = FileNotFoundError(errno.ENOENT, "x")
     with pytest.raises(ZipperError, match=r"does not exist. Give another"), saving(Path("run"), "All is well."):
         raise missing
+
+
+# --- what a program says is held to the same limits
+
+
+@dataclass(frozen=True)
+class Load:
+    """What settles itself, of the types that recipes have."""
+
+    weight: float = 1.0
+    places: Sequence[Mapping[str, int]] | None = None
+    shares: str | Mapping[str, float] = "all"
+    ends: tuple[float, float] = (0.0, 1.0)
+    modules: str | list[str] = "all"
+    path: str = ""
+    cart: Cart = field(default_factory=lambda: Cart(()))
+
+    def __post_init__(self) -> None:
+        settle(self, {"weight": (0.5, 9.0), "places": (1, MOST_INTEGER)})
+
+
+def test_what_a_program_gives_becomes_plain_and_the_configurations_own() -> None:
+    places, shares = [{"axle": np.int64(2)}], {"a": 1, "b": np.float32(0.5)}
+    load = Load(np.float64(3), places, shares, [1, 2], {"wheel", "axle"}, Path("x") / "y")
+    assert load == Load(3.0, [{"axle": 2}], {"a": 1.0, "b": 0.5}, (1.0, 2.0), ["axle", "wheel"], "x/y")
+    assert {type(n) for n in (load.weight, *load.shares.values(), *load.ends)} == {float}  # type: ignore[union-attr]
+    places[0]["axle"], shares["a"] = 7, 7
+    assert load.places == [{"axle": 2}] and load.shares == {"a": 1.0, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": math.nan}, "weight is nan; it must lie between 0.5 and 9"),
+        ({"weight": 10**400}, "weight is 10+.*of type float"),
+        ({"weight": "1"}, "weight is '1'; it must be of type float"),
+        ({"weight": True}, "weight is True; it must be of type float"),
+        ({"places": [{"axle": 0}]}, "places, 'axle' is 0; it must be at least 1"),
+        ({"places": {"axle": 1}}, "places is .* of type list"),
+        ({"shares": {"a": math.inf}}, "shares, 'a' is inf; it must lie between"),
+        ({"shares": {1: 1.0}}, "a key of shares is 1; it must be of type str"),
+        ({"shares": 3}, "shares is 3; it must be of type str"),
+        ({"ends": (1.0,)}, "ends is .1.0,.; it must have 2 items"),
+        ({"cart": {"wheels": [{}]}}, "cart, wheels: it lacks the key 'size'"),
+    ],
+)
+def test_what_a_program_gives_and_no_file_may_ask_for_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        Load(**given)
+
+
+# --- a folder that is written is held
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from zipper.files import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process that holds a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    other = holder(folder)
+    try:
+        with (
+            pytest.raises(ZipperError, match=rf"{folder} is in use: process {other.pid} on .* writes it. Wait for it, end it"),
+            held(folder),
+        ):
+            pass
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with held(folder):
+        assert [path.name for path in folder.iterdir()] == [HELD]
+        with pytest.raises(ZipperError, match=rf"in use: process {os.getpid()} on"), held(folder):  # another thread of this one
+            pass
+        (folder / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    (folder / "kept").unlink()
+    with held(folder):
+        pass
+    assert not folder.exists() and folder.parent.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with held(tmp_path), held(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before lets go between our opening of the file and our locking it."""
+    import fcntl
+
+    flock, seen = fcntl.flock, []
+
+    def slow(descriptor: int, how: int) -> None:
+        if not seen:
+            (tmp_path / HELD).unlink()
+        seen.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with held(tmp_path):
+        assert len(seen) == 2
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(ZipperError, match="in use"), held(tmp_path):
+            pass

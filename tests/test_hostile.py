@@ -484,7 +484,7 @@ RESEALED = [
 
 @dataclass(frozen=True)
 class Refusal:
-    """What was done, how long the refusal took, and the memory that the process had at most beyond what it had before."""
+    """What was done, the processor's time that the refusal took, and the most memory beyond what the process had before."""
 
     what: str
     seconds: float
@@ -509,11 +509,11 @@ def refused(whole: Path, place: Path, seed: int) -> Refusal:
     what = f"seed {seed}, {harm.__name__} of {names[:2]}"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     forget_peak()
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = memory("VmRSS"), time.process_time()
     try:
         Pipeline.from_pretrained(folder)
     except ZipperError as error:
-        found, message = Refusal(what, time.perf_counter() - start, memory("VmHWM") - before), str(error)
+        found, message = Refusal(what, time.process_time() - start, memory("VmHWM") - before), str(error)
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__} is no ZipperError: {error!s:.300}") from error
     else:

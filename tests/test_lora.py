@@ -1,6 +1,7 @@
 """Adapters on a frozen tower: they change nothing at birth, learn alone, and are saved without their base."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,15 @@ def test_what_cannot_be_adapted_is_a_clear_error() -> None:
         ({"text": RANK}, ("text",), "train and lora both name"),
         ({"text": {"rank": 4}}, (), r"lora\['text'\] sets \['rank'\]; a zip can keep"),
         ({"text": {"target_modules": ["nothing"]}}, (), "cannot be adapted by lora="),
+        ({"text": RANK | {"bias": "all"}}, (), "'text': lora: bias is 'all'; only 'none' can be kept"),
+        ({"text": RANK | {"bias": "lora_only"}}, (), "bias is 'lora_only'; only 'none' can be kept"),
+        ({"text": {"r": 33}}, (), "'text': lora: r is 33; it must be at most 32, the width of the tower"),
+        ({"text": {"r": 0}}, (), "r is 0; it must lie between"),
+        ({"text": {"r": 2.0}}, (), "r is 2.0; it must be of type int"),
+        ({"text": {"lora_alpha": 0}}, (), "lora_alpha is 0.0; it must lie between"),
+        ({"text": {"lora_alpha": math.nan}}, (), "lora_alpha is nan; it must lie between"),
+        ({"text": {"lora_dropout": 1.0}}, (), "lora_dropout is 1.0; it must lie between 0 and 0.999"),
+        ({"text": {"target_modules": 3}}, (), "target_modules is 3; it must be of type str"),
     ):
         with pytest.raises(ZipperError, match=message):
             Zipper.from_towers(towers, lora=lora, train=train_too)
@@ -104,3 +114,49 @@ def test_a_model_with_an_adapter_is_not_taken_for_a_bare_one() -> None:
 def test_the_settings_survive_the_configuration() -> None:
     config = zipped(target_modules=["q_proj"]).config
     assert type(config).from_dict(config.to_dict()) == dataclasses.replace(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": None},
+        {"target_modules": r".*\.1\..*_proj", "use_rslora": True},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head", "mlp.c_fc", "up_proj"], "use_dora": True},
+        {"target_modules": ("c_proj", "o_proj"), "lora_alpha": 4},
+        {"r": 32},
+    ],
+    ids=str,
+)
+def test_whatever_adapter_a_zip_is_born_with_can_be_loaded_again(tmp_path: Path, family: str, settings: dict[str, object]) -> None:
+    if family == "gpt2" and "o_proj" in str(settings):
+        settings = settings | {"target_modules": ("c_proj",)}
+    model = zipped(family, **settings)
+    with torch.no_grad():
+        for p in adapters(model).values():
+            p += 0.05
+    model.save_pretrained(tmp_path / "zip", include=["text", "speech"])
+    again, strands = Zipper.from_pretrained(tmp_path / "zip"), lay([number(SEQUENCE)])
+    assert adapters(again).keys() == adapters(model).keys() and len(adapters(again)) > 0
+    assert torch.equal(again(strands)["text"], model(strands)["text"])
+    modules = again.config.towers["text"].lora or {}
+    assert modules == model.config.towers["text"].lora and modules.get("target_modules") != "all-linear"
+    again.save_pretrained(tmp_path / "again", include=["text", "speech"])
+    assert Zipper.from_pretrained(tmp_path / "again").config.towers["text"].lora == modules
+
+
+def test_an_adapter_of_a_word_is_known_again_by_the_word() -> None:
+    adapted, other = zipped(target_modules="all-linear").tower("text"), {"speech": tiny_tower("gpt2")}
+    same = Zipper.from_towers({"text": adapted, **other}, lora={"text": RANK | {"target_modules": "all-linear"}})
+    assert len((same.config.towers["text"].lora or {})["target_modules"]) == 7
+    with pytest.raises(ZipperError, match="has an adapter with other settings"):
+        Zipper.from_towers({"text": adapted, **other}, lora={"text": RANK | {"target_modules": ["q_proj"]}})
+
+
+def test_a_tower_that_cannot_be_adapted_stays_as_it_is() -> None:
+    bare = tiny_tower("llama")
+    with pytest.raises(ZipperError, match="cannot be adapted"):
+        Tower(bare).adapt({"target_modules": ["nothing"]})
+    assert not any(".lora_" in name or ".base_layer" in name for name, _ in bare.named_parameters())
+    assert getattr(bare, "peft_config", None) is None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tiny import World
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from zipper import cli, data
@@ -221,20 +221,32 @@ def test_recomputed_blocks_keep_what_they_are_given_and_one_of_them_the_rest() -
     assert (again.work, again.blocks) == (whole.work, whole.blocks)
 
 
-def test_the_matmul_rate_is_that_of_products_done_by_hand() -> None:
+class Work(TorchFunctionMode):
+    """Tells the time by the operations of products: `rate` a second, ten times as long where other work comes between."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.seconds, self.products, self.largest = rate, 0.0, 0, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.matmul:
+            operations = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+            self.products, self.largest = self.products + 1, max(self.largest, operations)
+            self.seconds += operations / self.rate * (10 if self.products % 2 else 1)
+        return function(*args, **kwargs or {})
+
+
+def test_the_matmul_rate_is_the_best_of_products_and_takes_no_longer_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_rng_state()
-    rate = matmul_rate(256, 256, 256, seconds=0.1)
+    with Work(1e12) as clock:
+        monkeypatch.setattr("zipper.plan.time.perf_counter", lambda: clock.seconds)
+        assert matmul_rate(256, 256, 256, seconds=0.1) == pytest.approx(1e12)
     assert torch.equal(torch.get_rng_state(), before), "it is measured in the middle of a run"
-    left, right = torch.randn(256, 256), torch.randn(256, 256)
-    spent = []
-    for _ in range(50):
-        start = time.perf_counter()
-        left @ right
-        spent.append(time.perf_counter() - start)
-    assert 0.1 < rate / (2 * 256**3 / min(spent)) < 10  # other work may come between
-    start = time.perf_counter()
-    assert matmul_rate(1 << 20, 1024, 4096, torch.bfloat16, seconds=0.05) > 0
-    assert time.perf_counter() - start < 5  # fewer rows, where so many would take minutes
+    assert clock.largest == 2 * 256**3
+    with Work(1e9) as slow:
+        monkeypatch.setattr("zipper.plan.time.perf_counter", lambda: slow.seconds)
+        assert matmul_rate(1 << 20, 64, 64, torch.bfloat16, seconds=0.05) == pytest.approx(1e9)
+    assert slow.seconds < 0.5 < 2 * 2**20 * 64**2 / 1e9  # fewer rows, where so many would take long
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from zipper import data, prose
-from zipper.audio import extra
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality import speech
 from zipper.modality.speech import SpeechUnits, UnitsConfig

@@ -1,10 +1,14 @@
 """Collation against tables written by hand: what each tower reads, what it must predict, and what counts."""
 
+from collections import deque
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from zipper.errors import ZipperError
-from zipper.sequence import Batch, Ends, Segment, collate
+from zipper.sequence import Batch, Ends, Segment, collate, read_ids
 
 ENDS = {"text": Ends(0, 1), "speech": Ends(90, 91)}
 ASR = [Segment("speech", [50, 51]), Segment("text", [5, 6, 7], weight=1.0)]
@@ -117,3 +121,61 @@ def test_types_are_those_of_indices_and_of_a_loss() -> None:
 def test_a_tower_without_begin_and_end_is_refused() -> None:
     with pytest.raises(ZipperError, match=r"names the tower 'image'; this model has \['speech', 'text'\]"):
         collate([[Segment("image", [1])]], ENDS)
+
+
+# --- what a content is
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [5, 6],
+        (5, 6),
+        range(5, 7),
+        deque([5, 6]),
+        np.array([5, 6], np.uint8),
+        np.array([5, 6]),
+        torch.tensor([5, 6]),
+        [np.int64(5), torch.tensor(6)],
+    ],
+    ids=lambda content: type(content).__name__,
+)
+def test_ids_may_come_in_anything_that_is_a_row_of_whole_numbers(content: Any) -> None:
+    found = read_ids(content, "text", Ends(0, 1), 10)
+    assert found == [5, 6] and {*map(type, found)} == {int}
+    assert read_ids(content[:0] if not isinstance(content, deque) else [], "text", Ends(0, 1), 10) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([0, 5, 1], "'text' holds the id 0, with which its segments begin.*Give the ids between them"),
+        ([5, 1], "'text' holds the id 1, with which its segments end"),
+        ([5, 0, 6], "the id 0, with which its segments begin"),
+        (np.array([5, 1, 6]), "the id 1, with which its segments end"),
+        (torch.tensor([1]), "the id 1, with which its segments end"),
+        ([5, 10], "holds the id 10; its ids go from 0 to 9"),
+        ([-1], "holds the id -1; its ids go from 0 to 9"),
+        ([5.0, 6.0], "holds float64 of shape .2,.; one row of whole numbers was wanted"),
+        (torch.tensor([5.5]), "holds float32"),
+        ([True, False], "holds bool"),
+        ([2**70], "holds object"),
+        ([[5, 6]], r"of shape \(1, 2\)"),
+        ([[5], [5, 6]], "holds no list of ids"),
+        (np.array(5), r"of shape \(\)"),
+        ("call", "holds a str; a list of ids was wanted"),
+        ({5, 6}, "holds a set"),
+        (iter([5]), "holds a list_iterator"),
+        (5, "holds a int"),
+        (None, "holds a NoneType"),
+    ],
+    ids=str,
+)
+def test_what_is_no_content_is_refused_in_a_sentence(content: Any, message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        read_ids(content, "text", Ends(0, 1), 10)
+
+
+def test_one_token_may_begin_and_end_segments_and_is_refused_inside_all_the_same() -> None:
+    with pytest.raises(ZipperError, match="the id 7, with which its segments begin"):
+        read_ids([3, 7], "text", Ends(7, 7), 10)

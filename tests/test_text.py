@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from zipper import modality
 from zipper.errors import ZipperError
@@ -158,3 +158,83 @@ def test_transformers_reads_what_is_saved_and_is_read_in_turn(tmp_path: Path) ->
     assert (theirs.bos_token_id, theirs.eos_token_id) == (TEXT.begin, TEXT.end)
     theirs.save_pretrained(tmp_path / "theirs")
     assert Text.from_pretrained(tmp_path / "theirs").encode(LINES[0]) == TEXT.encode(LINES[0])
+
+
+# --- where the tokens that begin and end a text may stand
+
+
+def gpt2(folder: Path, **files: dict[str, object]) -> Path:
+    """A byte-level tokenizer, and the files beside it; what none of them says is said by the tokenizer's class or by nothing."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<go>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["call anna"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "begin", "end"),
+    [
+        ({"tokenizer_config": {"model_max_length": 64}, "config": {"model_type": "gpt2", "vocab_size": 300}}, 0, 0),
+        ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, 0, 0),
+        ({"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}, "special_tokens_map": {"eos_token": "<go>"}}, 1, 1),
+        (
+            {
+                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"},
+                "special_tokens_map": {"bos_token": {"content": "<go>", "lstrip": False}},
+            },
+            1,
+            0,
+        ),
+        ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<go>"}}, 0, 1),
+        ({"tokenizer_config": {"bos_token": None, "eos_token": "<go>"}, "config": {"model_type": "gpt2", "bos_token_id": 0}}, 1, 1),
+        ({"config": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 0}}, 1, 0),
+        (
+            {
+                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"},
+                "config": {"model_type": "llama", "eos_token_id": None, "bos_token_id": None},
+                "generation_config": {"eos_token_id": [1, 0]},
+            },
+            1,
+            1,
+        ),
+    ],
+    ids=str,
+)
+def test_the_tokens_of_a_folder_are_found_wherever_they_may_stand(
+    tmp_path: Path, files: dict[str, dict[str, object]], begin: int, end: int
+) -> None:
+    folder = gpt2(tmp_path, **files)
+    for text in (Text.load(folder), Text.from_pretrained(folder), modality.load(folder)):
+        assert (text.begin, text.end) == (begin, end)
+        assert text.decode(text.encode("call anna")) == "call anna"
+    # And so in a zip, which names them in one place.
+    Text.load(folder).save(tmp_path / "saved")
+    assert (Text.load(tmp_path / "saved").begin, Text.load(tmp_path / "saved").end) == (begin, end)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}, "names no end token"),
+        ({"config": {"model_type": "bert", "eos_token_id": 10_000}}, "names no end token"),
+        ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Evil", None]}, "tokenizer_class": "Evil"}}, "names no end token"),
+        ({"tokenizer_config": {"eos_token": 3}}, "3 is no token"),
+    ],
+    ids=str,
+)
+def test_a_folder_that_names_no_end_is_refused_and_runs_no_code(
+    tmp_path: Path, files: dict[str, dict[str, object]], message: str
+) -> None:
+    (tmp_path / "x.py").write_text("raise SystemExit('code of a stranger')")
+    with pytest.raises(ZipperError, match=message):
+        Text.load(gpt2(tmp_path, **files))

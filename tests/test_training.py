@@ -25,8 +25,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from zipper import checkpoint, data, training
 from zipper.errors import ZipperError
+from zipper.files import HELD
 from zipper.link import LinkConfig
 from zipper.model import Zipper
+from zipper.pipeline import Pipeline
 from zipper.sequence import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
@@ -675,6 +677,161 @@ def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) ->
     each = [row["loss/speech"] for row in metrics(tmp_path / "each")]
     found = [row["loss/speech"] for row in metrics(tmp_path / "three")]
     assert found == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3])
+
+
+# --- a run is held, moved and ended
+
+
+def test_a_run_is_held_by_who_writes_it(world: World, tmp_path: Path) -> None:
+    """A second start or resume is refused at once, and says by whom; it changes nothing of the run."""
+    config, seen = world.config(tmp_path / "run", steps=3, log_every=1), []
+
+    def second(row: dict[str, Any]) -> None:
+        for resume in (True, False):
+            with pytest.raises(ZipperError, match=rf"run is in use: process {os.getpid()} on .* writes it"):
+                train(config, resume=resume)
+        seen.append(row["step"])
+
+    train(config, report=second)
+    assert seen == [1, 2, 3] == [row["step"] for row in metrics(tmp_path / "run")]
+    train(config, resume=True)  # nobody holds it now
+    assert not (tmp_path / "run" / HELD).exists()
+
+
+def moved(world: World, place: Path) -> World:
+    """The same world elsewhere, its pins with it."""
+    return World(Path(shutil.copytree(world.folder, place)))
+
+
+STILL: dict[str, Any] = {
+    "steps": 6,
+    "eval_every": 2,
+    "save_every": 2,
+    "log_every": 2,
+    "lr_new": 0.0,
+    "lr_gate": 0.0,
+    "lr_tower": 0.0,
+}
+
+
+@pytest.mark.parametrize("how", ["all together", "the run alone", "the towers alone"])
+@pytest.mark.parametrize("changes", [{}, {"save_dtype": "bfloat16"}, {"frozen_dtype": "bfloat16"}], ids=str)
+def test_a_run_whose_parts_moved_goes_on_to_its_end(world: World, tmp_path: Path, how: str, changes: dict[str, Any]) -> None:
+    """The best model is that of the first evaluation, saved before the move: no weight changes."""
+    project = moved(world, tmp_path / "project")
+    with pytest.raises(Killed):
+        train(project.config(project.folder / "run", **STILL, **changes), report=killing(4))
+    run = project.folder / "run"
+    if how == "all together":
+        project = World(project.folder.rename(tmp_path / "renamed"))
+        run = project.folder / "run"
+    elif how == "the run alone":
+        run = run.rename(tmp_path / "elsewhere")
+    else:
+        for name in ("text", "speech"):
+            (tmp_path / "towers" / name).mkdir(parents=True)
+            (project.folder / name / "tower").rename(tmp_path / "towers" / name / "tower")
+        (project.folder / "text" / "tower").mkdir()  # what is not a tower any more
+    config = project.config(run, **STILL, **changes)
+    if how == "the towers alone":
+        towers = {name: str(tmp_path / "towers" / name / "tower") for name in ("text", "speech")}
+        config = dataclasses.replace(config, towers=towers)
+    ended = train(config, resume=True)
+    assert [row["step"] for row in metrics(run)] == [2, 4, 6]
+    saved, ours = Pipeline.from_pretrained(run / "model").model.state_dict(), ended.model.state_dict()
+    assert all(torch.equal(saved[name], p) for name, p in ours.items())
+    assert checkpoint.load(run / "model")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "of another tower"])
+def test_what_the_end_needs_is_looked_at_before_the_first_step(world: World, tmp_path: Path, harm: str) -> None:
+    project = moved(world, tmp_path / "project")
+    config = project.config(tmp_path / "run", **STILL)
+    with pytest.raises(Killed):
+        train(config, report=killing(4))
+    model = tmp_path / "run" / "model"
+    if harm == "gone":
+        shutil.rmtree(model)
+    elif harm == "damaged":
+        flip(model / "zip.safetensors")
+    else:
+        saved = checkpoint.read_json(model / "zipper.json")
+        saved["config"]["towers"]["text"]["digest"] = "0" * 64
+        checkpoint.write_json(model / "zipper.json", saved)
+        checkpoint.seal(model)
+    steps: list[int] = []
+    with pytest.warns(UserWarning, match="The best model so far is lost, the next evaluation counts as the best"):
+        train(config, resume=True, report=lambda row: steps.append(row["step"]))
+    assert steps == [4, 6] and checkpoint.load(model)[1]["step"] == 4
+    shutil.rmtree(model)
+    with pytest.raises(ZipperError, match="The run is at its end, but its best model is lost"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize("place", ["text", "a run"])
+def test_a_run_that_could_not_be_saved_is_refused_before_its_first_step(
+    world: World, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that says far more than its vocabulary, which no file may; a folder that is none of ours."""
+    project = moved(world, tmp_path / "project")
+    if place == "text":
+        path = project.folder / "text" / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}) + " " * 2_000_000)
+    else:
+        (tmp_path / "run" / "model").mkdir(parents=True)
+        (tmp_path / "run" / "model" / "thesis.tex").write_text("years of work")
+    steps: list[int] = []
+    with pytest.raises(ZipperError, match=r"tokenizer.json has more than \d+ bytes|holds something else than a saved model"):
+        train(project.config(tmp_path / "run"), report=lambda row: steps.append(row["step"]))
+    assert not steps and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_harms_anything(
+    world: World, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = world.config(tmp_path, steps=6, save_every=2, eval_every=2, log_every=2)
+    nll, calls = Zipper.nll, []
+
+    def broken(self: Zipper, *given: Any) -> Tensor:
+        calls.append(self.training)
+        return nll(self, *given) * (value if sum(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(Zipper, "nll", broken)
+    with pytest.raises(ZipperError, match=r"The gradient of step [45] is not finite .*What .* holds is from before it.*start="):
+        train(config)
+    monkeypatch.undo()
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path / "training.safetensors").values())
+    assert Pipeline.from_pretrained(tmp_path / "model").model.config.junctions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ("text",)}, r"train is \['text'\], but in start=.* it is \['speech'\], and what learns stays as it was"),
+        ({"lora": {"text": {"r": 2}}}, r"lora is .*, but in start=.* it is \{\}"),
+    ],
+)
+def test_what_learns_is_not_changed_by_a_start(world: World, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZipperError, match=message):
+        train(world.config(tmp_path / "run", start=str(world.zip), **changes))
+    train(world.config(tmp_path / "run", start=str(world.zip), train=(), steps=1))  # what the zip says
+
+
+def test_a_start_whose_base_moved_finds_it_by_the_recipe(world: World, tmp_path: Path) -> None:
+    project = moved(world, tmp_path / "project")
+    Pipeline.from_pretrained(project.zip).save_pretrained(project.zip)  # pinned here, not to the world it is a copy of
+    (project.folder / "text").rename(tmp_path / "text")
+    shutil.move(project.zip, tmp_path / "deep" / "er" / "zip")
+    config = project.config(tmp_path / "run", steps=1, start=str(tmp_path / "deep" / "er" / "zip"))
+    there = dataclasses.replace(
+        config,
+        towers={**config.towers, "text": str(tmp_path / "text" / "tower")},
+        modalities={**config.modalities, "text": str(tmp_path / "text")},
+    )
+    model = train(there).zip
+    assert Path(model.config.towers["text"].source) == tmp_path / "text" / "tower"
 
 
 # --- what it refuses

@@ -337,14 +337,14 @@ def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
     _write(folder / "about.json", {"kind": "synthetic: units of letters by a rule, no sound", "pairs": pairs, "speech": unpaired})
 
 
-def prepare(folder: Path, pairs: int, speech: int, tests: int, workers: int) -> None:
+def prepare(folder: Path, pairs: int, speech: int, tests: int, **more: int) -> None:
     """The corpus of the preset `gpu`, said by eSpeak NG, as unit files: for a machine that cannot speak. Half an hour of a core."""
     from zipper import prose
     from zipper.extraction import extract
     from zipper.modality import load
 
     said = folder.parent / "said"
-    prose.prepare(said, pairs=pairs, speech=speech, dev=tests, test=tests, workers=workers)
+    prose.prepare(said, pairs=pairs, speech=speech, dev=tests, test=tests, **more)
     for name in ("text", "speech"):
         shutil.copytree(said / name, folder / "modalities" / name, dirs_exist_ok=True)
     modalities = {name: load(said / name) for name in ("text", "speech")}
@@ -393,8 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = SIZES[given.size]
     state = given.state.absolute() / given.size
     if given.prepare:
-        budget = (40, 40, 8) if given.size == "tiny" else (40_000, 60_000, 300)
-        prepare(state / "data", *budget, workers=os.cpu_count() or 1)
+        if given.size == "tiny":
+            prepare(state / "data", 40, 40, 8, codes=32, merges=40, fitted=20, adapted=4)
+        else:
+            prepare(state / "data", 40_000, 60_000, 300, workers=os.cpu_count() or 1)
         return 0
     if given.section:
         return _section(given.section, size, state, given.limit)

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 from tqdm import tqdm
 
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import JUDGE_NORMALISER, normalise, pronunciations, pulses
 

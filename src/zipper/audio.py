@@ -4,8 +4,8 @@ Everything here is one channel of float32 samples in [-1, 1] with its rate besid
 """
 
 import functools
-import importlib
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Complex64, Float32
+from jaxtyping import Complex64, Float32, Float64
 
 from zipper import containers
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.files import place
 
@@ -29,15 +30,6 @@ BLOCK = 65_536  # samples of all channels that are decoded at once
 SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: manifests are rounded
 CANCELLED = 0.1  # of the power that the sum of channels with nothing in common has; two of one power: a correlation below -0.9
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
-QUIET_DB = -45.0  # under the loudest frame: eSpeak's own pauses lie below -60, its weakest fricatives above -40
-
-
-def extra(module: str) -> Any:
-    """A module of the extra `speech`, imported when it is needed. Raises ZipperError saying how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ZipperError(f"sound needs {module}, which is not installed ({error}). Do: pip install 'zipper-lm[speech]'") from error
 
 
 @dataclass(frozen=True, init=False)
@@ -66,6 +58,18 @@ class Audio:
         """How long it lasts."""
         return len(self.samples) / self.rate_hz
 
+    @property
+    def swing_db(self) -> float:
+        """How far its loud frames of 25 ms (95th percentile) lie above its quiet ones (10th), above 400 Hz.
+
+        Speech swings between vowels and stops, by 7 dB and more; silence, noise and hum by 0 to 2.4,
+        however loud they are. Below 400 Hz brown noise would swing too.
+        """
+        hop = self.rate_hz // 40
+        power = _frame_power(self.centred(2.5).samples[: len(self.samples) // hop * hop], hop)
+        loud, quiet = np.quantile(power, (0.95, 0.1)) if len(power) else (0.0, 0.0)
+        return 10 * math.log10(loud / max(quiet, loud * 1e-12)) if loud > 0 else 0.0
+
     def resample(self, rate_hz: int) -> "Audio":
         """The same sound at another rate (soxr, high quality)."""
         _check_rate(rate_hz, "the rate asked for")
@@ -73,20 +77,78 @@ class Audio:
             return self
         return Audio(extra("soxr").resample(self.samples, self.rate_hz, rate_hz).astype(np.float32), rate_hz)
 
-    def trim(self, margin_s: float = 0.02) -> "Audio":
-        """Without the silence at both ends, except `margin_s` seconds of it."""
-        hop = self.rate_hz // 100
-        power = _frame_power(self.samples, hop)
-        loud = np.flatnonzero(power > power.max(initial=0.0) * 10 ** (QUIET_DB / 10))
-        if not len(loud):
+    def between(self, start: int, stop: int) -> "Audio":
+        """The samples from `start` to before `stop`, zeros where there are none."""
+        before, behind = max(0, -start), max(0, stop - len(self.samples))
+        return Audio(np.pad(self.samples, (before, behind))[start + before : stop + before], self.rate_hz)
+
+    def centred(self, window_ms: float = 50.0) -> "Audio":
+        """Without an offset, and what else swings less than 20 times a second: less its moving mean."""
+        if not len(self.samples):
             return self
-        margin = int(margin_s * self.rate_hz)
-        return Audio(self.samples[max(0, loud[0] * hop - margin) : (loud[-1] + 1) * hop + margin], self.rate_hz)
+        samples = self.samples - self.samples.mean(dtype=np.float64)
+        window = max(1, round(window_ms / 1000 * self.rate_hz))
+        return Audio((samples - _moving_mean(samples, window)).astype(np.float32), self.rate_hz)
+
+    def ends(self, front: "Front | None" = None) -> tuple[int, int]:
+        """The samples from and before which something is heard; (0, length) where nothing is.
+
+        They are found to the sample: the ends of sound that comes later are later by as much.
+        """
+        front = front or Front()
+        window = max(1, round(front.window_ms / 1000 * self.rate_hz))
+        power = _running_power(self.samples, window)
+        loudest = float(power.max(initial=0.0))
+        if loudest <= 0:
+            return 0, len(self.samples)
+        live = power[:: max(1, window // 2)]
+        live = live[live > loudest * 1e-9]  # digital silence around a recording says nothing of the noise in it
+        noise = float(np.quantile(live, front.noise_share)) * 10 ** (front.noise_db / 10)
+        quiet, least = (loudest * 10 ** (db / 10) for db in (front.quiet_db, front.least_db))
+        heard = np.flatnonzero(power > min(max(noise, quiet), least))
+        return int(heard[0]), int(heard[-1]) - window + 2
+
+    def trim(self, margin_s: float = 0.02) -> "Audio":
+        """Without the pauses at both ends, of silence or of noise, except `margin_s` seconds.
+
+        Where there was less, silence fills it up.
+        """
+        if not self.samples.any():
+            return self
+        margin, (start, stop) = round(margin_s * self.rate_hz), self.ends()
+        return self.between(start - margin, stop + margin)
 
     def level(self, loud: float) -> "Audio":
         """Scaled so that its loud frames (95th percentile of 10 ms power) have this root mean square, however it was recorded."""
         power = float(np.quantile(_frame_power(self.samples, self.rate_hz // 100), 0.95)) if len(self.samples) else 0.0
         return self if power < 1e-12 else Audio(self.samples * np.float32(loud / power**0.5), self.rate_hz)
+
+
+@dataclass(frozen=True)
+class Front:
+    """What becomes of a sound before it is told as codes (docs/log.md has what each is worth).
+
+    Its offset goes, so do the pauses around what is heard in it, and what a code sounds like is
+    compared with it as its noise and its band let that be heard.
+
+    window_ms: of the running mean power by which `Audio.ends` tells what is heard. More than
+    `quiet_db` under the loudest is silence, and so is what lies less than `noise_db` above the
+    noise, the power that `noise_share` of the sound stays below; but never what is less than
+    `least_db` under the loudest. margin_ms: of the pause that stays behind the end. places, fitted:
+    see `SpeechUnits.log_mel`. floor_share: of the frames lie below a sound's noise, bin by bin.
+    empty_nats: above the floor of the picture; a bin that never comes higher holds no sound.
+    """
+
+    window_ms: float = 2.0
+    quiet_db: float = -45.0  # eSpeak's own pauses lie below -60, its weakest fricatives above -40
+    noise_share: float = 0.05
+    noise_db: float = 8.0  # white noise in windows of 2 ms varies by 3 dB to either side
+    least_db: float = -15.0
+    margin_ms: float = 20.0
+    places: int = 4
+    fitted: int = 4
+    floor_share: float = 0.05
+    empty_nats: float = 2.0
 
 
 def read(
@@ -165,7 +227,7 @@ def write(path: str | Path, audio: Audio) -> None:
 
 def check_writable(path: str | Path) -> None:
     """Raises ZipperError if sound cannot be written there: ask before the work, not after it."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix.lower() not in WRITABLE:
         raise ZipperError(f"{path} does not say which kind of sound it is. End its name in one of {', '.join(WRITABLE)}.")
     if path.is_dir():
@@ -283,7 +345,8 @@ def _decode(file: io.BufferedIOBase, where: str, start_s: float, stop_s: float |
     heard = max(1, at - start)
     with np.errstate(all="ignore"):
         spread = products / heard - np.outer(total / heard, total / heard)  # covariance: an offset is no sound
-        cancelled = bool(spread.sum() < CANCELLED * spread.trace())
+        sounds = spread.trace() > 1e-5 * products.trace() / heard  # float32 leaves as much of an offset alone
+        cancelled = bool(sounds and spread.sum() < CANCELLED * spread.trace())
     return _Heard(np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax()))
 
 
@@ -339,6 +402,18 @@ def _check_rate(rate_hz: int, whose: str) -> None:
         raise ZipperError(f"{whose} is {rate_hz} Hz, wanted are {LOWEST_RATE_HZ} to {HIGHEST_RATE_HZ} Hz. Convert it first.")
 
 
+def _moving_mean(samples: Float64[np.ndarray, " time"], window: int) -> Float64[np.ndarray, " time"]:
+    """Mean of the `window` samples around each, zeros beyond the ends."""
+    total = np.cumsum(np.pad(samples, (window // 2 + 1, window)))
+    return (total[window : window + len(samples)] - total[: len(samples)]) / window
+
+
+def _running_power(samples: Float32[np.ndarray, " time"], window: int) -> Float64[np.ndarray, " windows"]:
+    """Mean power of the `window` samples up to each, zeros before the first and behind the last."""
+    total = np.cumsum(np.square(np.pad(samples, (window, window - 1)), dtype=np.float64))
+    return np.maximum(total[window:] - total[:-window], 0) / window
+
+
 def _frame_power(samples: Float32[np.ndarray, " time"], hop: int) -> Float32[np.ndarray, " frames"]:
     padded = np.pad(samples, (0, -len(samples) % hop))
     return np.square(padded).reshape(-1, hop).mean(axis=1)
@@ -363,8 +438,12 @@ class Mel:
 
     def picture(self, audio: Audio) -> Float32[np.ndarray, "frames bins"]:
         """Natural logarithm of mel power, one row per started hop, of the resampled sound; its loudness does not matter."""
-        samples = audio.resample(self.rate_hz).level(self.loud).samples
-        power = np.abs(self._transform(samples, frames=-(-len(samples) // self.hop))) ** 2
+        return self.logs(audio.resample(self.rate_hz).level(self.loud).samples)
+
+    def logs(self, samples: Float32[np.ndarray, " time"], hop: int = 0) -> Float32[np.ndarray, "frames bins"]:
+        """The picture of samples that are at the right rate and loudness already, one row per `hop` (0: its own)."""
+        hop = hop or self.hop
+        power = np.abs(self._transform(samples, -(-len(samples) // hop), hop)) ** 2
         return np.log(np.maximum(power @ self.filters.T, np.float32(self.floor)))
 
     def sound(
@@ -411,11 +490,14 @@ class Mel:
         energy = np.square(np.hanning(self.window)).sum() * self.fft / 2
         return (np.maximum(0, np.minimum(up, down)) / energy).astype(np.float32)
 
-    def _transform(self, samples: Float32[np.ndarray, " time"], frames: int) -> Complex64[np.ndarray, "frames frequencies"]:
-        before = (self.window - self.hop) // 2  # the window's middle lies on the hop's middle
-        needed = (frames - 1) * self.hop + self.window if frames else self.window
+    def _transform(
+        self, samples: Float32[np.ndarray, " time"], frames: int, hop: int = 0
+    ) -> Complex64[np.ndarray, "frames frequencies"]:
+        hop = hop or self.hop
+        before = (self.window - hop) // 2  # the window's middle lies on the hop's middle
+        needed = (frames - 1) * hop + self.window if frames else self.window
         padded = np.pad(samples, (before, max(0, needed - before - len(samples))))
-        views = np.lib.stride_tricks.sliding_window_view(padded, self.window)[:: self.hop][:frames]
+        views = np.lib.stride_tricks.sliding_window_view(padded, self.window)[::hop][:frames]
         return np.fft.rfft(views * self._shape, self.fft)
 
     def _overlap(self, spectrum: Complex64[np.ndarray, "frames frequencies"]) -> Float32[np.ndarray, " time"]:

@@ -42,12 +42,9 @@ class BaselineConfig:
     junctions: tuple[dict[str, int], ...] = ()  # a single decoder has none
 
     def __post_init__(self) -> None:
-        for name, tower in self.towers.items():
+        for name in self.towers:
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in dir(nn.ModuleDict()):
                 raise ZipperError(f"{name!r} cannot name a modality; use lower-case letters, digits and _, e.g. 'speech'.")
-            for token in (tower.begin, tower.end):
-                if not 0 <= token < tower.vocabulary:
-                    raise ZipperError(f"The token {token} that begins or ends {name!r} is outside its {tower.vocabulary} ids.")
 
     @property
     def base(self) -> str:
@@ -154,6 +151,9 @@ class Baseline(nn.Module):
                 raise ZipperError(f"{option} names {unknown}; it can name {sorted(possible)} here.")
         if unended := [other for other in sizes if None in known.get(other, (None,))]:
             raise ZipperError(f"No begin and end token is known for {unended}. Pass ends={{{unended[0]!r}: (begin, end)}}.")
+        for other, pair in known.items():
+            if outside := [token for token in pair if not 0 <= token < sizes[other]]:
+                raise ZipperError(f"The token {outside[0]} that begins or ends {other!r} is outside its {sizes[other]} ids.")
         for other, start in own.items():
             if start.vocabulary != sizes[other]:
                 raise ZipperError(

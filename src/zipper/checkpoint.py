@@ -69,8 +69,7 @@ def whole(folder: Path, prove: Callable[[Path], Any] | None = None) -> Iterator[
     """
     folder = Path(os.path.realpath(folder))  # a link stays one
     with saving(folder, "What was saved before is as it was."):
-        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise ZipperError(f"{folder} exists and holds something else than a saved model. Choose another folder or empty it.")
+        _check_free(folder)
         _make(folder.parent)
         clean(folder.parent)
         with _beside(folder, "new") as temporary:
@@ -98,6 +97,7 @@ def rehearsal(folder: Path, prove: Callable[[Path], Any]) -> Iterator[Path]:
     """As `whole`, but nothing takes the folder's place: what a save would end in is known before there is anything to lose."""
     folder = Path(os.path.realpath(folder))
     with saving(folder, "Nothing was changed."):
+        _check_free(folder)
         _make(folder.parent)
         with _beside(folder, "new") as temporary:
             try:
@@ -115,6 +115,12 @@ def proven(temporary: Path, folder: Path, prove: Callable[[Path], Any]) -> None:
     except ZipperError as error:
         said = str(error).replace(str(temporary), str(folder))
         raise ZipperError(f"{folder} was not saved, for it could not be loaded again: {said}") from error
+
+
+def _check_free(folder: Path) -> None:
+    """A ZipperError for a place that holds what is none of ours."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ZipperError(f"{folder} exists and holds something else than a saved model. Choose another folder or empty it.")
 
 
 def seal(folder: Path) -> None:

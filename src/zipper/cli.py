@@ -5,15 +5,20 @@ Heavy imports stand inside the commands, so that `zipper --help` answers at once
 
 import argparse
 import json
+import logging
 import math
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zipper import environment
+from zipper.environment import extra
 from zipper.errors import ZipperError
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -25,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # are some microseconds (docs/log.md). Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar per tower that flashes by
     given = parser().parse_args(arguments)
     _expand(given)
     try:
-        return given.command(given) or 0
+        with _one_voice():
+            return given.command(given) or 0
     except ZipperError as error:
         return _say(given, 2, str(error))
     except KeyboardInterrupt:
@@ -39,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ZIPPER_DEBUG"):
             raise
+        if isinstance(error, ModuleNotFoundError) and environment.home(error.name or ""):  # imported by a recipe, or by a library
+            return _say(given, 2, str(environment.lacking(str(error.name), error)))
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
 
 
@@ -51,6 +58,28 @@ def _expand(given: argparse.Namespace) -> None:
             setattr(given, name, place(value))
         elif isinstance(value, list) and any(isinstance(item, Path) for item in value):
             setattr(given, name, [place(item) for item in value])
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Other libraries draw no bars and give no advice; they are heard where they fail. A warning of ours, or of CUDA, is one line.
+
+    Only here, and only while a command runs: who imports zipper keeps his settings, and those of the environment and of -W hold.
+    """
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if logging.lastResort:  # what has no handler of its own
+        logging.lastResort.setLevel(logging.ERROR)
+    for action, module in (("default", r"zipper(\.|$)"), ("default", r"torch\.cuda(\.|$)"), ("ignore", "")):
+        warnings.filterwarnings(action, module=module, append=True)  # type: ignore[arg-type]
+    told = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"zipper: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = told
 
 
 def _say(given: argparse.Namespace, code: int, message: str) -> int:
@@ -81,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
     p = add("transcribe", transcribe, "Speech to text.", "zipper transcribe hello.wav")
     p.add_argument("audio", nargs="+", type=Path, help="sound files (wav, flac, ogg, mp3)")
     _model_option(p)
-    p.add_argument("--json", action="store_true", help="one JSON object per file")
+    p.add_argument("--least", type=float, default=0.0, metavar="SHARE", help="no words where it is less sure, 0 to 1 (default 0)")
+    p.add_argument("--json", action="store_true", help="one JSON object per file: file, text, confidence")
 
     p = add("speak", speak, "Text to speech.", 'zipper speak "send forty two oranges to vienna" -o out.wav')
     p.add_argument("text", help="what to say")
@@ -126,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--split", help="only this part of a corpus, e.g. train-clean-100")
     p.add_argument("--limit", type=_count, help="only its first so many samples")
+    p.add_argument("--takes", type=_count, default=0, metavar="N", help="N rows a sample, each with a disturbed take of its sound")
     p.add_argument("--bad", choices=["error", "warn", "skip"], default="error", help="what becomes of bad samples (default: error)")
     p.add_argument("--most-bad", type=float, default=0.01, metavar="SHARE", help="refuse a corpus with more (default 0.01)")
     p.add_argument("--workers", type=_count, help="processes (default: one a core)")
@@ -148,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test", type=_count, default=300, help="utterances of the built-in test part (default 300)")
     p.add_argument("--task", choices=["asr", "tts", "both"], default="both")
     p.add_argument("--judge", type=Path, help="a second judge for TTS: a saved pipeline that transcribes units")
+    p.add_argument("--robust", action="store_true", help="ASR also of disturbed sound: later, in noise, faster ...")
     _model_option(p)
     p.add_argument("--output", type=Path, help="write the results with every raw text to this JSON file")
     p.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -171,6 +203,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", nargs="?", help="a saved model: folder or hub id (default: the shipped one)")
     _loading_options(p)
+    p.add_argument("--json", action="store_true", help="print as JSON")
+
+    p = add(
+        "doctor", doctor, "What zipper stands on here, and whether it works; 1 if something installed does not.", "zipper doctor"
+    )
     p.add_argument("--json", action="store_true", help="print as JSON")
 
     p = add(
@@ -405,9 +442,11 @@ def _writable(path: Path) -> None:
 def demo(given: argparse.Namespace) -> None:
     """zipper demo"""
     from zipper.demo import demo as run_demo
+    from zipper.files import held
 
     _writable(given.output / "report.json")
-    report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
+    with held(given.output):
+        report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
     if given.json:
         print(json.dumps(report, indent=1))
 
@@ -416,11 +455,15 @@ def transcribe(given: argparse.Namespace) -> None:
     """zipper transcribe"""
     from zipper import audio
 
+    if not 0 <= given.least <= 1:
+        raise ZipperError(f"--least is {given.least}; confidence goes from 0 to 1.")
     heard = [audio.read(path) for path in given.audio]  # all inputs are checked before the model is loaded
     pipeline = _pipeline(given)
     for path, sound in zip(given.audio, heard, strict=True):
-        text = pipeline.transcribe(sound)
-        print(json.dumps({"file": str(path), "text": text}) if given.json else text)
+        said = pipeline.hear(sound)
+        text = said.text if said.confidence >= given.least else ""
+        found = {"file": str(path), "text": text, "confidence": round(said.confidence, 4)}
+        print(json.dumps(found) if given.json else text)
 
 
 def speak(given: argparse.Namespace) -> None:
@@ -485,6 +528,9 @@ def units(given: argparse.Namespace) -> None:
     corpus = len(given.source) == 1 and layouts.names(given.source[0])
     source: layouts.Source = given.source[0] if corpus else [Path(path) for path in given.source]
     policy, speed = extraction.Policy(given.bad, given.most_bad), [0.0]
+
+    if given.takes and not corpus:
+        raise ZipperError("--takes wants sound with its texts. Give a corpus, or a manifest of both.")
     if not corpus:
         _writable(given.output)
     if given.fit:
@@ -512,6 +558,7 @@ def units(given: argparse.Namespace) -> None:
             given.limit,
             spread=spread,
             report=lambda s: speed.append(s["real_time"]),
+            takes=given.takes,
         )
     except ZipperError:
         if not corpus and len(list(beside.glob("units-*"))) < 2:  # nothing worth keeping
@@ -576,9 +623,7 @@ def train(given: argparse.Namespace) -> None:
     if not given.plan:
         _writable(Path(config.output) / "config.json")
     if "prepare" in recipe:
-        from accelerate import PartialState
-
-        with PartialState().main_process_first():
+        with extra("accelerate").PartialState().main_process_first():
             recipe["prepare"]()
     if given.plan:
         _plan(config, given.json)
@@ -641,11 +686,12 @@ def evaluate(given: argparse.Namespace) -> None:
     from zipper import checkpoint, corpus, demo, report
     from zipper.pipeline import Pipeline
 
+    environment.need("speech")
     if given.output:
         _writable(given.output)
     pipeline, second = _pipeline(given), Pipeline.from_pretrained(given.judge) if given.judge else None
     tasks = ["asr", "tts"] if given.task == "both" else [given.task]
-    found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second)
+    found = demo.evaluate(pipeline, corpus.rows("test", given.test, pipeline.units), tasks, second, given.robust)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
@@ -693,6 +739,15 @@ def verify(given: argparse.Namespace) -> int:
     else:
         print("\n".join(f"{'ok    ' if check.held else 'BROKEN'}  {check.promise}: {check.measured}" for check in checks))
     return int(not all(check.held for check in checks))
+
+
+def doctor(given: argparse.Namespace) -> int:
+    """zipper doctor"""
+    from zipper import doctor as ward
+
+    found = ward.examine()
+    print(json.dumps(ward.record(found), indent=1) if given.json else ward.table(found))
+    return int(not ward.works(found))
 
 
 def swap(given: argparse.Namespace) -> None:
@@ -803,7 +858,7 @@ def reproduce(given: argparse.Namespace) -> int:
     from contextlib import nullcontext, redirect_stdout
 
     from zipper import experiments, results
-    from zipper.files import read_json
+    from zipper.files import held, read_json
 
     if given.report:
         results.write(read_json(given.report), given.output)
@@ -812,7 +867,7 @@ def reproduce(given: argparse.Namespace) -> int:
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]
     said.append(f"--judge {given.judge}" * bool(given.judge))
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+    with held(given.output), redirect_stdout(sys.stderr) if given.json else nullcontext():
         found, failed = experiments.reproduce(
             given.preset,
             given.output,
@@ -926,12 +981,10 @@ def towers(given: argparse.Namespace) -> None:
     """zipper towers"""
     import dataclasses
 
-    import transformers
     from tqdm import tqdm
 
     from zipper import families
 
-    transformers.logging.set_verbosity_error()  # it warns of every tiny model
     chosen = given.family or families.names()
     found = [families.tried(name) for name in tqdm(chosen, desc="towers", unit="family", disable=None)]
     print(json.dumps([dataclasses.asdict(family) for family in found], indent=1) if given.json else families.table(found))

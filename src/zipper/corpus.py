@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from zipper.audio import Audio, extra
+from zipper import disturbance
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.workers import spread
@@ -99,7 +101,7 @@ TEMPLATES = (
 
 # The share of all sentences that a part owns, in hundredths.
 PARTS = {"text": 36, "speech": 25, "pairs": 31, "dev": 3, "test": 5}
-GRAMMAR_VERSION = 1  # raise it when SLOTS or number() change: it names the cached files
+GRAMMAR_VERSION = 2  # raise it when SLOTS, number() or what happens to sound change: it names the cached files
 GRAMMAR = repr((GRAMMAR_VERSION, TEMPLATES, DAYS, CITIES, ITEMS, NAMES, COLOURS, ROOMS, DEVICES, SIGNS, PARTS, ESPEAK_VOICE, PITCH))
 
 
@@ -198,17 +200,27 @@ def fit_units(n: int = 600, codes: int = 256, seed: int = 0) -> SpeechUnits:
 
 
 def rows(
-    part: str, n: int, units: SpeechUnits, seed: int = 0, workers: int = 2, cache: str | Path = ".cache/corpus"
+    part: str,
+    n: int,
+    units: SpeechUnits,
+    seed: int = 0,
+    workers: int = 2,
+    cache: str | Path = ".cache/corpus",
+    takes: int = 0,
 ) -> list[dict[str, Any]]:
-    """The first `n` utterances of a part with their codes: dicts of id, text, speech, voice, template. Takes 8 core-ms each, once.
+    """The first `n` utterances of a part with their codes: dicts of id, text, speech, voice, template. Takes 15 core-ms each, once.
 
+    takes: so many rows of each utterance, each with another disturbed take of it: its codes are
+    "heard:speech", what is said in it "said:text" (`disturbance.take`). What is to be understood is
+    learnt from these, what is to be said from the clean one, which stays "speech".
     Kept as JSONL in `cache` under a name made of all that decides the content; a shorter file there is continued, a longer one cut.
     workers: processes of one thread each; 1 works in this process.
     """
-    wanted = sentences(part, n, seed)
+    wanted = [(utterance, number) for utterance in sentences(part, n, seed) for number in range(max(1, takes))]
+    n = len(wanted)
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f"{GRAMMAR} {seed} {units.fingerprint}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{GRAMMAR} {seed} {units.fingerprint} {takes}".encode()).hexdigest()[:16]
     kept = {int(file.stem.rsplit("-", 1)[1]): file for file in folder.glob(f"{part}-{key}-*.jsonl")}
     best = min((size for size in kept if size >= n), default=max(kept, default=0))
     done: list[dict[str, Any]] = []
@@ -217,7 +229,7 @@ def rows(
             done = [json.loads(line) for line in islice(lines, n)]
     if len(done) == n:
         return done
-    with closing(spread(partial(_row, units), wanted[len(done) :], workers, CHUNK)) as fresh:
+    with closing(spread(partial(_row, units, takes > 0), wanted[len(done) :], workers, CHUNK)) as fresh:
         done += tqdm(fresh, desc=f"say {part}", total=n - len(done), unit="utterance", smoothing=0.01, mininterval=1, disable=None)
     _keep(folder / f"{part}-{key}-{n}.jsonl", done)
     return done
@@ -233,11 +245,17 @@ def _keep(path: Path, content: list[dict[str, Any]]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _row(units: SpeechUnits, utterance: Utterance) -> dict[str, Any]:
-    return {
+def _row(units: SpeechUnits, disturbed: bool, wanted: tuple[Utterance, int]) -> dict[str, Any]:
+    utterance, number = wanted
+    sound = synthesize(utterance)
+    row = {
         "id": utterance.id,
         "text": utterance.text,
-        "speech": units.encode(synthesize(utterance)),
+        "speech": units.encode(sound),
         "voice": utterance.voice,
         "template": utterance.template,
     }
+    if disturbed:
+        heard, said = disturbance.take(sound, f"{utterance.id} {number}")
+        row |= {"heard:speech": units.encode(heard), "said:text": utterance.text if said else ""}
+    return row

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zipper import checkpoint, corpus, data, report
-from zipper.audio import Audio, extra
+from zipper import checkpoint, corpus, data, disturbance, report
+from zipper.audio import Audio
+from zipper.environment import need
 from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
 from zipper.inspection import attention
 from zipper.link import LinkConfig
@@ -75,9 +77,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
     """
-    report.plotting()  # what is needed at the end should not be missed there
-    extra("pocketsphinx")
-    extra("jiwer")
+    need("speech", "train")  # what is needed at the end should not be missed there
     if (output / "run").exists():
         shutil.rmtree(output / "run")
     clock = Clock()
@@ -86,7 +86,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
     units = SpeechUnits.load(modalities["speech"])
     with clock.phase(f"render {pairs} pairs"):
         for name, part, n in [("pairs", "pairs", pairs), ("dev", "dev", 200)]:
-            data.write(output / f"{name}.jsonl", corpus.rows(part, n, units))
+            data.write(output / f"{name}.jsonl", corpus.rows(part, n, units, takes=1))
         tests = corpus.rows("test", test, units)
     config = TrainConfig(
         output=str(output / "run"),
@@ -94,7 +94,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
         modalities=modalities,
         data=str(output / "pairs.jsonl"),
         dev=str(output / "dev.jsonl"),
-        tasks={"speech -> text": 0.3, "text -> voiced:speech": 0.7},
+        tasks={"heard:speech -> said:text": 0.3, "text -> voiced:speech": 0.7},
         train=("speech",),
         every={"text": 1, "speech": 1},
         link=LinkConfig(gate_init=1.2, dropout=0.1),
@@ -113,7 +113,7 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
         pipeline = train(config)
     second = None if from_scratch else Pipeline.from_pretrained()
     with clock.phase(f"evaluate on {test} utterances"):
-        result = evaluate(pipeline, tests, second=second)
+        result = evaluate(pipeline, tests, second=second, robust=True)
     seconds = round(sum(clock.seconds.values()), 1)
     metrics = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
     made = Report(
@@ -133,7 +133,8 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
     checkpoint.write_json(output / "report.json", found)
     report.write(output / "report.html", made)
     asr, tts = found["asr"], found["tts"]
-    print(f"ASR WER {asr['wer']:.1%} (floor {asr['floor']:.1%})")
+    hardest = max(asr["robust"], key=asr["robust"].get)
+    print(f"ASR WER {asr['wer']:.1%} (floor {asr['floor']:.1%}; {hardest}: {asr['robust'][hardest]:.1%})")
     print(f"TTS WER {tts['wer']:.1%} by {JUDGE} (oracle {tts['oracle']:.1%}, floor {tts['floor']:.1%})")
     print(f"{output / 'report.html'} after {seconds:.0f} s")
     return found
@@ -149,11 +150,16 @@ class Evaluation:
 
 
 def evaluate(
-    pipeline: Pipeline, rows: Sequence[Row], tasks: Sequence[str] = ("asr", "tts"), second: Pipeline | None = None
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    tasks: Sequence[str] = ("asr", "tts"),
+    second: Pipeline | None = None,
+    robust: bool = False,
 ) -> Evaluation:
     """Scores of a model on rows of the built-in corpus, in all voices and in each, beside oracle and floor; and samples to hear.
 
-    rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by its units.
+    rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by its units. robust: ASR also
+    under everything in `disturbance.TABLE`.
     """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
     floor = floor_template(texts, [row["template"] for row in rows])
@@ -172,6 +178,9 @@ def evaluate(
     if "asr" in tasks:
         add("asr", "model", EXACT, [s.content for s in written], [s.ended for s in written])
         add("asr", "floor", EXACT, floor)
+        for name, ids in (disturbed(pipeline.units, rows) if robust else {}).items():
+            heard = [s.content for s in transcribe(pipeline, ids)]
+            scores["asr"].append(Score("model", EXACT, error_rate(texts, heard), disturbed=name))
     words = {"reference": texts, "transcript": [s.content for s in written]}
     if "tts" not in tasks:
         return Evaluation(scores, [], words)
@@ -179,17 +188,17 @@ def evaluate(
     units = {"model": [s.content for s in said], "oracle": true}
     sounds = {name: vocode(pipeline, ids) for name, ids in units.items()}
     judge = Judge.from_sentences([u.text for u in corpus.sentences("text", DOMAIN)])
-    heard = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
+    by_judge = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
     if second is not None:
         for name, ids in units.items():
-            heard[name][SECOND] = [s.content for s in transcribe(second, ids)]
-    for by in heard["model"]:
-        add("tts", "model", by, heard["model"][by], [s.ended for s in said])
-        add("tts", "oracle", by, heard["oracle"][by])
+            by_judge[name][SECOND] = [s.content for s in transcribe(second, ids)]
+    for by in by_judge["model"]:
+        add("tts", "model", by, by_judge["model"][by], [s.ended for s in said])
+        add("tts", "oracle", by, by_judge["oracle"][by])
         add("tts", "floor", by, floor)
 
     def sound(name: str, i: int) -> Sound:
-        return Sound(sounds[name][i], {by: words[i] for by, words in heard[name].items()})
+        return Sound(sounds[name][i], {by: words[i] for by, words in by_judge[name].items()})
 
     samples = []
     for i, recorded in enumerate(recordings(rows[:SHOWN])):
@@ -197,7 +206,7 @@ def evaluate(
         samples.append(
             Sample(rows[i]["id"], texts[i], voices[i], written[i].content, true_sound, sound("oracle", i), sound("model", i))
         )
-    words |= {f"{name} by {by}": list(said) for name, judges in heard.items() for by, said in judges.items()}
+    words |= {f"{name} by {by}": list(said) for name, judges in by_judge.items() for by, said in judges.items()}
     return Evaluation(scores, samples, words)
 
 
@@ -231,6 +240,18 @@ def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2)
     """Units to sound, in `workers` processes."""
     with closing(spread(pipeline.units.decode, map(list, units), workers, corpus.CHUNK)) as sounds:
         return list(tqdm(sounds, desc="vocode", total=len(units), unit="utterance", disable=None))
+
+
+def disturbed(units: SpeechUnits, rows: Sequence[Row], workers: int = 2) -> dict[str, list[list[int]]]:
+    """Codes of the utterances behind rows, said again and disturbed by each of `disturbance.TABLE`, in `workers` processes."""
+    with closing(spread(partial(_disturbed, units), rows, workers, corpus.CHUNK)) as heard:
+        found = list(tqdm(heard, desc="disturb", total=len(rows), unit="utterance", disable=None))
+    return {name: [codes[name] for codes in found] for name in disturbance.TABLE}
+
+
+def _disturbed(units: SpeechUnits, row: Row) -> dict[str, list[int]]:
+    (sound,) = recordings([row])
+    return {name: units.encode(one.apply(sound, zlib.crc32(row["id"].encode()))) for name, one in disturbance.TABLE.items()}
 
 
 def recordings(rows: Sequence[Row]) -> list[Audio]:

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from zipper import environment
 from zipper.errors import ZipperError
 
 # Names of the parts around the blocks in Hugging Face's models. A part under another name leaves the model to `Recorded`.
@@ -34,6 +35,11 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 class UnsupportedTower(ZipperError):
     """A model that the driver cannot run exactly as the model runs itself."""
+
+
+def refusal(what: str, todo: str = "Use another model.") -> UnsupportedTower:
+    """Says what is wrong and what to do; where torch or transformers is newer than any that was tried, not the model is blamed."""
+    return UnsupportedTower(f"{what} {environment.moved() or todo}")
 
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -123,7 +129,7 @@ class Way(ABC):
         """By kind of block, the masks of packed rows and of rows with gaps as separate rows have them: windows count positions."""
         config, document, position = self.config, reading.document, reading.slot_position
         if unknown := {*self.kinds} - {*LAYER_TYPES, "all"}:
-            raise UnsupportedTower(f"{type(self.model).__name__} has blocks of type {sorted(unknown)}.")
+            raise refusal(f"{type(self.model).__name__} has blocks of type {sorted(unknown)}.")
         slot = torch.arange(document.shape[1], device=document.device)
         reader = slice(document.shape[1] - h.shape[1], None)
         allowed = (document[:, reader, None] == document[:, None, :]) & reading.valid[:, None, :]
@@ -198,7 +204,7 @@ class Way(ABC):
             return None
 
     def _refusal(self, reason: str) -> UnsupportedTower:
-        return UnsupportedTower(f"{type(self.model).__name__} cannot be a tower: {reason}. Use another model.")
+        return refusal(f"{type(self.model).__name__} cannot be a tower: {reason}.")
 
 
 @final
@@ -208,7 +214,7 @@ class Attributes(Way):
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         super().__init__(model, path)
         if unknown := {*self.kinds} - {*LAYER_TYPES, "all"}:
-            raise UnsupportedTower(f"{type(model).__name__} has blocks of type {sorted(unknown)}.")
+            raise refusal(f"{type(model).__name__} has blocks of type {sorted(unknown)}.")
         self.cache_argument, self._cached_as = self._cache_arguments()
         self._accepts = tuple(
             _layer_arguments(type(model).__name__, block, cache) for block, cache in zip(self.blocks, self._cached_as, strict=True)
@@ -441,9 +447,9 @@ def _layer_arguments(name: str, block: nn.Module, cache: str) -> tuple[str, ...]
     takes = tuple(p.name for p in parameters if p.name in LAYER_ARGUMENTS)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if missing := [p.name for p in named if p.default is p.empty and p.name not in (*takes, cache)]:
-        raise UnsupportedTower(f"{name}'s blocks want {', '.join(missing)}, which zipper does not know how to give.")
+        raise refusal(f"{name}'s blocks want {', '.join(missing)}, which zipper does not know how to give.")
     if "attention_mask" not in takes:
-        raise UnsupportedTower(f"{name}'s blocks take no attention mask. Give an attention model.")
+        raise refusal(f"{name}'s blocks take no attention mask.", "Give an attention model.")
     return takes
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from tqdm import tqdm
 
-from zipper.audio import Audio, extra
+from zipper.audio import Audio
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.normaliser import NORMALISER, spaceless, words
 from zipper.normaliser import normalise as normalise

@@ -5,7 +5,6 @@ pass that was killed goes on where it was, and a corpus that changed costs only 
 """
 
 import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -23,14 +22,16 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from zipper import data, layouts
+from zipper import data, disturbance, layouts
 from zipper import workers as pool
-from zipper.data import Row, Sample
+from zipper.data import Row, Sample, Taken
+from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
 from zipper.files import place, sha256, write_json
 from zipper.layouts import Source
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
+from zipper.modality.speech import SpeechUnits
 from zipper.rows import BAD, PROVENANCE, Rows, provenance, read_record, write_shard
 
 FORMAT = 2
@@ -54,11 +55,13 @@ class Policy:
 
 
 class Job(NamedTuple):
-    """A shard to be made: its file, its raw rows, and the fingerprints of the modalities in modalities/ beside it."""
+    """A shard to be made: its file, its raw rows, the fingerprints of the modalities in modalities/ beside it, and how many rows
+    with a disturbed take of its speech each sample becomes (0: one, without)."""
 
     path: Path
     samples: Sequence[Sample]
     modalities: tuple[tuple[str, str], ...]
+    takes: int = 0
 
 
 #: Of a shard: {"samples": how many were read, "seconds": of sound kept, "bad": [{"where", "id", "why"}], "passed": {what was passed
@@ -78,10 +81,14 @@ def extract(
     shard: int = SHARD,
     spread: Spread | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    takes: int = 0,
 ) -> Rows:
     """A source (see zipper.layouts) as unit files in `folder`; what is there already is not made again.
 
-    split, limit: only this part of it, only its first so many samples. shard: samples a file. spread: who works (default: a process
+    split, limit: only this part of it, only its first so many samples. takes: so many rows of each
+    sample, each with another disturbed take of its speech in the field "heard", and what is said in
+    that in "said" (`disturbance.take`), to learn "heard:speech -> said:text" from; its own fields
+    stay as they are. shard: samples a file. spread: who works (default: a process
     a core). report: called after every shard made with {"samples", "bad", "seconds" of sound, "real_time": seconds of sound a
     second}. The files are the same bytes whoever works and however often the pass was killed. bad.jsonl lists what was refused,
     provenance.json counts what was used and, by name, what was passed over. Raises ZipperError for a source that is not there or
@@ -90,7 +97,13 @@ def extract(
     folder = place(folder)
     policy, spread = policy or Policy(), spread or processes()
     pins = tuple(sorted((name, modality.fingerprint) for name, modality in modalities.items()))
-    origin = {"source": layouts.spelled(source, folder), "split": split, "limit": limit, "modalities": dict(pins)}
+    origin = {
+        "source": layouts.spelled(source, folder),
+        "split": split,
+        "limit": limit,
+        "modalities": dict(pins),
+        "takes": takes or None,
+    }
     if (folder / PROVENANCE).is_file() and any(provenance(folder).get(key) != value for key, value in origin.items()):
         raise ZipperError(f"{folder} holds the units of another source, part, tokenizer or codebook. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,10 +114,11 @@ def extract(
     def missing() -> Iterator[Job]:
         found = (_hashed(sample, modalities) for sample in islice(layouts.samples(source, split, passed), limit))
         while chunk := list(islice(found, shard)):
-            name = hashlib.sha256(json.dumps([FORMAT, pins, [content for _, content in chunk]]).encode()).hexdigest()[:32]
+            made_of = [FORMAT, pins, takes, [content for _, content in chunk]]
+            name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
             paths.append(folder / f"units-{name}.safetensors")
             if read_record(paths[-1]) is None:
-                yield Job(paths[-1], [sample for sample, _ in chunk], pins)
+                yield Job(paths[-1], [sample for sample, _ in chunk], pins, takes)
 
     since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
     with (
@@ -152,10 +166,7 @@ def processes(workers: int | None = None) -> Spread:
 
 def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
     """Spread over a Ray cluster by Ray Data, a task a shard. Every machine sees the folder, and the source, at the same paths."""
-    try:
-        ray = importlib.import_module("ray.data")
-    except ImportError as error:
-        raise ZipperError(f"Ray Data is not installed ({error}). Do: pip install 'zipper-lm[ray]'") from error
+    ray = extra("ray.data")
     jobs = iter(jobs)
     while wave := list(islice(jobs, _WAVE)):
         # Bytes in, bytes out: Arrow would give rows with unlike keys one shape. They travel, and are kept nowhere.
@@ -180,16 +191,32 @@ def _make(job: Job) -> Record:
             if sample.problem:
                 raise ZipperError(f"{sample.where} {sample.problem}")
             taken = data.take(sample.row, modalities, sample.folder, sample.where)
-        except ZipperError as error:
-            bad.append({"where": sample.where, "id": name, "why": str(error)})
+            made = [taken.row | more for more in _takes(taken, modalities, job.takes, name, sample.where)]
+        except MissingExtra:  # no sample is bad because of it
+            raise
+        except Exception as error:  # by place, not by type: it is this sample's
+            why = str(error) if isinstance(error, ZipperError) else f"{sample.where}: {type(error).__name__}: {error}"
+            bad.append({"where": sample.where, "id": name, "why": why})
             continue
-        rows.append(taken.row)
-        names.append(name)
-        seconds.append(taken.seconds)
+        rows += made
+        names += [name] * len(made)
+        seconds += [taken.seconds] * len(made)
         passed.update(taken.passed)
     record = {"samples": len(job.samples), "seconds": sum(seconds, 0.0), "bad": bad, "passed": passed}
     write_shard(job.path, rows, names, seconds, record)
     return record
+
+
+def _takes(taken: Taken, modalities: Mapping[str, Modality], takes: int, name: str, where: str) -> list[Row]:
+    """The fields that disturbed takes of a sample's speech add to its row, take by take; one of none where none were wanted."""
+    if not takes:
+        return [{}]
+    units = [(key, one) for key, one in modalities.items() if isinstance(one, SpeechUnits) and key in taken.heard]
+    if not units or "text" not in taken.row:
+        raise ZipperError(f"{where} has no sound and text, so it cannot be taken again. Give both, or leave takes out.")
+    key, speech = units[0]
+    again = [disturbance.take(taken.heard[key], f"{name} {number}") for number in range(takes)]
+    return [{"heard": speech.encode(sound), "said": taken.row["text"] if said else []} for sound, said in again]
 
 
 @lru_cache(maxsize=1)

@@ -233,7 +233,7 @@ def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) ->
     needed = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
     if missing := sorted(needed - data.keys()):
         raise ZipperError(f"{where}: it lacks the key {missing[0]!r}.")
-    values = {name: _parse(_types(kind)[name], value, f"{where}: {name}", name, limits or {}) for name, value in data.items()}
+    values = {name: _parse(_types(kind)[name], value, f"{where}, {name}", name, limits or {}) for name, value in data.items()}
     try:
         return kind(**values)
     except ZipperError as error:
@@ -244,7 +244,10 @@ def settle(config: Any, limits: Limits) -> None:
     """For the `__post_init__` of a frozen dataclass: what `parse` asks of a file is asked of a program too, numbers of numpy and
     paths become plain ones, and lists and dicts become the configuration's own, whatever becomes of the caller's."""
     for field in fields(config):
-        value = _parse(_types(type(config))[field.name], getattr(config, field.name), field.name, field.name, limits)
+        try:
+            value = _parse(_types(type(config))[field.name], getattr(config, field.name), field.name, field.name, limits)
+        except ZipperError as error:
+            raise ZipperError(str(error).replace(": it is", " is", 1)) from None
         object.__setattr__(config, field.name, value)
 
 
@@ -357,17 +360,16 @@ def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in inner:
             return value
-        *others, last = map(repr, inner)
-        raise ZipperError(f"{where} is {_short(value)}; it must be {', '.join(others)}{' or ' * bool(others)}{last}.")
+        raise ZipperError(f"{where}: it is {_short(value)}; it must be one of {', '.join(inner)}.")
     if _holds(origin, value):
         if origin in (dict, Mapping):
             keys = [_parse(inner[0], key, f"a key of {where}", name, {}) for key in value]
-            items = [_parse(inner[1], item, f"{where}[{_short(key)}]", name, limits) for key, item in value.items()]
+            items = [_parse(inner[1], item, f"{where}, {_short(key)}", name, limits) for key, item in value.items()]
             return dict(zip(keys, items, strict=True))
         items = sorted(value, key=str) if isinstance(value, Set) else [*value]
         many = inner if origin is tuple and inner[-1] is not Ellipsis else (inner[0],) * len(items)
         if len(many) != len(items):
-            raise ZipperError(f"{where} is {_short(value)}; it must have {len(many)} items.")
+            raise ZipperError(f"{where}: it is {_short(value)}; it must have {len(many)} items.")
         found = [_parse(one, item, where, name, limits) for one, item in zip(many, items, strict=True)]
         return tuple(found) if origin is tuple else found
     if origin is Callable and callable(value):
@@ -377,12 +379,12 @@ def _parse(kind: Any, value: Any, where: str, name: str, limits: Limits) -> Any:
     value = _plainly(kind, value)
     if type(value) is not kind:
         wanted = {tuple: "list", Sequence: "list", dict: "object", Mapping: "object", Callable: "function"}.get(origin or kind)
-        raise ZipperError(f"{where} is {_short(value)}; it must be of type {wanted or kind.__name__}.")
+        raise ZipperError(f"{where}: it is {_short(value)}; it must be of type {wanted or kind.__name__}.")
     if kind in (int, float):
         low, high = limits.get(name, (-MOST_INTEGER, MOST_INTEGER))
         if not low <= value <= high:  # NaN is not
-            bounds = f"at least {low:,.10g}" if high == MOST_INTEGER else f"from {low:,.10g} to {high:,.10g}"
-            raise ZipperError(f"{where} is {_short(value)}; it must be {bounds if name in limits else 'finite'}.")
+            bounds = f"be at least {low:g}" if high == MOST_INTEGER and name in limits else f"lie between {low:g} and {high:g}"
+            raise ZipperError(f"{where}: it is {_short(value)}; it must {bounds}.")
     return value
 
 
@@ -404,7 +406,7 @@ def _plainly(kind: Any, value: Any) -> Any:
     try:
         return kind(value)
     except OverflowError:  # an integer beyond all floating-point numbers
-        return math.inf
+        return value
 
 
 def _entry(name: str, data: Any, base: int) -> Entry:

@@ -28,6 +28,7 @@ from typing import Any
 
 from zipper import data
 from zipper.data import SOUNDS, Sample
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.files import lines, read_json
 from zipper.files import place as place_of
@@ -360,7 +361,7 @@ def _tables(kind: str) -> Callable[[str, Passed], Iterator[Sample]]:
     """A reader of parquet or arrow files by pyarrow, a batch at a time; sound stays the bytes of a file."""
 
     def read(place: str, passed: Passed) -> Iterator[Sample]:
-        _needs(kind, "pyarrow")
+        extra("pyarrow")
         for split, files in _splits(kind, place, passed).items():
             number = 0
             for path in files:
@@ -455,9 +456,7 @@ _Batch = tuple[Any, int, str]
 
 
 def _parquet(path: Path) -> Iterator[_Batch]:
-    from pyarrow.parquet import ParquetFile
-
-    with path.open("rb") as file, ParquetFile(file, page_checksum_verification=True) as table:
+    with path.open("rb") as file, extra("pyarrow.parquet").ParquetFile(file, page_checksum_verification=True) as table:
         _all_different(table.schema_arrow.names)
         for group in range(table.num_row_groups):
             left = table.metadata.row_group(group).num_rows
@@ -471,8 +470,7 @@ def _parquet(path: Path) -> Iterator[_Batch]:
 
 
 def _arrow(path: Path) -> Iterator[_Batch]:
-    import pyarrow as pa
-
+    pa = extra("pyarrow")
     with path.open("rb") as file:
         try:
             batches, stream = iter(pa.ipc.open_stream(file)), True
@@ -498,16 +496,14 @@ def _all_different(names: Sequence[str]) -> None:
 
 def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
     """By the library `datasets`, streaming: nothing is copied into its cache. Sounds that it passes over have a problem."""
-    _needs("audiofolder", "datasets")
-    from datasets import Audio, Value, load_dataset
-
+    datasets = extra("datasets")
     root, named = place_of(place), set[str]()
     if not root.is_dir():
         raise ZipperError(f"There is nothing at {place}. Give a folder.")
     try:
-        for split, dataset in load_dataset("audiofolder", data_dir=str(root), streaming=True).items():
-            for name in [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Audio)]:
-                dataset = dataset.cast_column(name, Value("string"))  # left as it is: else torchcodec is asked for
+        for split, dataset in datasets.load_dataset("audiofolder", data_dir=str(root), streaming=True).items():
+            for name in [name for name, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Audio)]:
+                dataset = dataset.cast_column(name, datasets.Value("string"))  # left as it is: else torchcodec is asked for
             for n, row in enumerate(dataset):
                 row["speech"] = row.pop("audio")
                 named.add(os.path.realpath(row["speech"]))
@@ -522,15 +518,6 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
                 why = "is passed over by datasets: no row of the metadata names it, or it does not know the ending."
                 yield Sample(str(folder / name), {"id": str((folder / name).relative_to(root))}, root, why)
         _others(passed, (name for name in names if not _is_sound(name)))
-
-
-def _needs(kind: str, library: str) -> None:
-    try:
-        __import__(library)
-    except ImportError as error:
-        raise ZipperError(
-            f"{kind}: needs {library}, which is not installed ({error}). Do: pip install 'zipper-lm[data]'"
-        ) from error
 
 
 _KINDS: dict[str, Callable[[Any, Passed], Iterator[Sample]]] = {

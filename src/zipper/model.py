@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from zipper import checkpoint, hub, loss
 from zipper.card import card
+from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.files import parse, settle
 from zipper.generation import Limits, default_limit, generate
@@ -269,6 +270,8 @@ class Zipper(nn.Module):
                 raise ZipperError(f"{name!r} cannot name a tower, torch uses that word; take another, e.g. '{name}_tower'.")
             tower.check()
         kind = input_projection or ("paper" if preset == "paper" else "residual")
+        if unknown := [one for one in ([kind] if isinstance(kind, str) else kind.values()) if one not in get_args(InputKind)]:
+            raise ZipperError(f"Input projection {unknown[0]!r} is unknown; it must be 'residual', 'paper' or 'none'.")
         configs = {}
         for name, tower in loaded.items():
             begin, end = (ends or {}).get(name, (tower.begin, tower.end))
@@ -569,6 +572,8 @@ class Zipper(nn.Module):
                     loaded[name].adapt(tower.lora)
             with torch.device("meta"):  # no memory, no random numbers for what the file will bring, or will not
                 model = cls(loaded, config)
+        except MissingExtra:
+            raise
         except ZipperError as error:
             raise ZipperError(f"{path} does not fit: {error}") from error
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)

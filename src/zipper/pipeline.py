@@ -1,17 +1,18 @@
 """Pipeline: model and modalities, raw in, raw out. The only object that most users, the command line, the server and the evaluation
 touch."""
 
+import math
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zipper import checkpoint, hub
-from zipper.audio import Audio
+from zipper.audio import Audio, read
 from zipper.baseline import KIND, Baseline
 from zipper.card import card
 from zipper.engine import Engine
@@ -32,6 +33,18 @@ ROWS = 16  # requests that run at once: as many as a compiled step takes
 
 #: The model that comes with the package: spoken commands, text <-> speech.
 SHIPPED = Path(__file__).parent / "shipped" / "spoken_commands"
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said in a sound, "" where nothing was.
+
+    confidence: the probability that the model gave to the tokens of the text and to its end, in the
+    geometric mean; 1 where the sound alone tells that nobody speaks (`SpeechUnits.says_nothing`).
+    """
+
+    text: str
+    confidence: float
 
 
 class Pipeline:
@@ -148,12 +161,18 @@ class Pipeline:
     ) -> list[list[Segment]]:
         """`run` for many inputs of one plan at once. Contents that are lists of ids are taken as they are.
 
+        Where all that is given is sound in which nothing is said, what comes out is empty.
+
         On a CPU a zip of up to `FAST_BYTES` of weights goes by the engine, which holds them twice more, laid out for speed.
         """
-        prompts = [[self._encode(segment) for segment in segments] for segments in batch]
+        batch = [[self._read(segment) for segment in segments] for segments in batch]
+        silent = [bool(segments) and all(map(self._says_nothing, segments)) for segments in batch]
+        prompts = [[self._encode(segment) for segment in segments] for segments, no in zip(batch, silent, strict=True) if not no]
         plan = [self._encode(item) if isinstance(item, Segment) else item for item in outputs]
-        produced = self.generate(prompts, plan, sampling or Sampling(), limits)
-        return [[replace(s, content=self.modalities[s.tower].decode(s.content)) for s in row] for row in produced]
+        produced = iter(self.generate(prompts, plan, sampling or Sampling(), limits) if prompts else ())
+        nothing = [Segment(item.tower if isinstance(item, Segment) else item, []) for item in plan]
+        rows = [nothing if no else next(produced) for no in silent]
+        return [[replace(s, content=self._modality(s.tower).decode(s.content)) for s in row] for row in rows]
 
     def generate(
         self,
@@ -189,11 +208,17 @@ class Pipeline:
         return Engine(self.model, rows)
 
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
-        """Speech to text: an Audio, the path of a sound file or its content -> its words. Raises ZipperError for what is no sound,
-        of no length, or not of one channel; see `Audio` and `audio.read`."""
-        text = self.run([Segment("speech", speech)], outputs=["text"])[0].content
-        assert isinstance(text, str)
-        return text
+        """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where nothing is said. Raises
+        ZipperError for what is no sound, of no length, or not of one channel; see `Audio` and `audio.read`."""
+        return self.hear(speech).text
+
+    def hear(self, speech: Audio | str | Path | bytes) -> Transcript:
+        """`transcribe`, and how sure the model is of it."""
+        given, text = self._read(Segment("speech", speech)), self._modality("text")
+        if self._says_nothing(given):
+            return Transcript("", 1.0)
+        written = self.generate([[self._encode(given)]], ["text"], Sampling())[0][0]
+        return Transcript(text.decode(written.content), math.exp(written.score / max(1, len(written.content) + written.ended)))
 
     def speak(self, text: str, voice: str | None = None, sampling: Sampling | None = None) -> Audio:
         """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose."""
@@ -225,10 +250,20 @@ class Pipeline:
             raise ZipperError(f"This model has no modality {name!r}; it has {sorted(self.modalities)}.")
         return self.modalities[name]
 
-    def _encode(self, segment: Segment) -> Segment:
-        modality, content = self._modality(segment.tower), segment.content
+    def _read(self, segment: Segment) -> Segment:
+        """With the sound in place of its file; a sound without samples is an error."""
+        content = segment.content
+        if isinstance(self._modality(segment.tower), SpeechUnits) and isinstance(content, str | Path | bytes):
+            return replace(segment, content=read(content))
         if isinstance(content, Audio) and not len(content.samples):
             raise ZipperError("The sound given has no samples. Give one with something in it.")
+        return segment
+
+    def _says_nothing(self, segment: Segment) -> bool:
+        return isinstance(segment.content, Audio) and SpeechUnits.says_nothing(segment.content)
+
+    def _encode(self, segment: Segment) -> Segment:
+        modality, content = self._modality(segment.tower), segment.content
         return segment if isinstance(content, list) else replace(segment, content=modality.encode(content))
 
 

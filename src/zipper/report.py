@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from zipper.audio import Audio, Mel, extra
+from zipper.audio import Audio, Mel
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate
 from zipper.normaliser import normalise, words
@@ -68,6 +69,7 @@ STYLE = {
 class Score:
     """One system under one judge. system: "model", "oracle", "floor" or any other name; judge: who turned the output into words;
     voice: "" = all voices together; unended: share of produced segments that hit their cap, None where nothing was produced.
+    disturbed: by what the sound was, a name of `disturbance.TABLE`; "" = as it is.
     """
 
     system: str
@@ -75,6 +77,7 @@ class Score:
     rate: ErrorRate
     voice: str = ""
     unended: float | None = None
+    disturbed: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,30 +241,33 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Scores of one task as plain data: `wer` of the model and of each other system by the first judge, and all `scores`."""
+    """Scores of one task as plain data: `wer` of the model and of each other system by the first judge, `robust`, the model's by
+    disturbance, where that was tried, and all `scores`."""
     quoted = {"wer" if name == "model" else name: score.rate.wer for name, score in _quoted(scores).items()}
     unended = [score.unended for score in _quoted(scores).values() if score.unended is not None]
-    judge = {"judge": scores[0].judge} if scores else {}
+    judge: dict[str, Any] = {"judge": scores[0].judge} if scores else {}
+    if robust := {score.disturbed: score.rate.wer for score in scores if score.disturbed}:
+        judge["robust"] = robust
     return quoted | judge | ({"unended": unended[0]} if unended else {}) | {"scores": [asdict(score) for score in scores]}
 
 
 def text_table(scores: Sequence[Score]) -> str:
     """Scores as a table for a terminal."""
-    lines = [
-        f"{'system':8} {'judge':18} {'voice':8} {'WER':>7} {'95 % interval':>17} {'CER':>7} {'exact':>7} {'unended':>8} {'n':>5}"
-    ]
+    width = max([8, *(len(s.disturbed or s.voice) for s in scores)])
+    title = f"{'of':{width}}"
+    lines = [f"{'system':8} {'judge':18} {title} {'WER':>7} {'95 % interval':>17} {'CER':>7} {'exact':>7} {'unended':>8} {'n':>5}"]
     for s in scores:
         unended = "" if s.unended is None else f"{s.unended:.1%}"
         lines.append(
-            f"{s.system:8} {s.judge:18} {s.voice or 'all':8} {s.rate.wer:7.1%} {s.rate.low:8.1%} {s.rate.high:8.1%} "
-            f"{s.rate.cer:7.1%} {s.rate.exact:7.1%} {unended:>8} {s.rate.utterances:5d}"
+            f"{s.system:8} {s.judge:18} {s.disturbed or s.voice or 'all':{width}} {s.rate.wer:7.1%} "
+            f"{s.rate.low:8.1%} {s.rate.high:8.1%} {s.rate.cer:7.1%} {s.rate.exact:7.1%} {unended:>8} {s.rate.utterances:5d}"
         )
     return "\n".join(lines)
 
 
 def _quoted(scores: Sequence[Score]) -> dict[str, Score]:
     """Each system's score by the first judge over all voices."""
-    return {score.system: score for score in scores if score.judge == scores[0].judge and not score.voice}
+    return {score.system: score for score in scores if score.judge == scores[0].judge and not score.voice + score.disturbed}
 
 
 def _sounds(sample: Sample) -> dict[str, Sound]:
@@ -312,19 +318,21 @@ def _table(title: str, scores: Sequence[Score]) -> str:
     if not scores:
         return ""
     judges = list(dict.fromkeys(score.judge for score in scores))
-    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    rows: dict[tuple[str, str, str], dict[str, Score]] = {}
     for score in scores:
-        rows.setdefault((score.system, score.voice), {})[score.judge] = score
+        rows.setdefault((score.system, score.voice, score.disturbed), {})[score.judge] = score
     most = max(score.rate.high for score in scores)
     across = "".join(f"<th colspan=3 scope=colgroup class=judge>{escape(judge)}</th>" for judge in judges)
     measures = "<th scope=col class=judge>words wrong (WER)<th scope=col>characters wrong<th scope=col>sentences right"
     body = ""
-    for (system, voice), by in rows.items():
-        name = f"voice {escape(voice)}" if voice else f"{escape(system)}<small>{escape(NOTES.get(system, ''))}</small>"
+    for (system, voice, disturbed), by in rows.items():
+        name = f"{escape(system)}<small>{escape(NOTES.get(system, ''))}</small>"
+        if part := disturbed or (voice and f"voice {voice}"):
+            name = escape(part)
         one = next(iter(by.values()))
         unended = next((_percent(score.unended) for score in by.values() if score.unended is not None), "")
         body += (
-            f"<tr class={'voice' if voice else 'all'}><th scope=row>{name}</th>"
+            f"<tr class={'voice' if part else 'all'}><th scope=row>{name}</th>"
             + "".join(_rate(by[judge].rate, most) if judge in by else "<td colspan=3 class=judge>" for judge in judges)
             + f"<td>{unended}<td>{one.rate.utterances:,}<small>{one.rate.words:,} words</small></tr>"
         )
@@ -354,10 +362,8 @@ def _attention(seen: AttentionMap) -> str:
     (down, rows), (across, columns) = [(title, [*map(_cut, labels)]) for title, labels in sides]
 
     def draw(figure: "Figure") -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-
         axes = figure.subplots()
-        clear = LinearSegmentedColormap.from_list("clear", [f"{PALETTE[0]}00", PALETTE[0]])
+        clear = extra("matplotlib.colors").LinearSegmentedColormap.from_list("clear", [f"{PALETTE[0]}00", PALETTE[0]])
         axes.imshow(weights, cmap=clear, aspect="auto", interpolation="none", vmin=0)
         axes.set_yticks(range(len(rows)), rows)
         every = -(-len(columns) // 32)
@@ -455,17 +461,6 @@ def series(metrics: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tuple
     return found
 
 
-def plotting() -> Any:
-    """matplotlib; raises ZipperError where it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ZipperError(
-            "matplotlib draws the report's pictures and is not installed. Run: pip install 'zipper-lm[train]'."
-        ) from error
-    return matplotlib
-
-
 def _cut(label: str, most: int = 16) -> str:
     """A label so long that it would leave no room for what it labels is cut."""
     return label if len(label) <= most else label[: most - 1] + "…"
@@ -476,11 +471,9 @@ def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: st
 
     matplotlib makes the remaining ids from what they name and a salt: the label keeps them apart, and the same from run to run.
     """
-    with plotting().rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
+    with extra("matplotlib").rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the browser has a font for it, and draws the text
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=inches, layout="constrained")
+        figure = extra("matplotlib.figure").Figure(figsize=inches, layout="constrained")
         draw(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -490,12 +483,9 @@ def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: st
 
 def _spectrogram(audio: Audio) -> bytes:
     """A PNG, low frequencies at the bottom, 10 ms per pixel; the darkest is 60 dB under the loudest."""
-    plotting()
-    from matplotlib.image import imsave
-
     picture = PICTURE.picture(audio.resample(PICTURE.rate_hz)).T
     out = io.BytesIO()
-    imsave(out, picture, vmin=picture.max() - np.log(1e6), cmap="magma", origin="lower", format="png")
+    extra("matplotlib.image").imsave(out, picture, vmin=picture.max() - np.log(1e6), cmap="magma", origin="lower", format="png")
     return out.getvalue()
 
 

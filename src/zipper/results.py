@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from zipper import files, report
-from zipper.audio import extra
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import RESAMPLES
 

@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import set_tqdm_hook
 
 from zipper import checkpoint, hub
-from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists
+from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists, refusal
 from zipper.driver import UnsupportedTower as UnsupportedTower
+from zipper.environment import extra
 from zipper.errors import ZipperError as ZipperError
 from zipper.files import place
 
@@ -189,15 +191,16 @@ class Tower(nn.Module):
         commit = "" if local else hub.commit(str(source), revision)
         loader: Any = AutoModelForCausalLM
         try:
-            model, report = loader.from_pretrained(
-                folder if local else source,
-                revision=commit or "main",
-                dtype=dtype or "auto",
-                local_files_only=local,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with _without_bars():
+                model, report = loader.from_pretrained(
+                    folder if local else source,
+                    revision=commit or "main",
+                    dtype=dtype or "auto",
+                    local_files_only=local,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, LookupError, RuntimeError, TypeError, SafetensorError) as error:
             raise ZipperError(f"Cannot load a causal language model from {where}: {error}") from error
         if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights
@@ -299,20 +302,17 @@ class Tower(nn.Module):
         birth. An adapted tower keeps the adapter that it has; settings other than that one's are a ZipperError, as unknown ones.
         Returns the settings, with a word such as "all-linear" as the modules that it stands for here.
         """
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise ZipperError("LoRA needs the package peft. Install zipper-lm[lora].") from error
+        peft = extra("peft")
         adapted = getattr(self.model, "peft_config", None)
         try:
-            config = LoraConfig(**settings)
+            config = peft.LoraConfig(**settings)
             with (
                 torch.device("meta"),
                 warnings.catch_warnings(action="ignore"),
             ):  # a bare twin without memory shows what it comes to
-                inject_adapter_in_model(config, type(self.model)(self.model.config))
+                peft.inject_adapter_in_model(config, type(self.model)(self.model.config))
             if adapted is None:
-                inject_adapter_in_model(LoraConfig(**settings), self.model)
+                peft.inject_adapter_in_model(peft.LoraConfig(**settings), self.model)
         except (TypeError, ValueError) as error:
             raise ZipperError(f"{self.name} cannot be adapted by lora={dict(settings)}: {error}") from error
         if adapted is not None and any(adapted["default"].to_dict()[key] != config.to_dict()[key] for key in settings):
@@ -499,7 +499,7 @@ class Tower(nn.Module):
             raise self._refusal(f"{what}: {type(error).__name__}: {str(error).strip().rstrip('.')}") from error
 
     def _refusal(self, reason: str) -> UnsupportedTower:
-        return UnsupportedTower(f"{self.name} cannot be a tower: {reason}. Use another model.")
+        return refusal(f"{self.name} cannot be a tower: {reason}.")
 
 
 def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
@@ -516,6 +516,16 @@ def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
 def _lengths(cache: Any) -> list[int]:
     """Slots that each layer of a cache holds."""
     return [layer.get_seq_length() for layer in cache.layers]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set holds again afterwards."""
+    before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 @contextmanager

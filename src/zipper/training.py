@@ -21,13 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, broadcast_object_list
 from jaxtyping import Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zipper import checkpoint, files, hub, inspection, plan
 from zipper.baseline import Baseline
 from zipper.data import Row
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.extraction import Policy, load
 from zipper.files import MOST_INTEGER, held, parse, saving, settle
@@ -51,6 +49,9 @@ from zipper.sequence import Batch, collate
 from zipper.sharding import like, shard, whole
 from zipper.tasks import Task, tower_of
 from zipper.tower import Tower
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: What a recipe may ask for: (least, most) by field.
 LIMITS = {
@@ -393,26 +394,30 @@ def train(config: TrainConfig, resume: bool = False, report: Callable[[dict[str,
     SIGTERM lets the step end, saves a checkpoint and raises Stopped. Raises ZipperError for a recipe or data that do not fit, and
     where the checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files count by content).
     """
-    if absent := sorted({*config.trackers} - {*map(str, get_available_trackers())}):  # accelerate would go on without a word
-        raise ZipperError(
-            f"The trackers {absent} are not installed here, or unknown. There are {[*map(str, get_available_trackers())]}."
-        )
-    accelerator = Accelerator(
+    accelerate = extra("accelerate")
+    if "tensorboard" in config.trackers:
+        extra("tensorboard")
+    known = [*map(str, accelerate.tracking.get_available_trackers())]
+    if absent := sorted({*config.trackers} - {*known}):  # accelerate would go on without a word
+        raise ZipperError(f"The trackers {absent} are not installed here, or unknown. There are {known}.")
+    accelerator: Accelerator = accelerate.Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "tensorboard")),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        project_config=accelerate.utils.ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "tensorboard")),
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     with _alone(Path(config.output), accelerator):
         return _train(config, resume, report, accelerator)
 
 
 def _train(
-    config: TrainConfig, resume: bool, report: Callable[[dict[str, Any]], None] | None, accelerator: Accelerator
+    config: TrainConfig, resume: bool, report: Callable[[dict[str, Any]], None] | None, accelerator: "Accelerator"
 ) -> Pipeline:
     """`train`, by processes that hold the run's folder."""
     folder = Path(config.output)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    accelerate = extra("accelerate")
+    kind = accelerate.DistributedType
+    if accelerator.distributed_type in (kind.FSDP, kind.DEEPSPEED, kind.MEGATRON_LM):
         raise ZipperError(f"Launched with {accelerator.distributed_type.value}. Launch plain processes; shard=True cuts the model.")
     if config.batch < accelerator.num_processes * config.accumulate:
         raise ZipperError(
@@ -470,7 +475,7 @@ def _train(
             found = [_mean_loss(bare, task, dev, config, accelerator.device) for task in tasks.values()]
         bare.train()
         # What follows from it is the same everywhere, whatever the processes run on.
-        told = broadcast(torch.tensor(found, dtype=torch.float64, device=accelerator.device)).tolist()
+        told = accelerate.utils.broadcast(torch.tensor(found, dtype=torch.float64, device=accelerator.device)).tolist()
         return dict(zip(tasks, told, strict=True))
 
     def look(step: int) -> dict[str, float]:
@@ -587,8 +592,13 @@ def _train(
     return Pipeline.from_pretrained(folder / "model", _frozen(model))
 
 
+def _told(found: Any) -> Any:
+    """What the first process found, on every process."""
+    return extra("accelerate.utils").broadcast_object_list([found])[0]
+
+
 @contextmanager
-def _alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def _alone(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
     """Hold the run's folder, by one process for all of them. A ZipperError says who writes it already, in every process."""
     with contextlib.ExitStack() as stack:
         refused = None
@@ -597,7 +607,7 @@ def _alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
                 stack.enter_context(held(folder))
             except ZipperError as error:
                 refused = str(error)
-        if said := broadcast_object_list([refused])[0]:
+        if said := _told(refused):
             raise ZipperError(said)
         yield
 
@@ -659,7 +669,7 @@ def gates(model: Model) -> dict[str, float]:
     return {name: float(whole(link.gate).tanh().abs()) for name, link in model.links.items()}  # type: ignore[arg-type]
 
 
-def _spread(objective: Objective, config: TrainConfig, accelerator: Accelerator, cut: bool) -> nn.Module:
+def _spread(objective: Objective, config: TrainConfig, accelerator: "Accelerator", cut: bool) -> nn.Module:
     """The objective as this process runs it: on its device, by DDP where there are several, unless it is cut into pieces."""
     towers = dict.fromkeys(tower for tower in objective.model.towers.values() if isinstance(tower, Tower))
     blocks = [block for tower in towers for block in tower.blocks]
@@ -677,7 +687,7 @@ def _spread(objective: Objective, config: TrainConfig, accelerator: Accelerator,
     return prepared
 
 
-def _rate(model: Model, loads: Sequence[plan.Load], config: TrainConfig, accelerator: Accelerator) -> float:
+def _rate(model: Model, loads: Sequence[plan.Load], config: TrainConfig, accelerator: "Accelerator") -> float:
     """Operations per second of the product that most of a step is, on this process's device."""
     shape = plan.largest_product(model, max(loads, key=lambda load: sum(load.tokens.values())))
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
@@ -726,7 +736,7 @@ def _batches(
     config: TrainConfig,
     step: int,
     model: Model,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
 ) -> tuple[list[list[Batch]], dict[str, float]]:
     """This process's micro-batches of one step, each one batch per task (so that what a task cannot see costs nothing), and the
     global number of target tokens per tower.
@@ -877,7 +887,7 @@ def _restore(folder: Path, optimizer: Any, names: Mapping[nn.Parameter, str], co
     """The newest checkpoint that is whole, put into model and optimizer; an empty Progress where there is none. Raises ZipperError
     for one of a run that goes another way."""
     path = checkpoint.newest(_checkpoints(folder)) if write else None
-    path = broadcast_object_list([path])[0]  # all processes go on from the same one
+    path = _told(path)  # all processes go on from the same one
     if path is None:
         return Progress()
     tensors = load_file(path / "training.safetensors")
@@ -924,7 +934,7 @@ def _kept(best: Path, progress: Progress, model: Model, ended: bool, write: bool
                 Zipper.repin(best, moved)
         except ZipperError as error:
             problem = str(error)
-    problem = broadcast_object_list([problem])[0]
+    problem = _told(problem)
     if problem and ended:
         raise ZipperError(f"The run is at its end, but its best model is lost. {problem}")
     if problem and write:

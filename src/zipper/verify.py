@@ -7,6 +7,7 @@ shares the towers but whose links and input projections are wide awake: a closed
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
@@ -14,9 +15,8 @@ from itertools import permutations
 from typing import Any, final
 
 import torch
-from accelerate import init_empty_weights
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from zipper.errors import ZipperError
@@ -248,11 +248,26 @@ def _writes(trial: _Trial, name: str) -> Found:
 def _buffers(model: Zipper, name: str) -> Found:
     """Buffers that no checkpoint holds (rotary frequencies, scales) are those that transformers makes from the configuration."""
     own = model.tower(name)
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+    with _weightless(), torch.random.fork_rng(devices=[]):
         fresh = dict(type(own)(own.config).named_buffers())
     mine = {key: buffer for key, buffer in own.named_buffers() if key not in own.state_dict()}
     wrong = [key for key, buffer in mine.items() if not torch.equal(buffer, fresh[key].to(buffer))]
     return not wrong, f"{len(wrong)} of {len(mine)} differ" + (f": {', '.join(wrong[:3])}" if wrong else "")
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Modules that are made meanwhile have parameters without memory, and real buffers."""
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+
+    nn.Module.register_parameter = empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _frozen(model: Zipper, name: str, base: TowerSource | None) -> Found:

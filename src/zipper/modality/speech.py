@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from zipper.audio import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Mel, read
+from zipper.audio import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
 from zipper.files import header, parse, read_json
 
@@ -31,20 +31,36 @@ LIMITS = {
     "loud": (1e-6, 1.0),
     "floor": (1e-30, 1.0),
     "stack": (1, 1_000),
+    "window_ms": (0.1, 1_000.0),
+    "quiet_db": (-200.0, 0.0),
+    "noise_share": (0.0, 1.0),
+    "noise_db": (0.0, 100.0),
+    "least_db": (-200.0, 0.0),
+    "margin_ms": (0.0, 1_000.0),
+    "places": (1, 1_000),
+    "fitted": (1, 100),
+    "floor_share": (0.0, 1.0),
+    "empty_nats": (0.0, 100.0),
 }
+SWING_DB = 4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
 BATCH = 8_192  # points per step of the k-means
 AHEAD = 2  # units that must be known behind those that are made into sound, or heard behind those that are told
+SURE = 12  # units that must be heard before the grid is laid: then one in twelve is laid elsewhere, after six one in six
 BEHIND = 3  # units of finished sound that the next part of a stream goes on from
 
 
 @dataclass(frozen=True)
 class UnitsConfig:
-    """What the codes are made of. `stack` mel frames make one unit: 4 frames of 10 ms are 25 units a second."""
+    """What the codes are made of. `stack` mel frames make one unit: 4 frames of 10 ms are 25 units a second.
+
+    front: how sound is cut first; None takes it as it is, from its first sample, as all units were made before there was one.
+    """
 
     mel: Mel = field(default_factory=Mel)
     stack: int = 4
     voices: tuple[str, ...] = ()
     fitted_on: str = ""
+    front: Front | None = field(default_factory=Front)
 
     @property
     def units_per_s(self) -> float:
@@ -90,16 +106,71 @@ class SpeechUnits:
     @property
     def fingerprint(self) -> str:
         """sha256 of the codebook and of what it is made of and fitted on."""
-        return hashlib.sha256(self.codebook.tobytes() + json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+        described = asdict(self.config)
+        if self.config.front is None:  # as it was before there was one
+            del described["front"]
+        return hashlib.sha256(self.codebook.tobytes() + json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def log_mel(self, audio: Audio) -> Float32[np.ndarray, "frames bins"]:
-        """The picture that these units are codes of; sound of any rate and loudness."""
-        return self.config.mel.picture(audio)
+        """The picture that these units are codes of; sound of any rate and loudness.
+
+        With a front (`config.front`) it has no offset and no pauses, and begins where the grid of
+        units fits best. For a sound and the same 20 ms later, cut by one grid, have other codes. So
+        the grid is laid anew for each: it begins up to a unit before the first thing heard, at one
+        of `front.places` places a frame, the one from which the codebook comes nearest to the first
+        `front.fitted` units. A sound has the same codes wherever it lies in a file.
+        """
+        return self._laid(audio)[0]
+
+    def _laid(self, audio: Audio, begin: int | None = None) -> tuple[Float32[np.ndarray, "frames bins"], int]:
+        """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was found to begin before."""
+        mel, front, unit = self.config.mel, self.config.front, self.config.stack * self.config.mel.hop
+        if front is None or not audio.samples.any():
+            return mel.picture(audio), 0
+        sound = audio.resample(mel.rate_hz).centred()
+        start, stop = sound.ends(front)
+        first = start - unit if begin is None else begin
+        sound = sound.between(first, max(first, stop + round(front.margin_ms / 1000 * mel.rate_hz))).level(mel.loud)
+        place = self._place(sound, front) if begin is None else 0
+        return mel.logs(sound.samples[place:]), first + place
+
+    def _place(self, sound: Audio, front: Front) -> int:
+        """The sample, up to a unit in, from which the codebook fits best; the last of equals."""
+        mel, stack = self.config.mel, self.config.stack
+        unit, step, frames = stack * mel.hop, mel.hop // front.places, stack * front.fitted
+        known = self.heard_in(mel.logs(sound.samples[unit:], 2 * mel.hop))
+        head = mel.logs(sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step)  # one row a place
+        points = np.concatenate([stacked(head[place :: front.places][:frames], stack) for place in range(unit // step, 0, -1)])
+        errors = np.square(points - known[nearest(points, known)]).sum(axis=1).reshape(-1, front.fitted).mean(axis=1)
+        return unit - step * int(errors.argmin())
+
+    @staticmethod
+    def says_nothing(audio: Audio) -> bool:
+        """Whether this is silence, or a noise that goes on and on: speech swings more."""
+        return audio.swing_db < SWING_DB
+
+    def heard_in(self, picture: Float32[np.ndarray, "frames bins"]) -> Float32[np.ndarray, "codes stacked_bins"]:
+        """The codebook as it would look in this sound.
+
+        Its noise is added (parallel model combination, Gales and Young 1996); where the sound has
+        nothing in a bin, as behind a telephone, all codes are alike.
+        """
+        front = self.config.front
+        if front is None or not len(picture):
+            return self.codebook
+        noise, loud = np.quantile(picture, (front.floor_share, 0.95), axis=0).astype(np.float32)
+        empty = loud < np.float32(np.log(self.config.mel.floor) + front.empty_nats)
+        if empty.all():
+            return self.codebook
+        frames = self.codebook.reshape(-1, len(noise))
+        return np.where(empty, noise, np.logaddexp(frames, noise)).reshape(self.codebook.shape)
 
     def encode(self, raw: Audio | str | Path | bytes) -> list[int]:
-        """Codes of a sound, a sound file or its content, one per started 40 ms; nothing but codes."""
-        audio = raw if isinstance(raw, Audio) else read(raw)
-        codes: list[int] = nearest(stacked(self.log_mel(audio), self.config.stack), self.codebook).tolist()
+        """Codes of a sound, a sound file or its content, one per started 40 ms of its `log_mel`; nothing but codes."""
+        return self._codes(self.log_mel(raw if isinstance(raw, Audio) else read(raw)))
+
+    def _codes(self, picture: Float32[np.ndarray, "frames bins"]) -> list[int]:
+        codes: list[int] = nearest(stacked(picture, self.config.stack), self.heard_in(picture)).tolist()
         return codes
 
     def decode(self, ids: Sequence[int]) -> Audio:
@@ -108,19 +179,30 @@ class SpeechUnits:
         return self.config.mel.sound(self.codebook[codes].reshape(-1, self.config.mel.bins))
 
     def listen(self, sounds: Iterable[Audio]) -> Iterator[list[int]]:
-        """Codes of a sound that comes in parts of one rate, as soon as they are known: some codes, perhaps none, for each part, and
-        the rest at the end. They differ from those of the whole where its loudness is not known yet. Everything heard is looked at
-        again with each part: for utterances, not for hours.
+        """Codes of a sound that comes in parts of one rate, as soon as they are known: some codes,
+        perhaps none, for each part, and the rest at the end.
+
+        They differ from those of the whole where its loudness and noise are not known yet. Pauses
+        are cut as in `encode`: nothing is told before something is heard and the grid is laid on it,
+        where it stays; a pause is told when speech goes on behind it, so the last one never is.
+        Everything heard is looked at again with each part: for utterances, not for hours.
         """
-        heard, told = Audio(np.zeros(0, np.float32), self.config.mel.rate_hz), 0
+        heard, told, begin = Audio(np.zeros(0, np.float32), self.config.mel.rate_hz), 0, None
         for sound in sounds:
             if len(heard.samples) and sound.rate_hz != heard.rate_hz:
                 raise ZipperError(f"Sound of {sound.rate_hz} Hz came behind sound of {heard.rate_hz} Hz. Resample one of them.")
             heard = Audio(np.concatenate([heard.samples, sound.samples]), sound.rate_hz)
-            known = self.encode(heard)[told:-AHEAD]
+            picture, first = self._laid(heard, begin)
+            codes = self._codes(picture)
+            if begin is None and self.config.front is not None:
+                if heard.swing_db < 2 * SWING_DB or len(codes) < SURE:  # more than for all of it: it may yet become louder
+                    codes = []
+                else:
+                    begin = first
+            known = codes[told:-AHEAD]
             told += len(known)
             yield known
-        yield self.encode(heard)[told:]
+        yield self._codes(self._laid(heard, begin)[0])[told:]
 
     def stream(self, ids: Iterable[int], chunk: int = 10) -> Iterator[Audio]:
         """Sound of codes while they are made: `chunk` codes at a time, each when `AHEAD` more are known; all of it together is as
@@ -173,12 +255,14 @@ class SpeechUnits:
         try:
             described = read_json(folder / cls.CONFIG)
             codes, pinned = described.pop("codes", None), described.pop("codebook_sha256", None)
-            config = parse(UnitsConfig, described, str(folder / cls.CONFIG), LIMITS)
+            config = parse(UnitsConfig, {"front": None, **described}, str(folder / cls.CONFIG), LIMITS)
             held = {name: (entry.dtype, entry.shape) for name, entry in header(folder / cls.CODEBOOK).items()}
             if held != {"codebook": ("F32", (codes, config.stack * config.mel.bins))}:
                 raise ZipperError(f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that {cls.CONFIG} describes")
             if not config.mel.low_hz < config.mel.high_hz <= config.mel.rate_hz / 2 or config.mel.fft < config.mel.window:
                 raise ZipperError(f"{folder / cls.CONFIG} describes no mel scale: {config.mel}")
+            if config.front is not None and config.mel.hop % config.front.places:
+                raise ZipperError(f"{folder / cls.CONFIG} lays the grid in {config.front.places} places a hop of {config.mel.hop}")
             codebook = load_file(folder / cls.CODEBOOK)["codebook"]
         except (OSError, SafetensorError, ZipperError) as error:
             raise ZipperError(
