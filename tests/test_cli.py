@@ -25,6 +25,18 @@ from zipper.pipeline import Pipeline
 from zipper.sequence import Segment
 from zipper.verify import Check
 
+#: How each command that loads a saved model is told where a frozen tower lies; the others load none.
+LOADS = {
+    "transcribe": ["a.wav"],
+    "speak": ["call anna", "-o", "out.wav"],
+    "run": ["--given", "text=call anna", "--outputs", "text"],
+    "evaluate": [],
+    "show": [],
+    "verify": [],
+    "swap": ["text=x", "-o", "out"],
+    "prune": ["--below", "0.1", "-o", "out"],
+    "push": ["me/zip"],
+}
 COMMANDS = sorted(
     name for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
 )
@@ -221,8 +233,8 @@ def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: Worl
     assert answer.code == 0
     assert "2 files" in answer.out
     rows = data.manifest(tmp_path / "new" / "units.jsonl")
-    assert [row["id"] for row in rows] == ["a", "b"]
-    assert [row["duration_s"] for row in rows] == [1.0, 0.5]
+    assert [row["id"] for row in rows] == ["a", "more/b"]
+    assert [row["duration"] for row in rows] == [1.0, 0.5]
     assert data.read(tmp_path / "new" / "units.jsonl", {"speech": tiny.units()})[0]["speech"] == tiny.units().encode(paths[0])
 
 
@@ -425,12 +437,100 @@ def test_a_manifest_never_lands_on_a_folder(zipper: Zipper, world: World, tmp_pa
     tiny.sound(tmp_path / "a.wav")
     (tmp_path / "units").mkdir()
     assert "units is a folder" in refused(zipper("units", "a.wav", "-o", "units", "--units", world.folder / "speech"))
-    assert "There is no sound file in units" in refused(
-        zipper("units", "units", "-o", "u.jsonl", "--units", world.folder / "speech")
-    )
+    assert "There is no sample in units" in refused(zipper("units", "units", "-o", "u.jsonl", "--units", world.folder / "speech"))
     assert "Pass --units FOLDER" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4"))
     assert "too few" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4000", "--units", "codes"))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.wav", "units"]
+
+
+def test_units_of_folders_are_a_manifest_that_says_what_it_holds(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    for name in ("f/one/a.wav", "f/two/a.wav", "f/b.aiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        tiny.sound(tmp_path / name, seconds=0.2)
+    for name in ("c.m4a", "d.webm", "._e.wav", "notes.txt"):
+        (tmp_path / "f" / name).write_bytes(b"no sound")
+    (tmp_path / "f" / "ring").symlink_to(tmp_path / "f")
+    asked = ("units", "f", "-o", "u.jsonl", "--units", world.folder / "speech", "--workers", "1")
+    assert "c.m4a" in refused(zipper(*asked))
+    answer = zipper(*asked, "--bad", "skip", "--most-bad", "0.5", "--json")
+    told = json.loads(answer.out)
+    assert answer.code == 0 and (told["samples"], told["rows"], told["bad"]) == (5, 3, 2)
+    assert told["passed"] == {"files .txt": 1, "folders that were met before": 1, "hidden files and folders": 1}
+    assert told["bad_list"] == "u.bad.jsonl"
+    assert [line["id"] for line in data.manifest(tmp_path / "u.bad.jsonl")] == ["c", "d"]
+    assert [row["id"] for row in data.manifest(tmp_path / "u.jsonl")] == ["b", "one/a", "two/a"]
+    answer = zipper(*asked, "--bad", "skip", "--most-bad", "0.5")
+    assert "u.jsonl: 3 files (2 bad ones left out, see u.bad.jsonl)" in answer.out
+    assert "Passed over: files .txt (1), folders that were met before (1), hidden files and folders (1)." in answer.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "u.bad.jsonl", "u.jsonl"]
+    again = zipper("units", "u.jsonl", "-o", "again", "--units", world.folder / "speech", "--text", world.folder / "text", "--json")
+    assert json.loads(again.out) | {"real_time": 0} == {
+        "samples": 3,
+        "bad": 0,
+        "passed": {},
+        "rows": 3,
+        "seconds": pytest.approx(0.6),
+        "fields": json.loads(again.out)["fields"],
+        "real_time": 0,
+        "bad_list": None,
+    }
+
+
+def test_a_codebook_is_fitted_on_what_can_be_read_where_bad_sound_may_be_skipped(zipper: Zipper, tmp_path: Path) -> None:
+    for n in range(3):
+        tiny.sound(tmp_path / f"{n}.wav", seconds=0.5, seed=n)
+    (tmp_path / "3.wav").write_bytes(b"no sound")
+    asked = ("units", *(f"{n}.wav" for n in range(4)), "-o", "u.jsonl", "--fit", "4", "--units", "codes", "--workers", "1")
+    assert "3.wav is not" in refused(zipper(*asked))
+    assert zipper(*asked, "--bad", "skip", "--most-bad", "0.5").code == 0
+    assert len(data.manifest(tmp_path / "u.jsonl")) == 3
+
+
+def test_realistic_texts_fit_the_shipped_tokenizer(zipper: Zipper, tmp_path: Path) -> None:
+    chapter = tmp_path / "LibriTTS" / "dev-clean" / "84" / "1"
+    chapter.mkdir(parents=True)
+    said = [
+        "\u201cWell,\u201d he said\u2014rather quietly\u2014\u201cI don\u2019t know; do you?\u201d",
+        "Mr. Bennet's carriage (the old one) came at half-past nine: it was late!",
+        "'Tis true, 'tis pity; and pity 'tis 'tis true.",
+    ]
+    for n, text in enumerate(said):
+        tiny.sound(chapter / f"84_1_{n}.wav", seconds=0.2)
+        (chapter / f"84_1_{n}.normalized.txt").write_text(text, encoding="utf-8")
+    answer = zipper("units", "libritts:LibriTTS", "-o", "made", "--json", "--workers", "1")
+    told = json.loads(answer.out)
+    assert (answer.code, told["rows"], told["bad"]) == (0, 3, 0)
+    assert told["passed"] == {"field voice": 3, "punctuation of text": 3}
+    text = Pipeline.from_pretrained().modalities["text"]
+    assert text.decode(data.read(tmp_path / "made", {})[0]["text"]) == "well he said rather quietly i don't know do you"
+
+
+def test_home_is_understood_in_every_path(zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c").mkdir()
+    tiny.sound(tmp_path / "c" / "a.wav", seconds=0.2)
+    shutil.copytree(world.folder, tmp_path / "world")
+    (tmp_path / "m.jsonl").write_text('{"text": "call", "speech": "~/c/a.wav"}\n')
+    modalities = ("--units", "~/world/speech", "--text", "~/world/text", "--workers", "1")
+    for arguments in (
+        ("units", "sounds:~/c", "-o", "~/u1", *modalities),
+        ("units", "~/c", "~/c/a.wav", "-o", "~/u2.jsonl", *modalities),
+        ("units", "~/m.jsonl", "-o", "~/u3", *modalities),
+        ("swap", "~/world/zip", "text=~/world/text/tower", "--modality", "text=~/world/text", "-o", "~/swapped"),
+        ("show", "~/world/zip"),
+    ):
+        answer = zipper(*arguments)
+        assert answer.code == 0, answer.err
+    assert {"u1", "u2.jsonl", "u3", "swapped"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
+def test_links_are_taken_out_with_data_in_which_somebody_is_silent(zipper: Zipper, world: World, tmp_path: Path) -> None:
+    for name, texts in {"some": ["call anna", ""], "all": ["", "  "]}.items():
+        data.write(tmp_path / f"{name}.jsonl", [{"text": text, "speech": [1, 2, 3]} for text in texts])
+        answer = zipper("prune", world.zip, "-o", name, "--links", "0:text>speech", "--data", f"{name}.jsonl", "--json")
+        assert answer.code == 0, answer.err
+        assert ("asr" in json.loads(answer.out)["wer"]) == (name == "some")
 
 
 def foreign_codebook(folder: Path) -> str:
@@ -540,3 +640,116 @@ def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) ->
     for arguments in (["show"], ["transcribe", clip], ["speak", "call anna", "-o", tmp_path / "out.wav"]):
         done = subprocess.run([sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user)
         assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+# --- where a base lies now
+
+
+@pytest.fixture(scope="module")
+def lost(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A zip whose frozen tower is not where it was, and where that lies."""
+    place = tmp_path_factory.mktemp("lost")
+    shutil.copytree(world.folder / "text" / "tower", place / "towers" / "text")
+    pipeline = Pipeline.from_pretrained(world.zip, towers={"text": place / "towers" / "text"})
+    pipeline.save_pretrained(place / "runs" / "zip")
+    (place / "towers").rename(place / "elsewhere")
+    return place / "runs" / "zip", place / "elsewhere" / "text"
+
+
+def given(command: str, model: Path) -> list[str]:
+    """The command's words for this model."""
+    words = LOADS[command]
+    return (
+        [command, *words, "--model", str(model)]
+        if command in ("transcribe", "speak", "run", "evaluate")
+        else [command, str(model), *words]
+    )
+
+
+@pytest.mark.parametrize("command", ["transcribe", "speak", "run", "show", "verify", "prune"])
+def test_a_lost_base_is_named_with_the_option_that_finds_it(
+    world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path, command: str
+) -> None:
+    tiny.sound(tmp_path / "a.wav")
+    words = [*given(command, lost[0]), *(["--data", str(world.folder / "dev.jsonl"), "--below", "9"] if command == "prune" else [])]
+    said = zipper(*words)
+    assert said.code == 2
+    assert f"The frozen tower 'text' of {lost[0]} was not found" in said.err and "--tower text=PATH" in said.err
+    assert said.err.count("\n") == 1
+    found = zipper(*words, "--tower", f"text={lost[1]}")
+    assert found.code == 0, found.err
+
+
+def test_every_command_that_loads_a_model_takes_the_option(world: World, lost: tuple[Path, Path]) -> None:
+    parser = cli.parser()
+    for command in LOADS:
+        assert parser.parse_args([*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]).towers == ["a=b", "c=d"]
+    subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    takes = {name for name, sub in subparsers.items() if any("a saved model" in str(action.help) for action in sub._actions)}
+    assert takes <= LOADS.keys()
+
+
+def test_what_is_said_of_a_base_is_checked(world: World, lost: tuple[Path, Path], zipper: Zipper) -> None:
+    for words, message in (
+        (["--tower", "text"], "--tower 'text' is not NAME=VALUE"),
+        (["--tower", "video=x"], "towers names the tower 'video'; this model has ['speech', 'text']"),
+        (["--tower", f"text={lost[1]}", "--tower", "text=x"], "--tower says of one name two things"),
+        (["--tower", f"text={world.folder / 'speech' / 'tower'}"], "is not the one this zip was trained on"),
+        (["--tower", "text=./nowhere"], "The tower 'text' of"),
+    ):
+        said = zipper("show", lost[0], *words)
+        assert said.code == 2 and message in said.err, said.err
+
+
+def test_a_swap_finds_the_base_that_stays(world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tiny.tower(tiny.units()).model.save_pretrained(tmp_path / "new")
+    said = zipper("swap", lost[0], f"speech={tmp_path / 'new'}", "-o", "out", "--tower", f"text={lost[1]}")
+    assert said.code == 0, said.err
+    assert Path(Pipeline.from_pretrained(tmp_path / "out").zip.config.towers["text"].source) == lost[1]
+
+
+# --- numbers, and settings that say nothing
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "nan"],
+        ["--temperature", "inf"],
+        ["--temperature", "1e-45"],
+        ["--temperature", "1e300"],
+        ["--temperature", "1", "--seed", str(2**64)],
+        ["--temperature", "1", "--seed", str(-(2**70))],
+        ["--temperature", "1", "--top-k", "-1"],
+        ["--temperature", "1", "--top-p", "nan"],
+        ["--temperature", "1", "--top-p", "0"],
+        ["--guidance", "nan"],
+        ["--guidance", "1e300"],
+        ["--top-k", "3"],
+        ["--top-p", "0.5"],
+        ["--seed", "3"],
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_cannot_be_worked_with_is_wrong_usage(world: World, zipper: Zipper, tmp_path: Path, words: list[str]) -> None:
+    said = zipper("speak", "call anna", "-o", "out.wav", "--model", world.zip, *words)
+    assert said.code == 2 and said.err.startswith("zipper speak: ") and not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "m", "--below", "nan", "-o", "x"],
+        ["prune", "m", "--below", "inf", "-o", "x"],
+        ["prune", "m", "--below", "1", "-o", "x", "--rows", "9" * 20],
+        ["bench", "decode", "--threads", "-1"],
+        ["bench", "train", "--rounds", "0"],
+        ["evaluate", "--test", "1e3"],
+        ["show", "-o", "page.html"],
+        ["run", "--given", "text=a", "--outputs", "text", "--guidance", "2"],
+    ],
+    ids=" ".join,
+)
+def test_options_are_refused_where_they_mean_nothing(zipper: Zipper, words: list[str]) -> None:
+    assert zipper(*words).code == 2

@@ -23,6 +23,7 @@ from tiny import World
 from torch import Tensor
 
 from zipper import checkpoint
+from zipper.files import held
 from zipper.tower import Tower
 from zipper.training import CLOCK, Stopped, train
 
@@ -229,6 +230,17 @@ LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zipper"],
     "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "zipper"],
 }
+
+
+@pytest.mark.slow
+def test_a_run_that_is_held_is_refused_in_every_process(world: World, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(world.folder), json.dumps([run(tmp_path / "run", {"steps": 1})])]
+    with held(tmp_path / "run"):
+        group = [subprocess.Popen(command, env=environment(2, rank), stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        said = [process.communicate(timeout=300)[1] for process in group]
+    for process, text in zip(group, said, strict=True):
+        assert process.returncode and f"run is in use: process {os.getpid()} on" in text, text[-3000:]
+    together(2, world, [run(tmp_path / "run", {"steps": 1})])  # nobody holds it now
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from zipper import corpus
 from zipper.audio import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import (
+    JUDGE_NORMALISER,
     LOUD,
     NOISE,
     Judge,
@@ -56,15 +57,8 @@ def levenshtein(wanted: str | list[str], got: str | list[str]) -> int:
         ("?!", ""),
     ],
 )
-def test_normalising_keeps_lower_case_letters_digits_and_apostrophes(raw: str, plain: str) -> None:
-    assert normalise(raw) == plain
-
-
-@given(st.text())
-def test_normalising_twice_is_normalising_once(text: str) -> None:
-    once = normalise(text)
-    assert normalise(once) == once
-    assert set(once) <= set("abcdefghijklmnopqrstuvwxyz0123456789' ")
+def test_the_judges_normaliser_keeps_lower_case_letters_digits_and_apostrophes(raw: str, plain: str) -> None:
+    assert normalise(raw, JUDGE_NORMALISER) == plain
 
 
 # --- rates ---
@@ -93,6 +87,29 @@ def test_raw_texts_are_kept_and_results_are_json() -> None:
     rate = error_rate(["a b"], ["a c"])
     assert json.loads(json.dumps(asdict(rate))) == asdict(rate)
     assert asdict(rate)["wer"] == 0.5
+
+
+def test_any_script_has_a_rate_and_the_rate_says_what_it_counts() -> None:
+    russian = error_rate(["привет мир", "Ещё раз!"], ["Привет, мир", "еще раз"])
+    assert (russian.wer, russian.counted, russian.normaliser) == (1 / 4, "words", "unicode-words")
+    chinese = error_rate(["你好世界"], ["你 好世 街"])
+    assert (chinese.wer, chinese.cer, chinese.words, chinese.counted) == (1 / 4, 1 / 4, 4, "characters")
+    mixed = error_rate(["我用 iphone"], ["我用 android"])
+    assert (mixed.wer, mixed.words, mixed.counted) == (1 / 3, 3, "words and characters")
+    assert error_rate(["straße"], ["strasse"]).words == 1 and error_rate(["łódź"], ["odz"]).wer == 1
+    assert error_rate(["ten %"], ["Ten %"], normaliser="none").wer == 1 / 2
+
+
+def test_what_is_heard_where_nobody_speaks_is_an_insertion() -> None:
+    rate = error_rate(["a b", "", "..."], ["a b", "so it is", ""])
+    assert (rate.wer, rate.words, rate.utterances, rate.exact) == (3 / 2, 2, 3, 2 / 3)
+    assert rate.low <= rate.wer <= rate.high
+    assert difference(["a b", ""], ["a b", "x"], ["a b", ""]).wer == -1 / 2
+    for texts in (["", "?"], ["..."]):
+        with pytest.raises(ZipperError, match="None of the references has a word"):
+            error_rate(texts, ["a"] * len(texts))
+    with pytest.raises(ZipperError, match=r"'привет' has no words after normalising \(lower-ascii-words\)"):
+        error_rate(["привет", "call"], ["call", "call"], normaliser="lower-ascii-words")
 
 
 def test_each_voice_has_its_own_rate() -> None:

@@ -25,7 +25,7 @@ HERE = processes(1)
 def many(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of ids, of all lengths."""
     chance = random.Random(seed)
-    return [{"id": f"n{i}", "text": chance.choices(range(40), k=chance.randrange(9)), "speech": [i % 24]} for i in range(n)]
+    return [{"id": f"n{i}", "text": chance.choices(range(2, 42), k=chance.randrange(9)), "speech": [i % 24]} for i in range(n)]
 
 
 def spoil(path: Path, which: Iterable[int]) -> None:
@@ -67,7 +67,12 @@ def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None
     assert found.seconds.tolist() == pytest.approx([0.0] * 9 + [0.7, 2.5])
     assert list(data.read(tmp_path / "units", MODALITIES, limit=3)) == wanted[:3]
     told = rows.provenance(tmp_path / "units")
-    assert told["fields"]["question"] == {"rows": 1, "ids": len(wanted[9]["question"]), "longest": len(wanted[9]["question"])}
+    assert told["fields"]["question"] == {
+        "rows": 1,
+        "ids": len(wanted[9]["question"]),
+        "longest": len(wanted[9]["question"]),
+        "empty": 0,
+    }
     assert (told["samples"], told["rows"], told["bad"], told["seconds"]) == (11, 11, 0, 3.2)
     assert told["modalities"] == {name: modality.fingerprint for name, modality in MODALITIES.items()}
 
@@ -174,6 +179,79 @@ def test_split_and_limit_take_a_part(tmp_path: Path) -> None:
     assert [row["speech"] for row in found] == [[1], [3], [5]]
     with pytest.raises(ZipperError, match=r"no sample in .* of the split 'test'"):
         extract(source, tmp_path / "b", MODALITIES, split="test", spread=HERE)
+
+
+def test_what_is_used_refused_and_passed_over_adds_up_by_name(tmp_path: Path) -> None:
+    raw = [
+        {"id": "a", "text": "Call, Anna!", "speech": [5], "snr": 3},
+        {"id": "a", "text": "", "speech": [5], "voice": "alto", "snr": None},
+        {"id": "b", "text": "€", "speech": [5], "snr": 3},
+        {"text": "send", "speech": [24]},
+        {"text": "send", "speech": [2]},
+    ]
+    data.write(tmp_path / "rows.jsonl", raw)
+    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, Policy("skip", 0.5), shard=2, spread=HERE)
+    told = rows.provenance(tmp_path / "units")
+    assert [found.name(n) for n in range(3)] == ["a", "a", "5"] and found.distinct() == 2
+    assert [line["id"] for line in data.manifest(tmp_path / "units" / "bad.jsonl")] == ["b", "4"]
+    assert told["samples"] == 5 and told["rows"] == 3 and told["bad"] == 2
+    assert told["passed"] == {"field snr": 1, "field voice": 1, "ids that another sample has too": 1, "punctuation of text": 1}
+    assert told["fields"]["text"]["empty"] == 1
+    assert extraction.told(told["passed"]).startswith("Passed over: field snr (1), field voice (1), ids that")
+    assert extraction.told({}) == ""
+
+
+def test_under_skip_whatever_a_sample_does_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.sound(tmp_path / "a.wav", seconds=0.2)
+    lines = [
+        '{"speech": "a.wav"}',
+        '{"text": "call \\ud83d"}',
+        '{"speech": "\\ud83d.wav"}',
+        json.dumps({"speech": "x" * 300 + ".wav"}),
+        '{"speech": {"path": "a.wav", "start": NaN}}',
+        '{"speech": {"path": "a.wav", "stop": 1e999}}',
+        '{"speech": {"path": "a.wav", "start": 1' + "0" * 400 + "}}",
+        '{"speech": "a\\u0000.wav"}',
+        '{"speech": {"path": "a.wav", "bytes": ' + "[" * 800 + "]" * 800 + "}}",
+        '{"id": {"a": [1]}, "split": [2], "voice": {}, "text": "call"}',
+        '{"text": "caf' + "\udce9" + '"}',
+    ]
+    (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, Policy("skip", 0.9), spread=HERE)
+    assert len(found) == 2
+    assert [line["where"].rpartition(" ")[2] for line in data.manifest(tmp_path / "units" / "bad.jsonl")] == [
+        *"2345678",
+        "9",
+        "11",
+    ]
+
+    def fail(*_: object) -> None:
+        raise MemoryError("what a library says")
+
+    monkeypatch.setattr("zipper.audio.read", fail)
+    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "again", MODALITIES, Policy("skip", 1.0), shard=3, spread=HERE)
+    assert len(found) == 1
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from zipper.extraction import extract, processes
+from zipper.modality import load
+folder = Path(sys.argv[1])
+found = extract(f"sounds:{folder / 'clips'}", folder / "made", {"speech": load(folder / "speech")}, shard=1, spread=processes(2))
+print(len(found))
+"""
+
+
+def test_a_script_without_a_guard_extracts_too(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for n in range(3):
+        tiny.sound(tmp_path / "clips" / f"{n}.wav", seconds=0.1, seed=n)
+    tiny.units().save(tmp_path / "speech")
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(tmp_path / "mine.py"), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "3\n") and "one process does all" in done.stderr
 
 
 def test_training_loads_manifests_into_memory_and_all_else_from_disk(tmp_path: Path) -> None:

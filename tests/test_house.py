@@ -26,6 +26,8 @@ PACKAGE = ROOT / "src" / "zipper"
 # another, the files among themselves may not. zipper/__init__.py names what lies below, so nothing may import from it.
 ORDER = (
     "errors",
+    "workers",
+    "normaliser",
     "environment",
     "files",
     "checkpoint",

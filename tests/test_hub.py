@@ -326,6 +326,60 @@ def test_a_pipeline_or_a_model_pushes_itself(standin: StandIn, whole: Path) -> N
     assert all(torch.equal(again[name], tensor) for name, tensor in pipeline.model.state_dict().items())
 
 
+def test_a_run_is_moved_with_its_towers_resumed_shown_verified_evaluated_and_pushed(
+    standin: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All by the command line's own words, from a folder that is not the project's."""
+    torch.manual_seed(0)
+    tiny.world(tmp_path / "project")
+    recipe = """
+import dataclasses, json
+from pathlib import Path
+from tiny import World
+HERE = Path(__file__).parent
+def config():
+    return dataclasses.replace(World(HERE).config(HERE / "run"), steps=4, save_every=2, eval_every=2, log_every=2)
+"""
+    (tmp_path / "project" / "recipe.py").write_text(recipe)
+
+    def zipper(*arguments: object) -> str:
+        assert main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    zipper("train", tmp_path / "project" / "recipe.py")
+    shutil.rmtree(tmp_path / "project" / "run" / "checkpoints" / "step-0000004")  # it was killed before this one
+    project = (tmp_path / "project").rename(tmp_path / "moved")
+    model = project / "run" / "model"
+    zipper("train", project / "recipe.py", "--resume")
+    assert json.loads(zipper("show", project / "run", "--json"))["steps"] == 4
+    assert json.loads(zipper("show", model, "--json"))["towers"]["text"]
+    assert all(check["held"] for check in json.loads(zipper("verify", model, "--json")))
+    assert json.loads(zipper("evaluate", "--model", model, "--test", "2", "--task", "asr", "--json"))["asr"]
+    manifest = str(project / "dev.jsonl")
+    pruned = zipper("prune", model, "--below", "9", "--data", manifest, "--rows", "4", "-o", tmp_path / "pruned", "--json")
+    assert json.loads(pruned)["rows"] == 4
+    assert main(["push", str(model), "me/run"]) == 2
+    assert "--include text" in capsys.readouterr().err
+    url = zipper("push", model, "me/run", "--include", "text").strip()
+    assert url.startswith(f"{standin.url}/me/run/commit/")
+    shutil.rmtree(project)
+    there = Pipeline.from_pretrained("me/run")
+    assert there.zip.config.towers["text"].source.endswith("towers/text")
+    assert checkpoint.load(hub.fetch("me/run").folder, hub.fetch("me/run").root)[1]["step"] > 0
+
+
+def test_a_push_may_say_of_which_hub_id_a_base_is(standin: StandIn, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    HfApi(endpoint=standin.url, token=TOKEN).create_repo("me/base", exist_ok=True)
+    base = world.folder / "text" / "tower"
+    operations = [CommitOperationAdd(path.name, path) for path in base.iterdir() if path.is_file()]
+    HfApi(endpoint=standin.url, token=TOKEN).create_commit("me/base", operations, commit_message="base")
+    assert main(["push", str(world.zip), "me/light", "--tower", "text=me/base"]) == 0
+    pin = checkpoint.read_json(hub.fetch("me/light").folder / "zipper.json")["config"]["towers"]["text"]
+    assert (pin["source"], pin["relative"]) == ("me/base", "") and len(pin["revision"]) == 40
+    assert torch.equal(logits("me/light"), logits(world.zip))
+    assert capsys.readouterr().out
+
+
 # --- what is refused
 
 

@@ -56,6 +56,38 @@ def test_characters_that_would_be_lost_are_named() -> None:
         TEXT.encode("send 4 öpfel")
 
 
+def test_punctuation_without_a_token_is_left_out_where_nobody_says_it() -> None:
+    for raw, plain in {
+        "“Call Anna!” -- she said; (twice): \u2018yes\u2019...": "call anna she said twice yes",
+        "don\u2019t, boys\u2019 x": "don't boys x",
+        "forty-two\u2014red\u2013blue": "forty two red blue",
+        "¿qué?".replace("é", "e"): "que",
+        "'tis anna's": "'tis anna's",  # what it can write stays
+    }.items():
+        ids, spelled = TEXT.spell(raw)
+        assert TEXT.decode(ids) == plain == spelled.lower() and ids == TEXT.encode(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", ["3.5", "at 9:30", "send 7", "x-5", "ten %", "a & b", "a@b", "half / half", "5 €", "ü", "a+b", "#a"]
+)
+def test_what_somebody_says_is_never_left_out(raw: str) -> None:
+    with pytest.raises(ZipperError, match="cannot write"):
+        TEXT.encode(raw)
+
+
+def test_punctuation_with_a_token_stays() -> None:
+    points = Text.train([*LINES, "call anna, please."], merges=5)
+    assert points.decode(points.encode("call anna, please.")) == "call anna, please."
+    assert points.decode(points.encode("call anna, please!")) == "call anna, please"
+
+
+@pytest.mark.parametrize("raw", ["call \ud83d", "a\0b", "a\x07b", "\x9f"])
+def test_what_is_no_text_is_refused_by_every_tokenizer(raw: str) -> None:
+    with pytest.raises(ZipperError, match="which is no text"):
+        TEXT.encode(raw)
+
+
 def test_markup_in_a_string_never_becomes_a_special_token() -> None:
     with pytest.raises(ZipperError, match="cannot write / < >"):
         TEXT.encode("send </s>")

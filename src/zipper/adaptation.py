@@ -19,7 +19,7 @@ from tqdm import tqdm
 from zipper.audio import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import normalise, pronunciations, pulses
+from zipper.evaluation import JUDGE_NORMALISER, normalise, pronunciations, pulses
 
 # pocketsphinx's en-us model (-model ptm, -feat 1s_c_d_dd): for each phone and each of three streams a codebook of 128 Gaussians
 SHAPE = PHONES, STREAMS, GAUSSIANS, CEPSTRA = 42, 3, 128, 13
@@ -40,7 +40,7 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
     names = (source / "mdef").read_bytes()
     phones = names[names.index(FIRST_PHONE) :].split(b"\0")[:PHONES]
     weight, total, shown = np.zeros(SHAPE[:3]), np.zeros(SHAPE), 0
-    texts = [normalise(text) for text, _ in said]
+    texts = [normalise(text, JUDGE_NORMALISER) for text, _ in said]
     dictionary = pronunciations({word for text in texts for word in text.split()})
     for text, (_, audio) in tqdm(
         zip(texts, said, strict=True), total=len(said), desc="adapt the judge", unit="utterance", disable=None

@@ -19,6 +19,7 @@ from jaxtyping import Complex64, Float32, Float64
 from zipper import containers
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.files import place
 
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 8_000, 192_000
 MOST_CHANNELS = 8
@@ -174,7 +175,7 @@ def read(
             )
         file: io.BufferedIOBase = io.BytesIO(source)
     elif isinstance(source, str | Path):
-        file, where = _open(Path(source).expanduser()), str(source)
+        file, where = _open(place(source)), str(source)
     else:
         raise ZipperError(
             f"A {type(source).__name__} was given as sound. Give the path of a sound file, its bytes, or Audio(samples, rate_hz)."
@@ -205,7 +206,7 @@ def write(path: str | Path, audio: Audio) -> None:
     Samples beyond 1 are scaled down, not cut. Raises ZipperError for a sound of no samples, which `read` would refuse, for a
     rate that the kind of file does not know, and for a place that cannot be written.
     """
-    soundfile, path = extra("soundfile"), Path(path).expanduser()
+    soundfile, path = extra("soundfile"), place(path)
     check_writable(path)
     if not len(audio.samples):
         raise ZipperError(f"There is no sound to write to {path} (0 samples).")

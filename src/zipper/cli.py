@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = parser().parse_args(arguments)
+    _expand(given)
     try:
         with _one_voice():
             return given.command(given) or 0
@@ -46,6 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and environment.home(error.name or ""):  # imported by a recipe, or by a library
             return _say(given, 2, str(environment.lacking(str(error.name), error)))
         return _say(given, 1, f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)")
+
+
+def _expand(given: argparse.Namespace) -> None:
+    """`~` in every path: shells leave it where it stands behind a sign."""
+    from zipper.files import place
+
+    for name, value in vars(given).items():
+        if isinstance(value, Path):
+            setattr(given, name, place(value))
+        elif isinstance(value, list) and any(isinstance(item, Path) for item in value):
+            setattr(given, name, [place(item) for item in value])
 
 
 @contextmanager
@@ -134,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "source",
         nargs="+",
         help="sound files or folders of them; or one manifest (.jsonl), or KIND:PLACE, the kind one of librispeech, libritts, "
-        "librilight, sounds, parquet, arrow, audiofolder; behind it, where columns have other names, #text=COLUMN,speech=COLUMN",
+        "librilight, sounds, parquet, arrow, audiofolder, jsonl; behind it, where columns have other names, #text=COLUMN,...",
     )
     p.add_argument("-o", "--output", type=Path, required=True, help="manifest (JSONL) or, of a corpus, folder to write")
     p.add_argument("--units", type=Path, help="codebook folder (default: the shipped one)")
@@ -430,9 +442,11 @@ def _writable(path: Path) -> None:
 def demo(given: argparse.Namespace) -> None:
     """zipper demo"""
     from zipper.demo import demo as run_demo
+    from zipper.files import held
 
     _writable(given.output / "report.json")
-    report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
+    with held(given.output):
+        report = run_demo(given.output, given.from_scratch, given.pairs, given.steps, given.test)
     if given.json:
         print(json.dumps(report, indent=1))
 
@@ -506,25 +520,19 @@ def units(given: argparse.Namespace) -> None:
     """zipper units"""
     import shutil
 
-    from tqdm import tqdm
-
-    from zipper import audio, data, extraction, layouts, rows
+    from zipper import data, extraction, layouts, rows
     from zipper.modality import load
-    from zipper.modality.speech import SpeechUnits, UnitsConfig
+    from zipper.modality.speech import SpeechUnits
     from zipper.pipeline import SHIPPED
 
     corpus = len(given.source) == 1 and layouts.names(given.source[0])
+    source: layouts.Source = given.source[0] if corpus else [Path(path) for path in given.source]
+    policy, speed = extraction.Policy(given.bad, given.most_bad), [0.0]
+
     if given.takes and not corpus:
         raise ZipperError("--takes wants sound with its texts. Give a corpus, or a manifest of both.")
     if not corpus:
         _writable(given.output)
-        given_paths = [Path(path) for path in given.source]
-        files = [f for path in given_paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-        files = [f for f in files if f in given_paths or f.suffix.lower() in layouts.SOUNDS]
-        if not files:
-            raise ZipperError(
-                f"There is no sound file in {', '.join(given.source)}. Give wav, flac, ogg, opus or mp3 files, or a corpus."
-            )
     if given.fit:
         if corpus:
             raise ZipperError("--fit wants sound files. Fit a codebook on some of this corpus first, then pass it as --units.")
@@ -533,18 +541,12 @@ def units(given: argparse.Namespace) -> None:
         if (given.units / SpeechUnits.CONFIG).exists():
             raise ZipperError(f"{given.units} holds a codebook already. Leave out --fit to use it, or choose another folder.")
         _writable(given.units / SpeechUnits.CONFIG)
-        config = UnitsConfig(fitted_on=f"{len(files)} sound files")
-        mels = [config.mel.picture(audio.read(path)) for path in tqdm(files, desc="log-mel", unit="file", disable=None)]
-        SpeechUnits.fit(mels, given.fit, config).save(given.units)
+        _fitted(source, given.fit, policy).save(given.units)
     modalities = {"speech": load(given.units or SHIPPED / "modalities" / "speech")}
+    beside = given.output.with_name(f".{given.output.name}.parts")  # what a killed run goes on from
+    folder = given.output if corpus else beside
     if corpus:
-        source, folder = given.source[0], given.output
         modalities["text"] = load(given.text or SHIPPED / "modalities" / "text")
-    else:
-        beside = given.output.with_name(f".{given.output.name}.parts")  # what a killed run goes on from
-        source, folder = str(beside / "sounds.jsonl"), beside / "units"
-        data.write(Path(source), [{"id": path.stem, "speech": str(path.absolute())} for path in files])
-    policy, speed = extraction.Policy(given.bad, given.most_bad), [0.0]
     spread = extraction.on_ray if given.ray else extraction.processes(given.workers)
     try:
         found = extraction.extract(
@@ -559,25 +561,51 @@ def units(given: argparse.Namespace) -> None:
             takes=given.takes,
         )
     except ZipperError:
-        if not corpus and len(list(folder.glob("units-*"))) < 2:  # nothing worth keeping
-            shutil.rmtree(beside)
+        if not corpus and len(list(beside.glob("units-*"))) < 2:  # nothing worth keeping
+            shutil.rmtree(beside, ignore_errors=True)
         raise
-    told = {key: rows.provenance(folder)[key] for key in ("samples", "bad", "rows", "seconds", "fields")}
+    told = {key: rows.provenance(folder)[key] for key in ("samples", "bad", "passed", "rows", "seconds", "fields")}
     if not corpus:
         each = zip(range(len(found)), found, found.seconds.tolist(), strict=True)
-        data.write(given.output, [{"id": found.name(n), "speech": row["speech"], "duration_s": round(s, 3)} for n, row, s in each])
+        if told["bad"]:
+            data.write(given.output.with_suffix(".bad.jsonl"), data.manifest(folder / rows.BAD))
+        data.write(given.output, [{"id": found.name(n), "speech": row["speech"], "duration": round(s, 3)} for n, row, s in each])
         shutil.rmtree(beside)
+    bad = folder / rows.BAD if corpus else given.output.with_suffix(".bad.jsonl")
     if given.json:
-        print(json.dumps(told | {"real_time": round(speed[-1], 1)}))
+        print(json.dumps(told | {"real_time": round(speed[-1], 1), "bad_list": str(bad) if told["bad"] else None}))
     else:
         ids = ", ".join(f"{count['ids']} of {name}" for name, count in told["fields"].items())
-        made = f"{told['rows']} {'samples' if corpus else 'files'} ({told['bad']} bad ones left out), {told['seconds']:.0f} s"
-        print(f"{given.output}: {made}, ids: {ids}; {speed[-1]:.0f} x real time")
+        left = f"{told['bad']} bad ones left out" + f", see {bad}" * bool(told["bad"])
+        made = f"{told['rows']} {'samples' if corpus else 'files'} ({left}), {told['seconds']:.0f} s"
+        print(f"{given.output}: {made}, ids: {ids}; {speed[-1]:.0f} x real time. {extraction.told(told['passed'])}".strip())
+
+
+def _fitted(source: Any, codes: int, policy: Any) -> Any:
+    """A codebook of so many codes for the sound of a source; what cannot be read is left out where the policy says so."""
+    from tqdm import tqdm
+
+    from zipper import audio, layouts
+    from zipper.modality.speech import SpeechUnits, UnitsConfig
+
+    paths = [sample.folder / sample.row["speech"] for sample in layouts.samples(source)]
+    config = UnitsConfig(fitted_on=f"{len(paths)} sound files")
+    mels = []
+    for path in tqdm(paths, desc="log-mel", unit="file", disable=None):
+        try:
+            mels.append(config.mel.picture(audio.read(path)))
+        except ZipperError:
+            if policy.bad == "error":
+                raise
+    return SpeechUnits.fit(mels, codes, config)
 
 
 def train(given: argparse.Namespace) -> None:
     """zipper pretrain, zipper train"""
+    import dataclasses
+
     from zipper import training
+    from zipper.files import place
 
     if not given.recipe.is_file():
         raise ZipperError(f"The recipe {given.recipe} does not exist. Give a Python file such as recipes/spoken_commands.py.")
@@ -591,6 +619,7 @@ def train(given: argparse.Namespace) -> None:
         raise ZipperError(
             f"{given.recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use `zipper train` for several."
         )
+    config = dataclasses.replace(config, output=str(place(config.output)))
     if not given.plan:
         _writable(Path(config.output) / "config.json")
     if "prepare" in recipe:
@@ -753,9 +782,12 @@ def prune(given: argparse.Namespace) -> None:
     record = checkpoint.load(given.model)[1]
     bases = _named("--tower", given.towers)
     whole = Pipeline.from_pretrained(given.model, bases)
-    raw = data.manifest(given.data, given.rows) if given.data else corpus.rows("dev", given.rows, whole.units)
-    folder = given.data.parent if given.data else Path()
-    rows = [data.encode(row, whole.modalities, folder, f"{given.data or 'dev'}, line {n}") for n, row in enumerate(raw, 1)]
+    raw = [] if given.data else corpus.rows("dev", given.rows, whole.units)
+    rows: Sequence[Any] = (
+        data.read(given.data, whole.modalities, given.rows)
+        if given.data
+        else [data.encode(row, whole.modalities, Path(), f"dev, row {n}") for n, row in enumerate(raw)]
+    )
     samples = surgery.batches(whole.zip, rows)
     found = surgery.activity(whole.zip, [batch for some in samples.values() for batch in some])
     links = given.links or surgery.idle(found, given.below)
@@ -798,8 +830,10 @@ def _rates(pipeline: Any, raw: Sequence[Any], rows: Sequence[Any], built_in: boo
         return {task: scores[0].rate.wer for task, scores in demo.evaluate(pipeline, raw).scores.items()}
     if not all({"text", "speech"} <= row.keys() for row in rows):
         return {}
-    said = [segment.content for segment in demo.transcribe(pipeline, [row["speech"] for row in rows])]
-    return {"asr": error_rate([pipeline.modalities["text"].decode(row["text"]) for row in rows], said).wer}
+    texts = [pipeline.modalities["text"].decode(row["text"]) for row in rows]
+    if not any(map(str.isalnum, "".join(texts))):  # nobody speaks: there is no rate
+        return {}
+    return {"asr": error_rate(texts, [s.content for s in demo.transcribe(pipeline, [row["speech"] for row in rows])]).wer}
 
 
 def _absent(path: Path) -> None:
@@ -824,7 +858,7 @@ def reproduce(given: argparse.Namespace) -> int:
     from contextlib import nullcontext, redirect_stdout
 
     from zipper import experiments, results
-    from zipper.files import read_json
+    from zipper.files import held, read_json
 
     if given.report:
         results.write(read_json(given.report), given.output)
@@ -833,7 +867,7 @@ def reproduce(given: argparse.Namespace) -> int:
     only = [name.strip() for name in given.only.split(",") if name.strip()]
     said = [f"--preset {given.preset}", "--quick" * given.quick, f"--only {given.only}" * bool(only)]
     said.append(f"--judge {given.judge}" * bool(given.judge))
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+    with held(given.output), redirect_stdout(sys.stderr) if given.json else nullcontext():
         found, failed = experiments.reproduce(
             given.preset,
             given.output,

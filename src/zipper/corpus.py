@@ -8,13 +8,12 @@ import _ctypes
 import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,11 +28,13 @@ from zipper.audio import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
+from zipper.workers import spread
 
 # Two pitches (0 .. 99) of the voice that an independent recogniser heard best among those that say the same bits twice: WER 2.0
 # and 2.6 %, the women's voices 8 % and more. Voices with breath (f2, f3, f5) read memory that nothing has written.
 ESPEAK_VOICE, PITCH = "en-us+m6", {"low": 50, "high": 95}
 VOICES = tuple(PITCH)
+CHUNK = 32  # utterances handed to a process at once
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 CITIES = "vienna london paris berlin madrid boston chicago dallas denver toronto sydney lisbon munich dublin houston geneva".split()
 ITEMS = (
@@ -228,8 +229,7 @@ def rows(
             done = [json.loads(line) for line in islice(lines, n)]
     if len(done) == n:
         return done
-    with pool(workers) as each:
-        fresh = each(partial(_row, units, takes > 0), wanted[len(done) :])
+    with closing(spread(partial(_row, units, takes > 0), wanted[len(done) :], workers, CHUNK)) as fresh:
         done += tqdm(fresh, desc=f"say {part}", total=n - len(done), unit="utterance", smoothing=0.01, mininterval=1, disable=None)
     _keep(folder / f"{part}-{key}-{n}.jsonl", done)
     return done
@@ -259,21 +259,3 @@ def _row(units: SpeechUnits, disturbed: bool, wanted: tuple[Utterance, int]) -> 
         heard, said = disturbance.take(sound, f"{utterance.id} {number}")
         row |= {"heard:speech": units.encode(heard), "said:text": utterance.text if said else ""}
     return row
-
-
-@contextmanager
-def pool(workers: int) -> Iterator[Callable[..., Any]]:
-    """An ordered map over `workers` fresh processes of one thread each, or over none."""
-    if workers < 2:
-        yield map
-        return
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the child loads its numerics
-    try:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            yield partial(pool.imap, chunksize=32)
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before

@@ -7,7 +7,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from zipper.report import AttentionMap, Report, Sample, Score, Sound
 from zipper.sampling import Sampling
 from zipper.sequence import Segment, collate
 from zipper.training import TrainConfig, train
+from zipper.workers import spread
 
 CHUNK = 100  # utterances that are generated together
 JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
@@ -237,15 +238,14 @@ def _say(pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, s
 
 def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:
     """Units to sound, in `workers` processes."""
-    with corpus.pool(workers) as each:
-        sounds = each(pipeline.units.decode, [list(ids) for ids in units])
+    with closing(spread(pipeline.units.decode, map(list, units), workers, corpus.CHUNK)) as sounds:
         return list(tqdm(sounds, desc="vocode", total=len(units), unit="utterance", disable=None))
 
 
 def disturbed(units: SpeechUnits, rows: Sequence[Row], workers: int = 2) -> dict[str, list[list[int]]]:
     """Codes of the utterances behind rows, said again and disturbed by each of `disturbance.TABLE`, in `workers` processes."""
-    with corpus.pool(workers) as each:
-        found = list(tqdm(each(partial(_disturbed, units), rows), desc="disturb", total=len(rows), unit="utterance", disable=None))
+    with closing(spread(partial(_disturbed, units), rows, workers, corpus.CHUNK)) as heard:
+        found = list(tqdm(heard, desc="disturb", total=len(rows), unit="utterance", disable=None))
     return {name: [codes[name] for codes in found] for name in disturbance.TABLE}
 
 

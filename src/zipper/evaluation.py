@@ -5,16 +5,15 @@ caller's business. It knows no model, no units and no corpus.
 """
 
 import math
-import multiprocessing
 import random
 import re
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -23,20 +22,16 @@ from tqdm import tqdm
 from zipper.audio import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.normaliser import NORMALISER, spaceless, words
+from zipper.normaliser import normalise as normalise
+from zipper.workers import spread
 
-NORMALISER = "lower-ascii-words"  # the name of `normalise`: rates under different normalisers do not compare
 RESAMPLES = 2_000
+JUDGE_NORMALISER = "lower-ascii-words"  # CMUdict's words
 JUDGE_RATE_HZ = 16_000  # of pocketsphinx's US English model
 LOUD = 0.1  # root mean square of loud frames after levelling, so that noise lies equally far under every utterance
 NOISE = 30 / 32_768  # 41 dB under them; see Judge
 CHUNK = 8  # utterances handed to a process at once
-
-
-def normalise(text: str) -> str:
-    """Lower-case words of a-z, 0-9 and apostrophes, one space apart; accents fall off their letters, all else becomes a space."""
-    plain = unicodedata.normalize("NFKD", text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")).lower()
-    letters = "".join(c for c in plain if not unicodedata.combining(c))
-    return " ".join(re.sub(r"[^a-z0-9']", " ", letters).split())
 
 
 # --- rates ---
@@ -47,7 +42,8 @@ class ErrorRate:
     """Errors over a corpus, as fractions: total edits by total reference words (`wer`) or characters (`cer`).
 
     low, high: 95 % interval of `wer`, by bootstrap over utterances; without any error it is 0 to 0, which says nothing about how
-    rare errors are. exact: share of utterances without a word error.
+    rare errors are. exact: share of utterances without a word error. normaliser: the one of both texts. counted: what `wer` calls a
+    word: in scripts that write no spaces (Chinese, Japanese, Thai) a character, so that it is a character error rate there.
     """
 
     wer: float
@@ -57,6 +53,8 @@ class ErrorRate:
     exact: float
     words: int
     utterances: int
+    normaliser: str = NORMALISER
+    counted: str = "words"
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,11 @@ class Line:
     characters: int
 
 
-def lines(references: Sequence[str], hypotheses: Sequence[str]) -> list[Line]:
+def lines(references: Sequence[str], hypotheses: Sequence[str], normaliser: str = NORMALISER) -> list[Line]:
     """The least edits (substitutions, deletions, insertions) from each reference to its hypothesis.
 
-    Raises ZipperError if there is nothing to compare, the numbers differ, or a reference has no words.
+    A reference without a letter or digit says that nobody speaks: every word heard there is an insertion. Raises ZipperError if
+    there is nothing to compare, the numbers differ, no reference has a word, or the normaliser takes all of one away.
     """
     jiwer = extra("jiwer")
     if not references or len(references) != len(hypotheses):
@@ -83,18 +82,26 @@ def lines(references: Sequence[str], hypotheses: Sequence[str]) -> list[Line]:
         )
     found = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
-        wanted, got = normalise(reference), normalise(hypothesis)
-        if not wanted:
-            raise ZipperError(f"The reference {reference!r} has no words after normalising ({NORMALISER}). Leave it out.")
-        by = (jiwer.process_words(wanted, got), jiwer.process_characters(wanted, got))
-        word_edits, character_edits = (one.substitutions + one.deletions + one.insertions for one in by)
-        found.append(Line(reference, hypothesis, word_edits, len(wanted.split()), character_edits, len(wanted)))
+        wanted, got = normalise(reference, normaliser), normalise(hypothesis, normaliser)
+        if not wanted and any(map(str.isalnum, reference)):
+            raise ZipperError(
+                f"The reference {reference!r} has no words after normalising ({normaliser}). Take another normaliser."
+            )
+        by = (words(wanted), words(got)), (wanted, got)
+        edits = [_edits(jiwer.process_words(" ".join(by[0][0]), " ".join(by[0][1]))), _edits(jiwer.process_characters(*by[1]))]
+        found.append(Line(reference, hypothesis, edits[0], len(by[0][0]), edits[1], len(wanted)))
+    if not any(line.words for line in found):
+        raise ZipperError(f"None of the references has a word, e.g. {references[0]!r}. Give at least one that has.")
     return found
 
 
-def error_rate(references: Sequence[str], hypotheses: Sequence[str], seed: int = 0) -> ErrorRate:
+def _edits(compared: Any) -> int:
+    return int(compared.substitutions + compared.deletions + compared.insertions)
+
+
+def error_rate(references: Sequence[str], hypotheses: Sequence[str], seed: int = 0, normaliser: str = NORMALISER) -> ErrorRate:
     """Word and character error rate of a corpus; `asdict` of it is ready for JSON. Errors: those of `lines`."""
-    compared = lines(references, hypotheses)
+    compared = lines(references, hypotheses, normaliser)
     edits, words = _edits_and_words(compared)
     low, high = np.quantile(_resampled(edits, words, seed), (0.025, 0.975))
     return ErrorRate(
@@ -105,7 +112,15 @@ def error_rate(references: Sequence[str], hypotheses: Sequence[str], seed: int =
         exact=float((edits == 0).mean()),
         words=int(words.sum()),
         utterances=len(compared),
+        normaliser=normaliser,
+        counted=_counted(references, normaliser),
     )
+
+
+def _counted(references: Sequence[str], normaliser: str) -> str:
+    """What the words of these texts are."""
+    single = [spaceless(word[0]) for text in references for word in words(normalise(text, normaliser))]
+    return "characters" if all(single) else "words and characters" if any(single) else "words"
 
 
 def by_voice(references: Sequence[str], hypotheses: Sequence[str], voices: Sequence[str], seed: int = 0) -> dict[str, ErrorRate]:
@@ -134,7 +149,7 @@ def difference(references: Sequence[str], first: Sequence[str], second: Sequence
     (edits_first, words), (edits_second, _) = (_edits_and_words(lines(references, texts)) for texts in (first, second))
     edits = edits_second - edits_first
     low, high = np.quantile(_resampled(edits, words, seed), (0.025, 0.975))
-    rates = np.round(edits / words, 12)  # 2/3 - 1/3 and 1/3 are a tie
+    rates = np.round(edits / np.maximum(words, 1), 12)  # 2/3 - 1/3 and 1/3 are a tie
     p = float(stats.wilcoxon(rates).pvalue) if rates.any() else 1.0
     return Difference(float(edits.sum() / words.sum()), float(low), float(high), p)
 
@@ -149,7 +164,7 @@ def _resampled(
     """Edits by words of as many utterances again, drawn with replacement."""
     count = len(edits)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    return (drawn @ edits) / (drawn @ words)
+    return (drawn @ edits) / np.maximum(drawn @ words, 1)  # a draw of silent utterances alone has none
 
 
 # --- floors: what a system gets that does not listen ---
@@ -212,7 +227,7 @@ class Judge:
 
         Raises ZipperError naming the words without a pronunciation, or if pocketsphinx is missing.
         """
-        words = {word for line in sentences for word in normalise(line).split()}
+        words = {word for line in sentences for word in normalise(line, JUDGE_NORMALISER).split()}
         return cls(arpa(sentences, order), pronunciations(words), str(acoustic_model))
 
     def transcribe(self, audio: Audio) -> str:
@@ -251,17 +266,9 @@ def pulses(audio: Audio) -> bytes:
 
 def judge_audio(judge: Judge, audios: Sequence[Audio], workers: int = 2) -> list[str]:
     """What the judge hears in each, in order, by `workers` processes with a progress bar; a few are done in this process."""
-    heard = _heard(judge, audios, workers)
-    return list(tqdm(heard, desc=f"{judge.name} listens", total=len(audios), unit="utterance", disable=None))
-
-
-def _heard(judge: Judge, audios: Sequence[Audio], workers: int) -> Iterator[str]:
-    if workers < 2 or len(audios) <= CHUNK:
-        yield from map(judge.transcribe, audios)
-        return
-    # processes, because pocketsphinx holds the interpreter's lock; spawned, because a fork of torch's threads may hang
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(judge.transcribe, audios, chunksize=CHUNK)
+    # Processes, because pocketsphinx holds the interpreter's lock.
+    with closing(spread(judge.transcribe, audios, workers, CHUNK)) as heard:
+        return list(tqdm(heard, desc=f"{judge.name} listens", total=len(audios), unit="utterance", disable=None))
 
 
 def pronunciations(words: set[str]) -> str:
@@ -286,7 +293,7 @@ def arpa(sentences: Sequence[str], order: int = 2) -> str:
     p(w) = (c(w) + T q(w)) / (C + T), where q is the model one word shorter; the back-off weight is T / (C + T), so each history's
     probabilities add up to 1. Raises ZipperError if no sentence has a word.
     """
-    rows = [("<s>", *words, "</s>") for words in (normalise(sentence).split() for sentence in sentences) if words]
+    rows = [("<s>", *words, "</s>") for words in (normalise(sentence, JUDGE_NORMALISER).split() for sentence in sentences) if words]
     if not rows:
         raise ZipperError(f"No words in {len(sentences)} sentences: a language model needs sentences of the domain.")
     after: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)

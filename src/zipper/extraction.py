@@ -6,40 +6,35 @@ pass that was killed goes on where it was, and a corpus that changed costs only 
 
 import hashlib
 import json
-import math
-import multiprocessing
 import os
 import pickle
-import sys
-import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from zipper import data, disturbance, layouts
-from zipper.audio import Audio
-from zipper.data import Row, Sample
+from zipper import workers as pool
+from zipper.data import Row, Sample, Taken
 from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
-from zipper.files import sha256, write_json
+from zipper.files import place, sha256, write_json
+from zipper.layouts import Source
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.modality.speech import SpeechUnits
 from zipper.rows import BAD, PROVENANCE, Rows, provenance, read_record, write_shard
 
-FORMAT = 1
+FORMAT = 2
 SHARD = 256  # samples; some 50 minutes of speech: what a kill costs each process
 _WAVE = 1024  # shards whose raw rows a cluster holds at once
 
@@ -69,14 +64,15 @@ class Job(NamedTuple):
     takes: int = 0
 
 
-#: Of a shard: {"samples": how many were read, "seconds": of sound kept, "bad": [{"where", "id", "why"}]}.
+#: Of a shard: {"samples": how many were read, "seconds": of sound kept, "bad": [{"where", "id", "why"}], "passed": {what was passed
+#: over in the samples kept: in how many}}.
 Record = dict[str, Any]
 #: Runs jobs somewhere and gives their records in the order of the jobs.
 Spread = Callable[[Callable[[Job], Record], Iterable[Job]], Generator[Record]]
 
 
 def extract(
-    source: str,
+    source: Source,
     folder: Path,
     modalities: Mapping[str, Modality],
     policy: Policy | None = None,
@@ -94,28 +90,41 @@ def extract(
     that in "said" (`disturbance.take`), to learn "heard:speech -> said:text" from; its own fields
     stay as they are. shard: samples a file. spread: who works (default: a process
     a core). report: called after every shard made with {"samples", "bad", "seconds" of sound, "real_time": seconds of sound a
-    second}. The files are the same bytes whoever works and however often the pass was killed. Raises ZipperError for a source that
-    is not there or empty, bad samples that the policy does not bear, and a folder that holds units of something else.
+    second}. The files are the same bytes whoever works and however often the pass was killed. bad.jsonl lists what was refused,
+    provenance.json counts what was used and, by name, what was passed over. Raises ZipperError for a source that is not there or
+    empty, bad samples that the policy does not bear, and a folder that holds units of something else.
     """
+    folder = place(folder)
     policy, spread = policy or Policy(), spread or processes()
     pins = tuple(sorted((name, modality.fingerprint) for name, modality in modalities.items()))
-    origin = {"source": source, "split": split, "limit": limit, "modalities": dict(pins), "takes": takes or None}
+    origin = {
+        "source": layouts.spelled(source, folder),
+        "split": split,
+        "limit": limit,
+        "modalities": dict(pins),
+        "takes": takes or None,
+    }
     if (folder / PROVENANCE).is_file() and any(provenance(folder).get(key) != value for key, value in origin.items()):
         raise ZipperError(f"{folder} holds the units of another source, part, tokenizer or codebook. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     for name, modality in modalities.items():
         modality.save(folder / "modalities" / name)
-    paths: list[Path] = []
+    paths, passed = list[Path](), Counter[str]()
 
     def missing() -> Iterator[Job]:
-        found = islice(layouts.samples(source, split), limit)
+        found = (_hashed(sample, modalities) for sample in islice(layouts.samples(source, split, passed), limit))
         while chunk := list(islice(found, shard)):
-            paths.append(folder / f"units-{_key(chunk, modalities, pins, takes)}.safetensors")
+            made_of = [FORMAT, pins, takes, [content for _, content in chunk]]
+            name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+            paths.append(folder / f"units-{name}.safetensors")
             if read_record(paths[-1]) is None:
-                yield Job(paths[-1], chunk, pins, takes)
+                yield Job(paths[-1], [sample for sample, _ in chunk], pins, takes)
 
     since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
-    with tqdm(desc=f"units of {source}", unit="sample", disable=None) as bar, closing(spread(_make, missing())) as records:
+    with (
+        tqdm(desc=f"units of {origin['source']}", unit="sample", disable=None) as bar,
+        closing(spread(_make, missing())) as records,
+    ):
         for record in records:
             made["samples"] += record["samples"]
             made["bad"] += len(record["bad"])
@@ -127,7 +136,7 @@ def extract(
                 report(made)
             if policy.bad == "error":
                 _bear(record, policy, folder)
-    return _finish(folder, paths, origin, policy)
+    return _finish(folder, paths, origin, policy, passed)
 
 
 def load(
@@ -143,37 +152,16 @@ def load(
     A manifest whose bad samples are to be left out goes through the cache too.
     """
     policy = policy or Policy()
-    if (Path(source) / PROVENANCE).is_file() or (source.endswith(".jsonl") and policy.bad == "error" and split is None):
-        return data.read(Path(source), modalities, limit)
-    parts = [source, split, limit, *sorted((name, modality.fingerprint) for name, modality in modalities.items())]
+    if (place(source) / PROVENANCE).is_file() or (layouts.is_manifest(source) and policy.bad == "error" and split is None):
+        return data.read(place(source), modalities, limit)
+    parts = [layouts.spelled(source), split, limit, *sorted((name, modality.fingerprint) for name, modality in modalities.items())]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return extract(source, folder, modalities, policy, split, limit)
 
 
 def processes(workers: int | None = None) -> Spread:
     """Spread over so many fresh processes of one thread each (None: one a core); a single job or worker stays in this process."""
-    count = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-
-    def spread(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
-        jobs = iter(jobs)
-        first = list(islice(jobs, 2 if count > 1 else 0))
-        if len(first) < 2:
-            yield from map(work, [*first, *jobs])
-            return
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
-        with _one_thread():
-            waiting = deque(pool.submit(work, job) for job in first)
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > 2 * count:  # no more raw rows in memory than keep everyone busy
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return spread
+    return partial(pool.spread, workers=workers or pool.cores())
 
 
 def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
@@ -193,72 +181,42 @@ def _far(row: dict[str, Any]) -> dict[str, Any]:
     return {"number": row["number"], "record": json.dumps(work(job))}
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Processes begun in here have one thread each for their numbers, which is read when those are loaded."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _begin() -> None:
-    """A worker does not outlive the process that started it, however that ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        sentinel = parent.sentinel
-        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
-
-
 def _make(job: Job) -> Record:
     """Encode the samples of a shard and write it."""
     modalities = _modalities(job.path.parent / "modalities", job.modalities)
-    rows, names, seconds, bad = [], [], [], []
-    for number, sample in enumerate(job.samples):
-        name = str(sample.row.get("id", number))
+    rows, names, seconds, bad, passed = [], [], [], [], Counter[str]()
+    for sample in job.samples:
+        name = str(sample.row.get("id"))
         try:
             if sample.problem:
                 raise ZipperError(f"{sample.where} {sample.problem}")
-            heard = data.hear(sample.row, modalities, sample.folder, sample.where)
-            row = data.encode(heard, modalities, sample.folder, sample.where)
-            made = [row | take for take in _takes(row, heard, modalities, job.takes, name, sample.where)]
+            taken = data.take(sample.row, modalities, sample.folder, sample.where)
+            made = [taken.row | more for more in _takes(taken, modalities, job.takes, name, sample.where)]
         except MissingExtra:  # no sample is bad because of it
             raise
-        except ZipperError as error:
-            bad.append({"where": sample.where, "id": name, "why": str(error)})
+        except Exception as error:  # by place, not by type: it is this sample's
+            why = str(error) if isinstance(error, ZipperError) else f"{sample.where}: {type(error).__name__}: {error}"
+            bad.append({"where": sample.where, "id": name, "why": why})
             continue
         rows += made
         names += [name] * len(made)
-        seconds += [_seconds(heard)] * len(made)
-    record = {"samples": len(job.samples), "seconds": sum(seconds, 0.0), "bad": bad}
+        seconds += [taken.seconds] * len(made)
+        passed.update(taken.passed)
+    record = {"samples": len(job.samples), "seconds": sum(seconds, 0.0), "bad": bad, "passed": passed}
     write_shard(job.path, rows, names, seconds, record)
     return record
 
 
-def _takes(row: Row, heard: Mapping[str, Any], modalities: Mapping[str, Modality], takes: int, name: str, where: str) -> list[Row]:
+def _takes(taken: Taken, modalities: Mapping[str, Modality], takes: int, name: str, where: str) -> list[Row]:
     """The fields that disturbed takes of a sample's speech add to its row, take by take; one of none where none were wanted."""
     if not takes:
         return [{}]
-    units = [(key, one) for key, one in modalities.items() if isinstance(one, SpeechUnits) and isinstance(heard.get(key), Audio)]
-    if not units or "text" not in row:
+    units = [(key, one) for key, one in modalities.items() if isinstance(one, SpeechUnits) and key in taken.heard]
+    if not units or "text" not in taken.row:
         raise ZipperError(f"{where} has no sound and text, so it cannot be taken again. Give both, or leave takes out.")
     key, speech = units[0]
-    taken = [disturbance.take(heard[key], f"{name} {number}") for number in range(takes)]
-    return [{"heard": speech.encode(sound), "said": row["text"] if said else []} for sound, said in taken]
-
-
-def _seconds(heard: Mapping[str, Any]) -> float:
-    """How long the sounds of a row are; where it has ids only, what it says itself."""
-    lengths = [value.seconds for value in heard.values() if isinstance(value, Audio)]
-    said = heard.get("duration")
-    if not lengths and isinstance(said, int | float) and math.isfinite(said):
-        return float(said)
-    return sum(lengths, 0.0)
+    again = [disturbance.take(taken.heard[key], f"{name} {number}") for number in range(takes)]
+    return [{"heard": speech.encode(sound), "said": taken.row["text"] if said else []} for sound, said in again]
 
 
 @lru_cache(maxsize=1)
@@ -267,21 +225,20 @@ def _modalities(folder: Path, pins: tuple[tuple[str, str], ...]) -> dict[str, Mo
     return {name: load_modality(folder / name) for name, _ in pins}
 
 
-def _key(chunk: Sequence[Sample], modalities: Mapping[str, Modality], pins: Sequence[tuple[str, str]], takes: int) -> str:
-    """A hash of all that decides a shard."""
-    digest = hashlib.sha256(json.dumps([FORMAT, pins, *[takes][: takes > 0]]).encode())
-    for sample in chunk:
-        row = sample.row
-        digest.update(json.dumps([row, sample.problem], sort_keys=True, default=_hashed).encode())
-        for key in data.sounds(row, modalities):
-            path = row[key] if isinstance(row[key], str) else row[key].get("path")
-            if path and (sample.folder / path).is_file():
-                status = (sample.folder / path).stat()
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+def _hashed(sample: Sample, modalities: Mapping[str, Modality]) -> tuple[Sample, str]:
+    """A sample, and a hash of all that decides its ids; one that has none for its row is a sample with a problem."""
+    try:
+        digest = hashlib.sha256(json.dumps([sample.row, sample.problem], sort_keys=True, default=_in_words).encode())
+    except Exception as error:  # nested too deep, keys of several kinds
+        problem = f"cannot be read ({type(error).__name__}: {error})."
+        return _hashed(Sample(sample.where, {"id": str(sample.row.get("id"))}, sample.folder, problem), modalities)
+    for path in data.files(sample.row, modalities, sample.folder):
+        status = path.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return sample, digest.hexdigest()
 
 
-def _hashed(value: Any) -> str:
+def _in_words(value: Any) -> str:
     """For JSON: what it has no way to say."""
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
@@ -298,7 +255,7 @@ def _bear(record: Mapping[str, Any], policy: Policy, folder: Path) -> None:
         warnings.warn(told, stacklevel=4)
 
 
-def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], policy: Policy) -> Rows:
+def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], policy: Policy, passed: Counter[str]) -> Rows:
     """Count, judge, and say that all is there."""
     records = [record for path in paths if (record := read_record(path)) is not None]
     total = {
@@ -307,16 +264,21 @@ def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], poli
         "seconds": sum(record["seconds"] for record in records),
     }
     if not total["samples"]:
-        raise ZipperError(f"There is no sample in {origin['source']} of the split {origin['split']!r}.")
+        raise ZipperError(f"There is no sample in {origin['source']} of the split {origin['split']!r}. {told(passed)}".strip())
     data.write(folder / BAD, total["bad"])
     _bear(total, policy, folder)
     rows = Rows(paths)
+    for record in records:
+        passed.update(record["passed"])
+    if twice := total["samples"] - len(total["bad"]) - rows.distinct():
+        passed["ids that another sample has too"] = twice
     counted = {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("zipper-lm", "numpy", "safetensors")},
         **origin,
         "samples": total["samples"],
         "bad": len(total["bad"]),
+        "passed": dict(sorted(passed.items())),
         "rows": len(rows),
         "seconds": round(total["seconds"], 3),
         "fields": {name: _counts(rows, name) for name in rows.fields},
@@ -333,4 +295,10 @@ def _finish(folder: Path, paths: Sequence[Path], origin: Mapping[str, Any], poli
 def _counts(rows: Rows, field: str) -> dict[str, int]:
     lengths = rows.lengths_of(field)
     lengths = lengths[lengths >= 0]
-    return {"rows": len(lengths), "ids": int(lengths.sum()), "longest": int(lengths.max(initial=0))}
+    ids = {"ids": int(lengths.sum()), "longest": int(lengths.max(initial=0)), "empty": int((lengths == 0).sum())}
+    return {"rows": len(lengths)} | ids
+
+
+def told(passed: Mapping[str, int]) -> str:
+    """What was passed over, as a sentence; "" for nothing."""
+    return f"Passed over: {', '.join(f'{name} ({count})' for name, count in sorted(passed.items()))}." if passed else ""

@@ -6,6 +6,7 @@ saved that would not be read. What is written here is on the disk before it take
 models, and does not need torch.
 """
 
+import codecs
 import errno
 import hashlib
 import json
@@ -43,6 +44,7 @@ _EXPONENT: dict[str, tuple[Any, int]] = {
 _NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")  # no string holds a line break of its own
 HELD = ".held"  # in a folder that a process writes; who
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # of a file system that has none
+_HALF = re.compile("[\ud800-\udfff]")
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
 
 _WHAT_TO_DO = {
@@ -55,6 +57,33 @@ _WHAT_TO_DO = {
 T = TypeVar("T")
 Limits = Mapping[str, tuple[int | float, int | float]]
 _types: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
+def place(path: str | Path) -> Path:
+    """A path as people write it: `~` in front is their home, whoever gave it and wherever it stood."""
+    return Path(os.path.expanduser(path))
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file and their numbers from 1, without those that are blank and without a byte order mark.
+
+    A line ends in \\n, \\r\\n or \\r and in nothing else: U+2028 and others may stand in one. They are
+    bytes, because what is no UTF-8 is the fault of its line alone. Raises a ZipperError that names
+    what is no file or cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise ZipperError(f"{path} is a folder or no plain file." if os.path.exists(path) else f"{path} does not exist.")
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for part in file:  # up to a line feed
+                for line in part.splitlines():
+                    number += 1
+                    line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                    if line.strip():
+                        yield number, line
+    except OSError as error:
+        raise ZipperError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
@@ -75,9 +104,16 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, one readable way for the whole project, lists of numbers on one line. JSON has no NaN and no infinity: null
     stands for them."""
-    text = json.dumps(_plain(data), indent=1, ensure_ascii=False)
+    text = as_json(_plain(data), indent=1)
     text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     write(path, f"{text}\n".encode())
+
+
+def as_json(data: Any, indent: int | None = None) -> str:
+    """JSON that people can read; with escapes where half a character, as in a file's name that is no
+    UTF-8, has no other way to be written."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(data, indent=indent)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -273,10 +309,11 @@ def check_finite(path: Path, entries: Mapping[str, Entry]) -> None:
 
 def _decode(content: bytes) -> Any:
     """JSON, without what Python's parser lets through."""
-    return json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    return json.loads(content.decode(), object_pairs_hook=unique, parse_constant=_no_number, parse_float=_finite)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json`: an object whose keys are all different; a ValueError for any other."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")

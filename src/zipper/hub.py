@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, hf_hub_download, snapshot_download
 
-from zipper import checkpoint
+from zipper import checkpoint, files
 from zipper.errors import ZipperError
 
 FILES = (
@@ -48,7 +48,7 @@ def names_a_path(source: str) -> bool:
 
 def as_folder(source: str | Path) -> Path | None:
     """The folder that a source means, absolute; None where it is a hub id."""
-    place = Path(source).expanduser()
+    place = files.place(source)
     local = place.is_dir() or isinstance(source, Path) or names_a_path(source)
     return Path(os.path.abspath(place)) if local else None
 
@@ -66,7 +66,7 @@ def fetch(source: str | Path, revision: str | None = None) -> Local:
     no such repository or revision, where it may not be read or reached, or where it holds no zip.
     """
     if as_folder(source) is not None:
-        place = Path(source).expanduser()
+        place = files.place(source)
         if revision is not None:
             raise ZipperError(f"{source} is a folder; only a hub repository has the revision {revision!r}. Leave revision out.")
         return Local(place, _root(place))

@@ -12,9 +12,10 @@ import importlib.metadata
 import json
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from zipper.audio import Audio
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.modality.text import Text
+from zipper.workers import spread
 
 TEXT = Path(__file__).parent / "shipped" / "prose" / "austen.txt.gz"
 PARTS = ("text", "speech", "pairs", "dev", "test")
@@ -182,10 +184,9 @@ def rows(
     key = hashlib.sha256(repr((made_of, seed, tuple(voices), noisy, units.fingerprint)).encode()).hexdigest()[:16]
     files = {folder / f"prose-{part}-{key}-{i // BLOCK:04d}.jsonl": filled[i : i + BLOCK] for i in range(0, len(filled), BLOCK)}
     missing = {file: block for file, block in files.items() if not file.exists()}
-    with corpus.pool(workers if missing else 1) as each:
-        fresh = each(partial(_row, units), [utterance for block in missing.values() for utterance in block])
-        left = sum(map(len, missing.values()))
-        fresh = iter(tqdm(fresh, desc=f"say {part}", total=left, unit="utterance", smoothing=0.01, mininterval=1, disable=None))
+    left = sum(map(len, missing.values()))
+    with closing(spread(partial(_row, units), chain.from_iterable(missing.values()), workers, corpus.CHUNK)) as made:
+        fresh = iter(tqdm(made, desc=f"say {part}", total=left, unit="utterance", smoothing=0.01, mininterval=1, disable=None))
         for file, block in missing.items():
             data.write(file, list(islice(fresh, len(block))))
     return [row for file in files for row in data.manifest(file)][: len(wanted)]

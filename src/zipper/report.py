@@ -26,7 +26,8 @@ from jaxtyping import Float
 from zipper.audio import Audio, Mel
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import ErrorRate, normalise
+from zipper.evaluation import ErrorRate
+from zipper.normaliser import normalise, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -401,13 +402,13 @@ def _sound(title: str, sound: Sound, text: str, longest_s: float) -> str:
             f'src="{_data("image/png", _spectrogram(audio))}"></div>'
             f'<audio controls preload=metadata aria-label="{escape(title)}" src="{_data("audio/flac", _flac(audio))}"></audio>'
         )
-    heard = "".join(f"<dt>{escape(judge)} heard<dd>{_difference(text, words)}" for judge, words in sound.heard.items())
+    heard = "".join(f"<dt>{escape(judge)} heard<dd>{_difference(text, said)}" for judge, said in sound.heard.items())
     return f"<figure><figcaption>{escape(title)} <span class=quiet>{length}</span></figcaption>{player}<dl>{heard}</dl></figure>"
 
 
 def _difference(reference: str, hypothesis: str) -> str:
     """The hypothesis in normalised words: what is missing struck out, what should not be there marked, as WER counts them."""
-    aligned = extra("jiwer").process_words(normalise(reference), normalise(hypothesis))
+    aligned = extra("jiwer").process_words(*(" ".join(words(normalise(text))) for text in (reference, hypothesis)))
     marked = []
     for chunk in aligned.alignments[0]:
         wanted = escape(" ".join(aligned.references[0][chunk.ref_start_idx : chunk.ref_end_idx]))

@@ -25,6 +25,7 @@ from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, bl
 from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.environment import extra
 from zipper.errors import ZipperError as ZipperError
+from zipper.files import place
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
 OTHER_WINDOWS = ("window_size", "sliding_window_size", "attention_window_size")  # inside the blocks
@@ -180,7 +181,7 @@ class Tower(nn.Module):
                 f"A tower was given as a {type(source).__name__}; a folder, a hub id or a transformers model was wanted. "
                 "For adapters give the base, and their settings as lora=..."
             )
-        folder = Path(source).expanduser()
+        folder = place(source)
         local = folder.is_dir() or isinstance(source, Path) or hub.names_a_path(source)
         if local and not (folder / "config.json").is_file():
             problem = "has no config.json" if folder.is_dir() else "does not exist"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from zipper.errors import ZipperError
+from zipper.files import place
 
 
 @runtime_checkable
@@ -40,9 +41,10 @@ def load(folder: str | Path) -> Modality:
     from zipper.modality.speech import SpeechUnits
     from zipper.modality.text import Text
 
-    if (Path(folder) / SpeechUnits.CONFIG).is_file():
+    folder = place(folder)
+    if (folder / SpeechUnits.CONFIG).is_file():
         return SpeechUnits.load(folder)
-    if (Path(folder) / Text.DEFINITION).is_file():
+    if (folder / Text.DEFINITION).is_file():
         return Text.load(folder)
     raise ZipperError(
         f"{folder} holds no modality: neither {SpeechUnits.CONFIG} nor {Text.DEFINITION} is there. Give the folder of one."

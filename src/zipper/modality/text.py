@@ -6,6 +6,8 @@ Nothing here knows of towers or speech.
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from zipper.errors import ZipperError
-from zipper.files import read_json
+from zipper.files import place, read_json
 
 BEGIN, END = "<s>", "</s>"
 TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
 MOST_BYTES = 64 << 20  # of a tokenizer.json; a vocabulary of 262,000 takes 33 MB
+SAID = "#%&*/@\\_\N{PER MILLE SIGN}"  # punctuation to Unicode, and words to those who read it aloud
 LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
 
 
@@ -76,7 +79,7 @@ class Text:
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
         """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a slow one."""
-        if (Path(source).expanduser() / cls.DEFINITION).is_file():
+        if (place(source) / cls.DEFINITION).is_file():
             return cls.load(source)
         loaded = _loaded(source)
         return cls(loaded.backend_tokenizer.to_str(), loaded.bos_token, loaded.eos_token)
@@ -87,13 +90,32 @@ class Text:
         return hashlib.sha256("\0".join([self.definition, *self.tokens]).encode()).hexdigest()
 
     def encode(self, raw: str) -> list[int]:
-        """Token ids. Raises ZipperError naming the characters that this tokenizer cannot write."""
+        """Token ids of what `spell` makes of it. Raises ZipperError naming the characters that this tokenizer cannot write."""
+        return self.spell(raw)[0]
+
+    def spell(self, raw: str) -> tuple[list[int], str]:
+        """Token ids, and the text that they are of: this one, without the punctuation that the tokenizer has no token for.
+
+        Only signs that nobody says are left out (not % or &, nor a point before a digit), and a typographic apostrophe becomes a
+        plain one. Raises ZipperError naming the other characters that it cannot write, and for text that is none.
+        """
+        if strange := next((c for c in raw if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None):
+            raise ZipperError(
+                f"{raw!a:.200} holds the character {strange!a}, which is no text. It was damaged or read as another encoding."
+            )
         ids: list[int] = self.tokenizer.encode(raw, add_special_tokens=False).ids
-        if self.decode(ids) != raw:  # seldom, and mostly harmless: capitals, white space
-            lost = sorted({character for character in raw if not character.isspace() and not self._writes(character)})
-            if lost:
-                raise ZipperError(f"this tokenizer cannot write {' '.join(lost)} in {raw!r}. Spell it in letters or leave it out.")
-        return ids
+        if self.decode(ids) == raw:
+            return ids, raw
+        lost = {character for character in raw if not character.isspace() and not self._writes(character)}
+        if not lost:  # capitals, white space
+            return ids, raw
+        if self._writes("'"):
+            raw = re.sub(r"(?<=\w)[\u2018\u2019\u02bc](?=\w)", "'", raw)
+        plain = "".join(" " if c in lost and _unsaid(c, after) else c for c, after in zip(raw, f"{raw[1:]} ", strict=True))
+        if left := sorted(lost.intersection(plain)):
+            raise ZipperError(f"this tokenizer cannot write {' '.join(left)} in {raw!r}. Spell it in letters or leave it out.")
+        plain = " ".join(plain.split())
+        return self.tokenizer.encode(plain, add_special_tokens=False).ids, plain
 
     def decode(self, ids: Sequence[int]) -> str:
         """The string, without special tokens."""
@@ -110,9 +132,9 @@ class Text:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name the tokens that begin
-        and end a text, transformers knows the other places that may."""
-        folder = Path(folder).expanduser()
+        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name
+        the tokens that begin and end a text, transformers knows the other places that may."""
+        folder = place(folder)
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
                 definition = file.read(MOST_BYTES + 1)
@@ -172,6 +194,12 @@ def _tokens(folder: Path, definition: str, named: list[str | None]) -> list[str 
         candidates = (own, getattr(loaded, name), by_id)
         found.append(next((c for c in candidates if c is not None and (c is own or tokenizer.token_to_id(c) is not None)), None))
     return found
+
+
+def _unsaid(character: str, after: str) -> bool:
+    """Whether it is a sign that nobody says; a point, comma, colon or dash is said before a digit."""
+    kind, plain = unicodedata.category(character), unicodedata.normalize("NFKC", character)
+    return kind[0] == "P" and plain not in SAID and not (after.isdigit() and (kind == "Pd" or plain in ".,:"))
 
 
 def _token(entry: Any) -> str | None:
