@@ -357,10 +357,16 @@ def word_at(start: int, length: int = 8_000, noise: float = 0.0) -> Audio:
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 3e-3])
 @pytest.mark.parametrize("start", [0, 1, 997, 4_800])
-def test_the_ends_of_a_sound_are_found_to_the_sample(start: int, noise: float) -> None:
+def test_the_ends_of_a_sound_are_found_to_a_millisecond(start: int, noise: float) -> None:
     first, last = word_at(start, noise=noise).ends()
-    assert start <= first <= start + 8  # half a millisecond: a sine begins at 0
-    assert abs(last - start - 3_200) <= (8 if noise < 1e-3 else 32)
+    assert abs(first - start) <= 20  # a millisecond: the mean that is taken off lets a tone begin a little before it does
+    assert abs(last - start - 3_200) <= 32
+
+
+def test_the_ends_of_a_sound_that_comes_later_are_later_by_as_much() -> None:
+    first, last = word_at(1_000).ends()
+    for later in (1, 7, 160, 1_234):
+        assert word_at(1_000 + later).ends() == (first + later, last + later)
 
 
 def test_pauses_are_filled_up_where_there_were_none() -> None:

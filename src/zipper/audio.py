@@ -97,7 +97,7 @@ class Audio:
         """
         front = front or Front()
         window = max(1, round(front.window_ms / 1000 * self.rate_hz))
-        power = _running_power(self.samples, window)
+        power = _running_power(self.centred(front.mean_ms).samples, window)
         loudest = float(power.max(initial=0.0))
         if loudest <= 0:
             return 0, len(self.samples)
@@ -131,18 +131,20 @@ class Front:
     Its offset goes, so do the pauses around what is heard in it, and what a code sounds like is
     compared with it as its noise and its band let that be heard.
 
-    window_ms: of the running mean power by which `Audio.ends` tells what is heard. More than
-    `quiet_db` under the loudest is silence, and so is what lies less than `noise_db` above the
+    mean_ms: of the moving mean without which `Audio.ends` looks: 2.5 leave what lies above 400 Hz,
+    and so little of what wind and machines do. window_ms: of the running mean power by which it
+    tells what is heard. More than `quiet_db` under the loudest is silence, and so is what lies less than `noise_db` above the
     noise, the power that `noise_share` of the sound stays below; but never what is less than
     `least_db` under the loudest. margin_ms: of the pause that stays behind the end. places, fitted:
     see `SpeechUnits.log_mel`. floor_share: of the frames lie below a sound's noise, bin by bin.
     empty_nats: above the floor of the picture; a bin that never comes higher holds no sound.
     """
 
+    mean_ms: float = 2.5
     window_ms: float = 2.0
     quiet_db: float = -45.0  # eSpeak's own pauses lie below -60, its weakest fricatives above -40
-    noise_share: float = 0.05
-    noise_db: float = 8.0  # white noise in windows of 2 ms varies by 3 dB to either side
+    noise_share: float = 0.1
+    noise_db: float = 10.0  # with 0.1 and 2 ms: no noise, of any colour, is taken for speech; docs/log.md
     least_db: float = -15.0
     margin_ms: float = 20.0
     places: int = 4

@@ -33,6 +33,7 @@ from zipper.workers import spread
 CHUNK = 100  # utterances that are generated together
 JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
 DOMAIN = 20_000  # sentences of the unpaired text part that the judge's language model is made of
+FEW = 8  # utterances for which no process is started
 SHOWN = 6  # utterances to listen to in the report
 
 #: The pre-trained towers that come with the package, before any alignment.

@@ -101,7 +101,7 @@ def drawn(seed: int) -> Disturbance:
 
     through = sometimes(0.15, 7_990.0, 15_000.0)
     return Disturbance(
-        speed_percent=sometimes(0.5, -12.0, 12.0) or 0.0,
+        speed_percent=sometimes(0.6, -14.0, 14.0) or 0.0,
         lead_ms=sometimes(0.5, 0.0, 600.0) or 0.0,
         trail_ms=sometimes(0.5, 0.0, 600.0) or 0.0,
         room_db=sometimes(0.5, -75.0, -50.0),
@@ -109,7 +109,7 @@ def drawn(seed: int) -> Disturbance:
         colour=sometimes(0.5, 0.0, 2.0) or 0.0,
         through_hz=None if through is None else max(8_000, round(through)),
         gain_db=sometimes(0.5, -25.0, 21.0) or 0.0,
-        clip_times=sometimes(0.25, 1.0, 6.0) or 1.0,
+        clip_times=sometimes(0.4, 1.0, 6.0) or 1.0,
         offset=sometimes(0.2, -0.2, 0.2) or 0.0,
     )
 
