@@ -45,6 +45,7 @@ ORDER = (
     "baseline",
     "native",
     "graphs",
+    "plain",
     "fused",
     "engine",
     "containers",

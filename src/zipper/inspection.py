@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from zipper.audio import Audio
 from zipper.baseline import Baseline
@@ -109,6 +108,8 @@ def parts(model: Zipper | Baseline) -> dict[str, list[nn.Parameter]]:
 
 def gradient_norms(model: Zipper | Baseline) -> dict[str, float]:
     """Norm of the gradient of each of `parts`, as it is now; 0 where a part has none. Their squares add up to the whole's."""
+    from torch.distributed.tensor import DTensor  # half a second
+
     found = {}
     for part, parameters in parts(model).items():
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
 
 from zipper import checkpoint, hub, loss
 from zipper.card import card
@@ -31,7 +30,7 @@ from zipper.generation import Limits, default_limit, generate
 from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory, block_mask
 from zipper.sampling import Sampling, check_seed
 from zipper.sequence import Ends, Segment, read_ids
-from zipper.tower import Past, Strand, Tower, UnsupportedTower
+from zipper.tower import Past, PreTrainedModel, Strand, Tower, UnsupportedTower, in_memory
 
 Junction = dict[str, int]
 TowerSource = str | Path | PreTrainedModel | Tower
@@ -737,7 +736,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _in_memory(source: TowerSource) -> bool:
-    return isinstance(source, Tower | PreTrainedModel)
+    return isinstance(source, Tower) or in_memory(source)
 
 
 def _dtype(tower: Tower) -> str:
