@@ -48,6 +48,7 @@ ORDER = (
     "plain",
     "fused",
     "engine",
+    "proofs",
     "containers",
     "audio",
     "modality",

@@ -25,7 +25,7 @@ from zipper.tower import Strand
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """Towers, junctions, links with their gates, parameters and bytes on disk, as plain data."""
-    model = pipeline.model
+    model = pipeline.held
     return {
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
         "junctions": [dict(junction) for junction in model.config.junctions],
@@ -170,12 +170,13 @@ def table(found: dict[str, Any]) -> str:
 
 def _tower(model: Zipper | Baseline, pipeline: Pipeline, name: str) -> dict[str, Any]:
     tower, modality = model.config.towers[name], pipeline.modalities[name]
+    held: Any = model.towers[name]
     return {
-        "family": model.tower(name).config.model_type,
+        "family": held.family,
         "blocks": tower.layers,
         "width": tower.width,
         "vocabulary": tower.vocabulary,
-        "parameters": sum(p.numel() for p in model.tower(name).parameters()),
+        "parameters": sum(p.numel() for p in held.parameters()),
         "trained": tower.train,
         "input_projection": tower.input_projection,
         "source": tower.source,

@@ -107,7 +107,8 @@ class Plain:
 
 
 @final
-class Rotary(NamedTuple):
+@dataclass(frozen=True)
+class Rotary:
     """Rotary positions as transformers computes them, to the bit. inverse: frequencies, in float32. factor: of cosine and sine."""
 
     inverse: Float[Tensor, " half"]

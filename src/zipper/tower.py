@@ -235,6 +235,16 @@ class Tower(nn.Module):
         return self.model.config.get_text_config()
 
     @property
+    def family(self) -> str:
+        """What transformers calls its architecture."""
+        return str(self.model.config.model_type)
+
+    @property
+    def room(self) -> int:
+        """Positions that it was made for; models without a limit have a large number."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next(self.parameters()).device
@@ -335,7 +345,7 @@ class Tower(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold: did this tower change?"""
-        return _sha256(
+        return fingerprint(
             dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers(remove_duplicate=False))
         )
 
@@ -345,7 +355,7 @@ class Tower(nn.Module):
         Unlike `digest` it leaves out what transformers computes when it loads a model: rotary frequencies may differ in
         their last bits from machine to machine, and some grow with the longest row that was read. Adapters (LoRA) are left out.
         """
-        return _sha256(self.base(), dtype)
+        return fingerprint(self.base(), dtype)
 
     def base(self) -> dict[str, Tensor]:
         """What a checkpoint of this tower holds, under the names it has without adapters (peft wraps what it adapts)."""
@@ -506,7 +516,7 @@ class Tower(nn.Module):
         return refusal(f"{self.name} cannot be a tower: {reason}.")
 
 
-def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Over name, dtype, shape and bytes of each tensor, in the order of their names; parameters are turned into `dtype` first."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
