@@ -597,6 +597,7 @@ class _Tower:
     """A tower whose blocks are like Llama's."""
 
     def __init__(self, tower: Plain, form: Form) -> None:
+        tower.check()
         outline = tower.outline
         self.name, self.table = tower.name, tower.tensors[outline.table].detach().contiguous()
         parts = zip(outline.blocks, tower.activations, strict=True)

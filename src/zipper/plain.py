@@ -99,6 +99,26 @@ class Plain:
         """Its tensors and its epsilon."""
         return self.tensors[part.weight], None if part.bias is None else self.tensors[part.bias], part.eps
 
+    def check(self) -> None:
+        """Raises UnsupportedTower where tensors do not fit together: compiled code goes by what it is told of their shapes."""
+        vocabulary, width = self.tensors[self.outline.table].shape
+        shapes: list[tuple[Norm | Linear, tuple[int, ...]]] = []
+        shapes += [(self.outline.norm, (width,)), (self.outline.head, (vocabulary, width))]
+        for block in self.outline.blocks:
+            attended, keys, inner = (len(self.tensors[part.weight]) for part in (block.query, block.key, block.gate))
+            size = block.head_width
+            if not 0 < size <= keys or attended % size or keys % size or attended % keys:
+                raise UnsupportedTower(f"{self.name} has {attended} queries and {keys} keys in heads of {size}.")
+            shapes += [(norm, (width,)) for norm in (block.norm, block.second_norm)]
+            shapes += [(norm, (size,)) for norm in (block.query_norm, block.key_norm) if norm is not None]
+            shapes += [(block.query, (attended, width)), (block.out, (width, attended))]
+            shapes += [(part, (keys, width)) for part in (block.key, block.value)]
+            shapes += [(part, (inner, width)) for part in (block.gate, block.up)] + [(block.down, (width, inner))]
+        for part, shape in shapes:
+            weight, bias = (None if name is None else self.tensors[name].shape for name in (part.weight, part.bias))
+            if weight != shape or bias not in (None, shape[:1]):
+                raise UnsupportedTower(f"{self.name}: {part.weight} has the shape {weight}, {shape} was wanted.")
+
     @property
     def silu(self) -> bool:
         """Whether all gates are x sigmoid(x), by which compiled code goes."""
