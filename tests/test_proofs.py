@@ -1,4 +1,4 @@
-"""Proofs remembered: a record is believed only where all is as it was, and changes no bit of what a model says."""
+"""Proofs remembered: a record is believed only where all is as it was, and changes no bit of logits."""
 
 import copy
 import json
@@ -35,6 +35,7 @@ from zipper.testing import tiny_tower
 from zipper.tower import Tower
 
 native.library()  # before the cache is elsewhere: it is built once for all tests
+IMPORTED = proofs._imported
 PLAN = [Segment("speech", [5, 6, 7])], ["text", "speech"]
 
 
@@ -71,6 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 def place(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Nothing is remembered yet."""
     monkeypatch.delenv("ZIPPER_PROOFS")
+    monkeypatch.setattr(proofs, "_imported", lambda: False)  # as in a process that has not
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
     shutil.copytree(made.folder, tmp_path / "world")
@@ -254,7 +256,8 @@ def test_a_record_is_of_one_precision(place: Place) -> None:
         assert recalled(pipe) and next(pipe.held.parameters()).dtype == (dtype or torch.float32)
 
 
-def test_under_other_defaults_nothing_is_recalled(place: Place) -> None:
+def test_under_other_defaults_nothing_is_recalled(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where transformers is imported: whoever did may have changed how it computes."""
     Pipeline.from_pretrained(place.zip)
     local = hub.fetch(place.zip)
 
@@ -262,6 +265,9 @@ def test_under_other_defaults_nothing_is_recalled(place: Place) -> None:
         return proofs.recall(local, torch.float32) is not None
 
     assert there()
+    with monkeypatch.context() as patch:
+        patch.setattr(proofs, "_imported", IMPORTED)
+        assert "transformers" in sys.modules and not there()
     with torch.inference_mode():
         assert not there()
     with torch.device("meta"):
@@ -369,7 +375,7 @@ LIES: dict[str, Callable[[proofs.Known], proofs.Known]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_record_that_lies_is_seen_through(place: Place, lie: str) -> None:
-    """One that is whole and in its place, as somebody would make it who wants a tower to run wrongly."""
+    """One that is whole and in its place, made by somebody who wants a tower to run wrongly."""
     wanted = said(Pipeline.from_pretrained(place.zip))
     (path,) = place.records
     record, tensors = proofs._read(path)
@@ -429,7 +435,8 @@ def test_the_oldest_records_go(place: Place, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_be_remembered_is_loaded_as_ever(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Towers that are not like Llama, zips with an adapter, models too large for the fast way, and where it is not wanted."""
+    """Towers that are not like Llama, adapters, models too large for the fast way, and where it is
+    not wanted."""
     for families in ({"text": "gpt2", "speech": "llama"}, {"text": "llama", "speech": "llama"}):
         towers = {}
         for name, modality in {"text": tiny.text(), "speech": tiny.units()}.items():

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -184,21 +185,25 @@ def sha256(path: Path) -> str:
 
 
 def cached(name: str) -> Path | None:
-    """A file of the user's cache, if it is there and only the user, or the system's administrator, could
-    have written it: code is among what lies there, and what is said to be proved."""
+    """A file of the user's cache, if it is there and nobody but the user and root could have
+    written it: code is among what lies there, and what is said to be proved."""
     there = (place / name for place in _places() if _own(place))
     return next((path for path in there if path.is_file() and _own(path)), None)
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again, in which nobody else may write: zipper in
-    XDG_CACHE_HOME or ~/.cache; where that cannot be, one among the system's temporary files. Raises
-    OSError where there is neither."""
+    """The user's folder for what can be made again, in which nobody else may write.
+
+    It is zipper in XDG_CACHE_HOME or ~/.cache; where that cannot be written, one among the system's
+    temporary files. Raises OSError where there is neither.
+    """
     for place in _places():
         with suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _own(place) and place.stat().st_uid == os.geteuid():
-                place.chmod(0o700)  # made under a umask that lets a group in
+            if _UNIX and not _own(place):
+                made = place.lstat()
+                if made.st_uid == os.geteuid() and stat.S_ISDIR(made.st_mode):
+                    place.chmod(0o700)  # made under a umask that lets a group write
             if _own(place) and os.access(place, os.W_OK | os.X_OK):
                 return place
     raise OSError(errno.EACCES, "no folder for a cache can be written (XDG_CACHE_HOME names one)")

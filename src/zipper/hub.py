@@ -91,8 +91,8 @@ def commit(repo: str, revision: str | None = None) -> str:
 
 
 def tower(repo: str, commit: str) -> Path:
-    """The folder in the hub's cache of a tower that was loaded before at a commit; nothing is downloaded. Raises what the hub's
-    client raises where it is not there."""
+    """The folder in the hub's cache of a tower that was loaded before at a commit; nothing is
+    downloaded. Raises what the hub's client raises where it is not there."""
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(repo, "config.json", revision=commit, local_files_only=True)).parent

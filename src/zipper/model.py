@@ -576,14 +576,14 @@ class Zipper(nn.Module):
         dtype: torch.dtype | None,
         shared: Sequence[str] = (),
     ) -> "Zipper":
-        """Towers with what a saved zip adds to them. dtype: as in `from_pretrained`, but not of the towers in `shared`."""
+        """Towers with what a saved zip adds to them. dtype: as in `from_pretrained`, but not of the
+        towers in `shared`."""
         path = folder / checkpoint.CONFIG
         try:
             for name, pin in config.towers.items():
                 tower = towers[name]
-                if pin.lora is not None and isinstance(
-                    tower, Tower
-                ):  # peft makes no adapter without memory; one of this rank takes little
+                # Not below: peft makes no adapter without memory; one of this rank takes little.
+                if pin.lora is not None and isinstance(tower, Tower):
                     tower.adapt(pin.lora)
             with torch.device("meta"):  # no memory, no random numbers for what the file will bring, or will not
                 model = cls(towers, config)

@@ -136,7 +136,8 @@ class Pipeline:
 
     @property
     def model(self) -> Zipper | Baseline:
-        """The model, to run, change and train; after a quick start this loads and proves its towers, once."""
+        """The model, to run, change and train; where it was recalled, its towers are loaded and
+        proved when this is first asked for."""
         with _LOADING:
             if self._later is not None:
                 self.held = self._later.load()

@@ -1,8 +1,8 @@
-"""Towers as plain data: the tensors and numbers by which blocks like Llama's are run, without the model that they came from.
+"""Towers as plain data: the tensors and numbers by which blocks like Llama's are run.
 
-It is what `fused` reads. Taken from a transformers model, it goes by attribute names, and whoever runs it compares with the
-tower's own logits. Written down, tensors by their names, it is what `proofs` remembers of a tower, so that the next process need
-not import transformers. Nothing here runs a tower.
+It is what `fused` reads. Taken from a transformers model, it goes by attribute names, and whoever runs
+it compares with the tower's own logits. Written down, tensors by their names, it is what `proofs`
+remembers of a tower, so that the next process need not import transformers. Nothing here runs one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,11 @@ BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of a row
-#: Where the random ids are cut by which a reader is compared with its tower: many at once, a few, and one by one.
+#: Where the random ids are cut by which a reader is compared with its tower: many, a few, singles.
 CUTS = (0, 9, 13, 14, 15, 16, 17)
 
-Turns = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rotary cosine and sine, from states (their dtype) and positions
+# Rotary cosine and sine, in the dtype of the states that are given, from positions.
+Turns = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """Norm, grouped-query attention with rotary positions, norm, gated feed-forward. scale: of the products of queries and keys."""
+    """Norm, grouped-query attention with rotary positions, norm, gated feed-forward. scale: of the
+    products of queries and keys."""
 
     norm: Norm
     second_norm: Norm
@@ -100,7 +102,8 @@ class Plain:
         return self.tensors[part.weight], None if part.bias is None else self.tensors[part.bias], part.eps
 
     def check(self) -> None:
-        """Raises UnsupportedTower where tensors do not fit together: compiled code goes by what it is told of their shapes."""
+        """Raises UnsupportedTower where tensors do not fit together: compiled code goes by what it is
+        told of their shapes."""
         vocabulary, width = self.tensors[self.outline.table].shape
         shapes: list[tuple[Norm | Linear, tuple[int, ...]]] = []
         shapes += [(self.outline.norm, (width,)), (self.outline.head, (vocabulary, width))]
@@ -129,7 +132,8 @@ class Plain:
 @final
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions as transformers computes them, to the bit. inverse: frequencies, in float32. factor: of cosine and sine."""
+    """Rotary positions as transformers computes them, to the bit. inverse: frequencies, in float32.
+    factor: of cosine and sine."""
 
     inverse: Float[Tensor, " half"]
     factor: float
@@ -143,11 +147,10 @@ class Rotary:
 
 @final
 class Proved(nn.Module):
-    """A tower that was proved before: its weights, and what is known of it without transformers. `fused` reads it; it cannot be run
-    part way, nor trained.
+    """A tower that was proved before: its weights, and what is known of it without transformers.
 
-    name, family: the class of the model, and what transformers calls its architecture. room: most positions. truth: the tower's own
-    logits of the ids that `truth` compares.
+    `fused` reads it; it cannot be run part way, nor trained. name, family: the class of the model, and
+    what transformers calls its architecture. room: most positions. truth: what `truth` found then.
     """
 
     def __init__(
@@ -173,7 +176,8 @@ class Proved(nn.Module):
 
 
 def plain(tower: nn.Module) -> Plain:
-    """A tower for reading. Raises UnsupportedTower for one that is not built like Llama, as far as names tell."""
+    """A tower for reading. Raises UnsupportedTower for one that is not built like Llama, as far as
+    names tell."""
     if isinstance(tower, Proved):
         return tower.plain()
     assert isinstance(tower, Tower)
@@ -196,7 +200,8 @@ def plain(tower: nn.Module) -> Plain:
 
 @torch.no_grad()
 def truth(tower: nn.Module) -> Float[Tensor, "cuts vocabulary"]:
-    """The tower's own logits in float32 behind every cut of `sample`: computed now, or where it was proved before, then."""
+    """The tower's own logits in float32 behind every cut of `sample`, computed now; of one that was
+    proved before, those of that time."""
     if isinstance(tower, Proved):
         return tower.truth
     assert isinstance(tower, Tower)

@@ -1,13 +1,14 @@
 """Proofs remembered: a zip that was proved on this machine before is loaded without transformers.
 
-Loading imports transformers, builds each tower by its code and compares, which takes longer than all the
-rest of a short command. What `fused` needs is less: tensors by their names, a few numbers, and logits to
-compare with. That is what a record holds, beside all that it was made with: the files of the zip by
-their hashes, zipper's own code, the code of transformers that ran, versions, processor, dtype. Where
-anything of it differs, or anything at all goes wrong, nothing is recalled and all is proved as if there
-were no record. What is recalled is compared with the tower's logits of the time it was proved.
+Loading imports transformers, builds each tower by its code and compares, which takes longer than all
+the rest of a short command. What `fused` needs is less: tensors by their names, a few numbers, and
+logits to compare with. That is what a record holds, beside all that it was made with: every file of
+the zip, zipper's own code and that of transformers that ran, by their hashes; versions, processor,
+dtype. Where any of it differs, or anything at all goes wrong, nothing is recalled and all is proved
+as if there were no record. What is recalled is compared with the logits that the tower had then. A
+process that has imported transformers recalls nothing: it would save little, and may have changed it.
 
-Records lie in the user's cache, never beside a model: a stranger's file must not say that it needs no
+Records lie in the user's cache, never beside a model: no stranger's file says that it needs no
 proof. ZIPPER_PROOFS=0 writes and reads none.
 """
 
@@ -47,9 +48,9 @@ PACKAGE = Path(__file__).parent
 class Known:
     """What a record says of a tower.
 
-    name, family, room, outline: see `Proved`. source, revision: where it lies; "" = in the zip's folder.
-    described: hash of its config.json. stored: by its tensors' names, their names in its files.
-    factor: of rotary positions. attention: the implementation by which its own logits were computed.
+    name, family, room, outline: see `Proved`. source, revision: where it lies; "" = in the zip's
+    folder. described: hash of its config.json. stored: by its tensors' names, their names in its
+    files. factor: of rotary positions.
     """
 
     name: str
@@ -61,7 +62,6 @@ class Known:
     stored: dict[str, str]
     outline: Outline
     factor: float
-    attention: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Recalled(NamedTuple):
 def recall(local: hub.Local, dtype: torch.dtype | None) -> Recalled | None:
     """The zip in this folder, where there is a record of it that holds here and now. dtype: of its
     weights in memory; None = as saved."""
-    if not _wanted():
+    if not _wanted() or _imported():
         return None
     try:
         made_with = _made_with(local.folder, dtype)
@@ -103,7 +103,7 @@ def recall(local: hub.Local, dtype: torch.dtype | None) -> Recalled | None:
 
 
 def remember(local: hub.Local, model: Zipper, dtype: torch.dtype | None) -> None:
-    """Write a record of a zip that was just loaded from this folder; nothing was changed in it since.
+    """Write a record of a zip that was just loaded from this folder, and was not changed since.
 
     Nothing is written of a zip with an adapter, or with a tower that `fused` does not know, and
     where no cache can be written.
@@ -129,8 +129,12 @@ def _wanted() -> bool:
     return here and os.environ.get("ZIPPER_PROOFS") != "0"
 
 
+def _imported() -> bool:
+    return "transformers" in sys.modules
+
+
 def _made_with(folder: Path, dtype: torch.dtype | None) -> dict[str, str]:
-    """All that a proof depends on beside the code that ran; the manifest stands for every byte of the zip."""
+    """All that a proof depends on beside the code that ran; the manifest stands for all files."""
     transformers = find_spec("transformers")
     return {
         "files": files.sha256(folder / checkpoint.MANIFEST),
@@ -152,7 +156,7 @@ def _hashes(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _code(tower: Tower) -> set[str]:
-    """The files, but torch's, of the classes that the model is made of, and of what these files import."""
+    """The files, but torch's, of the model's classes and of what these files import."""
     kinds = {kind for module in tower.model.modules() for kind in type(module).__mro__}
     homes = {sys.modules[kind.__module__] for kind in kinds}
     homes = {home for home in homes if home.__name__.partition(".")[0] not in ("torch", "builtins")}
@@ -165,7 +169,7 @@ def _code(tower: Tower) -> set[str]:
 
 
 def _known(tower: Tower, pin: TowerConfig, turns: Rotary, inside: bool, dtype: torch.dtype | None) -> Known:
-    """What there is to know of a tower. Raises UnsupportedTower where its files do not hold all of it."""
+    """What there is to know of a tower. Raises UnsupportedTower where its files do not hold it."""
     found, place = plain(tower), _place(pin.source, pin.revision)
     if not found.silu:
         raise UnsupportedTower(f"{tower.name} has another activation than SiLU.")
@@ -179,12 +183,11 @@ def _known(tower: Tower, pin: TowerConfig, turns: Rotary, inside: bool, dtype: t
         stored=_stored(tower, place, getattr(torch, pin.dtype), dtype),
         outline=found.outline,
         factor=turns.factor,
-        attention=str(tower.config._attn_implementation),
     )
 
 
 def _turns(tower: Tower) -> Rotary:
-    """Its rotary positions by our formula. Raises UnsupportedTower where its own are others in a single bit."""
+    """Its rotary positions by our formula. Raises UnsupportedTower where a bit of them differs."""
     given = plain(tower).turns
     inverse, factor = getattr(given, "inv_freq", None), getattr(given, "attention_scaling", None)
     if isinstance(inverse, Tensor) and isinstance(factor, int | float):
@@ -197,7 +200,8 @@ def _turns(tower: Tower) -> Rotary:
 
 
 def _stored(tower: Tower, place: Path, kept: torch.dtype, dtype: torch.dtype | None) -> dict[str, str]:
-    """Where its files hold each of its tensors, tied ones perhaps once. Raises UnsupportedTower where they are not as loaded."""
+    """Under which name its files hold each of its tensors, tied ones perhaps once. Raises
+    UnsupportedTower where they are not there as they were loaded."""
     there, held, found = _where(place), tower.base(), {}
     for name, tensor in held.items():
         names = [name, *(other for other, same in held.items() if same is tensor)]
@@ -235,7 +239,7 @@ def _tensors(place: Path, names: Iterable[str], dtype: torch.dtype) -> dict[str,
 
 
 def _recalled(local: hub.Local, dtype: torch.dtype | None, record: Record, tensors: Mapping[str, Tensor]) -> Recalled | None:
-    """The zip that a record is about; None where a tower of it lies elsewhere and is another one now."""
+    """The zip of a record; None where a tower of it lies elsewhere and is another one now."""
     checkpoint.check(local.folder, local.root)
     config = ZipperConfig.from_dict(files.read_json(local.folder / checkpoint.CONFIG)["config"])
     towers, pins = {}, {}
@@ -266,7 +270,7 @@ def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
 
 
 def _write(name: str, record: Record, tensors: Mapping[str, Tensor]) -> None:
-    """Behind a hash of all the rest; in one step, for others may read or write it at the same time."""
+    """Behind a hash of all the rest; in one step, for others may read or write it meanwhile."""
     said = torch.frombuffer(bytearray(json.dumps(asdict(record)).encode()), dtype=torch.uint8)
     content = save({"record": said, **tensors})
     place = files.cache_folder()
