@@ -108,13 +108,6 @@ def logits(reader: Fused) -> Tensor:
     return torch.cat([row for row in found if row is not None])
 
 
-def load(folder: Path, **options: Any) -> Pipeline:
-    """What it was before there were records."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ZIPPER_PROOFS", "0")
-        return Pipeline.from_pretrained(folder, **options)
-
-
 # --- with and without, all is the same
 
 
@@ -243,7 +236,6 @@ def test_where_anything_is_another_the_towers_are_proved(place: Place, monkeypat
     CHANGES[what](place, monkeypatch)
     pipe = Pipeline.from_pretrained(place.zip)
     assert not recalled(pipe) and all(isinstance(tower, Tower) for tower in pipe.held.towers.values())
-    assert said(pipe) == said(load(place.zip))
     assert recalled(again := Pipeline.from_pretrained(place.zip)), "the new proof is remembered"
     assert said(again) == said(pipe)
 
@@ -324,7 +316,7 @@ def test_a_damaged_record_is_ignored_and_written_anew(place: Place) -> None:
     wanted = said(Pipeline.from_pretrained(place.zip))
     (record,) = place.records
     whole, dice = record.read_bytes(), random.Random(0)
-    damaged = [b"", whole[:64], whole[:-1], whole + b"\0", *(bytearray(whole) for _ in range(4))]
+    damaged = [b"", whole[:64], whole[:-1], whole + b"\0", *(bytearray(whole) for _ in range(2))]
     for content in damaged[4:]:
         assert isinstance(content, bytearray)
         content[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)

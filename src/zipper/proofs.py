@@ -139,7 +139,7 @@ def _made_with(folder: Path, dtype: torch.dtype | None) -> dict[str, str]:
     return {
         "files": files.sha256(folder / checkpoint.MANIFEST),
         "dtype": f"{dtype} where {torch.get_default_dtype()} is the default",
-        "zipper": str(_hashes(str(path) for path in sorted(PACKAGE.rglob("*.py")))),
+        "zipper": str(_hashes(str(path) for path in PACKAGE.rglob("*.py"))),
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "transformers": f"{version('transformers')} {transformers and transformers.origin}",
         "python": sys.version,
@@ -152,7 +152,7 @@ def _file(made_with: Mapping[str, str]) -> str:
 
 
 def _hashes(paths: Iterable[str]) -> dict[str, str]:
-    return {path: files.sha256(Path(path)) for path in paths}
+    return {path: files.sha256(Path(path)) for path in sorted(paths)}
 
 
 def _code(tower: Tower) -> set[str]:
