@@ -75,6 +75,7 @@ def place(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(proofs, "_imported", lambda: False)  # as in a process that has not
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
     shutil.copytree(made.folder, tmp_path / "world")
     world = World(tmp_path / "world")
     resaved(world.zip, lambda config: config["towers"]["text"].update(source=str(world.folder / "text" / "tower")))

@@ -312,7 +312,7 @@ class Zipper(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(loaded, config)
-        model.place({name: next(tower.parameters()).device for name, tower in towers.items()})
+        model.place({name: tower.device for name, tower in loaded.items()})
         return model
 
     def train(self, mode: bool = True) -> "Zipper":
@@ -564,7 +564,7 @@ class Zipper(nn.Module):
                 found[name] = dataclasses.replace(
                     found[name], source=hub.absolute(where), relative="", revision=loaded[name].revision
                 )
-        shared = [name for name, base in (towers or {}).items() if _in_memory(base)]
+        shared = [name for name, given in (towers or {}).items() if _in_memory(given)]
         return cls.assemble(folder, loaded, dataclasses.replace(config, towers=found), dtype, shared)
 
     @classmethod

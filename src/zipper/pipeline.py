@@ -131,7 +131,7 @@ class Pipeline:
             raise ZipperError(f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}") from error
         if recalled is not None:
             pipeline._reader = recalled.reader
-            pipeline._later = Later(folder, recalled.manifest, dtype, allow_mismatch)
+            pipeline._later = Later(folder.absolute(), recalled.manifest, dtype, allow_mismatch)
         return pipeline
 
     @property

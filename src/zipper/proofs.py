@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from zipper import checkpoint, files, hub
 from zipper.errors import ZipperError
 from zipper.fused import Fused
-from zipper.model import TowerConfig, Zipper, ZipperConfig
+from zipper.model import TowerConfig, Zipper, ZipperConfig, base
 from zipper.plain import Outline, Proved, Rotary, plain, truth
 from zipper.tower import Tower, UnsupportedTower, fingerprint
 
@@ -48,15 +48,14 @@ PACKAGE = Path(__file__).parent
 class Known:
     """What a record says of a tower.
 
-    name, family, room, outline: see `Proved`. source, revision: where it lies; "" = in the zip's
-    folder. described: hash of its config.json. stored: by its tensors' names, their names in its
-    files. factor: of rotary positions.
+    name, family, room, outline: see `Proved`. revision: the hub's commit, if it came from there.
+    described: hash of its config.json. stored: by its tensors' names, their names in its files.
+    factor: of rotary positions.
     """
 
     name: str
     family: str
     room: int
-    source: str
     revision: str
     described: str
     stored: dict[str, str]
@@ -115,9 +114,8 @@ def remember(local: hub.Local, model: Zipper, dtype: torch.dtype | None) -> None
         for name, pin in model.config.towers.items():
             tower = model.towers[name]
             assert isinstance(tower, Tower)
-            inside = Path(pin.source) == (local.folder / "towers" / name).resolve()
             turns = _turns(tower)
-            towers[name] = _known(tower, pin, turns, inside, dtype)
+            towers[name] = _known(tower, pin, turns, dtype)
             tensors |= {f"{name}.inverse": turns.inverse, f"{name}.truth": truth(tower)}
             code |= _code(tower)
         made_with = _made_with(local.folder, dtype)
@@ -168,7 +166,7 @@ def _code(tower: Tower) -> set[str]:
     return {file for home in homes if (file := getattr(home, "__file__", None))}
 
 
-def _known(tower: Tower, pin: TowerConfig, turns: Rotary, inside: bool, dtype: torch.dtype | None) -> Known:
+def _known(tower: Tower, pin: TowerConfig, turns: Rotary, dtype: torch.dtype | None) -> Known:
     """What there is to know of a tower. Raises UnsupportedTower where its files do not hold it."""
     found, place = plain(tower), _place(pin.source, pin.revision)
     if not found.silu:
@@ -177,7 +175,6 @@ def _known(tower: Tower, pin: TowerConfig, turns: Rotary, inside: bool, dtype: t
         name=tower.name,
         family=tower.family,
         room=tower.room,
-        source="" if inside else pin.source,
         revision=pin.revision,
         described=files.sha256(place / "config.json"),
         stored=_stored(tower, place, getattr(torch, pin.dtype), dtype),
@@ -215,9 +212,9 @@ def _stored(tower: Tower, place: Path, kept: torch.dtype, dtype: torch.dtype | N
     return found
 
 
-def _place(source: str, revision: str) -> Path:
+def _place(source: str | Path, revision: str) -> Path:
     """The folder of a tower that was loaded before."""
-    return Path(source) if Path(source).is_dir() else hub.tower(source, revision)
+    return hub.as_folder(source) or hub.tower(str(source), revision)
 
 
 def _where(place: Path) -> dict[str, Path]:
@@ -245,17 +242,18 @@ def _recalled(local: hub.Local, dtype: torch.dtype | None, record: Record, tenso
     towers, pins = {}, {}
     for name, pin in config.towers.items():
         known = record.towers[name]
-        source = known.source or str((local.folder / "towers" / name).resolve())
+        source = base(local.folder, name, pin)
         place = _place(source, known.revision)
         if files.sha256(place / "config.json") != known.described:
             return None
         stored = _tensors(place, known.stored.values(), getattr(torch, pin.dtype))
         weights = {tensor: stored[name] for tensor, name in known.stored.items()}
-        if known.source and fingerprint(weights) != pin.digest:  # what lies inside was checked with all files
+        inside = pin.source == f"towers/{name}"  # there it was checked with all files
+        if not inside and fingerprint(weights) != pin.digest:
             return None
         turns = Rotary(tensors[f"{name}.inverse"], known.factor)
         towers[name] = Proved(known.name, known.family, known.room, known.outline, weights, turns, tensors[f"{name}.truth"])
-        pins[name] = replace(pin, source=source, revision=known.revision)
+        pins[name] = replace(pin, source=hub.absolute(source), relative="", revision=known.revision)
     model = Zipper.assemble(local.folder, towers, replace(config, towers=pins), dtype)
     return Recalled(model, Fused(model), record.made_with["files"])
 
