@@ -27,7 +27,7 @@ from zipper.errors import ZipperError
 from zipper.fused import Fused
 from zipper.inspection import describe
 from zipper.model import Zipper
-from zipper.pipeline import SHIPPED, Pipeline
+from zipper.pipeline import Pipeline
 from zipper.plain import Proved
 from zipper.sampling import Sampling
 from zipper.sequence import Segment
@@ -249,28 +249,30 @@ def test_a_record_is_of_one_precision(place: Place) -> None:
         assert recalled(pipe) and next(pipe.held.parameters()).dtype == (dtype or torch.float32)
 
 
-def test_under_other_defaults_nothing_is_recalled(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where transformers is imported: whoever did may have changed how it computes."""
-    Pipeline.from_pretrained(place.zip)
-    local = hub.fetch(place.zip)
+def test_under_other_defaults_nothing_is_recalled_or_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where transformers was imported: whoever did may have changed how it computes."""
 
-    def there() -> bool:
-        return proofs.recall(local, torch.float32) is not None
+    def goes_by_records() -> bool:
+        return proofs.wanted() and proofs.recall(hub.fetch(place.zip), torch.float32) is not None
 
-    assert there()
     with monkeypatch.context() as patch:
         patch.setattr(proofs, "_imported", IMPORTED)
-        assert "transformers" in sys.modules and not there()
+        assert "transformers" in sys.modules and not recalled(Pipeline.from_pretrained(place.zip)) and not place.records
+    Pipeline.from_pretrained(place.zip)
+    assert goes_by_records()
+    with monkeypatch.context() as patch:
+        patch.setattr(proofs, "_imported", IMPORTED)
+        assert not goes_by_records() and not recalled(Pipeline.from_pretrained(place.zip))
     with torch.inference_mode():
-        assert not there()
+        assert not goes_by_records()
     with torch.device("meta"):
-        assert not there()
+        assert not goes_by_records()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        assert not there()
+        assert not goes_by_records()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert there()
+    assert goes_by_records()
 
 
 def test_towers_that_are_given_are_proved(place: Place) -> None:
@@ -475,17 +477,18 @@ for command in (["speak", "send forty two oranges to vienna", "-o", path], ["tra
 """
 
 
-def test_a_short_command_imports_little(place: Place, tmp_path: Path) -> None:
-    """Another process, of the shipped model that this one has proved."""
+def test_a_short_command_imports_little_when_it_is_given_for_the_second_time(place: Place, tmp_path: Path) -> None:
+    """Processes of their own, with the shipped model."""
     pytest.importorskip("soundfile")
-    Pipeline.from_pretrained(SHIPPED)
-    ended = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(tmp_path)],
-        env=os.environ | {"ZIPPER_NATIVE": "0"},  # it would be built anew, for the cache is elsewhere
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
-    assert [line for line in lines if line.endswith("[]")] == ["speak []", "transcribe []", "show []"], ended.stdout
-    assert "send forty two oranges to vienna" in lines
+    for proved in (False, True):
+        ended = subprocess.run(
+            [sys.executable, "-c", COMMANDS, str(tmp_path)],
+            env=os.environ | {"ZIPPER_NATIVE": "0"},  # it would be built anew, for the cache is elsewhere
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        lines = ended.stdout.splitlines()
+        assert "send forty two oranges to vienna" in lines
+        little = [line for line in lines if line.endswith("[]")]
+        assert little == (["speak []", "transcribe []", "show []"] if proved else []), ended.stdout

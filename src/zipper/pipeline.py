@@ -108,17 +108,17 @@ class Pipeline:
         foreign base, tokenizer or codebook; allow_mismatch makes a foreign one a warning.
         """
         local = hub.fetch(SHIPPED if source is None else source, revision)
-        folder, recalled = local.folder, None
+        folder, recalled, quick = local.folder, None, not towers and proofs.wanted()
         model: Zipper | Baseline
         if _is_baseline(folder):
             if towers:
                 raise ZipperError(f"{folder} is a baseline: it holds all its weights, so it takes no towers={sorted(towers)}.")
             model = Baseline.from_pretrained(folder, dtype)
-        elif (recalled := None if towers else proofs.recall(local, dtype)) is not None:
+        elif (recalled := proofs.recall(local, dtype) if quick else None) is not None:
             model = recalled.model
         else:
             model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)  # the snapshot in the hub's cache is a folder too
-            if not towers and sum(p.nbytes for p in model.parameters()) <= FAST_BYTES:
+            if quick and sum(p.nbytes for p in model.parameters()) <= FAST_BYTES:
                 proofs.remember(local, model, dtype)
         if not (folder / PINS).is_file():
             raise ZipperError(

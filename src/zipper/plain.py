@@ -166,12 +166,13 @@ class Proved(nn.Module):
         super().__init__()
         self.name, self.family, self.room, self.outline, self.turns, self.truth = name, family, room, outline, turns, truth
         unique = {id(tensor): nn.Parameter(tensor, requires_grad=False) for tensor in tensors.values()}
-        self.names = {name: [*unique].index(id(tensor)) for name, tensor in tensors.items()}  # tied ones are one
+        places = {key: place for place, key in enumerate(unique)}
+        self.places = {name: places[id(tensor)] for name, tensor in tensors.items()}  # tied ones are one
         self.weights = nn.ParameterList(unique.values())
 
     def plain(self) -> Plain:
         """For reading."""
-        tensors = {name: self.weights[index] for name, index in self.names.items()}
+        tensors = {name: self.weights[place] for name, place in self.places.items()}
         return Plain(self.name, self.outline, tensors, self.turns, [F.silu] * len(self.outline.blocks))
 
 

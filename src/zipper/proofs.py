@@ -5,8 +5,9 @@ the rest of a short command. What `fused` needs is less: tensors by their names,
 logits to compare with. That is what a record holds, beside all that it was made with: every file of
 the zip, zipper's own code and that of transformers that ran, by their hashes; versions, processor,
 dtype. Where any of it differs, or anything at all goes wrong, nothing is recalled and all is proved
-as if there were no record. What is recalled is compared with the logits that the tower had then. A
-process that has imported transformers recalls nothing: it would save little, and may have changed it.
+as if there were no record. What is recalled is compared with the logits that the tower had then.
+Where transformers was imported before, nothing is recalled or written: there is little to save, and
+whoever imported it may have changed how it computes.
 
 Records lie in the user's cache, never beside a model: no stranger's file says that it needs no
 proof. ZIPPER_PROOFS=0 writes and reads none.
@@ -83,11 +84,15 @@ class Recalled(NamedTuple):
     manifest: str
 
 
+def wanted() -> bool:
+    """Whether this process may go by records, and write them."""
+    here = torch.get_default_device().type == "cpu" and not torch.is_inference_mode_enabled()
+    return here and os.environ.get("ZIPPER_PROOFS") != "0" and not _imported()
+
+
 def recall(local: hub.Local, dtype: torch.dtype | None) -> Recalled | None:
     """The zip in this folder, where there is a record of it that holds here and now. dtype: of its
     weights in memory; None = as saved."""
-    if not _wanted() or _imported():
-        return None
     try:
         made_with = _made_with(local.folder, dtype)
         path = files.cached(_file(made_with))
@@ -107,7 +112,7 @@ def remember(local: hub.Local, model: Zipper, dtype: torch.dtype | None) -> None
     Nothing is written of a zip with an adapter, or with a tower that `fused` does not know, and
     where no cache can be written.
     """
-    if not _wanted() or any(pin.lora is not None for pin in model.config.towers.values()):
+    if any(pin.lora is not None for pin in model.config.towers.values()):
         return
     towers, tensors, code = dict[str, Known](), dict[str, Tensor](), set[str]()
     with suppress(UnsupportedTower, OSError):
@@ -120,11 +125,6 @@ def remember(local: hub.Local, model: Zipper, dtype: torch.dtype | None) -> None
             code |= _code(tower)
         made_with = _made_with(local.folder, dtype)
         _write(_file(made_with), Record(made_with, _hashes(code), towers), tensors)
-
-
-def _wanted() -> bool:
-    here = torch.get_default_device().type == "cpu" and not torch.is_inference_mode_enabled()
-    return here and os.environ.get("ZIPPER_PROOFS") != "0"
 
 
 def _imported() -> bool:
