@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ZIPPER_PROOFS"] = "0"  # what a test finds does not depend on what another, or somebody, has loaded before
 
 # The training loop takes a GPU where there is one; tests do so when they ask for it.
 os.environ["ACCELERATE_USE_CPU"] = "true"

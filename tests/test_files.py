@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from zipper import files
 from zipper.errors import ZipperError
 from zipper.files import HELD, MOST_INTEGER, check_finite, flush, header, held, parse, read_json, saving, settle, write, write_json
 
@@ -358,3 +360,53 @@ def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path: Path, monkeypatc
         monkeypatch.setattr(fcntl, "flock", flock)
         with pytest.raises(ZipperError, match="in use"), held(tmp_path):
             pass
+
+
+# --- the user's cache
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the user's cache will be; temporary files would lie beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "home" / "zipper"
+
+
+def test_the_cache_is_the_users_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.cached("a") is None and not home.exists(), "looking makes nothing"
+    assert files.cache_folder() == home and home.stat().st_mode & 0o777 == 0o700
+    (home / "a").write_text("")
+    assert files.cached("a") == home / "a"
+    (home / "a").chmod(0o664)
+    assert files.cached("a") is None
+    (home / "a").chmod(0o600)
+    home.chmod(0o775)
+    assert files.cached("a") is None
+    assert files.cache_folder() == home and files.cached("a") == home / "a", "closed again"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: home.parents[1])
+    assert files.cache_folder() == home.parents[1] / ".cache" / "zipper"
+
+
+def test_where_the_cache_cannot_be_written_temporary_files_will_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.parent.write_text("no folder")
+    other = files.cache_folder()
+    assert other.parent == home.parents[1] / "temporary" and str(os.geteuid()) in other.name
+    (other / "a").write_text("")
+    (other / "a").chmod(0o600)
+    assert files.cached("a") == other / "a"
+    other.rename(home.parents[1] / "theirs")
+    other.symlink_to(home.parents[1] / "theirs")  # where anybody may put things, a link may be anybody's
+    assert files.cached("a") is None
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+        files.cache_folder()
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    other.unlink()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert files.cache_folder() == other

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,36 @@ def test_a_section_past_its_cap_is_asked_to_end_and_then_ended_with_all_that_it_
     assert {name: part["how"] for name, part in parts.items()} == {name: "ended at its cap", "good": "done"}
     child = parts[name]["found"].pop("child", None)
     assert parts[name]["found"] == left and (child is None or not alive(child))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_section_ends_with_its_runner(number: int, tmp_path: Path) -> None:
+    """Else it would write beside the next runner's."""
+    code = f"""
+import dataclasses, sys, time; sys.path.insert(0, {str(ROOT / "tools")!r}); import gpu
+from pathlib import Path
+gpu.hardware, gpu.ENDING_S, gpu.EVERY_S = lambda: "a card", 0.2, 0.05
+def waits(told):
+    told.tell({{"process": __import__("os").getpid()}})
+    time.sleep(600)
+gpu.SECTIONS = (gpu.Section("limits", 500, waits),)
+gpu.planned.__defaults__ = (gpu.SECTIONS,)
+gpu.__file__ = __file__
+sys.exit(gpu.main(sys.argv[1:]))
+"""
+    (tmp_path / "runner.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "runner.py"), "--output", str(tmp_path / "out"), "--state", str(tmp_path / "state")]
+    said = tmp_path / "state" / "gpu" / "sections" / "limits.json"
+    with subprocess.Popen(command) as runner:
+        while not said.exists():
+            assert runner.poll() is None
+            time.sleep(0.05)
+        runner.send_signal(number)
+    process = json.loads(said.read_text())["process"]
+    until = time.monotonic() + 300
+    while alive(process) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(process)
 
 
 def test_the_whole_never_passes_its_limit(stubbed: Any) -> None:

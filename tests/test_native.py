@@ -1,10 +1,12 @@
 """The compiled step: built where it can be, done without where not, and the same numbers whatever it is built for."""
 
+import _ctypes
 import os
 import platform
 import random
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,48 @@ def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-O1")
     native.library.cache_clear()
     assert native.library() is not None and len(list(fresh.iterdir())) == 2, "other flags, other code"
+
+
+@pytest.fixture
+def small(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `fresh`, with code that is built at once."""
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" void zipper_step(void*) {}\nextern "C" void zipper_product(void*) {}\n')
+    monkeypatch.setattr(native, "SOURCE", source)
+    return fresh
+
+
+@needs_compiler
+def test_what_is_damaged_or_could_be_somebody_elses_is_built_anew(small: Path) -> None:
+    loaded = native.library()
+    (built,) = small.iterdir()
+    whole = built.read_bytes()
+    for content, mode in ((b"", 0o700), (whole[:100], 0o700), (whole, 0o770)):
+        _ctypes.dlclose(loaded._handle)  # else the system has it still
+        built.write_bytes(content)
+        built.chmod(mode)
+        os.utime(built, (1, 1))
+        native.library.cache_clear()
+        loaded = native.library()
+        assert loaded is not None and [*small.iterdir()] == [built]
+        assert built.stat().st_mtime > 1 and len(built.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_where_no_cache_can_be_written_it_lies_among_temporary_files(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(native.SOURCE))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert native.library() is not None
+    (built,) = tmp_path.glob("zipper-*/step-*.so")
+    written = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None and built.stat().st_mtime_ns == written and not recwarn.list
+    monkeypatch.setattr(tempfile, "tempdir", str(native.SOURCE))
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
+        assert native.library() is None
 
 
 @needs_compiler

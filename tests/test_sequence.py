@@ -169,7 +169,6 @@ def test_ids_may_come_in_anything_that_is_a_row_of_whole_numbers(content: Any) -
         (5, "holds a int"),
         (None, "holds a NoneType"),
     ],
-    ids=str,
 )
 def test_what_is_no_content_is_refused_in_a_sentence(content: Any, message: str) -> None:
     with pytest.raises(ZipperError, match=message):

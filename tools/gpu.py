@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -414,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, str(Path(__file__)), "--size", given.size, "--state", str(given.state.absolute())]
     if given.size == "tiny":  # a busy machine may take its time, but for the limit
         wanted = [(name, model, replace(section, cap_s=8 * section.cap_s)) for name, model, section in wanted]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the section that runs, too
     found = Run(given.output.absolute(), state, given.size, limit, command).run(wanted)
     return int(any(section["how"] == "failed" for section in found["sections"].values()))
 
@@ -427,6 +429,7 @@ def _section(name: str, size: Size, state: Path, seconds: float) -> int:
         latest.update(found)
         _write(file, latest)
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         found = section.run(Told(size, seconds, state, tell, model))
         tell(found | {"complete": "stopped" not in found})
@@ -434,6 +437,15 @@ def _section(name: str, size: Size, state: Path, seconds: float) -> int:
         tell({"traceback": traceback.format_exc()})
         raise
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """A section whose runner was killed must not write beside the next runner's: all of its group is asked to end."""
+    while os.getppid() == parent:
+        time.sleep(EVERY_S)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(ENDING_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 class Run:
@@ -475,7 +487,12 @@ class Run:
         grace = min(ENDING_S, cap / 4)
         command = [*self.command, "--section", name, "--limit", str(cap - grace)]
         with (self.state / "sections" / f"{name}.log").open("wb+") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            calm = {
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "GOMP_SPINCOUNT": "3000",
+                "HF_HUB_OFFLINE": "1",
+            } | os.environ  # as in the Makefile
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=calm)
             try:
                 while (code := process.poll()) is None:
                     past = time.monotonic() - began

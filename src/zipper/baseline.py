@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from zipper import checkpoint, hub, loss
 from zipper.errors import ZipperError
@@ -26,7 +24,7 @@ from zipper.generation import Limits, default_limit, generate
 from zipper.model import TowerConfig, TowerSource
 from zipper.sampling import Sampling, check_seed
 from zipper.sequence import Ends, Segment, read_ids
-from zipper.tower import Past, Strand, Tower
+from zipper.tower import Past, PreTrainedModel, Strand, Tower
 
 KIND = "baseline"  # tells its saved configuration from that of a zip
 FEEDFORWARD_WIDTHS = ("ffn_dim", "n_inner", "intermediate_size")  # what configurations call it; the first that is there counts
@@ -394,6 +392,9 @@ def _rows(old: Float[Tensor, "vocabulary width"], n: int, like: Float[Tensor, "n
 def _grown(base: Tower, vocabulary: int, positions: int, parameters: int | None) -> Tower:
     """A larger model of the same kind, what the old one was in a corner of it: new rows of tables as transformers draws them, new
     neurons of a feed-forward drawn but not read yet."""
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
     config = copy.deepcopy(base.model.config)
     text = config.get_text_config()
     text.vocab_size = vocabulary
@@ -415,6 +416,8 @@ def _grown(base: Tower, vocabulary: int, positions: int, parameters: int | None)
 
 def _widen(config: Any, parameters: int) -> None:
     """Set the width of the feed-forwards so that the model has so many parameters; their number is linear in it."""
+    from transformers import AutoModelForCausalLM
+
     text = config.get_text_config()
     name = next((name for name in FEEDFORWARD_WIDTHS if name in text.to_dict()), None)
     if name is None:

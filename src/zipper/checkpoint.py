@@ -17,23 +17,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zipper.errors import ZipperError
 from zipper.files import Entry, check_finite, flush, header, saving
 from zipper.files import read_json as read_json
 from zipper.files import sha256 as sha256
 from zipper.files import write_json as write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as PreTrainedModel
+else:
+    # What it is: transformers takes seconds to import, and what was proved before goes without.
+    PreTrainedModel = nn.Module
 
 CONFIG, TENSORS, MANIFEST, PINS, CARD = "zipper.json", "zip.safetensors", "manifest.json", "modalities.json", "README.md"
 
@@ -310,6 +313,8 @@ def save_tower(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tenso
 
 def check_tower(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Raises the ZipperError in which loading this model from what `save_tower` writes would end; writes no weights."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "towers" / "tower"
         with _savable(model):
@@ -330,6 +335,8 @@ def check_tower(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 def _savable(model: PreTrainedModel) -> Iterator[None]:
     """A model with settings of generation that transformers saves: it loads some, as of sampling without sampling, that it refuses
     to save. A zip does not follow them."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -475,6 +482,10 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
     held: all tensors. pin: None = of any size. The model is built without memory, and not before what it is built of is known to be
     no more than the files hold.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # seconds
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     path, generation = folder / "config.json", folder / "generation_config.json"
     described = read_json(path)
     if generation.is_file():

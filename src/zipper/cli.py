@@ -323,6 +323,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=_threads, default=0, help="of every arm (default: as many as torch takes)")
     _bench_options(p)
 
+    about = "Whole processes: a bare import of torch, --help, show, transcribe, speak, in turn; CPU seconds, medians of ratios."
+    p = what.add_parser("start", help=about, description=about)
+    p.set_defaults(command=bench_start, name="bench start")
+    p.add_argument("--rounds", type=_count, default=9, help="turns of each that count (default 9)")
+    p.add_argument("--model", default="", help="a saved pipeline (default: the shipped one)")
+    p.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another zipper that takes its turns too: a name, and PYTHONPATH for it",
+    )
+    _bench_options(p)
+
     p = add(
         "towers",
         towers,
@@ -963,6 +977,14 @@ def bench_speech(given: argparse.Namespace) -> None:
     bases = _named("--tower", given.towers)
     measured = partial(benchmark.bench, given.rounds, 1, given.model, given.utterances, given.threads, given.hardware, bases)
     _benchmark(given, measured, benchmark.table)
+
+
+def bench_start(given: argparse.Namespace) -> None:
+    """zipper bench start"""
+    from zipper.bench import start as benchmark
+
+    beside = _named("--beside", given.beside)
+    _benchmark(given, lambda: benchmark.bench(given.rounds, 1, given.model, beside, given.hardware), benchmark.table)
 
 
 def _benchmark(given: argparse.Namespace, measure: Callable[[], dict[str, Any]], table: Callable[[dict[str, Any]], str]) -> None:

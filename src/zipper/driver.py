@@ -15,11 +15,9 @@ from typing import Any, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_masks_for_generate
 
 from zipper import environment
+from zipper.checkpoint import PreTrainedModel as PreTrainedModel
 from zipper.errors import ZipperError
 
 # Names of the parts around the blocks in Hugging Face's models. A part under another name leaves the model to `Recorded`.
@@ -165,6 +163,8 @@ class Way(ABC):
         Releases of transformers name it differently, and a block another way than its model, so no name stands here: a cache
         is given to one argument after the other, until it is seen to arrive in every block.
         """
+        from transformers import DynamicCache
+
         found: list[str] = []
 
         def note(index: int, h: Tensor, call: Call) -> Any:
@@ -245,6 +245,8 @@ class Attributes(Way):
 
     def start(self, reading: Reading, h: Float[Tensor, "batch length width"]) -> Pass:
         """Masks and rotary positions by kind of block."""
+        from transformers.masking_utils import create_masks_for_generate
+
         kinds, cache = {*self.kinds}, reading.cache
         if reading.plain:
             # Always a padding mask, never positions: without a mask transformers takes positions that do not step by 1
@@ -294,6 +296,9 @@ class Recorded(Way):
     """
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
+        from transformers import Cache, EncoderDecoderCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
         super().__init__(model, path)
         self._forms: list[int] = []  # what each block returns: a tuple of so many, or 0 for the state itself
         layers, width = len(self.blocks), self.config.hidden_size
@@ -436,8 +441,10 @@ def block_lists(model: PreTrainedModel, layers: int) -> list[str]:
     return found
 
 
-def _holds(value: Any, cache: Cache) -> bool:
+def _holds(value: Any, cache: Any) -> bool:
     """Whether an argument is this cache, or the pair of caches of a model that could also have an encoder."""
+    from transformers import EncoderDecoderCache
+
     return value is cache or (isinstance(value, EncoderDecoderCache) and value.self_attention_cache is cache)
 
 

@@ -14,6 +14,8 @@ import math
 import os
 import re
 import socket
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -45,6 +47,7 @@ _NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")  # no 
 HELD = ".held"  # in a folder that a process writes; who
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # of a file system that has none
 _HALF = re.compile("[\ud800-\udfff]")
+_UNIX = os.name == "posix"
 _CHUNK = 1 << 18  # numbers looked at together: stays in the cache
 
 _WHAT_TO_DO = {
@@ -215,6 +218,47 @@ def sha256(path: Path) -> str:
     """Content hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached(name: str) -> Path | None:
+    """A file of the user's cache, if it is there and nobody but the user and root could have
+    written it: code is among what lies there, and what is said to be proved."""
+    there = (place / name for place in _places() if _own(place))
+    return next((path for path in there if path.is_file() and _own(path)), None)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again, in which nobody else may write.
+
+    It is zipper in XDG_CACHE_HOME or ~/.cache; where that cannot be written, one among the system's
+    temporary files. Raises OSError where there is neither.
+    """
+    for place in _places():
+        with suppress(OSError):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _UNIX and not _own(place):
+                made = place.lstat()
+                if made.st_uid == os.geteuid() and stat.S_ISDIR(made.st_mode):
+                    place.chmod(0o700)  # made under a umask that lets a group write
+            if _own(place) and os.access(place, os.W_OK | os.X_OK):
+                return place
+    raise OSError(errno.EACCES, "no folder for a cache can be written (XDG_CACHE_HOME names one)")
+
+
+def _places() -> Iterator[Path]:
+    with suppress(RuntimeError):  # there are users without a home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipper"
+    with suppress(OSError):
+        yield Path(tempfile.gettempdir()) / f"zipper-{os.geteuid() if _UNIX else 'cache'}"
+
+
+def _own(path: Path) -> bool:
+    """Whether nobody but this user and root can have written it; on Windows the place says so."""
+    try:
+        found = path.lstat() if path.parent == Path(tempfile.gettempdir()) else path.stat()
+    except OSError:
+        return False
+    return not _UNIX or (found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022)
 
 
 def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) -> T:

@@ -10,7 +10,7 @@ There all goes through one call of compiled code (`native`), if there is a compi
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import addressof, c_int32, pointer
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,12 +28,9 @@ from zipper.errors import ZipperError
 from zipper.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.link import InputProjection, Link, Memory, rotate
 from zipper.model import Zipper, link_name
-from zipper.tower import Strand, Tower, UnsupportedTower
+from zipper.plain import CUTS, Block, Held, Plain, plain, sample, truth
+from zipper.tower import UnsupportedTower
 
-BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-ROTARY = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of a row
 #: With AMX a product with one row in bfloat16 is slow as a matrix product, without AMX as a matrix-vector product (docs/log.md).
 AMX = torch.cpu._is_amx_tile_supported()
 #: What oneDNN multiplies by weights that it has packed: one row in bfloat16 in half of the time, eight rows also in float32.
@@ -56,7 +53,7 @@ class Form(NamedTuple):
 class Matrix:
     """x -> x W^T + b of one or several linear layers that read the same; on a CPU by whatever kernel is fastest there."""
 
-    def __init__(self, layers: Sequence[nn.Linear], form: Form, factor: float = 1.0) -> None:
+    def __init__(self, layers: Sequence[nn.Linear | Held], form: Form, factor: float = 1.0) -> None:
         """factor: of the whole product."""
         weights = [layer.weight.detach() for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -184,8 +181,9 @@ class Fused:
         self.model = model
         device = next(model.parameters()).device
         pooled = device.type == "cuda" if static is None else static
-        form = Form(int8, not pooled and self._compilable())
-        self._towers = {name: _Tower(tower, form) for name, tower in model.towers.items() if isinstance(tower, Tower)}
+        towers = {name: plain(tower) for name, tower in model.towers.items()}
+        form = Form(int8, not pooled and self._compilable(towers.values()))
+        self._towers = {name: _Tower(tower, form) for name, tower in towers.items()}
         self._links = {name: _Link(link, form) for name, link in model.links.items() if isinstance(link, Link)}
         self._inputs = {name: _Input(part) for name, part in model.inputs.items() if isinstance(part, InputProjection)}
         self._turns = {link.scale: _Table(link.angles) for link in self._links.values() if link.link.config.rotary}
@@ -204,8 +202,8 @@ class Fused:
         self._replays: dict[tuple[Any, ...], Replay] = {}
         self._inductor = compiled
         self._native = form.compiled
-        for name in self._towers:
-            self._prove(name, 0.1 if int8 or model.tower(name).dtype != torch.float32 else 1e-3)
+        for name, tower in self._towers.items():
+            self._prove(name, 0.1 if int8 or tower.table.dtype != torch.float32 else 1e-3)
 
     @torch.inference_mode()
     def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
@@ -435,29 +433,22 @@ class Fused:
         spoken = [place.stop - 1 for place in places] if speaks else []
         return _Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive)
 
-    def _compilable(self) -> bool:
+    def _compilable(self, towers: Iterable[Plain]) -> bool:
         """Whether compiled code can multiply by all weights that there are, and knows the activation of all blocks."""
-        kinds, some = {(p.device.type, p.dtype) for p in self.model.parameters()}, torch.linspace(-9, 9, 99)
+        kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
         if not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)} or native.library() is None:
             return False
-        towers = [tower for tower in self.model.towers.values() if isinstance(tower, Tower)]
-        mlps: list[Any] = [getattr(block, "mlp", None) for tower in towers for block in tower.blocks]
-        return all(torch.equal(mlp.act_fn(some), F.silu(some)) for mlp in mlps if hasattr(mlp, "act_fn"))
+        return all(tower.silu for tower in towers)
 
     @torch.inference_mode()
     def _prove(self, name: str, tolerance: float) -> None:
         """Raises UnsupportedTower unless random ids, many at once, a few and one by one, have the logits of the tower itself, up to
         `tolerance` of their spread."""
-        tower = self.model.towers[name]
-        assert isinstance(tower, Tower)
-        many, few = 9, 4
-        ids = torch.randint(tower.vocabulary, (1, many + few + 4), generator=torch.Generator().manual_seed(0)).to(tower.device)
-        cuts = [0, many, *range(many + few, ids.shape[1] + 1)]
-        truth = tower(Strand.alone(ids))[0, [stop - 1 for stop in cuts[1:]]].float()
-        session = self.open([name], [name])
-        found = [self.read(name, [(session, ids[0, a:b].tolist())])[0] for a, b in pairwise(cuts)]
-        error = (torch.stack([row for row in found if row is not None]).float() - truth).norm(dim=-1)
-        if not (error / (truth - truth.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
+        tower = self._towers[name]
+        ids, wanted, session = sample(len(tower.table)), truth(self.model.towers[name]), self.open([name], [name])
+        found = [self.read(name, [(session, ids[a:b])])[0] for a, b in pairwise(CUTS)]
+        error = (torch.stack([row for row in found if row is not None]).float() - wanted).norm(dim=-1)
+        if not (error / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
             raise UnsupportedTower(f"The logits of {tower.name} differ from its own by {float(error.max()):.3g} on the fast path.")
 
 
@@ -605,20 +596,17 @@ def _held(part: Tensor) -> Tensor:
 class _Tower:
     """A tower whose blocks are like Llama's."""
 
-    def __init__(self, tower: Tower, form: Form) -> None:
-        model: Any = tower.model
-        body, config = model.base_model, tower.config
-        try:
-            kinds = getattr(config, "layer_types", None) or [
-                "sliding" if getattr(config, "sliding_window", None) else "full_attention"
-            ]
-            if {*kinds} != {"full_attention"} or body.rotary_emb.rope_type not in ROTARY:
-                raise UnsupportedTower(f"{tower.name} attends in windows, or its rotary positions depend on the length of a row.")
-            self.table = model.get_input_embeddings().weight.detach().contiguous()
-            self.blocks = [_Block(block, form) for block in tower.blocks]
-            self.norm, self.head, self._rotary = _Norm(body.norm), Matrix([model.get_output_embeddings()], form), body.rotary_emb
-        except AttributeError as error:
-            raise UnsupportedTower(f"{tower.name} is not built like Llama: {error}.") from error
+    def __init__(self, tower: Plain, form: Form) -> None:
+        tower.check()
+        outline = tower.outline
+        self.name, self.table = tower.name, tower.tensors[outline.table].detach().contiguous()
+        parts = zip(outline.blocks, tower.activations, strict=True)
+        self.blocks = [_Block(tower, block, activation, form) for block, activation in parts]
+        self.norm, self.head, self._rotary = (
+            _Norm(*tower.norm(outline.norm)),
+            Matrix([tower.linear(outline.head)], form),
+            tower.turns,
+        )
         self.layers, self.device = len(self.blocks), self.table.device
         self.angles = _Table(self._computed)
 
@@ -658,20 +646,17 @@ class _Tower:
 class _Block:
     """Norm, grouped-query attention with rotary positions, norm, gated feed-forward."""
 
-    def __init__(self, block: Any, form: Form) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        for part, known in ((block, BLOCK), (attention, ATTENTION), (mlp, MLP)):
-            if unknown := sorted({name for name, _ in part.named_children()} - known):
-                raise UnsupportedTower(f"A {type(part).__name__} holds {unknown}, which the fast path does not know.")
-        self.head_width, self.scale, self.activation = attention.head_dim, attention.scaling, mlp.act_fn
-        self.norm, self.second_norm = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
-        self.qkv = Matrix([attention.q_proj, attention.k_proj, attention.v_proj], form)
-        self.out = Matrix([attention.o_proj], form)
-        gates = [mlp.gate_proj, mlp.up_proj]
-        self.gates = [Matrix([part], form) for part in gates] if form.compiled else [Matrix(gates, form)]
-        self.down = Matrix([mlp.down_proj], form)
-        self.head_norms = [_Norm(attention.q_norm), _Norm(attention.k_norm)] if "q_norm" in attention._modules else []
-        self.heads, self.key_heads = (p.out_features // self.head_width for p in (attention.q_proj, attention.k_proj))
+    def __init__(self, tower: Plain, block: Block, activation: Callable[[Tensor], Tensor], form: Form) -> None:
+        query, key, value, out, gate, up, down = map(
+            tower.linear, (block.query, block.key, block.value, block.out, block.gate, block.up, block.down)
+        )
+        self.head_width, self.scale, self.activation = block.head_width, block.scale, activation
+        self.norm, self.second_norm = (_Norm(*tower.norm(norm)) for norm in (block.norm, block.second_norm))
+        self.qkv, self.out = Matrix([query, key, value], form), Matrix([out], form)
+        self.gates = [Matrix([part], form) for part in (gate, up)] if form.compiled else [Matrix([gate, up], form)]
+        self.down = Matrix([down], form)
+        self.head_norms = [_Norm(*tower.norm(norm)) for norm in (block.query_norm, block.key_norm) if norm is not None]
+        self.heads, self.key_heads = (len(part.weight) // self.head_width for part in (query, key))
 
     @cached_property
     def struct(self) -> native.Block:
@@ -724,7 +709,7 @@ class _Link:
     """`Link.forward` for tokens that all see something."""
 
     def __init__(self, link: Link, form: Form) -> None:
-        self.link, self.scale, self.norm = link, link.position_scale, _Norm(link.norm)
+        self.link, self.scale, self.norm = link, link.position_scale, _layer_norm(link.norm)
         self.query, self.out = Matrix([link.query], form), Matrix([link.out], form, float(link.gate.detach().tanh()))
         whole = form._replace(int8=False)
         layers = [link.whiten, *(link.projection if isinstance(link.projection, nn.Sequential) else ())]
@@ -738,7 +723,7 @@ class _Link:
             assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
             # gelu(x) = x (1 + erf(x / sqrt(2))) / 2: with its constants and the gates in the matrices, two small kernels are left.
             half, gate = 2**-0.5, float(link.feedforward_gate.detach().tanh())
-            self.second_norm = _Norm(norm)
+            self.second_norm = _layer_norm(norm)
             self.first, self.second = Matrix([first], form, half), Matrix([second], form, half * gate)
 
     @property
@@ -820,12 +805,10 @@ class _Link:
 class _Norm:
     """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), in few kernels."""
 
-    def __init__(self, module: Any) -> None:
-        self.weight, self.bias = module.weight.detach(), None
-        if isinstance(module, nn.LayerNorm):
-            self.bias, self.eps = module.bias.detach(), module.eps
-        else:  # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into the weight
-            self.eps, width = module.variance_epsilon, len(self.weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight.detach(), None if bias is None else bias.detach(), eps
+        if bias is None:  # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into the weight
+            width = len(self.weight)
             self.scaled = self.weight.float() * width**0.5
             self.floor = self.scaled.new_tensor((width * self.eps) ** 0.5)
 
@@ -840,6 +823,11 @@ class _Norm:
         """As the compiled step reads it."""
         self._held = [_single(self.weight), _single(self.bias)]
         return native.Norm(*map(native.pointer, self._held), self.eps)
+
+
+def _layer_norm(module: nn.Module) -> _Norm:
+    assert isinstance(module, nn.LayerNorm)
+    return _Norm(module.weight, module.bias, module.eps)
 
 
 @final

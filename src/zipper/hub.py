@@ -1,7 +1,9 @@
 """The hub: zips and towers that are named by a repository id instead of a folder.
 
-A zip comes as the folder in the hub's cache and goes up in one commit, so that a reader sees the old one or the new one. This file
-knows which files a zip has, not what is in them; it decides what is a folder and what a hub id for the whole project.
+A zip comes as the folder in the hub's cache and goes up in one commit, so that a reader sees the
+old one or the new one. This file knows which files a zip has, not what is in them; it decides what
+is a folder and what a hub id for the whole project. The hub's client is imported only where one is
+named.
 """
 
 import json
@@ -11,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, hf_hub_download, snapshot_download
 
 from zipper import checkpoint, files
 from zipper.errors import ZipperError
@@ -71,6 +71,8 @@ def fetch(source: str | Path, revision: str | None = None) -> Local:
             raise ZipperError(f"{source} is a folder; only a hub repository has the revision {revision!r}. Leave revision out.")
         return Local(place, _root(place))
     with _in_words(str(source), revision):
+        from huggingface_hub import snapshot_download
+
         place = Path(snapshot_download(str(source), revision=revision, allow_patterns=[*FILES]))
     if not (place / checkpoint.MANIFEST).is_file():
         raise ZipperError(f"The hub repository {source} holds no zip: it has no {checkpoint.MANIFEST}. A bare model is a tower.")
@@ -83,7 +85,17 @@ def commit(repo: str, revision: str | None = None) -> str:
     transformers used to keep it in `config._commit_hash`, and no longer does. Raises ZipperError as `fetch` does.
     """
     with _in_words(repo, revision):
+        from huggingface_hub import hf_hub_download
+
         return Path(hf_hub_download(repo, "config.json", revision=revision)).parent.name
+
+
+def tower(repo: str, commit: str) -> Path:
+    """The folder in the hub's cache of a tower that was loaded before at a commit; nothing is
+    downloaded. Raises what the hub's client raises where it is not there."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repo, "config.json", revision=commit, local_files_only=True)).parent
 
 
 def push(
@@ -102,6 +114,8 @@ def push(
 
     Raises ZipperError for a folder that holds no whole zip or one that others could not load, and where the hub refuses.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
     folder = Path(folder)
     for name, tower in checkpoint.load(folder, _root(folder))[0]["towers"].items():
         if not tower["source"].startswith("towers/") and names_a_path(tower["source"]):
@@ -138,6 +152,8 @@ def _root(folder: Path) -> Path:
 @contextmanager
 def _in_words(repo: str, revision: str | None) -> Iterator[None]:
     """What the hub's client raises, as a ZipperError that says what to do."""
+    from huggingface_hub import constants, errors
+
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         yield

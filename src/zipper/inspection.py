@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from zipper.audio import Audio
 from zipper.baseline import Baseline
@@ -26,7 +25,7 @@ from zipper.tower import Strand
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """Towers, junctions, links with their gates, parameters and bytes on disk, as plain data."""
-    model = pipeline.model
+    model = pipeline.held
     return {
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
         "junctions": [dict(junction) for junction in model.config.junctions],
@@ -109,6 +108,8 @@ def parts(model: Zipper | Baseline) -> dict[str, list[nn.Parameter]]:
 
 def gradient_norms(model: Zipper | Baseline) -> dict[str, float]:
     """Norm of the gradient of each of `parts`, as it is now; 0 where a part has none. Their squares add up to the whole's."""
+    from torch.distributed.tensor import DTensor  # half a second
+
     found = {}
     for part, parameters in parts(model).items():
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -169,12 +170,13 @@ def table(found: dict[str, Any]) -> str:
 
 def _tower(model: Zipper | Baseline, pipeline: Pipeline, name: str) -> dict[str, Any]:
     tower, modality = model.config.towers[name], pipeline.modalities[name]
+    held: Any = model.towers[name]
     return {
-        "family": model.tower(name).config.model_type,
+        "family": held.family,
         "blocks": tower.layers,
         "width": tower.width,
         "vocabulary": tower.vocabulary,
-        "parameters": sum(p.numel() for p in model.tower(name).parameters()),
+        "parameters": sum(p.numel() for p in held.parameters()),
         "trained": tower.train,
         "input_projection": tower.input_projection,
         "source": tower.source,

@@ -136,7 +136,8 @@ def rotate(
 def _identity(width: int) -> nn.Linear:
     """A fixed affine map, the identity for now."""
     fixed = nn.Linear(width, width).requires_grad_(False)
-    nn.init.eye_(fixed.weight)
+    with torch.no_grad():  # nn.init.eye_ without memory imports torch._dynamo, for a second
+        fixed.weight.zero_().diagonal().fill_(1)
     nn.init.zeros_(fixed.bias)
     return fixed
 

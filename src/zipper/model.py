@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedModel
 
 from zipper import checkpoint, hub, loss
 from zipper.card import card
@@ -31,7 +30,7 @@ from zipper.generation import Limits, default_limit, generate
 from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig, Memory, block_mask
 from zipper.sampling import Sampling, check_seed
 from zipper.sequence import Ends, Segment, read_ids
-from zipper.tower import Past, Strand, Tower, UnsupportedTower
+from zipper.tower import Past, PreTrainedModel, Strand, Tower, UnsupportedTower, in_memory
 
 Junction = dict[str, int]
 TowerSource = str | Path | PreTrainedModel | Tower
@@ -208,7 +207,7 @@ class Zipper(nn.Module):
 
     attention: Literal["sdpa", "flex"] = "sdpa"
 
-    def __init__(self, towers: Mapping[str, Tower], config: ZipperConfig) -> None:
+    def __init__(self, towers: Mapping[str, nn.Module], config: ZipperConfig) -> None:
         super().__init__()
         self.config = config
         self.towers = nn.ModuleDict(towers)
@@ -337,7 +336,7 @@ class Zipper(nn.Module):
         names = tuple(strands)
         wanted = names if outputs is None else tuple(outputs)
         for name in (*names, *wanted):
-            self._tower(name)
+            self._part(name)
         if absent := sorted({*wanted} - {*names}):
             raise ZipperError(f"The outputs {absent} read nothing here; the input has tokens for {sorted(names)} only.")
         return self._advance(strands, State(names, wanted), cached=False)[0]
@@ -359,7 +358,7 @@ class Zipper(nn.Module):
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
         """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked for logits."""
         for name in (*towers, *outputs):
-            self._tower(name)
+            self._part(name)
         return State(tuple(towers), tuple(outputs))
 
     def step(self, strands: Mapping[str, Strand], state: State) -> tuple[dict[str, Float[Tensor, "batch length width"]], State]:
@@ -404,7 +403,7 @@ class Zipper(nn.Module):
         positions."""
         read: dict[str, int] = {}
         for segment in segments:
-            self._tower(segment.tower)
+            self._part(segment.tower)
             known = self.config.towers[segment.tower]
             ids = read_ids(segment.content, segment.tower, Ends(known.begin, known.end), known.vocabulary)
             read[segment.tower] = read.get(segment.tower, 0) + len(ids) + 2
@@ -565,21 +564,36 @@ class Zipper(nn.Module):
                 found[name] = dataclasses.replace(
                     found[name], source=hub.absolute(where), relative="", revision=loaded[name].revision
                 )
-        config = dataclasses.replace(config, towers=found)
+        shared = [name for name, given in (towers or {}).items() if _in_memory(given)]
+        return cls.assemble(folder, loaded, dataclasses.replace(config, towers=found), dtype, shared)
+
+    @classmethod
+    def assemble(
+        cls,
+        folder: Path,
+        towers: Mapping[str, nn.Module],
+        config: ZipperConfig,
+        dtype: torch.dtype | None,
+        shared: Sequence[str] = (),
+    ) -> "Zipper":
+        """Towers with what a saved zip adds to them. dtype: as in `from_pretrained`, but not of the
+        towers in `shared`."""
+        path = folder / checkpoint.CONFIG
         try:
-            for name, tower in found.items():
-                if tower.lora is not None:  # peft makes no adapter without memory; one of this rank takes little
-                    loaded[name].adapt(tower.lora)
+            for name, pin in config.towers.items():
+                tower = towers[name]
+                # Not below: peft makes no adapter without memory; one of this rank takes little.
+                if pin.lora is not None and isinstance(tower, Tower):
+                    tower.adapt(pin.lora)
             with torch.device("meta"):  # no memory, no random numbers for what the file will bring, or will not
-                model = cls(loaded, config)
+                model = cls(towers, config)
         except MissingExtra:
             raise
         except ZipperError as error:
             raise ZipperError(f"{path} does not fit: {error}") from error
         model.load_state_dict(checkpoint.tensors(folder, model.new_parameters()), strict=False, assign=True)
-        model.place({name: tower.device for name, tower in loaded.items()})
+        model.place({name: next(tower.parameters()).device for name, tower in towers.items()})
         if dtype is not None:
-            shared = [name for name, base in (towers or {}).items() if _in_memory(base)]
             for part in (model.inputs, model.links, *(tower for name, tower in model.towers.items() if name not in shared)):
                 _cast(part, dtype)
         return model
@@ -594,23 +608,28 @@ class Zipper(nn.Module):
 
     def sizes(self) -> dict[str, int]:
         """{tower: number of its parameters}, adapters left out."""
-        return {name: sum(p.numel() for n, p in self.tower(name).named_parameters() if ".lora_" not in n) for name in self.towers}
+        towers = self.towers.items()
+        return {name: sum(p.numel() for n, p in tower.named_parameters() if ".lora_" not in n) for name, tower in towers}
 
     def new_parameters(self) -> dict[str, Tensor]:
         """Links, input projections and adapters by name: what zipping added."""
         held = self.state_dict(keep_vars=True)
         return {name: p for name, p in held.items() if not name.startswith("towers.") or ".lora_" in name}
 
-    def _tower(self, name: str) -> Tower:
+    def _part(self, name: str) -> nn.Module:
         if name not in self.towers:
             raise ZipperError(f"This model has no tower {name!r}; it has {sorted(self.towers)}.")
-        tower = self.towers[name]
+        return self.towers[name]
+
+    def _tower(self, name: str) -> Tower:
+        tower = self._part(name)
         assert isinstance(tower, Tower)
         return tower
 
     def _room(self, name: str) -> int:
-        """Positions a tower was made for; models without a limit say so by a large number."""
-        return int(getattr(self.tower(name).config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        """Positions a tower was made for."""
+        tower: Any = self._part(name)
+        return int(tower.room)
 
     def _advance(
         self, strands: Mapping[str, Strand], state: State, cached: bool, taps: list[dict[str, Tensor]] | None = None
@@ -737,7 +756,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _in_memory(source: TowerSource) -> bool:
-    return isinstance(source, Tower | PreTrainedModel)
+    return isinstance(source, Tower) or in_memory(source)
 
 
 def _dtype(tower: Tower) -> str:

@@ -3,6 +3,7 @@ touch."""
 
 import math
 import tempfile
+import threading
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zipper import checkpoint, hub
+from zipper import checkpoint, hub, proofs
 from zipper.audio import Audio, read
 from zipper.baseline import KIND, Baseline
 from zipper.card import card
@@ -47,8 +48,36 @@ class Transcript:
     confidence: float
 
 
+#: So that two threads that ask a pipeline for its model are given the same.
+_LOADING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Later:
+    """A zip that was recalled, and is loaded when it is needed. manifest: its hash."""
+
+    folder: Path
+    manifest: str
+    dtype: torch.dtype | None
+    allow_mismatch: bool
+
+    def load(self) -> Zipper:
+        """The zip. Raises a ZipperError where its files are others by now."""
+        try:
+            same = checkpoint.sha256(self.folder / checkpoint.MANIFEST) == self.manifest
+        except OSError:
+            same = False
+        if not same:
+            raise ZipperError(f"{self.folder} holds another model than when it was loaded, or none. Load the pipeline anew.")
+        return Zipper.from_pretrained(self.folder, None, self.dtype, self.allow_mismatch)
+
+
 class Pipeline:
-    """A zipped model with the modalities of its towers (same names)."""
+    """A zipped model with the modalities of its towers (same names).
+
+    held: the model, to look at. Where its towers were proved before, they are weights alone
+    (`plain.Proved`) until `model` is asked for.
+    """
 
     def __init__(self, model: Zipper | Baseline, modalities: Mapping[str, Modality]) -> None:
         if set(modalities) != set(model.towers):
@@ -62,14 +91,15 @@ class Pipeline:
                     f"A segment of the modality {name!r} begins and ends with {modality.begin} and {modality.end}, one of its "
                     f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or zip with the right ends=..."
                 )
-        self.model = model
+        self.held = model
         self.modalities = dict(modalities)
+        self._later: Later | None = None
         self._reader: Fused | None = None
         self._weights: list[tuple[int, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the reader, which points into this process's memory."""
-        return {**self.__dict__, "_reader": None, "_weights": []}
+        return {**self.__dict__, "held": self.model, "_later": None, "_reader": None, "_weights": []}
 
     def inside(self, folder: Path) -> list[str]:
         """Frozen towers that lie in a folder; see `Zipper.inside`."""
@@ -91,23 +121,41 @@ class Pipeline:
         foreign base, tokenizer or codebook; allow_mismatch makes a foreign one a warning.
         """
         local = hub.fetch(SHIPPED if source is None else source, revision)
-        folder = local.folder
+        folder, recalled, quick = local.folder, None, not towers and proofs.wanted()
         model: Zipper | Baseline
         if _is_baseline(folder):
             if towers:
                 raise ZipperError(f"{folder} is a baseline: it holds all its weights, so it takes no towers={sorted(towers)}.")
             model = Baseline.from_pretrained(folder, dtype)
+        elif (recalled := proofs.recall(local, dtype) if quick else None) is not None:
+            model = recalled.model
         else:
             model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)  # the snapshot in the hub's cache is a folder too
+            if quick and sum(p.nbytes for p in model.parameters()) <= FAST_BYTES:
+                proofs.remember(local, model, dtype)
         if not (folder / PINS).is_file():
             raise ZipperError(
                 f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
             )
         modalities = _modalities(folder, allow_mismatch)
         try:
-            return cls(model, modalities)
+            pipeline = cls(model, modalities)
         except ZipperError as error:
             raise ZipperError(f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}") from error
+        if recalled is not None:
+            pipeline._reader = recalled.reader
+            pipeline._later = Later(folder.absolute(), recalled.manifest, dtype, allow_mismatch)
+        return pipeline
+
+    @property
+    def model(self) -> Zipper | Baseline:
+        """The model, to run, change and train; where it was recalled, its towers are loaded and
+        proved when this is first asked for."""
+        with _LOADING:
+            if self._later is not None:
+                self.held = self._later.load()
+                self._later, self._reader = None, None
+        return self.held
 
     def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
         """Save model and modalities in one folder, such as can be loaded, whole or not at all; see `Zipper.save_pretrained`."""
@@ -185,10 +233,12 @@ class Pipeline:
         reader = self._fast()
         if reader is None:
             return generate(self.model, prompts, outputs, sampling, limits)
-        return Engine(self.model, ROWS, reader).generate(prompts, outputs, sampling, limits)
+        return Engine(self.held, ROWS, reader).generate(prompts, outputs, sampling, limits)
 
     def _fast(self) -> Fused | None:
         """A reader with the weights as they are now; None for what is not a zip of known towers on a CPU."""
+        if self._later is not None:  # nobody was given the model to change it
+            return self._reader
         parameters = list(self.model.parameters())
         if any(p.device.type != "cpu" or p.is_inference() for p in parameters) or not isinstance(self.model, Zipper):
             return None
@@ -205,7 +255,7 @@ class Pipeline:
 
     def engine(self, rows: int = 8) -> Engine:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are now; contents are ids."""
-        return Engine(self.model, rows)
+        return Engine(self.held, rows)
 
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
         """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where nothing is said. Raises
@@ -233,9 +283,10 @@ class Pipeline:
     @property
     def zip(self) -> Zipper:
         """The model, where it is a zip; a ZipperError where it is a single decoder, which has no links and no towers of its own."""
-        if not isinstance(self.model, Zipper):
+        model = self.model
+        if not isinstance(model, Zipper):
             raise ZipperError("This model is a single decoder, the baseline: it has no towers and links. Give a zip.")
-        return self.model
+        return model
 
     @property
     def units(self) -> SpeechUnits:

@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeGuard, final
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils.logging import set_tqdm_hook
 
 from zipper import checkpoint, hub
 from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists, refusal
+from zipper.driver import PreTrainedModel as PreTrainedModel
 from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.environment import extra
 from zipper.errors import ZipperError as ZipperError
@@ -77,6 +76,8 @@ class Past:
     """
 
     def __init__(self) -> None:
+        from transformers import DynamicCache
+
         self.cache: Any = DynamicCache()
         self.document: Int[Tensor, "batch slots"] | None = None  # None until something was read
         self.position: Int[Tensor, "batch slots"] | None = None
@@ -172,7 +173,7 @@ class Tower(nn.Module):
         Runs no remote code and reads no pickle. Raises ZipperError where there is no such model, UnsupportedTower where
         there is one that the driver cannot run.
         """
-        if isinstance(source, PreTrainedModel):
+        if in_memory(source):
             if dtype not in (None, source.dtype):
                 raise ZipperError(f"The loaded model is {source.dtype}, not {dtype}. Convert it first, or give its folder.")
             return cls(source)
@@ -189,6 +190,8 @@ class Tower(nn.Module):
         where = f"the folder {folder}" if local else f"the hub id {source}"
         # Resolved once, so that all files are of one commit; transformers no longer says which one it took.
         commit = "" if local else hub.commit(str(source), revision)
+        from transformers import AutoModelForCausalLM  # seconds
+
         loader: Any = AutoModelForCausalLM
         try:
             with _without_bars():
@@ -231,6 +234,16 @@ class Tower(nn.Module):
     def config(self) -> Any:
         """The text model's configuration."""
         return self.model.config.get_text_config()
+
+    @property
+    def family(self) -> str:
+        """What transformers calls its architecture."""
+        return str(self.model.config.model_type)
+
+    @property
+    def room(self) -> int:
+        """Positions that it was made for; models without a limit have a large number."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
 
     @property
     def device(self) -> torch.device:
@@ -333,7 +346,7 @@ class Tower(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold: did this tower change?"""
-        return _sha256(
+        return fingerprint(
             dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers(remove_duplicate=False))
         )
 
@@ -343,7 +356,7 @@ class Tower(nn.Module):
         Unlike `digest` it leaves out what transformers computes when it loads a model: rotary frequencies may differ in
         their last bits from machine to machine, and some grow with the longest row that was read. Adapters (LoRA) are left out.
         """
-        return _sha256(self.base(), dtype)
+        return fingerprint(self.base(), dtype)
 
     def base(self) -> dict[str, Tensor]:
         """What a checkpoint of this tower holds, under the names it has without adapters (peft wraps what it adapts)."""
@@ -415,6 +428,8 @@ class Tower(nn.Module):
 
     def _compare(self, case: str, strand: Strand, steps: tuple[int, ...], past: Past | None = None) -> list[Tensor]:
         """Logits of a strand read in steps of so many tokens. Raises UnsupportedTower where the model's own are others."""
+        from transformers import DynamicCache
+
         cache = None if past is None else DynamicCache()
         found, stop = [], 0
         for length in steps:
@@ -502,7 +517,7 @@ class Tower(nn.Module):
         return refusal(f"{self.name} cannot be a tower: {reason}.")
 
 
-def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Over name, dtype, shape and bytes of each tensor, in the order of their names; parameters are turned into `dtype` first."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -513,6 +528,15 @@ def _sha256(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> 
     return total.hexdigest()
 
 
+def in_memory(source: object) -> TypeGuard[PreTrainedModel]:
+    """Whether a tower is given as a transformers model."""
+    if not isinstance(source, nn.Module):
+        return False
+    from transformers import PreTrainedModel as Model
+
+    return isinstance(source, Model)
+
+
 def _lengths(cache: Any) -> list[int]:
     """Slots that each layer of a cache holds."""
     return [layer.get_seq_length() for layer in cache.layers]
@@ -521,6 +545,8 @@ def _lengths(cache: Any) -> list[int]:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set holds again afterwards."""
+    from transformers.utils.logging import set_tqdm_hook
+
     before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
     try:
         yield

@@ -51,14 +51,19 @@ def take_turns(module: str, arms: Mapping[str, Mapping[str, Any]], rounds: int, 
     module: one whose process calls `serve`. arms: name -> the settings it gets. warm: rounds before those that count. Raises
     ZipperError where an arm ends early; what it said before that is on stderr.
     """
-    found: dict[str, list[Turn]] = {name: [] for name in arms}
     with ExitStack() as stack:
         turns = {name: stack.enter_context(_process(module, name, settings)) for name, settings in arms.items()}
-        for number in range(warm + rounds):
-            for name in list(arms)[:: -1 if number % 2 else 1]:
-                said = turns[name]()
-                if number >= warm:
-                    found[name].append(said)
+        return in_turn(turns, rounds, warm)
+
+
+def in_turn(turns: Mapping[str, Callable[[], Turn]], rounds: int, warm: int) -> dict[str, list[Turn]]:
+    """What each says when it is called in turn, as in `take_turns`."""
+    found: dict[str, list[Turn]] = {name: [] for name in turns}
+    for number in range(warm + rounds):
+        for name in list(turns)[:: -1 if number % 2 else 1]:
+            said = turns[name]()
+            if number >= warm:
+                found[name].append(said)
     return found
 
 

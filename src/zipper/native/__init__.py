@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from zipper import files
+
 #: Kinds of weights that it knows.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 #: Rows of weights that lie together, column by column; of bfloat16 two columns at a time. As in step.cpp.
@@ -210,15 +212,22 @@ def _load(compiler: Sequence[str]) -> Any:
     """From the cache, under a name made of all that decides what is compiled: source, compiler, flags and what this CPU can do."""
     machine = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True).stdout
     name = hashlib.sha256("\0".join([*compiler, machine, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zipper"
-    built = home / f"step-{name}.so"
-    if not built.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may build it at the same time
-            part = Path(folder) / built.name
-            subprocess.run([*compiler, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=True)
-            part.replace(built)
-    loaded = ctypes.CDLL(str(built))
+    built = files.cached(f"step-{name}.so")
+    if built is not None:
+        with contextlib.suppress(OSError):  # damaged: it is built anew
+            return _declared(ctypes.CDLL(str(built)))
+    home = files.cache_folder()
+    with tempfile.TemporaryDirectory(dir=home) as folder:  # others may build it at the same time
+        part = Path(folder) / f"step-{name}.so"
+        subprocess.run([*compiler, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=True)
+        part.chmod(0o700)
+        files.flush(part)
+        built = part.replace(home / part.name)
+    return _declared(ctypes.CDLL(str(built)))
+
+
+def _declared(loaded: Any) -> Any:
+    """With what its functions take and give."""
     loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
     loaded.zipper_product.argtypes, loaded.zipper_product.restype = [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p], None
     return loaded
