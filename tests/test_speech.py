@@ -196,6 +196,14 @@ def test_a_front_that_cannot_lay_its_grid_is_refused(tmp_path: Path) -> None:
         SpeechUnits.load(tmp_path)
 
 
+def test_where_the_codes_begin_in_a_sound_is_told() -> None:
+    sound = speech(1)
+    later = Audio(np.pad(sound.samples, (6_400, 0)), 16_000)
+    assert -0.04 <= CUT.start_s(sound) <= 0
+    assert CUT.start_s(later) == pytest.approx(CUT.start_s(sound) + 0.4)
+    assert SpeechUnits(CUT.codebook, CONFIG).start_s(later) == 0
+
+
 @pytest.mark.parametrize("samples", [0, 1, 31, 639, 641])
 def test_short_and_silent_sound_has_codes_too(samples: int) -> None:
     for sound in (speech(0).samples[8_000 : 8_000 + samples], np.zeros(samples, np.float32)):

@@ -206,6 +206,25 @@ def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
     assert same(tmp_path / "killed", tmp_path / "unbroken")
 
 
+def test_a_run_on_takes_some_of_which_say_nothing_is_resumed_like_any_other(world: World, tmp_path: Path) -> None:
+    for name in ("pairs", "dev"):
+        rows = data.manifest(world.folder / f"{name}.jsonl")
+        takes = [
+            row | {"heard:speech": row["speech"][n % 3 :] if n % 4 else [], "said:text": row["text"] if n % 4 else ""}
+            for n, row in enumerate(rows)
+        ]
+        data.write(tmp_path / f"{name}.jsonl", takes)
+    tasks = {"heard:speech -> said:text": 0.5, TTS: 0.5}
+    changes = RESUMED | {"data": str(tmp_path / "pairs.jsonl"), "dev": str(tmp_path / "dev.jsonl"), "tasks": tasks}
+    train(world.config(tmp_path / "unbroken", **changes))
+    with pytest.raises(Killed):
+        train(world.config(tmp_path / "killed", **changes), report=killing(6))
+    train(world.config(tmp_path / "killed", **changes), resume=True)
+    assert same(tmp_path / "killed", tmp_path / "unbroken")
+    with pytest.raises(ZipperError, match=r"The task wants a field 'heard', the row has \['speech', 'text', 'voiced'\]"):
+        train(world.config(tmp_path / "clean", tasks=tasks))
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -123,6 +123,10 @@ class SpeechUnits:
         """
         return self._laid(audio)[0]
 
+    def start_s(self, audio: Audio) -> float:
+        """Where in a sound its first code begins, for the times of words; below 0 if that lies before it."""
+        return self._laid(audio)[1] / self.config.mel.rate_hz
+
     def _laid(self, audio: Audio, begin: int | None = None) -> tuple[Float32[np.ndarray, "frames bins"], int]:
         """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was found to begin before."""
         mel, front, unit = self.config.mel, self.config.front, self.config.stack * self.config.mel.hop
