@@ -30,7 +30,7 @@ def test_text_ids_and_sound_become_ids(tmp_path: Path) -> None:
     assert first == {"text": tiny.text().encode("call anna")}
     codes = tiny.units().encode(tmp_path / "clips" / "one.wav")
     assert second == {"text": [3, 4, 2], "speech": codes, "voiced": codes}
-    assert len(codes) == 25
+    assert len(codes) in (25, 26)  # the grid of units may begin before the sound
     assert third == {"speech": [], "voiced": []}
 
 
@@ -136,6 +136,8 @@ def test_a_written_manifest_reads_the_same_and_leaves_nothing_beside_it(tmp_path
         ({"speech": "x" * 300 + ".wav"}, r"line 2: "),
         ({"speech": "a\0b.wav"}, r"line 2: "),
         ({"speech": "\ud83d.wav"}, r"line 2: .*does not exist"),
+        ({"speech": "~\0"}, r"line 2: "),
+        ({"speech": "~\ud83d"}, r"line 2: "),
         ({"speech": {"path": "gone.wav"}}, r"line 2: .*gone.wav does not exist"),
         ({"text": 7}, r"line 2: 'text' holds 7; give"),
     ],
@@ -195,6 +197,7 @@ def test_nemos_offsets_and_durations_are_pieces(tmp_path: Path) -> None:
         {"speech": {"path": "all.flac"}, "offset": 1.0, "duration": 1, "text": "call"},
         {"speech": "all.flac", "offset": 1.0, "duration": None, "text": "call"},
         {"audio": {"path": "all.flac", "bytes": None}, "offset": 1.0, "duration": 1.0, "text": "call"},
+        {"speech": (tmp_path / "all.flac").read_bytes(), "offset": 1.0, "duration": 1.0, "text": "call"},
     ]
     wanted = tiny.units().encode(tmp_path / "second.flac")
     for row in rows:

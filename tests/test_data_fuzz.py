@@ -61,7 +61,7 @@ def value(chance: random.Random, depth: int = 0) -> Any:
         lambda: chance.choice([0, -1, 2**31, 2**63, -(2**70), 10**30, 10**400, 3, 5]),
         lambda: chance.choice([0.0, -0.5, 1e308, float("nan"), float("inf"), 0.05, 1e-300]),
         lambda: chance.choice(
-            ["", " ", "call", "Call, Anna!", "\ud83d", "a\0b", "привет", NEVER, "x" * 5000, "../..", "~", "a.wav"]
+            ["", " ", "call", "Call, Anna!", "\ud83d", "a\0b", "привет", NEVER, "x" * 5000, "../..", "~", "~\0", "~\ud83d", "a.wav"]
         ),
         lambda: chance.choice([[], [2, 3], [0], [1], [24], [-1], [1.5], ["2"], [None], [[2]], [True], [2] * 500, [10**40]]),
         lambda: {"path": chance.choice(["a.wav", "gone.wav", "", None, 3, "a\0", "x" * 300])} | piece(chance),

@@ -304,7 +304,7 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr("zipper.audio.importlib.import_module", missing)
+    monkeypatch.setattr("zipper.environment.importlib.import_module", missing)
     for attempt in (
         lambda: error_rate(["a"], ["a"]),
         lambda: Judge.from_sentences(["send oranges"]),

@@ -90,12 +90,12 @@ def test_what_cannot_be_adapted_is_a_clear_error() -> None:
         ({"text": RANK | {"bias": "all"}}, (), "'text': lora: bias is 'all'; only 'none' can be kept"),
         ({"text": RANK | {"bias": "lora_only"}}, (), "bias is 'lora_only'; only 'none' can be kept"),
         ({"text": {"r": 33}}, (), "'text': lora: r is 33; it must be at most 32, the width of the tower"),
-        ({"text": {"r": 0}}, (), "r is 0; it must lie between"),
-        ({"text": {"r": 2.0}}, (), "r is 2.0; it must be of type int"),
-        ({"text": {"lora_alpha": 0}}, (), "lora_alpha is 0.0; it must lie between"),
-        ({"text": {"lora_alpha": math.nan}}, (), "lora_alpha is nan; it must lie between"),
-        ({"text": {"lora_dropout": 1.0}}, (), "lora_dropout is 1.0; it must lie between 0 and 0.999"),
-        ({"text": {"target_modules": 3}}, (), "target_modules is 3; it must be of type str"),
+        ({"text": {"r": 0}}, (), "r(: it)? is 0; it must lie between"),
+        ({"text": {"r": 2.0}}, (), "lora, r: it is 2.0; it must be of type int"),
+        ({"text": {"lora_alpha": 0}}, (), "lora_alpha(: it)? is 0.0; it must lie between"),
+        ({"text": {"lora_alpha": math.nan}}, (), "lora_alpha(: it)? is nan; it must lie between"),
+        ({"text": {"lora_dropout": 1.0}}, (), "lora_dropout(: it)? is 1.0; it must lie between 0 and 0.999"),
+        ({"text": {"target_modules": 3}}, (), "target_modules(: it)? is 3; it must be of type str"),
     ):
         with pytest.raises(ZipperError, match=message):
             Zipper.from_towers(towers, lora=lora, train=train_too)

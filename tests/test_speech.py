@@ -302,3 +302,11 @@ def test_damaged_units_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "codebook.safetensors").write_bytes(b"damaged")
     with pytest.raises(ZipperError, match="holds no speech units"):
         SpeechUnits.load(tmp_path)
+
+
+def test_a_codebook_is_the_units_own() -> None:
+    codebook = np.random.default_rng(0).normal(-4, 2, (8, 160)).astype(np.float32)
+    units = SpeechUnits(codebook, UnitsConfig())
+    before = units.fingerprint
+    codebook[:] = 0
+    assert units.fingerprint == before and units.codebook.any()

@@ -342,7 +342,9 @@ def test_a_process_that_ends_leaves_what_one_leaves_that_can_do_no_more(model: S
     def left() -> list[bytes]:
         return sorted(content for path in model.place.iterdir() for content in files(path).values())
 
-    for at in random.Random(0).sample(range(len(model.operations)), 6):
+    # What Python holds back of a write is lost with the process, and not with the disk, where the file is closed.
+    places = [at for at, operation in enumerate(model.operations) if operation != "write"]
+    for at in random.Random(0).sample(places, 6):
         model.tried(Disk(model.place, "dead", at))
         wanted = left()
         model.reset()
@@ -429,7 +431,10 @@ def test_a_link_to_a_model_stays_one(world: World, changed: Pipeline, new: dict[
     (tmp_path / "model").symlink_to(tmp_path / "large" / "disk")
     changed.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model").is_symlink()
-    assert files(tmp_path / "large" / "disk") == new
+    placed = {"zipper.json", "manifest.json"}  # they say where towers lie, as seen from here
+    found = files(tmp_path / "large" / "disk")
+    assert {name: found[name] for name in found.keys() - placed} == {name: new[name] for name in new.keys() - placed}
+    checkpoint.check(tmp_path / "model")
     assert sorted(os.listdir(tmp_path)) == ["large", "model"]
 
 

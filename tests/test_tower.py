@@ -467,16 +467,10 @@ class Tempered(LlamaDecoderLayer):
         hidden_states: Tensor,
         attention_mask: Any = None,
         position_embeddings: Any = None,
-        past_key_values: Any = None,
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> Tensor:
-        return super().forward(
-            hidden_states * temperature,
-            attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-        )
+        return super().forward(hidden_states * temperature, attention_mask, position_embeddings=position_embeddings, **kwargs)
 
 
 class Demanding(LlamaDecoderLayer):

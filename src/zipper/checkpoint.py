@@ -6,6 +6,7 @@ last. README.md is for people and not in the manifest. No pickle anywhere. Nothi
 """
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -116,6 +117,11 @@ def proven(temporary: Path, folder: Path, prove: Callable[[Path], Any]) -> None:
     try:
         prove(temporary)
     except ZipperError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
+                raise cause from None  # the disk's fault, not the model's: `saving` says so
+            cause = cause.__cause__
         said = str(error).replace(str(temporary), str(folder))
         raise ZipperError(f"{folder} was not saved, for it could not be loaded again: {said}") from error
 

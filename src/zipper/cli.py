@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default runs/demo)")
     p.add_argument("--from-scratch", action="store_true", help="pre-train both towers too, instead of taking the shipped ones")
     p.add_argument("--pairs", type=_count, default=8000, help="aligned pairs to render and train on (default 8000)")
-    p.add_argument("--steps", type=_count, default=880, help="alignment steps (default 880: what fits ten minutes on two cores)")
+    p.add_argument("--steps", type=_count, default=960, help="alignment steps (default 960: what fits ten minutes on two cores)")
     p.add_argument("--test", type=_count, default=200, help="test utterances (default 200)")
     p.add_argument("--json", action="store_true", help="print report.json at the end")
 

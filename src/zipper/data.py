@@ -206,8 +206,7 @@ def settle(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[s
         raise ZipperError(
             f"it has an offset, and a piece or several sounds ({', '.join(keys)}). Write start and stop in the sound."
         )
-    sound = {"path": found[keys[0]]} if isinstance(found[keys[0]], str) else found[keys[0]]
-    found[keys[0]] = sound | {"start": start, "stop": None if stop is None else start + _time("duration", stop)}
+    found[keys[0]] = _at(found[keys[0]]) | {"start": start, "stop": None if stop is None else start + _time("duration", stop)}
     return found
 
 
@@ -234,9 +233,14 @@ def _says_that_it_is_sound(value: Any) -> bool:
     return str(value.get("path")).lower().endswith(tuple(SOUNDS)) or _says_that_it_is_sound(value.get("bytes"))
 
 
+def _at(value: Any) -> dict[str, Any]:
+    """Where a sound lies, and which piece of it, in one form."""
+    return dict(value) if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
+
+
 def _heard(value: Any, folder: Path) -> Audio:
     """The sound, or the piece of one, that a row means."""
-    at: Mapping[str, Any] = value if isinstance(value, Mapping) else {"bytes" if isinstance(value, bytes) else "path": value}
+    at = _at(value)
     if not at.get("bytes") and not at.get("path"):
         raise ZipperError("its sound is empty: neither bytes nor a path.")
     start, stop = at.get("start"), at.get("stop")
@@ -262,13 +266,11 @@ def _alike(seconds: float, said: float) -> bool:
     return abs(seconds - said) <= max(TOLERANCE_S[0], TOLERANCE_S[1] * said)
 
 
-def files(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> Iterator[Path]:
-    """The files that a row names as sound and that are there."""
+def files(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> list[Path]:
+    """The files that a row names as sound and that are there; none for a row that `take` refuses."""
     try:
         settled = settle(row, modalities)
-    except ZipperError:  # its own fault, which `take` will tell
-        return
-    for key in sounds(settled, modalities):
-        path = settled[key].get("path") if isinstance(settled[key], Mapping) else settled[key]
-        if isinstance(path, str) and os.path.isfile(folder / place(path)):
-            yield folder / place(path)
+        named = [_at(settled[key]).get("path") for key in sounds(settled, modalities)]
+        return [path for name in named if name and os.path.isfile(path := folder / place(name))]
+    except Exception:
+        return []

@@ -73,7 +73,7 @@ class Clock:
         self.seconds[name] = round(time.monotonic() - start, 1)
 
 
-def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 880, test: int = 200) -> dict[str, Any]:
+def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 960, test: int = 200) -> dict[str, Any]:
     """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and report.html into `output`.
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of report.json.
@@ -95,10 +95,11 @@ def demo(output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int
         modalities=modalities,
         data=str(output / "pairs.jsonl"),
         dev=str(output / "dev.jsonl"),
-        tasks={"heard:speech -> said:text": 0.3, "text -> voiced:speech": 0.7},
+        tasks={"heard:speech -> said:text": 0.35, "text -> voiced:speech": 0.65},
+        loss_weight={"text": 2.0},
         train=("speech",),
         every={"text": 1, "speech": 1},
-        link=LinkConfig(gate_init=1.2, dropout=0.1),
+        link=LinkConfig(gate_init=1.2, dropout=0.0),
         calibrate=500,
         input_projection="none",
         lr_gate=3e-4,

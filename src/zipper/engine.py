@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal, NamedTuple, Protocol, final, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, SupportsInt, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -176,8 +176,11 @@ class Answer:
         self.fed: deque[int] = deque()
         self._model, self._given = model, list(request.segments[-1].content) if request.more else []
 
-    def feed(self, ids: Iterable[int]) -> None:
-        """More of the last given segment. Raises a ZipperError for ids that the model cannot read."""
+    def feed(self, ids: Iterable[SupportsInt]) -> None:
+        """More of the last given segment: a list, an array or a tensor of ids.
+
+        Raises a ZipperError for ids that the model cannot read.
+        """
         if self.complete or self.done:
             raise ZipperError(
                 f"This request is {'complete' if self.complete else 'done'}. Make it with more=True to feed it, and feed it before "

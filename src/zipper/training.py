@@ -362,7 +362,7 @@ def _started(source: str, towers: Mapping[str, Any]) -> Zipper:
         try:
             return Zipper.from_pretrained(source, found, torch.float32)
         except LostTower as lost:
-            if not isinstance(towers.get(lost.name), str):
+            if not isinstance(towers.get(lost.name), str | Path):
                 raise
             found[lost.name] = towers[lost.name]
 

@@ -81,7 +81,7 @@ class SpeechUnits:
             raise ZipperError(
                 f"a codebook of shape {codebook.shape} was given, (codes, {width}) and finite was wanted. Fit the units anew."
             )
-        self.codebook, self.config, self.voices = codebook, config, config.voices
+        self.codebook, self.config, self.voices = codebook.copy(), config, config.voices
         self.codes = len(codebook)
         self.begin, self.end = self.codes, self.codes + 1
         self.vocabulary = self.codes + 2 + len(self.voices)
