@@ -174,7 +174,8 @@ def test_codes_are_compared_as_the_noise_and_the_band_of_a_sound_let_them_be_hea
     power = np.exp(CUT.codebook.astype(np.float64)).reshape(-1, 4, 40) + np.exp(noise.astype(np.float64))
     np.testing.assert_allclose(heard[..., :30], np.log(power)[..., :30], atol=0.1)
     assert (heard[..., 30:] == heard[0, 0, 30:]).all()
-    assert SpeechUnits(CUT.codebook, CONFIG).heard_in(picture) is CUT.codebook
+    units = SpeechUnits(CUT.codebook, CONFIG)
+    assert units.heard_in(picture) is units.codebook
 
 
 def test_units_from_before_there_was_a_front_stay_what_they_were(tmp_path: Path) -> None:
