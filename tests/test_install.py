@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
