@@ -52,13 +52,13 @@ upgrade: setup  ## constraints.txt from today's versions, then the gate; says wh
 
 docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
-	$(BIN)/python -c "import pathlib, zipper.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
+	$(BIN)/python -c "import pathlib, zipper.towers.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
 
 report: setup  ## docs/results.md and docs/results.html from the recorded run of `zipper reproduce`
 	$(BIN)/zipper reproduce --report $(lastword $(sort $(wildcard benchmarks/results/reproduce_cpu_*.json))) --output docs
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
-	$(BIN)/python -m zipper.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper/bench/recorded.json
+	$(BIN)/python -m zipper_lab.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper_lab/bench/recorded.json
 
 gpu:  ## ten minutes of a GPU, to benchmarks/results or OUT (PYTHON with torch and CUDA, else .venv; SIZE=tiny, ONLY=decode, LIMIT=300)
 	PYTHONPATH=src $(GPU_PYTHON) tools/gpu.py

@@ -1,7 +1,9 @@
-"""How large a zip is, how long it takes to load and what a second one over the same base adds to memory.
+"""How large a zip is, how long it takes to load and what a second one over the same base adds to
+memory.
 
-Towers of real shapes with random weights, both frozen: Qwen2.5-0.5B for text, 0.1B for speech units. Sizes and memory depend on
-shapes alone; times are of this machine, with the files in its page cache. Nothing is downloaded.
+Towers of real shapes with random weights, both frozen: Qwen2.5-0.5B for text, 0.1B for speech
+units. Sizes and memory depend on shapes alone; times are of this machine, with the files in its
+page cache. Nothing is downloaded.
 
     python benchmarks/zip_size.py --output benchmarks/results/zip_size
 """
@@ -24,7 +26,11 @@ from typing import Any
 
 EVERY = {"text": 6, "speech": 3}  # three junctions
 RUNS = 3  # loads, each in a new process
-SHARED: dict[str, tuple[str, ...]] = {"first zip": (), "second zip": ("text",), "third zip": ("text", "speech")}  # with the first
+SHARED: dict[str, tuple[str, ...]] = {
+    "first zip": (),
+    "second zip": ("text",),
+    "third zip": ("text", "speech"),
+}  # with the first
 
 TOWERS: dict[str, dict[str, Any]] = {
     "text": {  # Qwen/Qwen2.5-0.5B
@@ -63,7 +69,9 @@ def build(folder: Path) -> dict[str, Any]:
 
     for name, shape in TOWERS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**shape), dtype=torch.bfloat16
+        )
         model.save_pretrained(folder / name)
     towers = {name: folder / name for name in TOWERS}
     for seed, step in enumerate(SHARED):
@@ -74,7 +82,9 @@ def build(folder: Path) -> dict[str, Any]:
         "junctions": len(zipped.config.junctions),
         "links": len(zipped.links),
         "new_parameters": sum(p.numel() for p in zipped.new_parameters().values()),
-        "tower_parameters": {name: sum(p.numel() for p in zipped.tower(name).parameters()) for name in TOWERS},
+        "tower_parameters": {
+            name: sum(p.numel() for p in zipped.tower(name).parameters()) for name in TOWERS
+        },
         "tower_bytes": {name: size(folder / name) for name in TOWERS},
         "zip_bytes": size(folder / "first zip"),
         "peak_memory": peak(),
@@ -82,7 +92,8 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Load the zips one after the other into one process; what each step took and the memory after it."""
+    """Load the zips one after the other into one process; what each step took and the memory after
+    it."""
     began = clocks()
     from zipper import Zipper
 
@@ -102,7 +113,9 @@ def load(folder: Path) -> dict[str, Any]:
         steps[step]["memory"] = memory()
         for name in TOWERS:
             if shared(models[0], models[-1], name) != (name in given or not bases):
-                raise SystemExit(f"{step}: the tower {name!r} is {'not ' if name in given else ''}shared")
+                raise SystemExit(
+                    f"{step}: the tower {name!r} is {'not ' if name in given else ''}shared"
+                )
     return {"steps": steps, "peak_memory": peak()}
 
 
@@ -123,7 +136,8 @@ def size(folder: Path) -> int:
 
 
 def memory() -> int:
-    """Resident bytes of this process, with the pages of files that it has mapped, after what was freed has gone back (glibc)."""
+    """Resident bytes of this process, with the pages of files that it has mapped, after what was
+    freed has gone back (glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -137,7 +151,10 @@ def peak() -> int:
 def measured(step: str, folder: Path) -> dict[str, Any]:
     """`build` or `load` in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--step", step, "--folder", folder], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--step", step, "--folder", folder],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -148,8 +165,10 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     towers = sum(built["tower_bytes"].values())
     yield f"# What a zip of a 0.5B and a 0.1B tower costs, {found['hardware']}, {found['month']}\n"
     yield (
-        f"`python benchmarks/zip_size.py`: random weights, bfloat16, both towers frozen, every={json.dumps(EVERY)}: "
-        f"{built['junctions']} junctions, {built['links']} links. {found['versions']}. Files in the page cache; median of "
+        "`python benchmarks/zip_size.py`: random weights, bfloat16, both towers frozen, "
+        f"every={json.dumps(EVERY)}: "
+        f"{built['junctions']} junctions, {built['links']} links. {found['versions']}. Files in "
+        "the page cache; median of "
         f"{len(runs)} new processes, least to most in brackets.\n"
     )
     yield "| | parameters | MB on disk |\n|---|---|---|"
@@ -160,13 +179,21 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield "| step | seconds | CPU seconds | resident memory after it, MB | added, MB |\n|---|---|---|---|---|"
     before = 0.0
     for step in runs[0]["steps"]:
-        wall, work, held = (sorted(run["steps"][step][what] for run in runs) for what in ("seconds", "cpu_seconds", "memory"))
+        wall, work, held = (
+            sorted(run["steps"][step][what] for run in runs)
+            for what in ("seconds", "cpu_seconds", "memory")
+        )
         now = statistics.median(held) / 1e6
         shared = f", {' and '.join(SHARED[step])} shared" if SHARED.get(step) else ""
-        times = " | ".join(f"{statistics.median(t):.1f} ({t[0]:.1f} to {t[-1]:.1f})" for t in (wall, work))
+        times = " | ".join(
+            f"{statistics.median(t):.1f} ({t[0]:.1f} to {t[-1]:.1f})" for t in (wall, work)
+        )
         yield f"| {step}{shared} | {times} | {now:,.0f} | {now - before:,.0f} |"
         before = now
-    peaks = (statistics.median(run["peak_memory"] for run in runs) / 1e6, built["peak_memory"] / 1e6)
+    peaks = (
+        statistics.median(run["peak_memory"] for run in runs) / 1e6,
+        built["peak_memory"] / 1e6,
+    )
     yield f"\nPeak of the process that loads all three: {peaks[0]:,.0f} MB; of the one that builds and saves: {peaks[1]:,.0f} MB."
     yield "What is shared was checked: every parameter of the shared tower has the same address in both models."
 
@@ -175,7 +202,9 @@ def main() -> None:
     """Build once, load in new processes, print the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.json too")
-    parser.add_argument("--hardware", default=f"{os.cpu_count()} cores, no GPU", help="what to call this machine")
+    parser.add_argument(
+        "--hardware", default=f"{os.cpu_count()} cores, no GPU", help="what to call this machine"
+    )
     parser.add_argument("--step", choices=["build", "load"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -188,7 +217,13 @@ def main() -> None:
     from importlib.metadata import version
 
     versions = f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
-    found = {"hardware": given.hardware, "month": time.strftime("%Y-%m"), "versions": versions, "built": built, "loads": loads}
+    found = {
+        "hardware": given.hardware,
+        "month": time.strftime("%Y-%m"),
+        "versions": versions,
+        "built": built,
+        "loads": loads,
+    }
     lines, data = "\n".join(table(found)) + "\n", json.dumps(found, indent=1) + "\n"
     print(lines, data, sep="\n")
     if given.output:

@@ -1,4 +1,5 @@
-"""The second judge of text to speech: an ASR of our own, trained on true units only, with another seed than the shipped model.
+"""The second judge of text to speech: an ASR of our own, trained on true units only, with another
+seed than the shipped model.
 
 It never sees a produced utterance. Its towers are those of recipes/spoken_commands.py.
 """

@@ -1,9 +1,11 @@
-"""The speech tower of the shipped model: 1.8M parameters on 20,000 utterances of unpaired speech, two voices."""
+"""The speech tower of the shipped model: 1.8M parameters on 20,000 utterances of unpaired speech,
+two voices."""
 
 from pathlib import Path
 
-from zipper import corpus, data
-from zipper.demo import SPEECH_TOWER
+from zipper.data import manifests as data
+from zipper_lab.corpora import commands as corpus
+from zipper_lab.demo import SPEECH_TOWER
 from zipper.modality.speech import SpeechUnits
 from zipper.training import TrainConfig
 
@@ -18,11 +20,15 @@ def prepare() -> None:
     units = SpeechUnits.load(FOLDER / "speech")
     for name, part, n in [("speech_dev", "dev", 400), ("speech", "speech", 20_000)]:
         rows = corpus.rows(part, n, units)
-        data.write(FOLDER / f"{name}.jsonl", [{k: row[k] for k in ("id", "speech", "voice")} for row in rows])
+        data.write(
+            FOLDER / f"{name}.jsonl",
+            [{k: row[k] for k in ("id", "speech", "voice")} for row in rows],
+        )
 
 
 def config() -> TrainConfig:
-    """Half of the samples begin with the id of their voice, so that the tower also speaks in a chosen voice."""
+    """Half of the samples begin with the id of their voice, so that the tower also speaks in a
+    chosen voice."""
     return TrainConfig(
         output="runs/speech-tower",
         towers={"speech": SPEECH_TOWER},

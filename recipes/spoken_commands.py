@@ -1,8 +1,10 @@
-"""The shipped model: text frozen, speech trained, on 50,000 pairs of spoken commands, both directions."""
+"""The shipped model: text frozen, speech trained, on 50,000 pairs of spoken commands, both
+directions."""
 
 from pathlib import Path
 
-from zipper import corpus, data
+from zipper.data import manifests as data
+from zipper_lab.corpora import commands as corpus
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
 from zipper.training import TrainConfig
@@ -20,10 +22,14 @@ def prepare() -> None:
 
 
 def config() -> TrainConfig:
-    """A link after every block; gates start open because that learns faster (SPIKE, docs/log.md)."""
+    """A link after every block; gates start open because that learns faster (SPIKE,
+    docs/log.md)."""
     return TrainConfig(
         output="runs/spoken-commands",
-        towers={"text": "runs/text-tower/model/towers/text", "speech": "runs/speech-tower/model/towers/speech"},
+        towers={
+            "text": "runs/text-tower/model/towers/text",
+            "speech": "runs/speech-tower/model/towers/speech",
+        },
         modalities={"text": str(FOLDER / "text"), "speech": str(FOLDER / "speech")},
         data=str(FOLDER / "pairs.jsonl"),
         dev=str(FOLDER / "pairs_dev.jsonl"),

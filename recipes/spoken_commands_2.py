@@ -1,8 +1,8 @@
 """The shipped model, second half: goes on from recipes/spoken_commands.py with calibrated links.
 
-The first half learned everything but which digit was meant: a frozen text tower keeps digits close together, and along such
-directions a link learns slowly. Calibration changes how fast, not what, the links compute (docs/log.md).
-"""
+The first half learned everything but which digit was meant: a frozen text tower keeps digits close
+together, and along such directions a link learns slowly. Calibration changes how fast, not what,
+the links compute (docs/log.md)."""
 
 import dataclasses
 import runpy

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from zipper import corpus, data
-from zipper.demo import TEXT_TOWER
+from zipper.data import manifests as data
+from zipper_lab.corpora import commands as corpus
+from zipper_lab.demo import TEXT_TOWER
 from zipper.modality.text import Text
 from zipper.training import TrainConfig
 
@@ -15,7 +16,8 @@ def prepare() -> None:
     if (FOLDER / "text.jsonl").exists():
         return
     rows = {
-        part: [{"id": u.id, "text": u.text} for u in corpus.sentences(part, n)] for part, n in {"text": 60_000, "dev": 400}.items()
+        part: [{"id": u.id, "text": u.text} for u in corpus.sentences(part, n)]
+        for part, n in {"text": 60_000, "dev": 400}.items()
     }
     Text.train([row["text"] for row in rows["text"]], merges=150).save(FOLDER / "text")
     data.write(FOLDER / "text_dev.jsonl", rows["dev"])

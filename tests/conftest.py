@@ -1,18 +1,23 @@
-"""What every test stands on: shapes checked at run time, one thread, no hub, the same random examples every time.
+"""What every test stands on: shapes checked at run time, one thread, no hub, the same random
+examples every time.
 
-The shapes in the signatures of zipper are checked here and nowhere else; users do not pay for it. This file must not
+The shapes in the signatures of zipper are checked here and nowhere else; users do not pay for it.
+This file must not
 import zipper: the import hook only reaches modules that are imported after it.
 """
 
 import os
 
-# Before torch is imported: one thread a process, and sleeping rather than spinning while another process works.
+# Before torch is imported: one thread a process, and sleeping rather than spinning while another
+# process works.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["ZIPPER_PROOFS"] = "0"  # what a test finds does not depend on what another, or somebody, has loaded before
+os.environ["ZIPPER_PROOFS"] = (
+    "0"  # what a test finds does not depend on what another, or somebody, has loaded before
+)
 
 # The training loop takes a GPU where there is one; tests do so when they ask for it.
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -25,8 +30,10 @@ import pretend
 import pytest
 import torch
 
-if importlib.util.find_spec("beartype"):  # a GPU machine may lack it: then shapes go unchecked there
-    jaxtyping.install_import_hook("zipper", "beartype.beartype")
+if importlib.util.find_spec(
+    "beartype"
+):  # a GPU machine may lack it: then shapes go unchecked there
+    jaxtyping.install_import_hook(["zipper", "zipper_lab"], "beartype.beartype")
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
@@ -37,7 +44,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def cuda() -> Iterator[torch.device]:
-    """A GPU; where there is none, the pretended one: for tests of where tensors lie, and of what a graph is."""
+    """A GPU; where there is none, the pretended one: for tests of where tensors lie, and of what a
+    graph is."""
     if torch.cuda.is_available():
         yield torch.device("cuda", 0)
     elif pretend.possible():
@@ -66,5 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
         params = item.callspec.params.values() if "callspec" in vars(item) else ()
-        if {"cuda", "gpu"} & {*item.fixturenames} or any(value == "cuda" for value in params if isinstance(value, str)):
+        if {"cuda", "gpu"} & {*item.fixturenames} or any(
+            value == "cuda" for value in params if isinstance(value, str)
+        ):
             item.add_marker("cuda")

@@ -1,8 +1,9 @@
-"""A CUDA that is not there: tensors that say they are on it, compute on the CPU, and meet no tensor of the CPU without an error.
+"""A CUDA that is not there: tensors that say they are on it, compute on the CPU, and meet no tensor
+of the CPU without an error.
 
-What runs here puts every tensor where it belongs. A graph is what it is on a GPU: the kernels of its capture, run again on the
-same memory; nothing may be asked of the device while it is captured. Kernels, streams and backward passes are not pretended.
-"""
+What runs here puts every tensor where it belongs. A graph is what it is on a GPU: the kernels of
+its capture, run again on the same memory; nothing may be asked of the device while it is captured.
+Kernels, streams and backward passes are not pretended."""
 
 import ctypes
 import os
@@ -24,9 +25,21 @@ DEVICE = torch.device("cuda", 0)
 #: They may move data between devices; a GPU that is capturing may not.
 MOVES = {"aten::_to_copy", "aten::copy_"}
 #: They take indices from the CPU, and copy them.
-INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+INDEXED = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+    "aten::_unsafe_index",
+}
 #: They wait for the device.
-ASKS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"}
+ASKS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+}
 
 
 class There(Tensor):
@@ -37,8 +50,14 @@ class There(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "There":
         assert not isinstance(held, There)
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        with torch.inference_mode(False):  # a view of a parameter is no inference tensor, whatever the mode
+        layout = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
+        with torch.inference_mode(
+            False
+        ):  # a view of a parameter is no inference tensor, whatever the mode
             made: There = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, **layout)
         made.held = held
         return made
@@ -75,18 +94,24 @@ def _there(x: Any) -> Any:
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    ):
         with _Everywhere():  # in inference mode torch leaves it to us to take it apart
             return func.decompose(*args, **kwargs)
     name = func._schema.name
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = any(isinstance(x, There) for x in tensors)
     foreign = [x for x in tensors if not isinstance(x, There) and x.ndim]
-    goes = there if (device := kwargs.get("device")) is None else torch.device(device).type == "cuda"
+    goes = (
+        there if (device := kwargs.get("device")) is None else torch.device(device).type == "cuda"
+    )
     if there and foreign and name not in MOVES | INDEXED:
         raise RuntimeError(f"{func} met a tensor of the CPU on the pretended device: {foreign[0]}")
     if Graph.capturing is not None and (there or goes):
-        masks = name in INDEXED and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor))
+        masks = name in INDEXED and any(
+            x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor)
+        )
         if name in ASKS or masks or foreign or (there and not goes):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
     if device is not None:
@@ -95,7 +120,11 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     found = func(*given, **named)
     if name == "aten::_to_copy" and found is given[0]:
         found = found.clone()
-    written = bool(func._schema.arguments and (alias := func._schema.arguments[0].alias_info) and alias.is_write)
+    written = bool(
+        func._schema.arguments
+        and (alias := func._schema.arguments[0].alias_info)
+        and alias.is_write
+    )
     if Graph.capturing is not None and (there or goes):
         Graph.capturing.append((func, given, named, None if written else found))
     if written:
@@ -118,7 +147,9 @@ class Graph:
             if said is None:
                 func(*args, **kwargs)
             elif not views:
-                for old, new in zip(tree_leaves(said), tree_leaves(func(*args, **kwargs)), strict=True):
+                for old, new in zip(
+                    tree_leaves(said), tree_leaves(func(*args, **kwargs)), strict=True
+                ):
                     if isinstance(old, Tensor):
                         old.copy_(new)
 
@@ -142,7 +173,8 @@ static c10::impl::DeviceGuardImplRegistrar guard(c10::DeviceType::CUDA, new Guar
 
 @cache
 def possible() -> bool:
-    """Whether torch can be made to believe in the device: a CPU build of it asks which one is current, and wants an answer."""
+    """Whether torch can be made to believe in the device: a CPU build of it asks which one is
+    current, and wants an answer."""
     try:
         torch._C._ensureCUDADeviceGuardSet()  # enough for a build with CUDA
         if torch.version.cuda is None:
@@ -150,8 +182,21 @@ def possible() -> bool:
             with tempfile.TemporaryDirectory() as folder:
                 source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
                 source.write_text(GUARD)
-                flags = ["-std=c++20", "-fPIC", "-shared", f"-I{home / 'include'}", f"-L{home / 'lib'}"]
-                command = [os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library), "-lc10"]
+                flags = [
+                    "-std=c++20",
+                    "-fPIC",
+                    "-shared",
+                    f"-I{home / 'include'}",
+                    f"-L{home / 'lib'}",
+                ]
+                command = [
+                    os.environ.get("CXX", "c++"),
+                    *flags,
+                    str(source),
+                    "-o",
+                    str(library),
+                    "-lc10",
+                ]
                 subprocess.run(command, check=True, capture_output=True)
                 ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError):
@@ -165,11 +210,23 @@ def cuda() -> Iterator[torch.device]:
     assert possible(), "there is no C++ compiler"
     nothing: Callable[..., None] = lambda *given: None  # noqa: E731
     stream = mock.Mock(spec=["wait_stream"])
-    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext()}
-    fakes |= {"Event": lambda enable_timing: mock.Mock(elapsed_time=lambda end: 1.0), "get_device_name": lambda device: "H100"}
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+    }
+    fakes |= {
+        "Event": lambda enable_timing: mock.Mock(elapsed_time=lambda end: 1.0),
+        "get_device_name": lambda device: "H100",
+    }
     fakes |= {"graph": _capture, "CUDAGraph": Graph, "synchronize": nothing, "_lazy_init": nothing}
-    before = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes it here and moves it
+    before = (
+        torch._C._only_lift_cpu_tensors(),
+        torch.__future__.get_overwrite_module_params_on_conversion(),
+    )
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(..., device=...) makes it here and moves it
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with mock.patch.multiple(torch.cuda, **fakes), _Everywhere():

@@ -1,10 +1,11 @@
-"""A zip again, the slow way: token by token, head by head, from the formulas. Nothing of zipper is imported.
+"""A zip again, the slow way: token by token, head by head, from the formulas. Nothing of zipper is
+imported.
 
-One document at a time, given as its linear sequence of (tower, id). The blocks of the towers are those of transformers'
-Llama; everything that zipping adds is spelt out: input projection, junctions, cross projection, attention, gates and
-feed-forward (Zipper, arXiv:2405.18669, sec. 3; the gated block is Flamingo's, arXiv:2204.14198; rotary positions are
-RoFormer's, arXiv:2104.09864). Only the names of the weights are taken from zipper.
-"""
+One document at a time, given as its linear sequence of (tower, id). The blocks of the towers are
+those of transformers' Llama; everything that zipping adds is spelt out: input projection,
+junctions, cross projection, attention, gates and feed-forward (Zipper, arXiv:2405.18669, sec. 3;
+the gated block is Flamingo's, arXiv:2204.14198; rotary positions are RoFormer's, arXiv:2104.09864).
+Only the names of the weights are taken from zipper."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ State = list[Tensor]  # one vector per token of a tower
 
 @dataclass(frozen=True)
 class Shape:
-    """What the weights do not say. junctions: {tower: blocks before the exchange}. paper: ReLU on projections, an input
-    projection without residual, no rotary positions. tokens: per tower, its usual tokens of a segment (a rate)."""
+    """What the weights do not say. junctions: {tower: blocks before the exchange}. paper: ReLU on
+    projections, an input projection without residual, no rotary positions. tokens: per tower, its
+    usual tokens of a segment (a rate)."""
 
     junctions: Sequence[Mapping[str, int]]
     head_width: int
@@ -30,9 +32,13 @@ class Shape:
 
 
 def logits(
-    towers: Mapping[str, LlamaForCausalLM], weights: Mapping[str, Tensor], sequence: Sequence[Token], shape: Shape
+    towers: Mapping[str, LlamaForCausalLM],
+    weights: Mapping[str, Tensor],
+    sequence: Sequence[Token],
+    shape: Shape,
 ) -> dict[str, Tensor]:
-    """Logits "token vocabulary" of each tower's tokens, in order. towers: those that the sequence names, two at least."""
+    """Logits "token vocabulary" of each tower's tokens, in order. towers: those that the sequence
+    names, two at least."""
     ids = {name: [i for tower, i in sequence if tower == name] for name in towers}
     time = {name: [t for t, (tower, _) in enumerate(sequence) if tower == name] for name in towers}
     done = dict.fromkeys(towers, 0)
@@ -56,7 +62,9 @@ def logits(
                     w = _part(weights, f"links.{n}:{source}>{target}")
                     rate = shape.tokens[source] / shape.tokens[target]
                     for i, x in enumerate(m[target]):
-                        seen = [j for j in range(len(m[source])) if time[source][j] < time[target][i]]
+                        seen = [
+                            j for j in range(len(m[source])) if time[source][j] < time[target][i]
+                        ]
                         if seen:  # else there is nothing to read and x stays what it is
                             fused = _cross(w, x, i * rate, [(j, m[source][j]) for j in seen], shape)
                             h[target][i] = h[target][i] + (fused - x)
@@ -67,8 +75,15 @@ def logits(
     return out
 
 
-def _cross(w: Mapping[str, Tensor], x: Tensor, place: float, source: Sequence[tuple[int, Tensor]], shape: Shape) -> Tensor:
-    """Flamingo's gated block for one token: x' = x + tanh(a) attention, x'' = x' + tanh(b) feed-forward(x')."""
+def _cross(
+    w: Mapping[str, Tensor],
+    x: Tensor,
+    place: float,
+    source: Sequence[tuple[int, Tensor]],
+    shape: Shape,
+) -> Tensor:
+    """Flamingo's gated block for one token: x' = x + tanh(a) attention, x'' = x' + tanh(b)
+    feed-forward(x')."""
     query = w["query.weight"] @ _layer_norm(w, "norm", x)
     read = []
     for j, s in source:
@@ -136,7 +151,8 @@ def _turn(x: Tensor, place: float) -> Tensor:
     """Pairs (i, i + half) as complex numbers, turned by place / 10000^(i / half) radians."""
     half = len(x) // 2
     turned = [
-        torch.complex(x[i], x[i + half]) * complex(math.cos(angle := place / 10_000 ** (i / half)), math.sin(angle))
+        torch.complex(x[i], x[i + half])
+        * complex(math.cos(angle := place / 10_000 ** (i / half)), math.sin(angle))
         for i in range(half)
     ]
     return torch.stack([z.real for z in turned] + [z.imag for z in turned])
@@ -144,4 +160,8 @@ def _turn(x: Tensor, place: float) -> Tensor:
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights whose names start with `prefix.`, without it."""
-    return {name.removeprefix(f"{prefix}."): w for name, w in weights.items() if name.startswith(f"{prefix}.")}
+    return {
+        name.removeprefix(f"{prefix}."): w
+        for name, w in weights.items()
+        if name.startswith(f"{prefix}.")
+    }

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from zipper import audio
-from zipper.audio import Audio, Mel
+from zipper.audio import sound as audio
+from zipper.audio.sound import Audio, Mel
 from zipper.errors import ZipperError
 
 
@@ -24,7 +24,9 @@ def loudest_hertz(sound: Audio) -> float:
     return float(spectrum.argmax() * sound.rate_hz / len(sound.samples))
 
 
-@pytest.mark.parametrize(("ending", "error"), [(".wav", 2**-15), (".flac", 2**-15), (".ogg", 0.05), (".mp3", 0.05)])
+@pytest.mark.parametrize(
+    ("ending", "error"), [(".wav", 2**-15), (".flac", 2**-15), (".ogg", 0.05), (".mp3", 0.05)]
+)
 def test_what_is_written_is_read_back(tmp_path: Path, ending: str, error: float) -> None:
     path, sound = tmp_path / f"a{ending}", tone(440)
     audio.write(path, sound)
@@ -42,12 +44,16 @@ def test_what_is_written_is_read_back(tmp_path: Path, ending: str, error: float)
 def test_channels_are_averaged(tmp_path: Path) -> None:
     left, right = tone(300).samples, tone(700).samples
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
-    np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, (left + right) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        audio.read(tmp_path / "a.wav").samples, (left + right) / 2, atol=1e-6
+    )
 
 
 def test_samples_beyond_one_are_scaled_not_cut(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", 8 * tone(440).samples, 16_000, subtype="FLOAT")
-    np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, 2 * tone(440).samples, atol=1e-3)
+    np.testing.assert_allclose(
+        audio.read(tmp_path / "a.wav").samples, 2 * tone(440).samples, atol=1e-3
+    )
 
 
 def test_resampling_keeps_the_tone_and_the_length() -> None:
@@ -59,14 +65,22 @@ def test_resampling_keeps_the_tone_and_the_length() -> None:
 def test_a_wanted_rate_is_given_or_refused(tmp_path: Path) -> None:
     audio.write(tmp_path / "a.wav", tone(440, rate_hz=8_000))
     assert audio.read(tmp_path / "a.wav", rate_hz=16_000).rate_hz == 16_000
-    with pytest.raises(ZipperError, match=r"a.wav is 8000 Hz, these units need 16000 Hz. Pass resample=True or convert it first"):
+    with pytest.raises(
+        ZipperError,
+        match=r"a.wav is 8000 Hz, these units need 16000 Hz. Pass resample=True or convert it "
+        r"first",
+    ):
         audio.read(tmp_path / "a.wav", rate_hz=16_000, resample=False)
 
 
 def wav_header(frames: int, rate_hz: int = 16_000, channels: int = 1) -> bytes:
     size = 2 * channels * frames
     shape = struct.pack("<HHIIHH", 1, channels, rate_hz, rate_hz * 2 * channels, 2 * channels, 16)
-    return struct.pack("<4sI4s4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16) + shape + struct.pack("<4sI", b"data", size)
+    return (
+        struct.pack("<4sI4s4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16)
+        + shape
+        + struct.pack("<4sI", b"data", size)
+    )
 
 
 def test_bad_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -78,8 +92,12 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "wide.wav").write_bytes(wav_header(10, channels=9) + bytes(180))
     (tmp_path / "headless.raw").write_bytes(bytes(100))
     for name, value in {"nan.wav": np.nan, "inf.wav": np.inf}.items():
-        soundfile.write(tmp_path / name, np.array([0.1, value, 0.1], np.float32), 16_000, subtype="FLOAT")
-    with (tmp_path / "long.wav").open("wb") as file:  # a hole in the disk: an hour at 192 kHz that takes no room
+        soundfile.write(
+            tmp_path / name, np.array([0.1, value, 0.1], np.float32), 16_000, subtype="FLOAT"
+        )
+    with (tmp_path / "long.wav").open(
+        "wb"
+    ) as file:  # a hole in the disk: an hour at 192 kHz that takes no room
         file.write(wav_header(3600 * 192_000, rate_hz=192_000))
         file.truncate(2 * 3600 * 192_000)
     reasons = {
@@ -115,29 +133,48 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize(("kind", "subtype"), [(kind, subtype) for kind, subtypes in ORDINARY.items() for subtype in subtypes])
-def test_a_piece_of_a_file_is_that_piece_of_the_whole(tmp_path: Path, kind: str, subtype: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [(kind, subtype) for kind, subtypes in ORDINARY.items() for subtype in subtypes],
+)
+def test_a_piece_of_a_file_is_that_piece_of_the_whole(
+    tmp_path: Path, kind: str, subtype: str
+) -> None:
     rate, chance = 16_000, np.random.default_rng(0)
     time = np.arange(12 * rate) / rate
-    sound = 0.2 * np.sin(2 * np.pi * (200 + 100 * time) * time) + 0.02 * chance.standard_normal(len(time))
+    sound = 0.2 * np.sin(2 * np.pi * (200 + 100 * time) * time) + 0.02 * chance.standard_normal(
+        len(time)
+    )
     soundfile.write(tmp_path / "a", sound.astype(np.float32), rate, format=kind, subtype=subtype)
     whole = audio.read(tmp_path / "a").samples
     content = (tmp_path / "a").read_bytes()
     np.testing.assert_array_equal(audio.read(content).samples, whole)
     assert len(sound) <= len(whole) <= len(sound) + 1_000  # blocks of codecs
-    places = [(0.0, 0.5), (0.00006, 1.0), (11.5, 12.0), (11.99, 12.05), *((s, s + 0.7) for s in chance.uniform(0, 11, 8))]
+    places = [
+        (0.0, 0.5),
+        (0.00006, 1.0),
+        (11.5, 12.0),
+        (11.99, 12.05),
+        *((s, s + 0.7) for s in chance.uniform(0, 11, 8)),
+    ]
     for start, stop in places:
         piece = audio.read(content, start_s=start, stop_s=stop).samples
         expected = whole[round(start * rate) : round(stop * rate)]
         assert len(piece) == len(expected)
-        np.testing.assert_allclose(piece, expected, atol=2e-7, rtol=0)  # MP3 is summed up in another order
-    np.testing.assert_allclose(audio.read(content, start_s=11.0).samples, whole[11 * rate :], atol=2e-7, rtol=0)
+        np.testing.assert_allclose(
+            piece, expected, atol=2e-7, rtol=0
+        )  # MP3 is summed up in another order
+    np.testing.assert_allclose(
+        audio.read(content, start_s=11.0).samples, whole[11 * rate :], atol=2e-7, rtol=0
+    )
 
 
 def test_a_piece_that_is_none_is_refused(tmp_path: Path) -> None:
     audio.write(tmp_path / "a.flac", tone(440, 2.0))
     told = flac_of_unknown_length((tmp_path / "a.flac").read_bytes())
-    assert len(audio.read(tmp_path / "a.flac", start_s=1.5, stop_s=2.4).samples) == 8_000  # manifests are rounded
+    assert (
+        len(audio.read(tmp_path / "a.flac", start_s=1.5, stop_s=2.4).samples) == 8_000
+    )  # manifests are rounded
     assert len(audio.read(told, start_s=1.5, stop_s=2.4).samples) == 8_000
     for start, stop in [
         (2.0, None),
@@ -150,7 +187,9 @@ def test_a_piece_that_is_none_is_refused(tmp_path: Path) -> None:
         (np.nan, None),
         (0.0, np.nan),
     ]:
-        with pytest.raises(ZipperError, match=r"a\.flac lasts 2.00 s; .* to .* s are no piece of it"):
+        with pytest.raises(
+            ZipperError, match=r"a\.flac lasts 2.00 s; .* to .* s are no piece of it"
+        ):
             audio.read(tmp_path / "a.flac", start_s=start, stop_s=stop)
         with pytest.raises(ZipperError, match=r"are no piece of it|not readable sound"):
             audio.read(told, start_s=start, stop_s=stop)
@@ -166,18 +205,35 @@ def test_a_length_that_is_not_true_is_said_with_both(tmp_path: Path) -> None:
     wav, mp3, flac = ((tmp_path / name).read_bytes() for name in ("a.wav", "a.mp3", "a.flac"))
     told = int.from_bytes(flac[22:26], "big")
     for content, message in [
-        (wav[: 44 + 64_000], r"was cut short: its header speaks of 128,000 bytes of sound, 64,000 are there"),
-        (wav[:40] + struct.pack("<I", 64_000) + wav[44:], r"holds more than it says: behind its 64,000 bytes of sound lie 64,000"),
-        (mp3[: len(mp3) // 2], r"was cut short: its header speaks of 4.\d\d s, [12].\d\d s are there"),
-        (flac[:22] + (2 * told).to_bytes(4, "big") + flac[26:], r"its header speaks of 8.00 s, 4.00 s can be decoded"),
-        (flac[:22] + (told // 2).to_bytes(4, "big") + flac[26:], r"its header speaks of 2.00 s, 4.00 s can be decoded"),
+        (
+            wav[: 44 + 64_000],
+            r"was cut short: its header speaks of 128,000 bytes of sound, 64,000 are there",
+        ),
+        (
+            wav[:40] + struct.pack("<I", 64_000) + wav[44:],
+            r"holds more than it says: behind its 64,000 bytes of sound lie 64,000",
+        ),
+        (
+            mp3[: len(mp3) // 2],
+            r"was cut short: its header speaks of 4.\d\d s, [12].\d\d s are there",
+        ),
+        (
+            flac[:22] + (2 * told).to_bytes(4, "big") + flac[26:],
+            r"its header speaks of 8.00 s, 4.00 s can be decoded",
+        ),
+        (
+            flac[:22] + (told // 2).to_bytes(4, "big") + flac[26:],
+            r"its header speaks of 2.00 s, 4.00 s can be decoded",
+        ),
         (flac[: len(flac) // 2], r"is not readable sound \(.*flac.*\)\. It was cut short, damaged"),
     ]:
         with pytest.raises(ZipperError, match=message):
             audio.read(content)
 
 
-def test_more_than_may_be_is_refused_before_and_while_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_may_be_is_refused_before_and_while_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     audio.write(tmp_path / "a.flac", tone(440, 3.0))
     content = (tmp_path / "a.flac").read_bytes()
     monkeypatch.setattr(audio, "LONGEST_S", 2.0)
@@ -188,24 +244,40 @@ def test_more_than_may_be_is_refused_before_and_while_it_is_decoded(tmp_path: Pa
     assert audio.read(content, start_s=0.5, stop_s=2.5).seconds == 2.0
     monkeypatch.setattr(audio, "LONGEST_S", 9.0)
     monkeypatch.setattr(audio, "MOST_DECODED_BYTES", 4 * 16_000)
-    with pytest.raises(ZipperError, match=r"lasts 3 s, at most 1 s of 1 channels at 16000 Hz are read"):
+    with pytest.raises(
+        ZipperError, match=r"lasts 3 s, at most 1 s of 1 channels at 16000 Hz are read"
+    ):
         audio.read(content)
     monkeypatch.setattr(audio, "MOST_BYTES", 1_000)
-    with pytest.raises(ZipperError, match=r"[\d,]+ bytes of a sound file were given, at most 1,000 are read. Give its path"):
+    with pytest.raises(
+        ZipperError,
+        match=r"[\d,]+ bytes of a sound file were given, at most 1,000 are read. Give its path",
+    ):
         audio.read(content)
 
 
 def test_channels_that_cancel_each_other_out_are_not_averaged(tmp_path: Path) -> None:
-    speech, noise = tone(300).samples, 0.001 * np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
+    speech, noise = (
+        tone(300).samples,
+        0.001 * np.random.default_rng(0).standard_normal(8_000).astype(np.float32),
+    )
     for quieter, offset in [(1.0, 0.0), (0.8, 0.0), (1.0, 0.2)]:
         left, right = speech + noise + offset, -quieter * speech + offset
-        soundfile.write(tmp_path / "a.wav", np.stack([right, left], axis=1), 16_000, subtype="FLOAT")
-        with pytest.warns(UserWarning, match=r"a.wav: its channels cancel each other out, one is inverted. Channel 2 was taken"):
+        soundfile.write(
+            tmp_path / "a.wav", np.stack([right, left], axis=1), 16_000, subtype="FLOAT"
+        )
+        with pytest.warns(
+            UserWarning,
+            match=r"a.wav: its channels cancel each other out, one is inverted. Channel 2 was "
+            r"taken",
+        ):
             heard = audio.read(tmp_path / "a.wav")
         np.testing.assert_allclose(heard.samples, left, atol=1e-6)
 
 
-def test_channels_that_differ_are_averaged_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_channels_that_differ_are_averaged_without_a_word(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     one, other, silence = tone(300).samples, tone(700).samples, np.zeros(8_000, np.float32)
     steady = silence + np.float32(0.3)
     for channels in [
@@ -219,7 +291,9 @@ def test_channels_that_differ_are_averaged_without_a_word(tmp_path: Path, recwar
         (one, one, -one),
     ]:
         soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 16_000, subtype="FLOAT")
-        np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, np.mean(channels, axis=0), atol=1e-6)
+        np.testing.assert_allclose(
+            audio.read(tmp_path / "a.wav").samples, np.mean(channels, axis=0), atol=1e-6
+        )
     assert not recwarn.list
 
 
@@ -234,7 +308,10 @@ def test_what_is_no_sound_file_is_told_by_what_it_is(tmp_path: Path) -> None:
         with pytest.raises(ZipperError, match=f"not readable sound \\({told}"):
             audio.read(content)
     for thing in (np.zeros(3, np.float32), [0.1], None, bytearray(3)):
-        with pytest.raises(ZipperError, match=r"A \w+ was given as sound. Give the path of a sound file, its bytes, or Audio"):
+        with pytest.raises(
+            ZipperError,
+            match=r"A \w+ was given as sound. Give the path of a sound file, its bytes, or Audio",
+        ):
             audio.read.__wrapped__(thing)
 
 
@@ -257,7 +334,9 @@ def test_samples_of_any_usual_type_are_the_same_sound() -> None:
         assert sound.samples.dtype == np.float32
         np.testing.assert_array_equal(sound.samples, right)
     np.testing.assert_array_equal(Audio(pulses.astype(np.int32) << 16, 16_000).samples, right)
-    np.testing.assert_array_equal(Audio(np.array([0, 128, 255], np.uint8), 16_000).samples, np.float32([-1, 0, 127 / 128]))
+    np.testing.assert_array_equal(
+        Audio(np.array([0, 128, 255], np.uint8), 16_000).samples, np.float32([-1, 0, 127 / 128])
+    )
     assert Audio(right, 16_000).samples is right
     for rate in (16_000, np.int64(16_000), 16_000.0):
         assert type(Audio(right, rate).rate_hz) is int
@@ -267,8 +346,14 @@ def test_samples_of_any_usual_type_are_the_same_sound() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (np.zeros((2, 100)), r"shape \(2, 100\) were given.*samples.mean\(axis=0\) of \(channels, time\)"),
-        (np.zeros((100, 2)), r"shape \(100, 2\) were given.*samples.mean\(axis=1\) of \(time, channels\)"),
+        (
+            np.zeros((2, 100)),
+            r"shape \(2, 100\) were given.*samples.mean\(axis=0\) of \(channels, time\)",
+        ),
+        (
+            np.zeros((100, 2)),
+            r"shape \(100, 2\) were given.*samples.mean\(axis=1\) of \(time, channels\)",
+        ),
         (np.zeros((1, 1, 5)), r"shape \(1, 1, 5\)"),
         (0.5, r"shape \(\)"),
         ([0.1, np.nan], "NaN or infinity"),
@@ -284,7 +369,9 @@ def test_samples_of_any_usual_type_are_the_same_sound() -> None:
         (torch.zeros(3, dtype=torch.bfloat16), "not an array of one channel"),
     ],
 )
-def test_what_is_not_one_channel_of_finite_samples_is_no_sound(samples: object, message: str) -> None:
+def test_what_is_not_one_channel_of_finite_samples_is_no_sound(
+    samples: object, message: str
+) -> None:
     with pytest.raises(ZipperError, match=message):
         Audio(samples, 16_000)
 
@@ -294,7 +381,9 @@ def test_a_rate_is_a_whole_number_within_bounds() -> None:
         with pytest.raises(ZipperError, match=r"wanted are 8000 to 192000 Hz"):
             Audio([0.1], rate)
     for rate in (16_000.5, np.nan, np.inf, "16000", None, True):
-        with pytest.raises(ZipperError, match=r"The rate .* was given for a sound. Give a whole number"):
+        with pytest.raises(
+            ZipperError, match=r"The rate .* was given for a sound. Give a whole number"
+        ):
             Audio([0.1], rate)
 
 
@@ -303,7 +392,9 @@ def test_a_rate_is_a_whole_number_within_bounds() -> None:
 
 def test_sound_beyond_one_is_scaled_before_it_is_written(tmp_path: Path) -> None:
     audio.write(tmp_path / "a.wav", Audio(8 * tone(440).samples, 16_000))
-    np.testing.assert_allclose(audio.read(tmp_path / "a.wav").samples, 2 * tone(440).samples, atol=2**-14)
+    np.testing.assert_allclose(
+        audio.read(tmp_path / "a.wav").samples, 2 * tone(440).samples, atol=2**-14
+    )
 
 
 def test_a_sound_of_no_length_is_not_written(tmp_path: Path) -> None:
@@ -359,7 +450,9 @@ def word_at(start: int, length: int = 8_000, noise: float = 0.0) -> Audio:
 @pytest.mark.parametrize("start", [0, 1, 997, 4_800])
 def test_the_ends_of_a_sound_are_found_to_a_millisecond(start: int, noise: float) -> None:
     first, last = word_at(start, noise=noise).ends()
-    assert abs(first - start) <= 20  # a millisecond: the mean that is taken off lets a tone begin a little before it does
+    assert (
+        abs(first - start) <= 20
+    )  # a millisecond: the mean that is taken off lets a tone begin a little before it does
     assert abs(last - start - 3_200) <= 32
 
 
@@ -381,7 +474,9 @@ def test_an_offset_goes_and_the_sound_stays() -> None:
     sound = tone(440, 0.5)
     shifted = Audio(sound.samples + np.float32(0.3), 16_000)
     np.testing.assert_allclose(shifted.centred().samples, sound.samples, atol=0.02)
-    assert Audio(np.full(8_000, 0.3, np.float32), 16_000).centred().samples.max() == pytest.approx(0, abs=1e-6)
+    assert Audio(np.full(8_000, 0.3, np.float32), 16_000).centred().samples.max() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_speech_swings_and_noise_does_not() -> None:
@@ -389,11 +484,15 @@ def test_speech_swings_and_noise_does_not() -> None:
     assert noise.swing_db < 2
     assert tone(440).swing_db < 1
     assert Audio(np.zeros(100, np.float32), 16_000).swing_db == 0
-    assert word_at(4_000, noise=3e-3).swing_db == pytest.approx(10 * np.log10(0.3**2 / 2 / 3e-3**2), abs=1.5)
+    assert word_at(4_000, noise=3e-3).swing_db == pytest.approx(
+        10 * np.log10(0.3**2 / 2 / 3e-3**2), abs=1.5
+    )
 
 
 def test_levelling_makes_loud_frames_equally_loud() -> None:
-    quiet, loud = (Audio(np.float32(height) * tone(440).samples, 16_000).level(0.1) for height in (0.001, 1.0))
+    quiet, loud = (
+        Audio(np.float32(height) * tone(440).samples, 16_000).level(0.1) for height in (0.001, 1.0)
+    )
     np.testing.assert_allclose(quiet.samples, loud.samples, rtol=1e-4, atol=1e-6)
     assert float(np.sqrt(np.square(loud.samples).mean())) == pytest.approx(0.1, rel=0.02)
 
@@ -401,7 +500,9 @@ def test_levelling_makes_loud_frames_equally_loud() -> None:
 def test_the_picture_of_a_tone_is_brightest_where_the_mel_scale_puts_it() -> None:
     mel = Mel()
     for hertz in (250.0, 1000.0, 4000.0):
-        low, high, here = (1127 * np.log(1 + f / 700) for f in (60.0, 7600.0, hertz))  # HTK's mel scale
+        low, high, here = (
+            1127 * np.log(1 + f / 700) for f in (60.0, 7600.0, hertz)
+        )  # HTK's mel scale
         expected = (here - low) / (high - low) * (mel.bins + 1) - 1
         assert abs(mel.picture(tone(hertz))[10:-10].mean(0).argmax() - expected) <= 0.51
 
@@ -415,7 +516,9 @@ def test_loudness_does_not_change_the_picture_and_silence_is_its_floor() -> None
     mel, noise = Mel(), np.random.default_rng(0).standard_normal(16_000, dtype=np.float32)
     pictures = [mel.picture(Audio(np.float32(height) * noise, 16_000)) for height in (0.001, 0.2)]
     np.testing.assert_allclose(pictures[0], pictures[1], atol=1e-3)
-    np.testing.assert_allclose(mel.picture(Audio(np.zeros(1600, np.float32), 16_000)), np.log(mel.floor), rtol=1e-6)
+    np.testing.assert_allclose(
+        mel.picture(Audio(np.zeros(1600, np.float32), 16_000)), np.log(mel.floor), rtol=1e-6
+    )
 
 
 def test_a_picture_has_one_row_for_each_started_hop_at_any_rate() -> None:
@@ -426,7 +529,9 @@ def test_a_picture_has_one_row_for_each_started_hop_at_any_rate() -> None:
 
 def test_sound_made_from_a_picture_has_that_picture() -> None:
     chance = np.random.default_rng(0)
-    glide = 0.4 * np.sin(2 * np.pi * np.cumsum(np.linspace(200, 2500, 8_000)) / 16_000) + 0.01 * chance.standard_normal(8_000)
+    glide = 0.4 * np.sin(
+        2 * np.pi * np.cumsum(np.linspace(200, 2500, 8_000)) / 16_000
+    ) + 0.01 * chance.standard_normal(8_000)
     mel = Mel()
     picture = mel.picture(Audio(glide.astype(np.float32), 16_000))
     sound = mel.sound(picture)

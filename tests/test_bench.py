@@ -1,4 +1,5 @@
-"""The benchmark: what it says of FLOPs against torch's own count, of ratios against arithmetic, and whether arms take turns."""
+"""The benchmark: what it says of FLOPs against torch's own count, of ratios against arithmetic, and
+whether arms take turns."""
 
 import json
 import subprocess
@@ -8,16 +9,16 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipper.baseline import Baseline
-from zipper.bench import ratio, take_turns, write
-from zipper.bench.train import ARMS, EQUAL, LONGEST, RATIOS, Settings, bench, build, mix, table
+from zipper_lab.baseline import Baseline
+from zipper_lab.bench import ratio, take_turns, write
+from zipper_lab.bench.train import ARMS, EQUAL, LONGEST, RATIOS, Settings, bench, build, mix, table
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.tower import Tower
 
 TURNS = """
 import json, sys, time
-from zipper.bench import serve
+from zipper_lab.bench import serve
 settings, done = json.loads(sys.argv[1]), []
 
 def turn():
@@ -40,13 +41,18 @@ def test_flops_by_formula_are_those_that_torch_counts(name: str) -> None:
         arm.step(given)
     pairs = given.pairs
     assert (list(pairs), given.padding) == ([EQUAL] * 2, 0.0)
-    products = {op: n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
-    assert sum(products.values()) == pytest.approx(arm.flops(pairs) - attention(name, len(pairs)), rel=0.01)
+    products = {
+        op: n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    }
+    assert sum(products.values()) == pytest.approx(
+        arm.flops(pairs) - attention(name, len(pairs)), rel=0.01
+    )
 
 
 def attention(name: str, pairs: int) -> float:
-    """FLOPs of attention in the tiny towers: text has four blocks of width 64, speech three of 32, with junctions behind the first
-    and the second. A token sees itself and those before it; gradients cost twice as much where something learns below."""
+    """FLOPs of attention in the tiny towers: text has four blocks of width 64, speech three of 32,
+    with junctions behind the first and the second. A token sees itself and those before it;
+    gradients cost twice as much where something learns below."""
     text, speech = EQUAL["text"], EQUAL["speech"]
 
     def own(tokens: int, width: int, forwards: int, backwards: int) -> float:
@@ -62,14 +68,20 @@ def attention(name: str, pairs: int) -> float:
 
 def test_a_frozen_zip_trains_its_links_alone_and_a_trained_one_everything() -> None:
     learns = {
-        name: {n.split(".")[0] for n, p in build(Settings(name, size="tiny")).model.named_parameters() if p.requires_grad}
+        name: {
+            n.split(".")[0]
+            for n, p in build(Settings(name, size="tiny")).model.named_parameters()
+            if p.requires_grad
+        }
         for name in ("frozen", "trained")
     }
     assert learns == {"frozen": {"links"}, "trained": {"links", "towers"}}
 
 
 def test_the_packed_arm_reads_what_the_padded_one_reads_in_fewer_slots() -> None:
-    found = {name: build(Settings(name, size="tiny", pairs=6)).given(3) for name in ("padded", "packed")}
+    found = {
+        name: build(Settings(name, size="tiny", pairs=6)).given(3) for name in ("padded", "packed")
+    }
     assert found["padded"][0] == found["packed"][0] == mix(6, 3)
     assert found["packed"][1] < found["padded"][1] / 2
 
@@ -88,21 +100,28 @@ def test_a_ratio_is_the_median_of_rounds_and_lies_in_its_interval() -> None:
     assert found.median == above[7] and above[0] < found.low < found.median < found.high < above[-1]
 
 
-def test_arms_take_turns_forwards_and_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_take_turns_forwards_and_backwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "an_arm.py").write_text(TURNS)
     monkeypatch.chdir(tmp_path)
     arms = {name: {"seconds": seconds, "most": 4} for name, seconds in {"a": 1.0, "b": 2.0}.items()}
     found = take_turns("an_arm", arms, rounds=3, warm=1)
-    assert {name: [turn["seconds"] for turn in turns] for name, turns in found.items()} == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert {name: [turn["seconds"] for turn in turns] for name, turns in found.items()} == {
+        "a": [1.0] * 3,
+        "b": [2.0] * 3,
+    }
     order = sorted((turn["at"], name) for name, turns in found.items() for turn in turns)
-    assert "".join(name for _, name in order) == "ba" + "ab" + "ba"  # the round before them was "ab"
+    assert (
+        "".join(name for _, name in order) == "ba" + "ab" + "ba"
+    )  # the round before them was "ab"
     with pytest.raises(ZipperError, match="The arm 'a' ended with code 3"):
         take_turns("an_arm", arms, rounds=9, warm=0)
 
 
 MEMORY = """
 import json, mmap
-from zipper.bench import resident
+from zipper_lab.bench import resident
 resident()
 said, size = [resident()], 256 << 20
 held = mmap.mmap(-1, size)  # asked of the system, not of an allocator that may have some left
@@ -116,13 +135,23 @@ print(json.dumps([*said, resident()]))
 
 def test_memory_is_that_of_the_process() -> None:
     """In a process of its own, in which nothing else takes memory or gives some back meanwhile."""
-    said = json.loads(subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout)
+    said = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+        ).stdout
+    )
     (before, _), (holding, most), (after, still) = said
-    assert holding - before == pytest.approx(256 << 20, rel=0.02) and holding - after == pytest.approx(256 << 20, rel=0.02)
-    assert most >= holding and still == pytest.approx(holding, rel=0.02)  # the kernel counts by some pages
+    assert holding - before == pytest.approx(
+        256 << 20, rel=0.02
+    ) and holding - after == pytest.approx(256 << 20, rel=0.02)
+    assert most >= holding and still == pytest.approx(
+        holding, rel=0.02
+    )  # the kernel counts by some pages
 
 
-def test_unknown_arms_sizes_and_too_little_room_are_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arms_sizes_and_too_little_room_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(ZipperError, match=r"no arms \['frosen'\]"):
         bench("tiny", 1, arms=["frosen"])
     with pytest.raises(ZipperError, match="no size 'small'; there are tiny, 30m"):
@@ -134,19 +163,41 @@ def test_unknown_arms_sizes_and_too_little_room_are_refused_before_anything_star
 
 
 def test_the_table_has_every_arm_and_a_verdict_for_every_ratio(tmp_path: Path) -> None:
-    arm = {"pairs_per_s": 2.0, "gflop_per_pair": 3.0, "gflop_per_s": 6.0, "padding": 0.04, "peak_memory": 5e6}
+    arm = {
+        "pairs_per_s": 2.0,
+        "gflop_per_pair": 3.0,
+        "gflop_per_s": 6.0,
+        "padding": 0.04,
+        "peak_memory": 5e6,
+    }
     arms = dict.fromkeys(ARMS, arm | {"trained_parameters": 7_000_000})
     rows = [
-        {"what": what, "above": above, "below": below, "target": target, "median": target + n % 2 - 0.5, "low": 0.1, "high": 9.0}
+        {
+            "what": what,
+            "above": above,
+            "below": below,
+            "target": target,
+            "median": target + n % 2 - 0.5,
+            "low": 0.1,
+            "high": 9.0,
+        }
         for n, (what, above, below, target) in enumerate(RATIOS)
     ]
-    found = {"hardware": "a machine", "month": "2026-11", "versions": {"torch": "2"}, "rounds": 3, "settings": {"size": "tiny"}}
+    found = {
+        "hardware": "a machine",
+        "month": "2026-11",
+        "versions": {"torch": "2"},
+        "rounds": 3,
+        "settings": {"size": "tiny"},
+    }
     found |= {"arms": arms, "ratios": rows}
     lines = table(found)
     assert all(f"| {name}: {about} |" in lines for name, about in ARMS.items())
-    assert [line.count("(held)") - line.count("(missed)") for line in lines.splitlines() if " / " in line] == [-1, 1] * (
-        len(RATIOS) // 2
-    )
+    assert [
+        line.count("(held)") - line.count("(missed)")
+        for line in lines.splitlines()
+        if " / " in line
+    ] == [-1, 1] * (len(RATIOS) // 2)
     write(tmp_path / "new" / "train_a", found, lines)
     assert json.loads((tmp_path / "new" / "train_a.json").read_text()) == found
     assert (tmp_path / "new" / "train_a.md").read_text() == lines
@@ -156,7 +207,9 @@ def test_the_extended_decoder_is_as_large_as_the_baseline() -> None:
     """The arm in stock transformers has the shape of zipper's own `Baseline`."""
     stock = build(Settings("expanded", size="tiny", pairs=1)).model
     bare = build(Settings("bare", size="tiny", pairs=1)).model
-    ours = Baseline.from_tower({"text": Tower(bare)}, {"speech": 40}, {"text": (0, 1), "speech": (0, 1)})  # type: ignore[arg-type]
+    ours = Baseline.from_tower(
+        {"text": Tower(bare)}, {"speech": 40}, {"text": (0, 1), "speech": (0, 1)}
+    )  # type: ignore[arg-type]
     assert sum(p.numel() for p in stock.parameters()) == sum(p.numel() for p in ours.parameters())
 
 

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import World
 
-from zipper import checkpoint
-from zipper.card import card
+from zipper.saving import checkpoint
+from zipper.saving.card import card
 from zipper.errors import ZipperError
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
@@ -40,7 +40,11 @@ def tables(text: str) -> dict[str, list[list[str]]]:
     """Rows of the table under each heading, without its head."""
     found = {}
     for part in text.split("\n## ")[1:]:
-        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines() if line.startswith("| ")]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in part.splitlines()
+            if line.startswith("| ")
+        ]
         found[part.partition("\n")[0]] = rows[2:]
     return found
 
@@ -70,17 +74,32 @@ def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline)
     config = model.config
     for row, (name, tower) in zip(found["Towers"], config.towers.items(), strict=True):
         state = "trained" if tower.train else "frozen"
-        shape = [str(tower.layers), str(tower.width), str(tower.vocabulary), f"{counted(model)[name]:,}", tower.dtype]
+        shape = [
+            str(tower.layers),
+            str(tower.width),
+            str(tower.vocabulary),
+            f"{counted(model)[name]:,}",
+            tower.dtype,
+        ]
         assert row == [name, "this zip", "", state, *shape, f"`{tower.digest[:16]}`"]
-    assert found["Links"] == [[str(n), *(str(j[name]) for name in config.towers)] for n, j in enumerate(config.junctions)]
+    assert found["Links"] == [
+        [str(n), *(str(j[name]) for name in config.towers)] for n, j in enumerate(config.junctions)
+    ]
     new = sum(t.numel() for t in load_file(SHIPPED / "zip.safetensors").values())
-    assert f"{len(model.links)} links at {len(config.junctions)} junctions. With input projections and adapters {new:,} new" in text
+    assert (
+        f"{len(model.links)} links at {len(config.junctions)} junctions. With input projections "
+        f"and adapters {new:,} new" in text
+    )
     assert json.dumps(dataclasses.asdict(config.link)) in text
-    assert found["Modalities"] == [[name, f"`{m.fingerprint[:16]}`"] for name, m in shipped.modalities.items()]
+    assert found["Modalities"] == [
+        [name, f"`{m.fingerprint[:16]}`"] for name, m in shipped.modalities.items()
+    ]
     training = dict(found["Training"])
     assert training["steps"] == f"{record['step']} of {record['recipe']['steps']}"
     assert json.loads(training["tasks"].strip("`")) == record["recipe"]["tasks"]
-    assert {float(v) for k, v in training.items() if k.startswith("dev loss")} == {round(x, 4) for x in record["dev"].values()}
+    assert {float(v) for k, v in training.items() if k.startswith("dev loss")} == {
+        round(x, 4) for x in record["dev"].values()
+    }
     megabytes = sum(p.stat().st_size for p in SHIPPED.glob("*/**/*") if p.is_file()) / 1e6
     megabytes += (SHIPPED / "zip.safetensors").stat().st_size / 1e6
     assert sum(float(size) for _, size in found["Files"]) == pytest.approx(megabytes, abs=0.02)
@@ -88,7 +107,9 @@ def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline)
     assert all(f"{package} {version}" in text for package, version in versions.items())
 
 
-def test_the_code_of_the_card_runs(shipped: Pipeline, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_card_runs(
+    shipped: Pipeline, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = card(SHIPPED, counted(shipped.model))
     (tmp_path / "zip").symlink_to(SHIPPED)
     monkeypatch.chdir(tmp_path / "zip")
@@ -114,7 +135,11 @@ def test_the_hub_reads_its_head(world: World, tmp_path: Path) -> None:
     pinned = altered(world.zip, tmp_path / "zip", {"source": "me/on", "revision": "4f3c" * 10})
     text = card(pinned, {"text": 1, "speech": 2})
     head = ModelCard(text).data.to_dict()
-    assert head == {"library_name": "zipper", "tags": ["zipper", "text", "speech"], "base_model": ["me/on"]}
+    assert head == {
+        "library_name": "zipper",
+        "tags": ["zipper", "text", "speech"],
+        "base_model": ["me/on"],
+    }
     assert tables(text)["Towers"][0][:4] == ["text", "me/on", "4f3c" * 10, "frozen"]
 
 
@@ -124,7 +149,11 @@ def test_names_that_yaml_takes_for_truth_values_stay_names(world: World, tmp_pat
     folder = altered(world.zip, tmp_path / "zip")
     (folder / "zipper.json").write_text(
         json.dumps(
-            {"config": saved | {"towers": towers, "junctions": [{"on": 1, "no": 1}]}, "versions": {"torch": "2"}, "record": {}}
+            {
+                "config": saved | {"towers": towers, "junctions": [{"on": 1, "no": 1}]},
+                "versions": {"torch": "2"},
+                "record": {},
+            }
         )
     )
     assert ModelCard(card(folder, {"on": 1, "no": 2})).data.tags == ["zipper", "on", "no"]

@@ -1,4 +1,5 @@
-"""Saved zips: what is in the folder, that it comes back bit for bit, and that nothing damaged or foreign gets in."""
+"""Saved zips: what is in the folder, that it comes back bit for bit, and that nothing damaged or
+foreign gets in."""
 
 import json
 import os
@@ -19,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny import World
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zipper import checkpoint
+from zipper.saving import checkpoint
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment
+from zipper.strand import Segment
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,11 @@ def saved(world: World, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- what is in it
@@ -83,7 +88,10 @@ def test_a_frozen_tower_may_be_taken_along(world: World, tmp_path: Path) -> None
     (tmp_path / "whole").rename(moved)
     assert (moved / "towers" / "text" / "model.safetensors").is_file()
     again = Zipper.from_pretrained(moved)
-    assert torch.equal(again.tower("text").get_input_embeddings().weight, model.tower("text").get_input_embeddings().weight)
+    assert torch.equal(
+        again.tower("text").get_input_embeddings().weight,
+        model.tower("text").get_input_embeddings().weight,
+    )
     with pytest.raises(ZipperError, match="include names the tower 'video'"):
         model.save_pretrained(tmp_path / "more", include=["video"])
 
@@ -93,11 +101,19 @@ def test_every_file_is_listed_with_its_hash(world: World) -> None:
     assert listed.keys() == files(world.zip).keys() - {"manifest.json", "README.md"}
 
 
-def test_nothing_is_pickled_or_unpickled(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_pickled_or_unpickled(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pickle")
 
-    for module, name in [(pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (pickle, "dump"), (pickle, "dumps")]:
+    for module, name in [
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (pickle, "dump"),
+        (pickle, "dumps"),
+    ]:
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr(torch, "save", refuse)
@@ -124,11 +140,17 @@ def test_a_moved_base_is_said_where(world: World, saved: Path, tmp_path: Path) -
         Zipper.from_pretrained(saved, towers={"video": base})
 
 
-def test_a_foreign_base_is_refused_by_both_hashes(world: World, saved: Path, tmp_path: Path) -> None:
+def test_a_foreign_base_is_refused_by_both_hashes(
+    world: World, saved: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     tiny.tower(tiny.text()).model.save_pretrained(tmp_path / "foreign")
     pin = json.loads((saved / "zipper.json").read_text())["config"]["towers"]["text"]["digest"]
-    with pytest.raises(ZipperError, match=rf"'text' from .*foreign is not the one .* hash is \w{{16}}, the zip wants {pin[:16]}"):
+    with pytest.raises(
+        ZipperError,
+        match=rf"'text' from .*foreign is not the one .* hash is \w{{16}}, the zip wants "
+        rf"{pin[:16]}",
+    ):
         Zipper.from_pretrained(saved, towers={"text": tmp_path / "foreign"})
 
 
@@ -145,11 +167,18 @@ def source(folder: Path) -> Path:
     return Path(Zipper.from_pretrained(folder).config.towers["text"].source)
 
 
-@pytest.mark.parametrize("how", ["renamed", "copied", "deeper", "by a link", "alone", "to a folder of its own name"])
+@pytest.mark.parametrize(
+    "how", ["renamed", "copied", "deeper", "by a link", "alone", "to a folder of its own name"]
+)
 def test_a_zip_finds_its_base_whoever_of_them_moved(world: World, tmp_path: Path, how: str) -> None:
     place = project(world, tmp_path / "project")
-    pin = json.loads((place / "runs" / "a" / "zip" / "zipper.json").read_text())["config"]["towers"]["text"]
-    assert (pin["source"], pin["relative"]) == (str(place / "towers" / "text"), "../../../towers/text")
+    pin = json.loads((place / "runs" / "a" / "zip" / "zipper.json").read_text())["config"][
+        "towers"
+    ]["text"]
+    assert (pin["source"], pin["relative"]) == (
+        str(place / "towers" / "text"),
+        "../../../towers/text",
+    )
     if how == "renamed":
         moved = place.rename(tmp_path / "other")
     elif how == "copied":  # the copy stands on its own
@@ -167,7 +196,10 @@ def test_a_zip_finds_its_base_whoever_of_them_moved(world: World, tmp_path: Path
         return
     assert source(moved / "runs" / "a" / "zip") == (moved / "towers" / "text").resolve()
     again = Zipper.from_pretrained(moved / "runs" / "a" / "zip")
-    assert all(torch.equal(p, again.state_dict()[name]) for name, p in Zipper.from_pretrained(world.zip).state_dict().items())
+    assert all(
+        torch.equal(p, again.state_dict()[name])
+        for name, p in Zipper.from_pretrained(world.zip).state_dict().items()
+    )
 
 
 def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_path: Path) -> None:
@@ -180,15 +212,23 @@ def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_p
     (place / "towers" / "text").mkdir(parents=True)
     with pytest.raises(ZipperError, match=r"towers/text has no config.json"):
         Zipper.from_pretrained(here)
-    shutil.copytree(world.folder / "speech" / "tower", place / "towers" / "text", dirs_exist_ok=True)
-    with pytest.raises(ZipperError, match=r"'text' from .* is not the one .* Say where the right one lies now: --tower text=PATH"):
+    shutil.copytree(
+        world.folder / "speech" / "tower", place / "towers" / "text", dirs_exist_ok=True
+    )
+    with pytest.raises(
+        ZipperError,
+        match=r"'text' from .* is not the one .* Say where the right one lies now: --tower "
+        r"text=PATH",
+    ):
         Zipper.from_pretrained(here)
     Zipper.repin(here, {"text": tmp_path / "gone" / "text"})
     assert source(here) == tmp_path / "gone" / "text"
     before, after = files(project(world, tmp_path / "fresh") / "runs" / "a" / "zip"), files(here)
-    assert {name for name in before if before[name] != after[name]} == {"zipper.json", "manifest.json", "README.md"} - (
-        {"README.md"} if before["README.md"] == after["README.md"] else set()
-    )
+    assert {name for name in before if before[name] != after[name]} == {
+        "zipper.json",
+        "manifest.json",
+        "README.md",
+    } - ({"README.md"} if before["README.md"] == after["README.md"] else set())
 
 
 def test_pins_of_older_zips_hold(world: World, saved: Path) -> None:
@@ -199,22 +239,33 @@ def test_pins_of_older_zips_hold(world: World, saved: Path) -> None:
     assert source(saved) == world.folder / "text" / "tower"
 
 
-def test_a_source_is_meant_from_where_it_was_given(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_is_meant_from_where_it_was_given(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not from where the process happens to be when it saves, or loads."""
     monkeypatch.chdir(world.folder)
-    model = Zipper.from_towers({"text": "text/tower", "speech": "./speech/tower"}, train=("speech",), tokens={"text": 3.0})
+    model = Zipper.from_towers(
+        {"text": "text/tower", "speech": "./speech/tower"}, train=("speech",), tokens={"text": 3.0}
+    )
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("zip")
     monkeypatch.chdir("/")
     assert source(tmp_path / "zip") == world.folder / "text" / "tower"
     monkeypatch.setenv("HOME", str(world.folder))
-    model = Zipper.from_towers({"text": "~/text/tower", "speech": world.folder / "speech" / "tower"}, train=("speech",))
+    model = Zipper.from_towers(
+        {"text": "~/text/tower", "speech": world.folder / "speech" / "tower"}, train=("speech",)
+    )
     assert model.config.towers["text"].source == str(world.folder / "text" / "tower")
 
 
-def test_a_base_that_lies_in_the_zip_is_not_lost_when_the_zip_is_saved_over(world: World, tmp_path: Path) -> None:
+def test_a_base_that_lies_in_the_zip_is_not_lost_when_the_zip_is_saved_over(
+    world: World, tmp_path: Path
+) -> None:
     Pipeline.from_pretrained(world.zip).save_pretrained(tmp_path / "zip", include=["text"])
-    for loaded in (Pipeline.from_pretrained(tmp_path / "zip"), Zipper.from_pretrained(tmp_path / "zip")):
+    for loaded in (
+        Pipeline.from_pretrained(tmp_path / "zip"),
+        Zipper.from_pretrained(tmp_path / "zip"),
+    ):
         loaded.save_pretrained(tmp_path / "zip")
         assert (tmp_path / "zip" / "towers" / "text" / "model.safetensors").is_file()
         Zipper.from_pretrained(tmp_path / "zip")
@@ -228,11 +279,15 @@ def trained(change: Any = None, dtype: torch.dtype = torch.float32) -> Zipper:
     odd, plain = (tiny.tower(modality).model.to(dtype) for modality in (tiny.text(), tiny.units()))
     if change is not None:
         change(odd)
-    return Zipper.from_towers({"text": odd, "speech": plain}, train=("text", "speech"), link=LinkConfig(head_width=16))
+    return Zipper.from_towers(
+        {"text": odd, "speech": plain}, train=("text", "speech"), link=LinkConfig(head_width=16)
+    )
 
 
 ODD = {
-    "code beside an official class": lambda m: setattr(m.config, "auto_map", {"AutoModelForCausalLM": "x.Y"}),
+    "code beside an official class": lambda m: setattr(
+        m.config, "auto_map", {"AutoModelForCausalLM": "x.Y"}
+    ),
     "code for generation": lambda m: setattr(m.config, "custom_generate", "x"),
     "a kernel by name": lambda m: setattr(m.config, "experts_implementation", "x"),
     "sampling without sampling": lambda m: setattr(m.generation_config, "temperature", 0.5),
@@ -243,14 +298,18 @@ ODD = {
 
 @pytest.mark.parametrize("change", [None, *ODD.values()], ids=["nothing", *ODD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_a_tower_with_odd_settings_is_saved_without_them_and_loaded(tmp_path: Path, change: Any, dtype: torch.dtype) -> None:
+def test_a_tower_with_odd_settings_is_saved_without_them_and_loaded(
+    tmp_path: Path, change: Any, dtype: torch.dtype
+) -> None:
     model = trained(change, dtype)
     model.save_pretrained(tmp_path / "zip")
     again = Zipper.from_pretrained(tmp_path / "zip")
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
     assert again.tower("text").dtype == dtype
     written = (tmp_path / "zip" / "towers" / "text" / "config.json").read_text()
-    assert not any(key in written for key in ("auto_map", "custom_generate", "experts_implementation"))
+    assert not any(
+        key in written for key in ("auto_map", "custom_generate", "experts_implementation")
+    )
 
 
 class Own(LlamaForCausalLM):
@@ -263,24 +322,39 @@ class Own(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m.config, "quantization_config", {"bits": 4}), "'quantization_config', by which"),
-        (lambda m: setattr(m.config, "num_layers_to_skip", 20_000), "'num_layers_to_skip' to 20000, which no model has"),
-        (lambda m: setattr(m.config, "scale", 2**60), "'scale' to 1152921504606846976, which no model has"),
+        (
+            lambda m: setattr(m.config, "quantization_config", {"bits": 4}),
+            "'quantization_config', by which",
+        ),
+        (
+            lambda m: setattr(m.config, "num_layers_to_skip", 20_000),
+            "'num_layers_to_skip' to 20000, which no model has",
+        ),
+        (
+            lambda m: setattr(m.config, "scale", 2**60),
+            "'scale' to 1152921504606846976, which no model has",
+        ),
     ],
 )
 def test_a_tower_that_would_not_be_loaded_again_cannot_learn(change: Any, message: str) -> None:
     with pytest.raises(
-        ZipperError, match=rf"LlamaForCausalLM could be trained and saved, but not loaded again: its config.json .*{message}"
+        ZipperError,
+        match=r"LlamaForCausalLM could be trained and saved, but not loaded again: its "
+        rf"config.json .*{message}",
     ):
         trained(change)
 
 
 def test_a_class_that_only_a_program_knows_can_be_frozen_and_cannot_learn() -> None:
-    config = Own.config_class(**{**tiny.shape(), "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1})
+    config = Own.config_class(
+        **{**tiny.shape(), "vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1}
+    )
     towers = {"text": Own(config).eval(), "speech": tiny.tower(tiny.units())}
     Zipper.from_towers(towers, link=LinkConfig(head_width=16))
     with pytest.raises(
-        ZipperError, match=r"Own could be trained and saved, but not loaded again: its config.json describes no causal"
+        ZipperError,
+        match=r"Own could be trained and saved, but not loaded again: its config.json describes "
+        r"no causal",
     ):
         Zipper.from_towers(towers, train=("text",), link=LinkConfig(head_width=16))
 
@@ -295,19 +369,34 @@ def fill(model: Zipper, value: float) -> None:
     [
         (
             lambda m: fill(m, torch.nan),
-            r"/copy was not saved, for it could not be .*/copy/towers/speech/model.safetensors: the tensor .* holds NaN",
+            r"/copy was not saved, for it could not be .*/copy/towers/speech/model.safetensors: "
+            r"the tensor .* holds NaN",
         ),
         (
             lambda m: m.links["0:text>speech"].gate.data.fill_(torch.inf),
             "zip.safetensors: the tensor links.0:text>speech.gate holds NaN",
         ),
-        (lambda m: m.links.double(), "zip.safetensors: .* is of type F64, but no tower of .*zipper.json is in float64"),
-        (lambda m: m.links.to(torch.float8_e4m3fn), "zip.safetensors is damaged or not .*'F8_E4M3'"),
-        (lambda m: setattr(m.tower("speech").config, "quantization_config", {}), "sets 'quantization_config'"),
-        (lambda m: m.links["0:text>speech"].register_buffer("more", torch.zeros(3)), "tensors are not those .*more"),
+        (
+            lambda m: m.links.double(),
+            "zip.safetensors: .* is of type F64, but no tower of .*zipper.json is in float64",
+        ),
+        (
+            lambda m: m.links.to(torch.float8_e4m3fn),
+            "zip.safetensors is damaged or not .*'F8_E4M3'",
+        ),
+        (
+            lambda m: setattr(m.tower("speech").config, "quantization_config", {}),
+            "sets 'quantization_config'",
+        ),
+        (
+            lambda m: m.links["0:text>speech"].register_buffer("more", torch.zeros(3)),
+            "tensors are not those .*more",
+        ),
     ],
 )
-def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(world: World, saved: Path, harm: Any, message: str) -> None:
+def test_what_could_not_be_loaded_does_not_take_the_place_of_what_can(
+    world: World, saved: Path, harm: Any, message: str
+) -> None:
     before, pipeline = files(saved), Pipeline.from_pretrained(saved)
     harm(pipeline.zip)
     for save in (pipeline.save_pretrained, pipeline.rehearse):
@@ -328,9 +417,14 @@ def test_a_rehearsal_raises_what_a_save_would_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(ZipperError, match=r"copy could not be saved: No space left on device. Nothing was changed. Make room"):
+    with pytest.raises(
+        ZipperError,
+        match=r"copy could not be saved: No space left on device. Nothing was changed. Make room",
+    ):
         pipeline.rehearse(saved)
-    assert files(saved) == before and not [path for path in saved.parent.iterdir() if path.name.startswith(".")]
+    assert files(saved) == before and not [
+        path for path in saved.parent.iterdir() if path.name.startswith(".")
+    ]
 
 
 # --- what is damaged
@@ -338,7 +432,9 @@ def test_a_rehearsal_raises_what_a_save_would_and_leaves_nothing(
 
 def listed(folder: Path) -> Iterator[Path]:
     """The files that a model is made of; people may edit its card."""
-    yield from (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md")
+    yield from (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"
+    )
 
 
 def test_one_wrong_bit_anywhere_is_found_and_the_file_named(saved: Path) -> None:
@@ -357,7 +453,12 @@ def test_a_missing_file_is_named(saved: Path) -> None:
     for path in [*listed(saved)]:
         content = path.read_bytes()
         path.unlink()
-        with pytest.raises(ZipperError, match=r"has no manifest.json" if path.name == "manifest.json" else rf"{path} is missing"):
+        with pytest.raises(
+            ZipperError,
+            match=r"has no manifest.json"
+            if path.name == "manifest.json"
+            else rf"{path} is missing",
+        ):
             Pipeline.from_pretrained(saved)
         path.write_bytes(content)
 
@@ -365,17 +466,34 @@ def test_a_missing_file_is_named(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("zip.safetensors", b"", r"zip.safetensors is damaged or not a safetensors file: it has 0 bytes"),
-        ("zip.safetensors", b"\xff" * 64, r"zip.safetensors is damaged or not a safetensors file: it has 64 bytes, fewer than"),
+        (
+            "zip.safetensors",
+            b"",
+            r"zip.safetensors is damaged or not a safetensors file: it has 0 bytes",
+        ),
+        (
+            "zip.safetensors",
+            b"\xff" * 64,
+            r"zip.safetensors is damaged or not a safetensors file: it has 64 bytes, fewer than",
+        ),
         ("zipper.json", b"{", r"zipper.json is not readable JSON"),
         ("zipper.json", b"[1]", r"zipper.json should hold a JSON object; it holds a list"),
         ("zipper.json", b"\xff\xfe", r"zipper.json is not readable JSON"),
-        ("zipper.json", b'{"format": 2, "config": {}}', r"has format 2; this version of zipper reads format 1"),
+        (
+            "zipper.json",
+            b'{"format": 2, "config": {}}',
+            r"has format 2; this version of zipper reads format 1",
+        ),
         ("zipper.json", b'{"format": 1, "config": {}}', r"not the configuration of a zip"),
         ("zipper.json", b'{"format": 1, "config": []}', r"reads format 1"),
         ("modalities/text/tokenizer.json", b"{}", r"not the definition of a fast tokenizer"),
         ("modalities/speech/units.json", b"{}", r"holds no speech units"),
-        ("modalities.json", b"{}", r"modalities.json should hold one hash for each of \['speech', 'text'\]; it is about \[\]"),
+        (
+            "modalities.json",
+            b"{}",
+            r"modalities.json should hold one hash for each of \['speech', 'text'\]; it is about "
+            r"\[\]",
+        ),
         (
             "towers/speech/config.json",
             b"{}",
@@ -383,7 +501,9 @@ def test_a_missing_file_is_named(saved: Path) -> None:
         ),
     ],
 )
-def test_nonsense_with_a_right_hash_is_refused_as_well(saved: Path, name: str, content: bytes, message: str) -> None:
+def test_nonsense_with_a_right_hash_is_refused_as_well(
+    saved: Path, name: str, content: bytes, message: str
+) -> None:
     (saved / name).write_bytes(content)
     checkpoint.seal(saved)
     with pytest.raises(ZipperError, match=message):
@@ -394,7 +514,10 @@ def test_a_cut_file_with_a_right_hash_is_refused(saved: Path) -> None:
     path = saved / "zip.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     checkpoint.seal(saved)
-    with pytest.raises(ZipperError, match=r"zip.safetensors is damaged or not a safetensors file: it has \d+ bytes, its header"):
+    with pytest.raises(
+        ZipperError,
+        match=r"zip.safetensors is damaged or not a safetensors file: it has \d+ bytes, its header",
+    ):
         Zipper.from_pretrained(saved)
 
 
@@ -402,9 +525,18 @@ def test_other_tensors_than_the_configuration_asks_for_are_refused(saved: Path) 
     tensors = load_file(saved / "zip.safetensors")
     gate = "links.0:text>speech.gate"
     for changed, message in [
-        ({**tensors, "links.9.gate": tensors[gate].clone()}, r"tensors are not those .* \(differs in \['links.9.gate'\]\)"),
-        ({name: t for name, t in tensors.items() if name != gate}, r"tensors are not those that .*zipper.json asks for"),
-        ({**tensors, gate: torch.zeros(3)}, r"text>speech.gate has shape \(3,\), .*zipper.json wants"),
+        (
+            {**tensors, "links.9.gate": tensors[gate].clone()},
+            r"tensors are not those .* \(differs in \['links.9.gate'\]\)",
+        ),
+        (
+            {name: t for name, t in tensors.items() if name != gate},
+            r"tensors are not those that .*zipper.json asks for",
+        ),
+        (
+            {**tensors, gate: torch.zeros(3)},
+            r"text>speech.gate has shape \(3,\), .*zipper.json wants",
+        ),
     ]:
         save_file(changed, saved / "zip.safetensors")
         checkpoint.seal(saved)
@@ -422,13 +554,18 @@ def test_a_manifest_that_reaches_outside_its_folder_is_refused(saved: Path, name
         Zipper.from_pretrained(saved)
 
 
-def test_a_folder_of_links_as_the_hub_keeps_it_is_fine_where_the_links_may_lead(world: World, tmp_path: Path) -> None:
+def test_a_folder_of_links_as_the_hub_keeps_it_is_fine_where_the_links_may_lead(
+    world: World, tmp_path: Path
+) -> None:
     for path in listed(world.zip):
         link = tmp_path / "snapshot" / path.relative_to(world.zip)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
     assert checkpoint.load(tmp_path / "snapshot", root=world.folder) == checkpoint.load(world.zip)
-    with pytest.raises(ZipperError, match=r"manifest.json is a link to .*zip/manifest.json, which lies outside its folder"):
+    with pytest.raises(
+        ZipperError,
+        match=r"manifest.json is a link to .*zip/manifest.json, which lies outside its folder",
+    ):
         checkpoint.load(tmp_path / "snapshot")
 
 
@@ -442,21 +579,39 @@ def test_what_people_put_beside_a_model_is_left_alone(saved: Path) -> None:
     Pipeline.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["more.json", "pytorch_model.bin", "towers/speech/adapter_config.json", "modalities/x/units.json"])
-def test_a_file_that_did_not_come_with_the_model_is_refused_where_it_would_be_read(saved: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "more.json",
+        "pytorch_model.bin",
+        "towers/speech/adapter_config.json",
+        "modalities/x/units.json",
+    ],
+)
+def test_a_file_that_did_not_come_with_the_model_is_refused_where_it_would_be_read(
+    saved: Path, name: str
+) -> None:
     (saved / name).parent.mkdir(exist_ok=True)
     (saved / name).write_text("{}")
     if name == "pytorch_model.bin":  # nobody reads it here
         Pipeline.from_pretrained(saved)
     else:
-        with pytest.raises(ZipperError, match=rf"{saved / name} is not in manifest.json: it did not come with this model"):
+        with pytest.raises(
+            ZipperError,
+            match=rf"{saved / name} is not in manifest.json: it did not come with this model",
+        ):
             Pipeline.from_pretrained(saved)
 
 
 def test_what_is_no_saved_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ZipperError, match=r"nowhere does not exist. Give the folder that save_pretrained"):
+    with pytest.raises(
+        ZipperError, match=r"nowhere does not exist. Give the folder that save_pretrained"
+    ):
         Zipper.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ZipperError, match=r"has no manifest.json, so it is not a saved model or was only half copied"):
+    with pytest.raises(
+        ZipperError,
+        match=r"has no manifest.json, so it is not a saved model or was only half copied",
+    ):
         Zipper.from_pretrained(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ZipperError, match=r"manifest.json is damaged"):
@@ -479,7 +634,9 @@ def test_a_failure_while_writing_leaves_the_old_folder_as_it_was(
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, fail)
             with pytest.raises(
-                ZipperError, match=r"copy could not be saved: No space left on device. What was saved before is as it"
+                ZipperError,
+                match=r"copy could not be saved: No space left on device. What was saved before "
+                r"is as it",
             ):
                 pipeline.save_pretrained(saved)
         assert files(saved) == before
@@ -520,7 +677,9 @@ def test_two_folders_change_places_in_one_step(tmp_path: Path) -> None:
     assert files(tmp_path) == {"a/file": b"b", "b/file": b"a"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="folders change places in one step on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="folders change places in one step on Linux only"
+)
 def test_killed_at_any_moment_a_save_leaves_a_whole_folder(tmp_path: Path) -> None:
     folder, chance, seen = tmp_path / "model", random.Random(0), set()
 
@@ -537,13 +696,18 @@ def test_killed_at_any_moment_a_save_leaves_a_whole_folder(tmp_path: Path) -> No
                 write(number)
             os._exit(0)
         until = time.monotonic() + 300
-        while checkpoint.read_json(folder / "zipper.json")["number"] < start and time.monotonic() < until:
+        while (
+            checkpoint.read_json(folder / "zipper.json")["number"] < start
+            and time.monotonic() < until
+        ):
             time.sleep(0.001)  # the first one of this writer is there
         time.sleep(chance.uniform(0, 0.05))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         checkpoint.check(folder)
-        numbers = {checkpoint.read_json(folder / name)["number"] for name in ("zipper.json", "other.json")}
+        numbers = {
+            checkpoint.read_json(folder / name)["number"] for name in ("zipper.json", "other.json")
+        }
         assert len(numbers) == 1
         seen |= numbers
     assert len(seen) == 12  # every writer came to write
@@ -553,7 +717,11 @@ def test_the_manifest_is_flushed_last_and_before_the_folder_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(checkpoint, "flush", lambda path: order.append("place" if path == tmp_path else path.name[:9]))
+    monkeypatch.setattr(
+        checkpoint,
+        "flush",
+        lambda path: order.append("place" if path == tmp_path else path.name[:9]),
+    )
     with checkpoint.whole(tmp_path / "model") as temporary:
         checkpoint.write_json(temporary / "zipper.json", {})
         assert temporary.name.startswith(".model.")
@@ -561,7 +729,9 @@ def test_the_manifest_is_flushed_last_and_before_the_folder_takes_its_place(
     assert order[1:] == ["manifest.", temporary.name[:9], "place"]
 
 
-def test_saving_again_replaces_every_file_and_leaves_nothing_beside_it(world: World, saved: Path) -> None:
+def test_saving_again_replaces_every_file_and_leaves_nothing_beside_it(
+    world: World, saved: Path
+) -> None:
     pipeline = Pipeline.from_pretrained(saved)
     with torch.no_grad():
         for p in pipeline.model.links.parameters():
@@ -580,7 +750,9 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     for name in ("thesis", "file"):
-        with pytest.raises(ZipperError, match=rf"{name} exists and holds something else than a saved model"):
+        with pytest.raises(
+            ZipperError, match=rf"{name} exists and holds something else than a saved model"
+        ):
             model.save_pretrained(tmp_path / name)
     assert files(tmp_path) == {"thesis/chapter.tex": b"years of work", "file": b"a file"}
     (tmp_path / "empty").mkdir()
@@ -591,12 +763,16 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
 # --- which of several is taken
 
 
-def test_the_newest_whole_one_is_taken_and_each_that_is_passed_over_is_named(saved: Path, tmp_path: Path) -> None:
+def test_the_newest_whole_one_is_taken_and_each_that_is_passed_over_is_named(
+    saved: Path, tmp_path: Path
+) -> None:
     folders = [Path(shutil.copytree(saved, tmp_path / f"step-{n}")) for n in range(4)]
     assert checkpoint.newest(folders) == folders[3]
     (folders[3] / "manifest.json").unlink()
     (folders[2] / "zip.safetensors").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="Skipping a checkpoint that is not whole.*step-") as warned:
+    with pytest.warns(
+        UserWarning, match="Skipping a checkpoint that is not whole.*step-"
+    ) as warned:
         assert checkpoint.newest(folders) == folders[1]
     assert [next(n for n in "0123" if f"step-{n}" in str(w.message)) for w in warned] == ["3", "2"]
     with pytest.warns(UserWarning):
@@ -605,7 +781,9 @@ def test_the_newest_whole_one_is_taken_and_each_that_is_passed_over_is_named(sav
 
 
 @pytest.mark.parametrize("name", ["read_json", "header", "sha256"])
-def test_none_is_taken_instead_of_one_that_cannot_be_read(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_taken_instead_of_one_that_cannot_be_read(
+    saved: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     older = Path(shutil.copytree(saved, saved.parent / "older"))
 
     def fail(path: Path) -> None:
@@ -614,11 +792,16 @@ def test_none_is_taken_instead_of_one_that_cannot_be_read(saved: Path, name: str
             raise error if name == "sha256" else ZipperError(f"{path} is not readable") from error
 
     monkeypatch.setattr(checkpoint, name, fail)
-    with pytest.raises(ZipperError, match=rf"{saved} cannot be read: .*Input/output error. It may be whole, so none before it"):
+    with pytest.raises(
+        ZipperError,
+        match=rf"{saved} cannot be read: .*Input/output error. It may be whole, so none before it",
+    ):
         checkpoint.newest([older, saved])
 
 
-def test_a_model_that_is_removed_is_gone_with_one_rename(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_removed_is_gone_with_one_rename(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 

@@ -1,4 +1,5 @@
-"""The command line: it says what to type, does what it says, and answers bad input with one sentence and exit code 2."""
+"""The command line: it says what to type, does what it says, and answers bad input with one
+sentence and exit code 2."""
 
 import argparse
 import json
@@ -18,14 +19,17 @@ import tiny
 import torch
 from tiny import World
 
-from zipper import audio, cli, data
-from zipper.audio import Audio
+from zipper import cli
+from zipper.audio import sound as audio
+from zipper.data import manifests as data
+from zipper.audio.sound import Audio
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.verify import Check
 
-#: How each command that loads a saved model is told where a frozen tower lies; the others load none.
+#: How each command that loads a saved model is told where a frozen tower lies; the others load
+#: none.
 LOADS = {
     "transcribe": ["a.wav"],
     "speak": ["call anna", "-o", "out.wav"],
@@ -38,7 +42,10 @@ LOADS = {
     "push": ["me/zip"],
 }
 COMMANDS = sorted(
-    name for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices
+    name
+    for action in cli.parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+    for name in action.choices
 )
 
 
@@ -60,7 +67,9 @@ Zipper = Callable[..., Answer]
 
 
 @pytest.fixture
-def zipper(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Zipper:
+def zipper(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Zipper:
     """Run a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ZIPPER_DEBUG", raising=False)
@@ -91,11 +100,18 @@ def test_a_recorded_run_is_told_again(zipper: Zipper, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     (recorded,) = (root / "benchmarks" / "results").glob("reproduce_cpu_*.json")
     assert zipper("reproduce", "--report", recorded, "--output", tmp_path / "told").code == 0
-    assert (tmp_path / "told" / "results.md").read_text() == (root / "docs" / "results.md").read_text()
+    assert (tmp_path / "told" / "results.md").read_text() == (
+        root / "docs" / "results.md"
+    ).read_text()
     assert (tmp_path / "told" / "results.html").is_file()
     (tmp_path / "other.json").write_text('{"preset": "cpu"}')
-    for wrong, message in (("none.json", "none.json"), ("other.json", "Give the results.json that")):
-        assert message in refused(zipper("reproduce", "--report", tmp_path / wrong, "--output", tmp_path / "untold"))
+    for wrong, message in (
+        ("none.json", "none.json"),
+        ("other.json", "Give the results.json that"),
+    ):
+        assert message in refused(
+            zipper("reproduce", "--report", tmp_path / wrong, "--output", tmp_path / "untold")
+        )
         assert not (tmp_path / "untold").exists()
 
 
@@ -112,20 +128,35 @@ def test_help_lists_every_command_and_loads_no_heavy_library() -> None:
         "import sys, zipper.cli\n"
         "try: zipper.cli.main(['--help'])\n"
         "except SystemExit as stop: assert not stop.code\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'tqdm', 'huggingface_hub'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tqdm', 'huggingface_hub'} & "
+        "set(sys.modules)))"
     )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert set(COMMANDS) <= {line.split()[0] for line in said.splitlines() if line.startswith("    ")}
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert set(COMMANDS) <= {
+        line.split()[0] for line in said.splitlines() if line.startswith("    ")
+    }
     assert said.endswith("[]\n")
 
 
 def test_the_page_of_all_commands_has_them_all() -> None:
     page = cli.markdown()
-    assert sorted({line.split()[2] for line in page.splitlines() if line.startswith("## zipper ")}) == COMMANDS
+    assert (
+        sorted({line.split()[2] for line in page.splitlines() if line.startswith("## zipper ")})
+        == COMMANDS
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("sing",), ("transcribe",), ("speak", "call"), ("units", "x.wav", "-o", "u", "--fit", "0")]
+    "arguments",
+    [
+        (),
+        ("sing",),
+        ("transcribe",),
+        ("speak", "call"),
+        ("units", "x.wav", "-o", "u", "--fit", "0"),
+    ],
 )
 def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) -> None:
     answer = zipper(*arguments)
@@ -137,7 +168,9 @@ def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) 
 # --- raw in, raw out
 
 
-def test_transcribe_prints_the_words_of_each_file(zipper: Zipper, world: World, tmp_path: Path) -> None:
+def test_transcribe_prints_the_words_of_each_file(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
     clips = [tiny.sound(tmp_path / f"{n}.wav", seconds=0.4, seed=n) for n in range(2)]
     pipe = Pipeline.from_pretrained(world.zip)
     words = [pipe.transcribe(clip) for clip in clips]
@@ -146,12 +179,19 @@ def test_transcribe_prints_the_words_of_each_file(zipper: Zipper, world: World, 
     answer = zipper("transcribe", *clips, "--model", world.zip, "--json")
     found = [json.loads(line) for line in answer.out.splitlines()]
     sure = [found_one.pop("confidence") for found_one in found]
-    assert found == [{"file": str(clip), "text": text} for clip, text in zip(clips, words, strict=True)]
+    assert found == [
+        {"file": str(clip), "text": text} for clip, text in zip(clips, words, strict=True)
+    ]
     assert sure == pytest.approx([pipe.hear(clip).confidence for clip in clips], abs=1e-4)
 
 
-def test_where_nothing_is_said_nothing_is_written(zipper: Zipper, world: World, tmp_path: Path) -> None:
-    silence, noise = np.zeros(16_000, np.float32), np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+def test_where_nothing_is_said_nothing_is_written(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
+    silence, noise = (
+        np.zeros(16_000, np.float32),
+        np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32),
+    )
     soundfile.write(tmp_path / "silence.wav", silence, 16_000)
     soundfile.write(tmp_path / "noise.wav", noise, 16_000)
     said = tiny.sound(tmp_path / "said.wav")
@@ -166,20 +206,39 @@ def test_where_nothing_is_said_nothing_is_written(zipper: Zipper, world: World, 
         answer = zipper("transcribe", said, "--model", world.zip, "--least", least)
         assert (answer.code, answer.out) == (2, "")
         assert "confidence goes from 0 to 1" in answer.err
-    answer = zipper("run", "--given", "speech=silence.wav", "--outputs", "text", "--model", world.zip, "--json")
+    answer = zipper(
+        "run", "--given", "speech=silence.wav", "--outputs", "text", "--model", world.zip, "--json"
+    )
     assert json.loads(answer.out) == {"text": "", "ended": True}
 
 
 def test_speak_writes_the_sound(zipper: Zipper, world: World, tmp_path: Path) -> None:
-    answer = zipper("speak", "call anna", "--voice", "high", "-o", "out.wav", "--model", world.zip, "--json")
+    answer = zipper(
+        "speak", "call anna", "--voice", "high", "-o", "out.wav", "--model", world.zip, "--json"
+    )
     assert answer.code == 0
     found = json.loads(answer.out)
     written, rate_hz = soundfile.read(tmp_path / "out.wav", dtype="float32")
     said = Pipeline.from_pretrained(world.zip).speak("call anna", "high")
-    assert (found["file"], rate_hz, found["seconds"]) == ("out.wav", said.rate_hz, round(said.seconds, 2))
+    assert (found["file"], rate_hz, found["seconds"]) == (
+        "out.wav",
+        said.rate_hz,
+        round(said.seconds, 2),
+    )
     np.testing.assert_allclose(written, said.samples, atol=1e-4)
     answer = zipper(
-        "speak", "call anna", "-o", "out.flac", "--model", world.zip, "--temperature", "1", "--top-k", "3", "--seed", "4"
+        "speak",
+        "call anna",
+        "-o",
+        "out.flac",
+        "--model",
+        world.zip,
+        "--temperature",
+        "1",
+        "--top-k",
+        "3",
+        "--seed",
+        "4",
     )
     assert answer.code == 0
     assert answer.out.startswith("out.flac: ")
@@ -187,7 +246,16 @@ def test_speak_writes_the_sound(zipper: Zipper, world: World, tmp_path: Path) ->
 
 def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: Path) -> None:
     clip = tiny.sound(tmp_path / "clip.wav", seconds=0.4)
-    plan = ("--given", "text=call anna", "--given", f"speech={clip}", "--outputs", "text, speech", "--model", world.zip)
+    plan = (
+        "--given",
+        "text=call anna",
+        "--given",
+        f"speech={clip}",
+        "--outputs",
+        "text, speech",
+        "--model",
+        world.zip,
+    )
     answer = zipper("run", *plan, "-o", "made/here", "--json")
     assert answer.code == 0
     first, second = (json.loads(line) for line in answer.out.splitlines())
@@ -207,15 +275,22 @@ def test_run_goes_on_where_the_model_says_nothing(
     assert zipper("run", *plan) == Answer(0, "speech: \ntext: call anna\n", "")
     assert not list((tmp_path / "made").iterdir())
     answer = zipper("speak", "call", "-o", "a.wav", "--model", world.zip)
-    assert (answer.code, answer.out) == (2, "") and "There is no sound to write to a.wav" in answer.err
+    assert (answer.code, answer.out) == (
+        2,
+        "",
+    ) and "There is no sound to write to a.wav" in answer.err
 
 
 def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
-    assert json.loads(zipper("show", world.zip, "--json").out)["junctions"] == [{"text": 1, "speech": 1}]
+    assert json.loads(zipper("show", world.zip, "--json").out)["junctions"] == [
+        {"text": 1, "speech": 1}
+    ]
     assert "voices: low, high" in zipper("show", world.zip).out
 
 
-def test_verify_is_exit_code_1_where_a_promise_is_broken(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_is_exit_code_1_where_a_promise_is_broken(
+    zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = zipper("verify", world.zip)
     assert answer.code == 0
     assert all(line.startswith("ok ") for line in answer.out.splitlines())
@@ -224,7 +299,9 @@ def test_verify_is_exit_code_1_where_a_promise_is_broken(zipper: Zipper, world: 
     assert zipper("verify", world.zip) == Answer(1, "BROKEN  no leak: 0.3\n", "")
 
 
-def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: World, tmp_path: Path) -> None:
+def test_units_writes_a_manifest_that_training_reads(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
     clips = tmp_path / "clips"
     (clips / "more").mkdir(parents=True)
     (clips / "notes.txt").write_text("no sound")
@@ -235,17 +312,32 @@ def test_units_writes_a_manifest_that_training_reads(zipper: Zipper, world: Worl
     rows = data.manifest(tmp_path / "new" / "units.jsonl")
     assert [row["id"] for row in rows] == ["a", "more/b"]
     assert [row["duration"] for row in rows] == [1.0, 0.5]
-    assert data.read(tmp_path / "new" / "units.jsonl", {"speech": tiny.units()})[0]["speech"] == tiny.units().encode(paths[0])
+    assert data.read(tmp_path / "new" / "units.jsonl", {"speech": tiny.units()})[0][
+        "speech"
+    ] == tiny.units().encode(paths[0])
 
 
 def test_units_fits_a_codebook_of_its_own(zipper: Zipper, tmp_path: Path) -> None:
     for n in range(3):
         tiny.sound(tmp_path / f"{n}.wav", seconds=2, seed=n)
-    arguments = ("units", "0.wav", "1.wav", "2.wav", "-o", "units.jsonl", "--fit", 8, "--units", "codes")
+    arguments = (
+        "units",
+        "0.wav",
+        "1.wav",
+        "2.wav",
+        "-o",
+        "units.jsonl",
+        "--fit",
+        8,
+        "--units",
+        "codes",
+    )
     assert zipper(*arguments).code == 0
     units = SpeechUnits.load(tmp_path / "codes")
     assert (units.codes, units.config.fitted_on) == (8, "3 sound files")
-    assert data.read(tmp_path / "units.jsonl", {"speech": units})[2]["speech"] == units.encode(tmp_path / "2.wav")
+    assert data.read(tmp_path / "units.jsonl", {"speech": units})[2]["speech"] == units.encode(
+        tmp_path / "2.wav"
+    )
     before = (tmp_path / "codes" / "codebook.safetensors").read_bytes()
     assert "codes holds a codebook already" in refused(zipper(*arguments))
     assert (tmp_path / "codes" / "codebook.safetensors").read_bytes() == before
@@ -270,21 +362,38 @@ def recipe(world: World, tmp_path: Path) -> Path:
     return path
 
 
-def test_train_runs_a_recipe_with_fields_changed_and_resumes(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
-    changed = ("--set", "steps=3", "--set", 'link={"dropout": 0.5}', "--set", "lr_new=1", "--set", 'train=["text"]')
+def test_train_runs_a_recipe_with_fields_changed_and_resumes(
+    zipper: Zipper, recipe: Path, tmp_path: Path
+) -> None:
+    changed = (
+        "--set",
+        "steps=3",
+        "--set",
+        'link={"dropout": 0.5}',
+        "--set",
+        "lr_new=1",
+        "--set",
+        'train=["text"]',
+    )
     answer = zipper("train", recipe, *changed)
     assert answer.code == 0
     assert answer.out == "run/model: the best by dev loss. See it with: zipper show run/model\n"
     assert (tmp_path / "prepared").exists()
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (written["steps"], written["link"]["dropout"], written["link"]["gate_init"]) == (3, 0.5, 0.6)
+    assert (written["steps"], written["link"]["dropout"], written["link"]["gate_init"]) == (
+        3,
+        0.5,
+        0.6,
+    )
     assert (written["lr_new"], written["train"]) == (1, ["text"])
     assert "run holds a run already. Pass --resume" in refused(zipper("train", recipe, *changed))
     assert "another recipe: other steps (steps was 3, is 4)" in refused(
         zipper("train", recipe, *changed, "--set", "steps=4", "--resume")
     )
     assert zipper("train", recipe, *changed, "--resume").code == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [2, 3]
 
 
@@ -307,7 +416,10 @@ def test_pretrain_wants_one_tower(zipper: Zipper, recipe: Path, tmp_path: Path) 
         ('output="recipe.py/run"', "recipe.py is no folder that you may write in"),
         ('data="gone.jsonl"', "The manifest gone.jsonl does not exist"),
         ('data="bad.jsonl"', "bad.jsonl, line 1 is not JSON"),
-        ('data="ids.jsonl"', "ids.jsonl, line 1: 'speech' holds 28; ids of 'speech' go from 0 to 27"),
+        (
+            'data="ids.jsonl"',
+            "ids.jsonl, line 1: 'speech' holds 28; ids of 'speech' go from 0 to 27",
+        ),
         ('towers={"text": "gone", "speech": "gone"}', "gone"),
         ('modalities={"text": "gone", "speech": "gone"}', "gone holds no modality"),
     ],
@@ -374,7 +486,9 @@ BAD_SOUND = [
 
 
 @pytest.mark.parametrize(("make", "message"), BAD_SOUND)
-def test_bad_sound_is_refused(zipper: Zipper, world: World, tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_bad_sound_is_refused(
+    zipper: Zipper, world: World, tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
     path = make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert message in refused(zipper("transcribe", path, "--model", world.zip))
@@ -392,7 +506,10 @@ def test_bad_sound_is_refused(zipper: Zipper, world: World, tmp_path: Path, make
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("speak", "call", "-o", "out.wav", "--voice", "alto"), "these units have no voice 'alto'. Take one of low, high"),
+        (
+            ("speak", "call", "-o", "out.wav", "--voice", "alto"),
+            "these units have no voice 'alto'. Take one of low, high",
+        ),
         (("speak", "call 42", "-o", "out.wav"), "this tokenizer cannot write 2 4 in 'call 42'"),
         (("speak", "call " * 99, "-o", "out.wav"), "'text' would read"),
         (("speak", "call", "-o", "out.xyz"), "End its name in one of .wav"),
@@ -402,11 +519,23 @@ def test_bad_sound_is_refused(zipper: Zipper, world: World, tmp_path: Path, make
         (("speak", "call", "-o", "out.wav", "--temperature", "-1"), "temperature >= 0"),
         (("run", "--outputs", ""), "needs at least one"),
         (("run", "--given", "call", "--outputs", "text"), "--given 'call' is not NAME=CONTENT"),
-        (("run", "--given", "video=x", "--outputs", "text"), "no modality 'video'; it has ['speech', 'text']"),
-        (("run", "--given", "text=call", "--outputs", "video"), "no tower 'video'; it has ['speech', 'text']"),
+        (
+            ("run", "--given", "video=x", "--outputs", "text"),
+            "no modality 'video'; it has ['speech', 'text']",
+        ),
+        (
+            ("run", "--given", "text=call", "--outputs", "video"),
+            "no tower 'video'; it has ['speech', 'text']",
+        ),
         (("run", "--given", "text=call", "--outputs", "speech"), "Pass -o FOLDER"),
-        (("run", "--given", "text=call", "--outputs", "speech", "-o", "file"), "file is no folder that you may write in"),
-        (("run", "--given", "text=call 42", "--outputs", "speech", "-o", "new"), "cannot write 2 4"),
+        (
+            ("run", "--given", "text=call", "--outputs", "speech", "-o", "file"),
+            "file is no folder that you may write in",
+        ),
+        (
+            ("run", "--given", "text=call 42", "--outputs", "speech", "-o", "new"),
+            "cannot write 2 4",
+        ),
     ],
 )
 def test_bad_requests_are_refused_and_leave_nothing(
@@ -422,10 +551,22 @@ def test_a_folder_one_may_not_write_in_is_refused(
 ) -> None:
     tiny.sound(tmp_path / "a.wav")
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")  # root may do everything
+    monkeypatch.setattr(
+        os, "access", lambda path, _: Path(path).name != "locked"
+    )  # root may do everything
     for arguments in (
         ("speak", "call", "-o", "locked/out.wav", "--model", world.zip),
-        ("run", "--given", "text=call", "--outputs", "speech", "-o", "locked/new", "--model", world.zip),
+        (
+            "run",
+            "--given",
+            "text=call",
+            "--outputs",
+            "speech",
+            "-o",
+            "locked/new",
+            "--model",
+            world.zip,
+        ),
         ("units", "a.wav", "-o", "locked/units.jsonl", "--units", world.folder / "speech"),
         ("units", "a.wav", "-o", "units.jsonl", "--units", "locked/codes", "--fit", "4"),
     ):
@@ -436,14 +577,22 @@ def test_a_folder_one_may_not_write_in_is_refused(
 def test_a_manifest_never_lands_on_a_folder(zipper: Zipper, world: World, tmp_path: Path) -> None:
     tiny.sound(tmp_path / "a.wav")
     (tmp_path / "units").mkdir()
-    assert "units is a folder" in refused(zipper("units", "a.wav", "-o", "units", "--units", world.folder / "speech"))
-    assert "There is no sample in units" in refused(zipper("units", "units", "-o", "u.jsonl", "--units", world.folder / "speech"))
+    assert "units is a folder" in refused(
+        zipper("units", "a.wav", "-o", "units", "--units", world.folder / "speech")
+    )
+    assert "There is no sample in units" in refused(
+        zipper("units", "units", "-o", "u.jsonl", "--units", world.folder / "speech")
+    )
     assert "Pass --units FOLDER" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4"))
-    assert "too few" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4000", "--units", "codes"))
+    assert "too few" in refused(
+        zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4000", "--units", "codes")
+    )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.wav", "units"]
 
 
-def test_units_of_folders_are_a_manifest_that_says_what_it_holds(zipper: Zipper, world: World, tmp_path: Path) -> None:
+def test_units_of_folders_are_a_manifest_that_says_what_it_holds(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
     for name in ("f/one/a.wav", "f/two/a.wav", "f/b.aiff"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         tiny.sound(tmp_path / name, seconds=0.2)
@@ -455,15 +604,32 @@ def test_units_of_folders_are_a_manifest_that_says_what_it_holds(zipper: Zipper,
     answer = zipper(*asked, "--bad", "skip", "--most-bad", "0.5", "--json")
     told = json.loads(answer.out)
     assert answer.code == 0 and (told["samples"], told["rows"], told["bad"]) == (5, 3, 2)
-    assert told["passed"] == {"files .txt": 1, "folders that were met before": 1, "hidden files and folders": 1}
+    assert told["passed"] == {
+        "files .txt": 1,
+        "folders that were met before": 1,
+        "hidden files and folders": 1,
+    }
     assert told["bad_list"] == "u.bad.jsonl"
     assert [line["id"] for line in data.manifest(tmp_path / "u.bad.jsonl")] == ["c", "d"]
     assert [row["id"] for row in data.manifest(tmp_path / "u.jsonl")] == ["b", "one/a", "two/a"]
     answer = zipper(*asked, "--bad", "skip", "--most-bad", "0.5")
     assert "u.jsonl: 3 files (2 bad ones left out, see u.bad.jsonl)" in answer.out
-    assert "Passed over: files .txt (1), folders that were met before (1), hidden files and folders (1)." in answer.out
+    assert (
+        "Passed over: files .txt (1), folders that were met before (1), hidden files and folders "
+        "(1)." in answer.out
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "u.bad.jsonl", "u.jsonl"]
-    again = zipper("units", "u.jsonl", "-o", "again", "--units", world.folder / "speech", "--text", world.folder / "text", "--json")
+    again = zipper(
+        "units",
+        "u.jsonl",
+        "-o",
+        "again",
+        "--units",
+        world.folder / "speech",
+        "--text",
+        world.folder / "text",
+        "--json",
+    )
     assert json.loads(again.out) | {"real_time": 0} == {
         "samples": 3,
         "bad": 0,
@@ -476,11 +642,24 @@ def test_units_of_folders_are_a_manifest_that_says_what_it_holds(zipper: Zipper,
     }
 
 
-def test_a_codebook_is_fitted_on_what_can_be_read_where_bad_sound_may_be_skipped(zipper: Zipper, tmp_path: Path) -> None:
+def test_a_codebook_is_fitted_on_what_can_be_read_where_bad_sound_may_be_skipped(
+    zipper: Zipper, tmp_path: Path
+) -> None:
     for n in range(3):
         tiny.sound(tmp_path / f"{n}.wav", seconds=0.5, seed=n)
     (tmp_path / "3.wav").write_bytes(b"no sound")
-    asked = ("units", *(f"{n}.wav" for n in range(4)), "-o", "u.jsonl", "--fit", "4", "--units", "codes", "--workers", "1")
+    asked = (
+        "units",
+        *(f"{n}.wav" for n in range(4)),
+        "-o",
+        "u.jsonl",
+        "--fit",
+        "4",
+        "--units",
+        "codes",
+        "--workers",
+        "1",
+    )
     assert "3.wav is not" in refused(zipper(*asked))
     assert zipper(*asked, "--bad", "skip", "--most-bad", "0.5").code == 0
     assert len(data.manifest(tmp_path / "u.jsonl")) == 3
@@ -502,10 +681,15 @@ def test_realistic_texts_fit_the_shipped_tokenizer(zipper: Zipper, tmp_path: Pat
     assert (answer.code, told["rows"], told["bad"]) == (0, 3, 0)
     assert told["passed"] == {"field voice": 3, "punctuation of text": 3}
     text = Pipeline.from_pretrained().modalities["text"]
-    assert text.decode(data.read(tmp_path / "made", {})[0]["text"]) == "well he said rather quietly i don't know do you"
+    assert (
+        text.decode(data.read(tmp_path / "made", {})[0]["text"])
+        == "well he said rather quietly i don't know do you"
+    )
 
 
-def test_home_is_understood_in_every_path(zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_understood_in_every_path(
+    zipper: Zipper, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c").mkdir()
     tiny.sound(tmp_path / "c" / "a.wav", seconds=0.2)
@@ -516,7 +700,15 @@ def test_home_is_understood_in_every_path(zipper: Zipper, world: World, tmp_path
         ("units", "sounds:~/c", "-o", "~/u1", *modalities),
         ("units", "~/c", "~/c/a.wav", "-o", "~/u2.jsonl", *modalities),
         ("units", "~/m.jsonl", "-o", "~/u3", *modalities),
-        ("swap", "~/world/zip", "text=~/world/text/tower", "--modality", "text=~/world/text", "-o", "~/swapped"),
+        (
+            "swap",
+            "~/world/zip",
+            "text=~/world/text/tower",
+            "--modality",
+            "text=~/world/text",
+            "-o",
+            "~/swapped",
+        ),
         ("show", "~/world/zip"),
     ):
         answer = zipper(*arguments)
@@ -525,10 +717,24 @@ def test_home_is_understood_in_every_path(zipper: Zipper, world: World, tmp_path
     assert not (tmp_path / "~").exists()
 
 
-def test_links_are_taken_out_with_data_in_which_somebody_is_silent(zipper: Zipper, world: World, tmp_path: Path) -> None:
+def test_links_are_taken_out_with_data_in_which_somebody_is_silent(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
     for name, texts in {"some": ["call anna", ""], "all": ["", "  "]}.items():
-        data.write(tmp_path / f"{name}.jsonl", [{"text": text, "speech": [1, 2, 3]} for text in texts])
-        answer = zipper("prune", world.zip, "-o", name, "--links", "0:text>speech", "--data", f"{name}.jsonl", "--json")
+        data.write(
+            tmp_path / f"{name}.jsonl", [{"text": text, "speech": [1, 2, 3]} for text in texts]
+        )
+        answer = zipper(
+            "prune",
+            world.zip,
+            "-o",
+            name,
+            "--links",
+            "0:text>speech",
+            "--data",
+            f"{name}.jsonl",
+            "--json",
+        )
         assert answer.code == 0, answer.err
         assert ("asr" in json.loads(answer.out)["wer"]) == (name == "some")
 
@@ -555,7 +761,9 @@ def nothing(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("harm", [foreign_codebook, cut_weights, bad_json, nothing])
-def test_a_damaged_or_foreign_model_is_refused(zipper: Zipper, world: World, tmp_path: Path, harm: Callable[[Path], str]) -> None:
+def test_a_damaged_or_foreign_model_is_refused(
+    zipper: Zipper, world: World, tmp_path: Path, harm: Callable[[Path], str]
+) -> None:
     message = harm(Path(shutil.copytree(world.zip, tmp_path / "model")))
     clip = tiny.sound(tmp_path / "clip.wav")
     for arguments in (
@@ -576,27 +784,36 @@ def test_a_foreign_codebook_for_units_is_refused(zipper: Zipper, tmp_path: Path)
     tiny.units(seed=1).save(other)
     shutil.copy(other / "codebook.safetensors", tmp_path / "codes")
     tiny.sound(tmp_path / "a.wav")
-    assert "codes holds a foreign codebook" in refused(zipper("units", "a.wav", "-o", "u.jsonl", "--units", "codes"))
+    assert "codes holds a foreign codebook" in refused(
+        zipper("units", "a.wav", "-o", "u.jsonl", "--units", "codes")
+    )
     assert not (tmp_path / "u.jsonl").exists()
 
 
 # --- what nobody foresaw
 
 
-def test_an_unexpected_failure_is_exit_code_1_in_one_line(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_failure_is_exit_code_1_in_one_line(
+    zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of\nluck")
 
     monkeypatch.setattr(Pipeline, "from_pretrained", fail)
     answer = zipper("show", world.zip)
     assert (answer.code, answer.out) == (1, "")
-    assert answer.err == "zipper show: failed by RuntimeError: out of luck (ZIPPER_DEBUG=1 shows where)\n"
+    assert (
+        answer.err
+        == "zipper show: failed by RuntimeError: out of luck (ZIPPER_DEBUG=1 shows where)\n"
+    )
     monkeypatch.setenv("ZIPPER_DEBUG", "1")
     with pytest.raises(RuntimeError):
         zipper("show", world.zip)
 
 
-def test_an_interrupt_is_exit_code_1(zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_exit_code_1(
+    zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -628,17 +845,29 @@ def test_of_others_only_what_matters_is_heard_and_what_is_ours_in_one_line() -> 
     run = partial(subprocess.run, capture_output=True, text=True, check=True)
     said = run([sys.executable, "-c", VOICES])
     assert said.stdout == "told\n"
-    assert said.stderr.splitlines() == ["zipper: of ours, in two lines", "zipper: of the driver", "what went wrong"]
+    assert said.stderr.splitlines() == [
+        "zipper: of ours, in two lines",
+        "zipper: of the driver",
+        "what went wrong",
+    ]
     assert "advice of a library" in run([sys.executable, "-W", "default", "-c", VOICES]).stderr
 
 
 def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) -> None:
     """In a process of its own, with the settings of a user: nobody's bars, nobody's advice."""
     settings = ("HF_", "TRANSFORMERS_", "TOKENIZERS_")
-    user = {name: value for name, value in os.environ.items() if not name.startswith(settings)} | {"HF_HUB_OFFLINE": "1"}
+    user = {name: value for name, value in os.environ.items() if not name.startswith(settings)} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     clip = tiny.sound(tmp_path / "clip.wav", 0.4)
-    for arguments in (["show"], ["transcribe", clip], ["speak", "call anna", "-o", tmp_path / "out.wav"]):
-        done = subprocess.run([sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user)
+    for arguments in (
+        ["show"],
+        ["transcribe", clip],
+        ["speak", "call anna", "-o", tmp_path / "out.wav"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "zipper", *arguments], capture_output=True, text=True, env=user
+        )
         assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
@@ -671,42 +900,79 @@ def test_a_lost_base_is_named_with_the_option_that_finds_it(
     world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path, command: str
 ) -> None:
     tiny.sound(tmp_path / "a.wav")
-    words = [*given(command, lost[0]), *(["--data", str(world.folder / "dev.jsonl"), "--below", "9"] if command == "prune" else [])]
+    words = [
+        *given(command, lost[0]),
+        *(
+            ["--data", str(world.folder / "dev.jsonl"), "--below", "9"]
+            if command == "prune"
+            else []
+        ),
+    ]
     said = zipper(*words)
     assert said.code == 2
-    assert f"The frozen tower 'text' of {lost[0]} was not found" in said.err and "--tower text=PATH" in said.err
+    assert (
+        f"The frozen tower 'text' of {lost[0]} was not found" in said.err
+        and "--tower text=PATH" in said.err
+    )
     assert said.err.count("\n") == 1
     found = zipper(*words, "--tower", f"text={lost[1]}")
     assert found.code == 0, found.err
 
 
-def test_every_command_that_loads_a_model_takes_the_option(world: World, lost: tuple[Path, Path]) -> None:
+def test_every_command_that_loads_a_model_takes_the_option(
+    world: World, lost: tuple[Path, Path]
+) -> None:
     parser = cli.parser()
     for command in LOADS:
-        assert parser.parse_args([*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]).towers == ["a=b", "c=d"]
-    subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
-    takes = {name for name, sub in subparsers.items() if any("a saved model" in str(action.help) for action in sub._actions)}
+        assert parser.parse_args(
+            [*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]
+        ).towers == ["a=b", "c=d"]
+    subparsers = next(
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ).choices
+    takes = {
+        name
+        for name, sub in subparsers.items()
+        if any("a saved model" in str(action.help) for action in sub._actions)
+    }
     assert takes <= LOADS.keys()
 
 
-def test_what_is_said_of_a_base_is_checked(world: World, lost: tuple[Path, Path], zipper: Zipper) -> None:
+def test_what_is_said_of_a_base_is_checked(
+    world: World, lost: tuple[Path, Path], zipper: Zipper
+) -> None:
     for words, message in (
         (["--tower", "text"], "--tower 'text' is not NAME=VALUE"),
-        (["--tower", "video=x"], "towers names the tower 'video'; this model has ['speech', 'text']"),
-        (["--tower", f"text={lost[1]}", "--tower", "text=x"], "--tower says of one name two things"),
-        (["--tower", f"text={world.folder / 'speech' / 'tower'}"], "is not the one this zip was trained on"),
+        (
+            ["--tower", "video=x"],
+            "towers names the tower 'video'; this model has ['speech', 'text']",
+        ),
+        (
+            ["--tower", f"text={lost[1]}", "--tower", "text=x"],
+            "--tower says of one name two things",
+        ),
+        (
+            ["--tower", f"text={world.folder / 'speech' / 'tower'}"],
+            "is not the one this zip was trained on",
+        ),
         (["--tower", "text=./nowhere"], "The tower 'text' of"),
     ):
         said = zipper("show", lost[0], *words)
         assert said.code == 2 and message in said.err, said.err
 
 
-def test_a_swap_finds_the_base_that_stays(world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path) -> None:
+def test_a_swap_finds_the_base_that_stays(
+    world: World, lost: tuple[Path, Path], zipper: Zipper, tmp_path: Path
+) -> None:
     torch.manual_seed(3)
     tiny.tower(tiny.units()).model.save_pretrained(tmp_path / "new")
-    said = zipper("swap", lost[0], f"speech={tmp_path / 'new'}", "-o", "out", "--tower", f"text={lost[1]}")
+    said = zipper(
+        "swap", lost[0], f"speech={tmp_path / 'new'}", "-o", "out", "--tower", f"text={lost[1]}"
+    )
     assert said.code == 0, said.err
-    assert Path(Pipeline.from_pretrained(tmp_path / "out").zip.config.towers["text"].source) == lost[1]
+    assert (
+        Path(Pipeline.from_pretrained(tmp_path / "out").zip.config.towers["text"].source) == lost[1]
+    )
 
 
 # --- numbers, and settings that say nothing
@@ -732,9 +998,15 @@ def test_a_swap_finds_the_base_that_stays(world: World, lost: tuple[Path, Path],
     ],
     ids=" ".join,
 )
-def test_a_number_that_cannot_be_worked_with_is_wrong_usage(world: World, zipper: Zipper, tmp_path: Path, words: list[str]) -> None:
+def test_a_number_that_cannot_be_worked_with_is_wrong_usage(
+    world: World, zipper: Zipper, tmp_path: Path, words: list[str]
+) -> None:
     said = zipper("speak", "call anna", "-o", "out.wav", "--model", world.zip, *words)
-    assert said.code == 2 and said.err.startswith("zipper speak: ") and not (tmp_path / "out.wav").exists()
+    assert (
+        said.code == 2
+        and said.err.startswith("zipper speak: ")
+        and not (tmp_path / "out.wav").exists()
+    )
 
 
 @pytest.mark.parametrize(

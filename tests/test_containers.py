@@ -1,4 +1,5 @@
-"""Containers: what is told of a file before it is decoded. Whole files and bad ones are in test_hostile_sound.py."""
+"""Containers: what is told of a file before it is decoded. Whole files and bad ones are in
+test_hostile_sound.py."""
 
 import io
 import random
@@ -7,26 +8,40 @@ import numpy as np
 import pytest
 import soundfile
 
-from zipper import containers
-from zipper.containers import Part, opened
+from zipper.audio import containers
+from zipper.audio.containers import Part, opened
 from zipper.errors import ZipperError
 
 
 def encoded(kind: str, seconds: float = 1.0) -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)), 16_000, format=kind)
+    soundfile.write(
+        out, np.random.default_rng(0).normal(0, 0.1, int(16_000 * seconds)), 16_000, format=kind
+    )
     return out.getvalue()
 
 
 def test_a_part_is_read_as_the_file_it_stands_for() -> None:
     chance = random.Random(0)
     content = chance.randbytes(1_000)
-    for head, start, stop in [(b"", 0, 1_000), (b"header", 10, 900), (b"x" * 300, 999, 1_000), (b"only", 5, 5)]:
-        part, plain = Part(io.BytesIO(content), head, start, stop), io.BytesIO(head + content[start:stop])
+    for head, start, stop in [
+        (b"", 0, 1_000),
+        (b"header", 10, 900),
+        (b"x" * 300, 999, 1_000),
+        (b"only", 5, 5),
+    ]:
+        part, plain = (
+            Part(io.BytesIO(content), head, start, stop),
+            io.BytesIO(head + content[start:stop]),
+        )
         for _ in range(300):
             if chance.random() < 0.5:
                 whence = chance.choice([io.SEEK_SET, io.SEEK_CUR, io.SEEK_END])
-                back = {io.SEEK_SET: 0, io.SEEK_CUR: plain.tell(), io.SEEK_END: len(plain.getvalue())}[whence]
+                back = {
+                    io.SEEK_SET: 0,
+                    io.SEEK_CUR: plain.tell(),
+                    io.SEEK_END: len(plain.getvalue()),
+                }[whence]
                 offset = chance.randrange(-back, 400) if back else chance.randrange(400)
                 assert part.seek(offset, whence) == plain.seek(offset, whence)
             room, other = bytearray(chance.randrange(1, 200)), bytearray(200)
@@ -39,7 +54,9 @@ def test_a_part_is_read_as_the_file_it_stands_for() -> None:
 def test_the_checksum_of_ogg_is_that_of_its_pages() -> None:
     page = encoded("OGG")[:58]  # the first page of Vorbis: one packet of 30 bytes
     assert page[26] == 1 and page[27] == 30
-    assert containers._checksum(page[:22] + bytes(4) + page[26:]) == int.from_bytes(page[22:26], "little")
+    assert containers._checksum(page[:22] + bytes(4) + page[26:]) == int.from_bytes(
+        page[22:26], "little"
+    )
 
 
 def test_a_stream_is_told_to_be_read_to_its_end() -> None:
@@ -59,9 +76,16 @@ def test_frames_of_mp3_are_as_long_as_the_standard_says() -> None:
         (b"\xff\xe3\x48\xc4", 288, 576, 13),  # 32, 8 kHz, one
     ]:
         frame = containers._frame(head)
-        assert frame is not None and (frame.size, frame.samples, frame.info) == (size, samples, info)
+        assert frame is not None and (frame.size, frame.samples, frame.info) == (
+            size,
+            samples,
+            info,
+        )
         header = containers._info(head, 1_234)
-        assert containers._frame(header[:4]) is not None and len(header) == containers._frame(header[:4]).size
+        assert (
+            containers._frame(header[:4]) is not None
+            and len(header) == containers._frame(header[:4]).size
+        )
         assert header[frame.info : frame.info + 12] == b"Info\0\0\0\1\0\0\x04\xd2"
     for head in (
         b"\xff\xf1\x50\x80",
@@ -72,10 +96,14 @@ def test_frames_of_mp3_are_as_long_as_the_standard_says() -> None:
         b"\xff\xfb\x00\x00",
         b"\xff",
     ):
-        assert containers._frame(head) is None  # AAC, layers II and I, rates and lengths that are none
+        assert (
+            containers._frame(head) is None
+        )  # AAC, layers II and I, rates and lengths that are none
 
 
-def test_a_file_that_would_take_long_to_look_through_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_would_take_long_to_look_through_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(containers, "MOST_PAGES", 3)
     with pytest.raises(ZipperError, match=r"a.ogg has more than 3 pages"):
         opened(io.BytesIO(encoded("OGG", 20.0)), "a.ogg")

@@ -1,4 +1,5 @@
-"""The built-in corpus: parts never share a sentence, and an utterance is the same bits wherever it is said."""
+"""The built-in corpus: parts never share a sentence, and an utterance is the same bits wherever it
+is said."""
 
 import re
 from collections import Counter
@@ -8,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipper import corpus, disturbance
-from zipper.audio import Mel
+from zipper.audio import disturbance
+from zipper_lab.corpora import commands as corpus
+from zipper.audio.sound import Mel
 from zipper.errors import ZipperError
 from zipper.modality import speech
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 
-UNITS = SpeechUnits(np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32), UnitsConfig(voices=corpus.VOICES))
+UNITS = SpeechUnits(
+    np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32),
+    UnitsConfig(voices=corpus.VOICES),
+)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,9 @@ def test_every_number_has_words_of_its_own() -> None:
 def template_of(text: str) -> list[int]:
     """The templates that a sentence fits, each slot standing for any words."""
     patterns = [re.sub(r"\{where\}", "( in the [a-z]+)?", t) for t in corpus.TEMPLATES]
-    return [i for i, p in enumerate(patterns) if re.fullmatch(re.sub(r"\{\w+\}", "[a-z ]+", p), text)]
+    return [
+        i for i, p in enumerate(patterns) if re.fullmatch(re.sub(r"\{\w+\}", "[a-z ]+", p), text)
+    ]
 
 
 def test_sentences_are_plain_words_of_their_template() -> None:
@@ -59,11 +66,17 @@ def test_the_sentence_of_the_documentation_is_one_of_the_grammar() -> None:
     count, item, city = (corpus.number(42), "oranges", "vienna")
     assert item in corpus.ITEMS
     assert city in corpus.CITIES
-    assert corpus.TEMPLATES[0].format(thousands=count, item=item, city=city) == "send forty two oranges to vienna"
+    assert (
+        corpus.TEMPLATES[0].format(thousands=count, item=item, city=city)
+        == "send forty two oranges to vienna"
+    )
 
 
 def test_parts_share_no_sentence_whatever_the_seed() -> None:
-    texts = {part: {u.text for seed in (0, 1) for u in corpus.sentences(part, 300, seed)} for part in corpus.PARTS}
+    texts = {
+        part: {u.text for seed in (0, 1) for u in corpus.sentences(part, 300, seed)}
+        for part in corpus.PARTS
+    }
     assert sum(map(len, texts.values())) == len(set.union(*texts.values()))
     assert sum(corpus.PARTS.values()) == 100
 
@@ -113,7 +126,9 @@ def test_speech_fills_its_sound_and_the_high_voice_is_higher() -> None:
         assert 0.05 < np.abs(sound.samples).max() <= 1
         assert sound.trim().seconds == pytest.approx(sound.seconds, abs=0.02)
     assert pitch["high"] > 1.2 * pitch["low"]
-    with pytest.raises(ZipperError, match=r"no voice 'tenor' in the built-in corpus. Take one of low, high"):
+    with pytest.raises(
+        ZipperError, match=r"no voice 'tenor' in the built-in corpus. Take one of low, high"
+    ):
         corpus.synthesize(replace(utterance, voice="tenor"))
 
 
@@ -131,7 +146,9 @@ def test_rows_are_the_same_for_any_number_of_them_and_any_worker(tmp_path: Path)
         }
 
 
-def test_what_was_rendered_is_kept_cut_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_rendered_is_kept_cut_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = []
 
     def listen(utterance: corpus.Utterance) -> object:
@@ -163,7 +180,8 @@ def test_takes_lie_beside_clean_speech_and_say_whether_anything_is_said(tmp_path
         heard, said = row.pop("heard:speech"), row.pop("said:text")
         assert row == clean[number // 20]
         sound, anything = disturbance.take(
-            corpus.synthesize(corpus.sentences("dev", 3)[number // 20]), f"{row['id']} {number % 20}"
+            corpus.synthesize(corpus.sentences("dev", 3)[number // 20]),
+            f"{row['id']} {number % 20}",
         )
         assert heard == UNITS.encode(sound)
         assert said == (row["text"] if anything else "")

@@ -1,8 +1,9 @@
-"""Odd corpora, made from a seed: of all that lies in one, what is used, refused and passed over add up, and nothing else happens.
+"""Odd corpora, made from a seed: of all that lies in one, what is used, refused and passed over add
+up, and nothing else happens.
 
-A corpus is written together with an account of what was put in: marks of rows and files, each of which must turn up as a sample, on
-the list of bad ones, or in the counts by name. Damaged tables have no rows to count; their files must be named.
-"""
+A corpus is written together with an account of what was put in: marks of rows and files, each of
+which must turn up as a sample, on the list of bad ones, or in the counts by name. Damaged tables
+have no rows to count; their files must be named."""
 
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 import tiny
 
 from zipper.errors import ZipperError
-from zipper.extraction import Policy, extract, processes
+from zipper.data.extraction import Policy, extract, processes
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 NEVER = "\u2028\x0b\x0c\x1c\x85"  # what ends a line for str.splitlines alone
@@ -31,9 +32,9 @@ NEVER = "\u2028\x0b\x0c\x1c\x85"  # what ends a line for str.splitlines alone
 class Corpus:
     """What was put in.
 
-    marks: of each sample the names, under one of which it is used or refused. files: those that must
-    be named among the bad. noted: ids of samples that have the field "snr". endings: how many files
-    lie there that mean nothing. whole: all of it can be read, so that every sample is known.
+    marks: of each sample the names, under one of which it is used or refused. files: those that
+    must be named among the bad. noted: ids of samples that have the field "snr". endings: how many
+    files lie there that mean nothing. whole: all of it can be read, so that every sample is known.
     """
 
     source: str
@@ -49,7 +50,22 @@ def wave() -> bytes:
     """A tenth of a second of noise as a file."""
     chance = random.Random(0)
     samples = b"".join(struct.pack("<h", chance.randrange(-3000, 3000)) for _ in range(1600))
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 3200, b"WAVE", b"fmt ", 16, 1, 1, 16_000, 32_000, 2, 16, b"data", 3200)
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF",
+        36 + 3200,
+        b"WAVE",
+        b"fmt ",
+        16,
+        1,
+        1,
+        16_000,
+        32_000,
+        2,
+        16,
+        b"data",
+        3200,
+    )
     return head + samples
 
 
@@ -61,16 +77,52 @@ def value(chance: random.Random, depth: int = 0) -> Any:
         lambda: chance.choice([0, -1, 2**31, 2**63, -(2**70), 10**30, 10**400, 3, 5]),
         lambda: chance.choice([0.0, -0.5, 1e308, float("nan"), float("inf"), 0.05, 1e-300]),
         lambda: chance.choice(
-            ["", " ", "call", "Call, Anna!", "\ud83d", "a\0b", "привет", NEVER, "x" * 5000, "../..", "~", "~\0", "~\ud83d", "a.wav"]
+            [
+                "",
+                " ",
+                "call",
+                "Call, Anna!",
+                "\ud83d",
+                "a\0b",
+                "привет",
+                NEVER,
+                "x" * 5000,
+                "../..",
+                "~",
+                "~\0",
+                "~\ud83d",
+                "a.wav",
+            ]
         ),
-        lambda: chance.choice([[], [2, 3], [0], [1], [24], [-1], [1.5], ["2"], [None], [[2]], [True], [2] * 500, [10**40]]),
-        lambda: {"path": chance.choice(["a.wav", "gone.wav", "", None, 3, "a\0", "x" * 300])} | piece(chance),
+        lambda: chance.choice(
+            [
+                [],
+                [2, 3],
+                [0],
+                [1],
+                [24],
+                [-1],
+                [1.5],
+                ["2"],
+                [None],
+                [[2]],
+                [True],
+                [2] * 500,
+                [10**40],
+            ]
+        ),
+        lambda: (
+            {"path": chance.choice(["a.wav", "gone.wav", "", None, 3, "a\0", "x" * 300])}
+            | piece(chance)
+        ),
         lambda: {"bytes": chance.choice(["", "RIFF", None]), "path": "a.wav"},
     ]
     if depth < 3:
         kinds += [
             lambda: [value(chance, depth + 1) for _ in range(chance.randrange(3))],
-            lambda: {chance.choice("abc"): value(chance, depth + 1) for _ in range(chance.randrange(3))},
+            lambda: {
+                chance.choice("abc"): value(chance, depth + 1) for _ in range(chance.randrange(3))
+            },
         ]
     return chance.choice(kinds)()
 
@@ -82,11 +134,20 @@ def piece(chance: random.Random) -> dict[str, Any]:
 
 def row(chance: random.Random, mark: str) -> dict[str, Any]:
     """A row of a manifest: mostly a good one, with something odd here and there."""
-    made: dict[str, Any] = {"id": mark, "text": chance.choice(["call anna", "", "Send, two!", "pay 5", "caf\u00e9"])}
-    made["speech"] = chance.choice([[2, 3], [], "a.wav", {"path": "a.wav"}, "gone.wav", {"path": "a.wav", "start": 0.02}])
+    made: dict[str, Any] = {
+        "id": mark,
+        "text": chance.choice(["call anna", "", "Send, two!", "pay 5", "caf\u00e9"]),
+    }
+    made["speech"] = chance.choice(
+        [[2, 3], [], "a.wav", {"path": "a.wav"}, "gone.wav", {"path": "a.wav", "start": 0.02}]
+    )
     if chance.random() < 0.2:
         made["audio_filepath"] = made.pop("speech")
-    for key, odd in [("offset", [0, 0.05, 9, -1, "0"]), ("duration", [0.1, 0.05, 7, "1", None]), ("voice", ["low", 3, None])]:
+    for key, odd in [
+        ("offset", [0, 0.05, 9, -1, "0"]),
+        ("duration", [0.1, 0.05, 7, "1", None]),
+        ("voice", ["low", 3, None]),
+    ]:
         if chance.random() < 0.2:
             made[key] = chance.choice(odd)
     for key in ("text", "speech", "split", "question:speech", "a:b:text", ":text", "text:"):
@@ -96,10 +157,18 @@ def row(chance: random.Random, mark: str) -> dict[str, Any]:
 
 
 def manifest(folder: Path, chance: random.Random) -> Corpus:
-    """Lines of rows, some of them none; ends of lines, blank lines and a mark of byte order wherever they may stand."""
+    """Lines of rows, some of them none; ends of lines, blank lines and a mark of byte order
+    wherever they may stand."""
     (folder / "a.wav").write_bytes(wave())
     corpus, lines = (
-        Corpus(str(folder / chance.choice(["rows.jsonl", "m.json", "\u00fc [1]#.jsonl", os.fsdecode(b"\xff.jsonl")]))),
+        Corpus(
+            str(
+                folder
+                / chance.choice(
+                    ["rows.jsonl", "m.json", "\u00fc [1]#.jsonl", os.fsdecode(b"\xff.jsonl")]
+                )
+            )
+        ),
         [],
     )
     ends = chance.choice(["\n", "\r\n", "\n\n \n", "\r"])
@@ -113,8 +182,23 @@ def manifest(folder: Path, chance: random.Random) -> Corpus:
         odd = chance.random()
         line = json.dumps(made, ensure_ascii=chance.random() < 0.5).encode("utf-8", "surrogatepass")
         if odd < 0.25:
-            broken = [line[: len(line) // 2], b"[]", b'"a"', b"\0" * 9, b"{" * 9, line + b"}", b"\xff\xfe" + line, b"9" * 5000]
-            broken += [b"[" * 5000, b'{"a": 1, "a": 2}', line.replace(b"call", b"c\xe9ll") + b"\x80", b"nan", b"null"]
+            broken = [
+                line[: len(line) // 2],
+                b"[]",
+                b'"a"',
+                b"\0" * 9,
+                b"{" * 9,
+                line + b"}",
+                b"\xff\xfe" + line,
+                b"9" * 5000,
+            ]
+            broken += [
+                b"[" * 5000,
+                b'{"a": 1, "a": 2}',
+                line.replace(b"call", b"c\xe9ll") + b"\x80",
+                b"nan",
+                b"null",
+            ]
             line = chance.choice(broken)
         corpus.marks.append((f"line {number}",) if odd < 0.25 else (made["id"], f"line {number}"))
         lines.append(line)
@@ -131,14 +215,30 @@ def sounds(folder: Path, chance: random.Random) -> Corpus:
     for n in range(chance.randrange(1, 12)):
         place = chance.choice(places)
         odd = chance.choice(
-            ["", "\u00fc", os.fsdecode(b"\xff\xe9"), " ", "\n", "[x]", "#", "~", "x" * 200, "'", "$(a)", NEVER, "a:b"]
+            [
+                "",
+                "\u00fc",
+                os.fsdecode(b"\xff\xe9"),
+                " ",
+                "\n",
+                "[x]",
+                "#",
+                "~",
+                "x" * 200,
+                "'",
+                "$(a)",
+                NEVER,
+                "a:b",
+            ]
         )
         kind = chance.randrange(7)
         if kind == 0:
             places.append(place / f"d{n}{odd}")
             places[-1].mkdir()
         elif kind == 1:
-            (place / f"ring{n}").symlink_to(chance.choice([*places, folder.parent, Path("/"), Path(f"ring{n}"), Path("gone")]))
+            (place / f"ring{n}").symlink_to(
+                chance.choice([*places, folder.parent, Path("/"), Path(f"ring{n}"), Path("gone")])
+            )
             broken = not (place / f"ring{n}").is_dir()
             corpus.endings["broken"] += broken
         elif kind == 2:
@@ -153,13 +253,18 @@ def sounds(folder: Path, chance: random.Random) -> Corpus:
             corpus.marks.append((f"pipe{n}",))
         else:
             name = f"s{n}{odd}{chance.choice(['.wav', '.WAV', '.flac', '.m4a', '.mp3', '.sph', '.webm'])}"
-            (place / name).write_bytes(chance.choice([wave(), wave(), wave()[:-900], wave()[:30], b"", b"RIFF" * 99, b"\0" * 99]))
+            (place / name).write_bytes(
+                chance.choice(
+                    [wave(), wave(), wave()[:-900], wave()[:30], b"", b"RIFF" * 99, b"\0" * 99]
+                )
+            )
             corpus.marks.append((os.path.splitext(name)[0],))
     return corpus
 
 
 def libri(folder: Path, chance: random.Random) -> Corpus:
-    """Chapters of LibriSpeech or LibriTTS with gaps, lines that are none and texts in other encodings."""
+    """Chapters of LibriSpeech or LibriTTS with gaps, lines that are none and texts in other
+    encodings."""
     kind = chance.choice(["librispeech", "libritts"])
     corpus = Corpus(f"{kind}:{folder}")
     for chapter in range(chance.randrange(1, 4)):
@@ -169,22 +274,37 @@ def libri(folder: Path, chance: random.Random) -> Corpus:
         for n in range(chance.randrange(1, 5)):
             name = f"1-{chapter}-{n:04d}"
             said = chance.choice(
-                [b"CALL ANNA", b"Call, Anna!", b"", b"caf\xe9", b"42", "a\u2028b".encode(), b"x\0y", b"\xef\xbb\xbfCALL"]
+                [
+                    b"CALL ANNA",
+                    b"Call, Anna!",
+                    b"",
+                    b"caf\xe9",
+                    b"42",
+                    "a\u2028b".encode(),
+                    b"x\0y",
+                    b"\xef\xbb\xbfCALL",
+                ]
             )
             there = chance.random()
             if there < 0.9:
                 ending = chance.choice([".flac", ".wav", ".FLAC"])
-                (place / f"{name}{ending}").write_bytes(chance.choice([wave(), wave(), b"", wave()[:99]]))
+                (place / f"{name}{ending}").write_bytes(
+                    chance.choice([wave(), wave(), b"", wave()[:99]])
+                )
             if there > 0.1:
                 lines.append(name.encode() + chance.choice([b" ", b"\t"]) + said)
                 if kind == "libritts":
-                    (place / f"{name}{chance.choice(['.normalized.txt', '.NORMALIZED.TXT'])}").write_bytes(said)
+                    (
+                        place / f"{name}{chance.choice(['.normalized.txt', '.NORMALIZED.TXT'])}"
+                    ).write_bytes(said)
             corpus.marks.append((name,))
             if there < 0.9 and chance.random() < 0.1:
                 (place / f"{name}.wave").write_bytes(wave())
                 corpus.marks.append((f"{name}.wave",))
         if kind == "librispeech":
-            (place / f"1-{chapter}.trans.txt").write_bytes(chance.choice([b"\n", b"\r\n", b"\n\n", b"\r"]).join(lines))
+            (place / f"1-{chapter}.trans.txt").write_bytes(
+                chance.choice([b"\n", b"\r\n", b"\n\n", b"\r"]).join(lines)
+            )
         else:
             (place / f"1_{chapter}.trans.tsv").write_bytes(b"a\tb\tc\n")
             corpus.endings[".tsv"] += 1
@@ -201,7 +321,17 @@ def light(folder: Path, chance: random.Random) -> Corpus:
     for n in range(chance.randrange(1, 6)):
         (book / f"s{n}.flac").write_bytes(chance.choice([wave(), wave(), b""]))
         voiced = chance.choice(
-            [[[0, 0.1]], [[0, 0.05], [0.05, 0.1]], [[0, 99]], [[5, 1]], [[0, float("nan")]], "x", None, [[0, 1e300]], [[0]]]
+            [
+                [[0, 0.1]],
+                [[0, 0.05], [0.05, 0.1]],
+                [[0, 99]],
+                [[5, 1]],
+                [[0, float("nan")]],
+                "x",
+                None,
+                [[0, 1e300]],
+                [[0]],
+            ]
         )
         content = json.dumps({"voice_activity": voiced}).encode()
         content = chance.choice([content, content, content[:-3], b"", b"\xff", b"[]", b"\0" * 9])
@@ -284,13 +414,21 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def fate(number: int, folder: Path) -> str:
-    """Make corpus number so and so, extract it, and hold it against its account; what became of it."""
+    """Make corpus number so and so, extract it, and hold it against its account; what became of
+    it."""
     chance = random.Random(number)
     (folder / "in").mkdir(parents=True)
     corpus = KINDS[number % len(KINDS)](folder / "in", chance)
     try:
         with within(60):
-            units = extract(corpus.source, folder / "out", MODALITIES, Policy("skip", 1.0), spread=processes(1), shard=7)
+            units = extract(
+                corpus.source,
+                folder / "out",
+                MODALITIES,
+                Policy("skip", 1.0),
+                spread=processes(1),
+                shard=7,
+            )
     except ZipperError as error:
         assert str(error).strip() and len(str(error)) < 5_000
         assert not (folder / "out" / "provenance.json").exists()
@@ -309,9 +447,15 @@ def fate(number: int, folder: Path) -> str:
         *(os.path.basename(line["id"]) for line in bad),
         *places,
     }
-    said |= {place.rpartition(", ")[2] for place in places} | {os.path.splitext(name)[0] for name in said if "-" not in name}
+    said |= {place.rpartition(", ")[2] for place in places} | {
+        os.path.splitext(name)[0] for name in said if "-" not in name
+    }
     lost = [names for names in corpus.marks if not said.intersection(names)]
-    assert len(lost) == told["passed"].get("sounds in which nobody speaks", 0), (lost, said, told["passed"])
+    assert len(lost) == told["passed"].get("sounds in which nobody speaks", 0), (
+        lost,
+        said,
+        told["passed"],
+    )
     assert corpus.files <= said
     assert told["passed"].get("field snr", 0) == len(corpus.noted.intersection(used))
     if corpus.whole:

@@ -1,4 +1,5 @@
-"""The evaluation behind the demo: the shipped model hears the same in speech as it comes as in speech as it was cut."""
+"""The evaluation behind the demo: the shipped model hears the same in speech as it comes as in
+speech as it was cut."""
 
 import zlib
 from typing import Any
@@ -6,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zipper import corpus, demo
-from zipper.audio import Audio
-from zipper.disturbance import TABLE, Disturbance
+from zipper_lab import demo
+from zipper_lab.corpora import commands as corpus
+from zipper.audio.sound import Audio
+from zipper.audio.disturbance import TABLE, Disturbance
 from zipper.evaluation import error_rate
 from zipper.pipeline import Pipeline
 
@@ -29,7 +31,10 @@ def said(rows: list[dict[str, Any]]) -> list[Audio]:
 
 
 HARMLESS = {
-    **{f"{ms} ms later": Disturbance(lead_ms=ms) for ms in (3.0, 10.0, 17.5, 20.0, 25.0, 31.0, 40.0)},
+    **{
+        f"{ms} ms later": Disturbance(lead_ms=ms)
+        for ms in (3.0, 10.0, 17.5, 20.0, 25.0, 31.0, 40.0)
+    },
     "behind silence": Disturbance(lead_ms=400.0),
     "behind a room": Disturbance(lead_ms=400.0, room_db=-60.0),
     "in a brown room": Disturbance(lead_ms=730.0, trail_ms=1_100.0, room_db=-58.0, colour=2.0),
@@ -59,22 +64,34 @@ def test_the_rate_of_a_recording_does_not_matter(
     assert error_rate([row["text"] for row in rows], heard).wer <= 0.08
 
 
-def test_the_robustness_table_tries_every_disturbance_on_every_row(shipped: Pipeline, rows: list[dict[str, Any]]) -> None:
+def test_the_robustness_table_tries_every_disturbance_on_every_row(
+    shipped: Pipeline, rows: list[dict[str, Any]]
+) -> None:
     found = demo.disturbed(shipped.units, rows[:2])
     assert list(found) == list(TABLE)
     assert found["clean"] == [row["speech"] for row in rows[:2]]
     for name, codes in found.items():
         for row, sound, ids in zip(rows, demo.recordings(rows[:2]), codes, strict=False):
-            assert ids == shipped.units.encode(TABLE[name].apply(sound, zlib.crc32(row["id"].encode())))
+            assert ids == shipped.units.encode(
+                TABLE[name].apply(sound, zlib.crc32(row["id"].encode()))
+            )
     scores = demo.evaluate(shipped, rows[:4], ["asr"], robust=True).scores["asr"]
     assert [score.disturbed for score in scores if score.disturbed] == list(TABLE)
-    rates = {score.disturbed: score.rate for score in scores if score.system == "model" and not score.voice}
+    rates = {
+        score.disturbed: score.rate
+        for score in scores
+        if score.system == "model" and not score.voice
+    }
     assert rates["clean"] == rates[""]
     assert all(rate.utterances == 4 for rate in rates.values())
-    assert not any(score.disturbed for score in demo.evaluate(shipped, rows[:4], ["asr"]).scores["asr"])
+    assert not any(
+        score.disturbed for score in demo.evaluate(shipped, rows[:4], ["asr"]).scores["asr"]
+    )
 
 
-def test_what_is_learnt_is_heard_disturbed_and_said_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_what_is_learnt_is_heard_disturbed_and_said_clean(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     asked, configs = [], []
 
     class Enough(Exception):
@@ -93,8 +110,12 @@ def test_what_is_learnt_is_heard_disturbed_and_said_clean(monkeypatch: pytest.Mo
     with pytest.raises(Enough):
         demo.demo(tmp_path / "demo", pairs=1, test=1)
     assert dict(asked)["pairs"] == dict(asked)["dev"] == 1
-    given = {side.strip() for task in configs[0].tasks for side in task.partition("->")[0].split(",")}
-    produced = {side.strip() for task in configs[0].tasks for side in task.partition("->")[2].split(",")}
+    given = {
+        side.strip() for task in configs[0].tasks for side in task.partition("->")[0].split(",")
+    }
+    produced = {
+        side.strip() for task in configs[0].tasks for side in task.partition("->")[2].split(",")
+    }
     assert "heard:speech" in given and "speech" not in given
     assert "voiced:speech" in produced and not {"heard:speech"} & produced
     assert np.isclose(sum(configs[0].tasks.values()), 1)

@@ -1,7 +1,8 @@
-"""Several processes: however a model is spread over them, it learns what it learns in one, and goes on where one stopped.
+"""Several processes: however a model is spread over them, it learns what it learns in one, and goes
+on where one stopped.
 
-Processes of a group are started together and do several runs one after the other: importing torch is what takes the time.
-"""
+Processes of a group are started together and do several runs one after the other: importing torch
+is what takes the time."""
 
 import hashlib
 import json
@@ -22,8 +23,8 @@ from safetensors.torch import load_file
 from tiny import World
 from torch import Tensor
 
-from zipper import checkpoint
-from zipper.files import held
+from zipper.saving import checkpoint
+from zipper.saving.files import held
 from zipper.tower import Tower
 from zipper.training import CLOCK, Stopped, train
 
@@ -55,29 +56,58 @@ for run in json.loads(sys.argv[2]):
 """
 
 
-def run(output: Path, changes: dict[str, Any], stop: int | None = None, resume: bool = False) -> dict[str, Any]:
-    """A run for `together`. stop: after the report of this step one of the processes gets SIGTERM."""
+def run(
+    output: Path, changes: dict[str, Any], stop: int | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """A run for `together`. stop: after the report of this step one of the processes gets
+    SIGTERM."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return {"output": str(output), "changes": changes, "stop": stop, "resume": resume, "port": free.getsockname()[1]}
+        return {
+            "output": str(output),
+            "changes": changes,
+            "stop": stop,
+            "resume": resume,
+            "port": free.getsockname()[1],
+        }
 
 
 def environment(processes: int = 1, rank: int = 0, port: int = 0) -> dict[str, str]:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-    place |= {"PYTHONHASHSEED": str(1 + rank)}  # by 1 and 2 a set of "text" and "speech" has another order: none may matter
-    return {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_PORT": str(port),
+    }
+    place |= {
+        "PYTHONHASHSEED": str(1 + rank)
+    }  # by 1 and 2 a set of "text" and "speech" has another order: none may matter
+    return {
+        **os.environ,
+        **place,
+        "MASTER_ADDR": "127.0.0.1",
+        "PYTHONPATH": path,
+        "ACCELERATE_USE_CPU": "true",
+    }
 
 
-def together(processes: int, world: World, runs: Sequence[dict[str, Any]], timeout_s: float = 1500) -> None:
+def together(
+    processes: int, world: World, runs: Sequence[dict[str, Any]], timeout_s: float = 1500
+) -> None:
     """Runs, one after the other, each by so many processes at once."""
     command = [sys.executable, "-c", SCRIPT, str(world.folder), json.dumps(runs)]
     group = [
-        subprocess.Popen(command, env=environment(processes, rank), stderr=subprocess.PIPE, text=True) for rank in range(processes)
+        subprocess.Popen(
+            command, env=environment(processes, rank), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(processes)
     ]
     try:
         said = [process.communicate(timeout=timeout_s)[1] for process in group]
-        assert [process.returncode for process in group] == [0] * processes, "\n".join(text[-3000:] for text in said)
+        assert [process.returncode for process in group] == [0] * processes, "\n".join(
+            text[-3000:] for text in said
+        )
     finally:
         for process in group:
             process.kill()
@@ -86,7 +116,14 @@ def together(processes: int, world: World, runs: Sequence[dict[str, Any]], timeo
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without how fast it went."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("branch/") and key not in CLOCK} for row in rows]
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith("branch/") and key not in CLOCK
+        }
+        for row in rows
+    ]
 
 
 def state(output: Path, step: int) -> dict[str, Tensor]:
@@ -100,7 +137,9 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Equal up to the order of sums: 5e-6, after steps of up to 3e-3 each."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, atol=5e-6, rtol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            found[name], tensor, atol=5e-6, rtol=1e-4, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +167,8 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: `one` by one process, the others by two; `moves` began in one process and was stopped in two."""
+    """A folder of runs: `one` by one process, the others by two; `moves` began in one process and
+    was stopped in two."""
     folder = tmp_path_factory.mktemp("runs")
 
     def killed(row: dict[str, Any]) -> None:
@@ -145,9 +185,13 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_two_processes_learn_what_one_learns(world: World, runs: Path, name: str) -> None:
-    """As copies (DDP) and as pieces (FSDP2, frozen parameters too), with batches that lack a modality somewhere or everywhere."""
+    """As copies (DDP) and as pieces (FSDP2, frozen parameters too), with batches that lack a
+    modality somewhere or everywhere."""
     one = metrics(runs / "one")
-    assert {key for row in one for key in row if key.startswith("loss/")} == {"loss/text", "loss/speech"}
+    assert {key for row in one for key in row if key.startswith("loss/")} == {
+        "loss/text",
+        "loss/speech",
+    }
     assert any("loss/speech" not in row for row in one)  # a batch without that task
     for found, wanted in zip(metrics(runs / name), one, strict=True):
         assert found == pytest.approx(wanted, rel=2e-5)
@@ -158,9 +202,13 @@ def test_two_processes_learn_what_one_learns(world: World, runs: Path, name: str
 @pytest.mark.parametrize("name", SPREAD)
 def test_what_two_processes_return_is_whole(world: World, runs: Path, name: str) -> None:
     last = state(runs / name, 6)
-    assert checkpoint.load(runs / name / "model")[1]["step"] == 6  # the best is the last: it holds the weights of the checkpoint
+    assert (
+        checkpoint.load(runs / name / "model")[1]["step"] == 6
+    )  # the best is the last: it holds the weights of the checkpoint
     tower = Tower.load(runs / name / "model" / "towers" / "speech")
-    held = {f"towers.speech.{key}": p for key, p in tower.named_parameters()} | load_file(runs / name / "model" / "zip.safetensors")
+    held = {f"towers.speech.{key}": p for key, p in tower.named_parameters()} | load_file(
+        runs / name / "model" / "zip.safetensors"
+    )
     wanted = {key for key in last if not key.startswith("optimizer/")}
     assert held.keys() == wanted
     assert all(torch.equal(held[key], last[key]) for key in wanted)
@@ -168,7 +216,10 @@ def test_what_two_processes_return_is_whole(world: World, runs: Path, name: str)
 
 def test_a_run_goes_from_one_process_to_two_and_back(world: World, runs: Path) -> None:
     moves = runs / "moves"
-    assert [path.name for path in sorted((moves / "checkpoints").iterdir())] == ["step-0000002", "step-0000004"]
+    assert [path.name for path in sorted((moves / "checkpoints").iterdir())] == [
+        "step-0000002",
+        "step-0000004",
+    ]
     assert (moves / "noise-1").exists()  # both ended as Stopped
     train(world.config(moves, **COURSE), resume=True)
     assert_close(state(moves, 6), state(runs / "one", 6))
@@ -180,9 +231,12 @@ def test_a_run_goes_from_one_process_to_two_and_back(world: World, runs: Path) -
 
 
 def digest(output: Path, step: int, ranks: int) -> str:
-    """Of everything that a run is: parameters, moments, losses and rates of every step, where it stands, the noise of each rank."""
+    """Of everything that a run is: parameters, moments, losses and rates of every step, where it
+    stands, the noise of each rank."""
     folder = output / "checkpoints" / f"step-{step:07d}"
-    content = hashlib.sha256((folder / "training.safetensors").read_bytes() + (folder / "zipper.json").read_bytes())
+    content = hashlib.sha256(
+        (folder / "training.safetensors").read_bytes() + (folder / "zipper.json").read_bytes()
+    )
     content.update(json.dumps(metrics(output)).encode())
     for rank in range(ranks):
         content.update((output / f"noise-{rank}").read_bytes())
@@ -191,8 +245,11 @@ def digest(output: Path, step: int, ranks: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ten_random_runs_stopped_anywhere_and_resumed_are_those_that_were_not(world: World, tmp_path: Path, ranks: int) -> None:
-    """By hash. Seed, step of the stop, micro-batches and epoch are drawn; noise is on; of two processes some share pieces."""
+def test_ten_random_runs_stopped_anywhere_and_resumed_are_those_that_were_not(
+    world: World, tmp_path: Path, ranks: int
+) -> None:
+    """By hash. Seed, step of the stop, micro-batches and epoch are drawn; noise is on; of two
+    processes some share pieces."""
     chance = random.Random(ranks)
     runs, steps = [], []
     for number in range(10):
@@ -214,7 +271,10 @@ def test_ten_random_runs_stopped_anywhere_and_resumed_are_those_that_were_not(wo
         stop = chance.randrange(1, steps[-1] - 1)
         runs += [run(whole, changes), run(cut, changes, stop=stop), run(cut, changes, resume=True)]
     together(ranks, world, runs)
-    found = [[digest(tmp_path / f"{n}-{kind}", steps[n], ranks) for kind in ("whole", "cut")] for n in range(10)]
+    found = [
+        [digest(tmp_path / f"{n}-{kind}", steps[n], ranks) for kind in ("whole", "cut")]
+        for n in range(10)
+    ]
     assert [whole == cut for whole, cut in found] == [True] * 10
     assert len({whole for whole, _ in found}) == 10
 
@@ -228,18 +288,38 @@ def config():
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zipper"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "zipper"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "-m",
+        "zipper",
+    ],
 }
 
 
 @pytest.mark.slow
 def test_a_run_that_is_held_is_refused_in_every_process(world: World, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(world.folder), json.dumps([run(tmp_path / "run", {"steps": 1})])]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(world.folder),
+        json.dumps([run(tmp_path / "run", {"steps": 1})]),
+    ]
     with held(tmp_path / "run"):
-        group = [subprocess.Popen(command, env=environment(2, rank), stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        group = [
+            subprocess.Popen(command, env=environment(2, rank), stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
         said = [process.communicate(timeout=300)[1] for process in group]
     for process, text in zip(group, said, strict=True):
-        assert process.returncode and f"run is in use: process {os.getpid()} on" in text, text[-3000:]
+        assert process.returncode and f"run is in use: process {os.getpid()} on" in text, text[
+            -3000:
+        ]
     together(2, world, [run(tmp_path / "run", {"steps": 1})])  # nobody holds it now
 
 
@@ -247,7 +327,11 @@ def test_a_run_that_is_held_is_refused_in_every_process(world: World, tmp_path: 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_command(world: World, tmp_path: Path, launcher: str) -> None:
     (tmp_path / "recipe.py").write_text(RECIPE.format(world=str(world.folder), steps=4))
-    rest = {key: value for key, value in environment().items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    rest = {
+        key: value
+        for key, value in environment().items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
     launch = [sys.executable, "-m", *LAUNCHERS[launcher], "train", "recipe.py"]
     subprocess.run(launch, check=True, env=rest, cwd=tmp_path, timeout=1500)
     train(world.config(tmp_path / "one", steps=4, save_every=1, log_every=1, eval_every=4))
@@ -258,7 +342,9 @@ def test_launchers_start_the_command(world: World, tmp_path: Path, launcher: str
 def test_a_command_stopped_by_sigterm_says_so(world: World, tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(RECIPE.format(world=str(world.folder), steps=3000))
     command = [sys.executable, "-m", "zipper", "train", "recipe.py"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None

@@ -1,13 +1,14 @@
-"""Disturbances: each does what its name says, by a measured amount; at strength 0 none does anything; a seed decides all."""
+"""Disturbances: each does what its name says, by a measured amount; at strength 0 none does
+anything; a seed decides all."""
 
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
-from zipper import disturbance
-from zipper.audio import Audio
-from zipper.disturbance import NOTHINGS, TABLE, Disturbance, drawn, nothing, take
+from zipper.audio import disturbance
+from zipper.audio.sound import Audio
+from zipper.audio.disturbance import NOTHINGS, TABLE, Disturbance, drawn, nothing, take
 
 RATE_HZ = 16_000
 TIME = np.arange(RATE_HZ) / RATE_HZ
@@ -20,7 +21,10 @@ def power(samples: np.ndarray) -> float:
 
 def share_above(sound: Audio, hertz: float) -> float:
     spectrum = np.abs(np.fft.rfft(sound.samples)) ** 2
-    return float(spectrum[np.fft.rfftfreq(len(sound.samples), 1 / sound.rate_hz) > hertz].sum() / spectrum.sum())
+    return float(
+        spectrum[np.fft.rfftfreq(len(sound.samples), 1 / sound.rate_hz) > hertz].sum()
+        / spectrum.sum()
+    )
 
 
 def loudest_hertz(sound: Audio) -> float:
@@ -29,7 +33,12 @@ def loudest_hertz(sound: Audio) -> float:
 
 
 def test_at_strength_0_nothing_happens() -> None:
-    for one in (Disturbance(), TABLE["clean"], Disturbance(colour=1.5, room_db=-20.0), Disturbance(through_hz=RATE_HZ)):
+    for one in (
+        Disturbance(),
+        TABLE["clean"],
+        Disturbance(colour=1.5, room_db=-20.0),
+        Disturbance(through_hz=RATE_HZ),
+    ):
         np.testing.assert_array_equal(one.apply(TONE, seed=3).samples, TONE.samples)
 
 
@@ -41,13 +50,20 @@ def test_the_same_seed_does_the_same_and_the_sound_is_not_touched(name: str) -> 
     np.testing.assert_array_equal(TONE.samples, before)
     assert one.rate_hz == RATE_HZ
     assert one.samples.dtype == np.float32
-    assert name == "clean" or len(one.samples) != len(before) or np.abs(one.samples - before).max() > 1e-3
+    assert (
+        name == "clean"
+        or len(one.samples) != len(before)
+        or np.abs(one.samples - before).max() > 1e-3
+    )
 
 
 def test_the_table_has_every_kind_of_disturbance() -> None:
     plain = Disturbance()
     changed = {
-        field.name for one in TABLE.values() for field in fields(one) if getattr(one, field.name) != getattr(plain, field.name)
+        field.name
+        for one in TABLE.values()
+        for field in fields(one)
+        if getattr(one, field.name) != getattr(plain, field.name)
     }
     assert changed == {field.name for field in fields(plain)} - {"colour"}
 
@@ -55,9 +71,15 @@ def test_the_table_has_every_kind_of_disturbance() -> None:
 def test_noise_lies_as_far_under_the_sound_as_it_says_whatever_the_pauses() -> None:
     for db in (0.0, 20.0):
         sound = Disturbance(snr_db=db, lead_ms=500.0).apply(TONE, 1)
-        assert 10 * np.log10(power(TONE.samples) / power(sound.samples[:8_000])) == pytest.approx(db, abs=0.3)
-        np.testing.assert_array_equal(sound.samples, Disturbance(snr_db=db, lead_ms=500.0).apply(TONE, 1).samples)
-        assert not np.array_equal(sound.samples, Disturbance(snr_db=db, lead_ms=500.0).apply(TONE, 2).samples)
+        assert 10 * np.log10(power(TONE.samples) / power(sound.samples[:8_000])) == pytest.approx(
+            db, abs=0.3
+        )
+        np.testing.assert_array_equal(
+            sound.samples, Disturbance(snr_db=db, lead_ms=500.0).apply(TONE, 1).samples
+        )
+        assert not np.array_equal(
+            sound.samples, Disturbance(snr_db=db, lead_ms=500.0).apply(TONE, 2).samples
+        )
 
 
 def test_pauses_are_as_long_and_as_loud_as_they_say() -> None:
@@ -77,21 +99,32 @@ def test_faster_is_shorter_and_higher() -> None:
 
 def test_a_band_a_gain_an_offset_and_clipping_do_what_they_say() -> None:
     noise = nothing(0, 1.0, kind="noise")
-    white = replace(noise, samples=np.random.default_rng(0).standard_normal(RATE_HZ).astype(np.float32) / 10)
+    white = replace(
+        noise, samples=np.random.default_rng(0).standard_normal(RATE_HZ).astype(np.float32) / 10
+    )
     assert share_above(white, 4_000) == pytest.approx(0.5, abs=0.03)
     assert share_above(Disturbance(through_hz=8_000).apply(white), 4_100) < 1e-3
-    np.testing.assert_allclose(Disturbance(gain_db=20.0).apply(TONE).samples, 10 * TONE.samples, rtol=1e-5)
-    np.testing.assert_allclose(Disturbance(offset=0.1).apply(TONE).samples - TONE.samples, 0.1, atol=1e-6)
+    np.testing.assert_allclose(
+        Disturbance(gain_db=20.0).apply(TONE).samples, 10 * TONE.samples, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        Disturbance(offset=0.1).apply(TONE).samples - TONE.samples, 0.1, atol=1e-6
+    )
     clipped = Disturbance(clip_times=4.0).apply(TONE).samples
     np.testing.assert_allclose(clipped, np.clip(TONE.samples, -0.25, 0.25), atol=1e-6)
 
 
 def test_brown_noise_is_darker_than_pink_than_white() -> None:
     quiet = Audio(np.full(RATE_HZ, 1e-9, np.float32), RATE_HZ)
-    rooms = [Disturbance(lead_ms=1_000.0, room_db=-20.0, colour=colour).apply(quiet) for colour in (0.0, 1.0, 2.0)]
+    rooms = [
+        Disturbance(lead_ms=1_000.0, room_db=-20.0, colour=colour).apply(quiet)
+        for colour in (0.0, 1.0, 2.0)
+    ]
     white, pink, brown = (share_above(room, 1_000) for room in rooms)
     assert white > 1.3 * pink > 1.69 * brown
-    assert all(10 * np.log10(2 * power(room.samples)) == pytest.approx(-20, abs=0.5) for room in rooms)
+    assert all(
+        10 * np.log10(2 * power(room.samples)) == pytest.approx(-20, abs=0.5) for room in rooms
+    )
 
 
 @pytest.mark.parametrize("codec", ["mp3", "ogg"])
@@ -105,11 +138,24 @@ def test_what_training_hears_reaches_beyond_what_is_evaluated() -> None:
     seen = [drawn(seed) for seed in range(3_000)]
     assert seen == [drawn(seed) for seed in range(3_000)]
     for one in TABLE.values():
-        for name in ("speed_percent", "lead_ms", "trail_ms", "room_db", "snr_db", "through_hz", "gain_db", "clip_times", "offset"):
+        for name in (
+            "speed_percent",
+            "lead_ms",
+            "trail_ms",
+            "room_db",
+            "snr_db",
+            "through_hz",
+            "gain_db",
+            "clip_times",
+            "offset",
+        ):
             values = [value for other in seen if (value := getattr(other, name)) is not None]
             wanted = getattr(one, name)
             assert wanted is None or min(values) <= wanted <= max(values)
-    assert sum(one == replace(Disturbance(), colour=one.colour, room_db=one.room_db) for one in seen) > 30  # clean sound too
+    assert (
+        sum(one == replace(Disturbance(), colour=one.colour, room_db=one.room_db) for one in seen)
+        > 30
+    )  # clean sound too
 
 
 @pytest.mark.parametrize("kind", NOTHINGS)
@@ -125,5 +171,7 @@ def test_some_takes_say_nothing_and_a_key_decides_all() -> None:
     silent = sum(not said for _, said in takes)
     assert silent == pytest.approx(500 * disturbance.NOTHING_SHARE, abs=15)
     for number in (0, 1, 2):
-        np.testing.assert_array_equal(take(TONE, f"a {number}")[0].samples, takes[number][0].samples)
+        np.testing.assert_array_equal(
+            take(TONE, f"a {number}")[0].samples, takes[number][0].samples
+        )
     assert not np.array_equal(take(TONE, "b 0")[0].samples, takes[0][0].samples)

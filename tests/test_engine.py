@@ -1,4 +1,5 @@
-"""The engine against `generate`: what a request gets among others, whenever they come and go, is what it gets alone."""
+"""The engine against `generate`: what a request gets among others, whenever they come and go, is
+what it gets alone."""
 
 import itertools
 import math
@@ -15,15 +16,18 @@ from test_generation import assert_same
 from torch._subclasses import FakeTensorMode
 
 from zipper import engine as engines
-from zipper import fused
-from zipper.engine import Engine, Reader, Request, Search, Stepwise, fastest
+from zipper.fast import reader as fused
+from zipper.fast import engine as Engine, fastest
+from zipper.generation import Request
+from zipper.reading import Reader, Stepwise
+from zipper.sampling import Search
 from zipper.errors import ZipperError
-from zipper.fused import Fused
+from zipper.fast.reader import Fused
 from zipper.generation import generate
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.sampling import Rules, Sampling, one_of
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.testing import tiny_tower
 
 THREE = {"text": "llama", "speech": "qwen3", "image": "llama"}
@@ -46,7 +50,9 @@ def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
 
 
-@pytest.fixture(params=["fused", "static", "stepwise", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.fixture(
+    params=["fused", "static", "stepwise", *(["cuda"] if torch.cuda.is_available() else [])]
+)
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -67,12 +73,16 @@ def requests(n: int, temperature: float = 0.0) -> list[Request]:
     found = []
     for seed, (given, outputs) in zip(range(n), itertools.cycle(PLANS)):
         limits = ALL if "image" in given else LIMITS
-        found.append(Request(prompt(given, seed), outputs, Sampling(temperature, seed=seed), limits))
+        found.append(
+            Request(prompt(given, seed), outputs, Sampling(temperature, seed=seed), limits)
+        )
     return found
 
 
 def alone(model: Zipper, request: Request) -> list[Segment]:
-    (segments,) = generate(model, [request.segments], request.outputs, request.sampling, request.limits)
+    (segments,) = generate(
+        model, [request.segments], request.outputs, request.sampling, request.limits
+    )
     return segments
 
 
@@ -82,7 +92,9 @@ def alone(model: Zipper, request: Request) -> list[Segment]:
 def test_requests_of_all_plans_side_by_side_get_their_own_greedy_answers(way: str) -> None:
     model = zipped(THREE, {"text": 2})
     wanted = requests(7)
-    for request, answer in zip(wanted, Engine(model, 4, reader(model, way)).run(wanted), strict=True):
+    for request, answer in zip(
+        wanted, Engine(model, 4, reader(model, way)).run(wanted), strict=True
+    ):
         is_the_greedy_answer(model, request.segments, request.outputs, ALL, answer.segments())
 
 
@@ -91,10 +103,14 @@ def test_requests_on_a_gpu_get_their_own_greedy_answers(cuda: torch.device) -> N
     there.to(cuda)
     wanted = [replace(request, limits={"text": 3, "speech": 3}) for request in requests(4)[2:]]
     for request, answer in zip(wanted, Engine(there, 2, Fused(there)).run(wanted), strict=True):
-        is_the_greedy_answer(model, request.segments, request.outputs, request.limits or {}, answer.segments())
+        is_the_greedy_answer(
+            model, request.segments, request.outputs, request.limits or {}, answer.segments()
+        )
     chosen, limits = Sampling(4.0, top_k=3, top_p=0.9, guidance=2.0), {"text": 2, "speech": 2}
     prompts = [prompt(["speech"], seed) for seed in range(2)]
-    found, here = (generate(some, prompts, ["text", "speech"], chosen, limits) for some in (there, model))
+    found, here = (
+        generate(some, prompts, ["text", "speech"], chosen, limits) for some in (there, model)
+    )
     for mine, theirs in zip(found, here, strict=True):
         assert_same(mine, theirs)
 
@@ -110,9 +126,13 @@ def test_requests_that_draw_get_what_they_draw_alone(way: str) -> None:
 
 @torch.no_grad()
 def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
-    """By its definition, token by token, from the logits of the whole and of the tower without the others."""
+    """By its definition, token by token, from the logits of the whole and of the tower without the
+    others."""
     model, scale = zipped(LLAMAS, {"text": 2}), 3.0
-    given, plan = [Segment("speech", [5, 6]), Segment("text", [3, 9, 4]), Segment("speech", [2])], ["text", "speech", "text"]
+    given, plan = (
+        [Segment("speech", [5, 6]), Segment("text", [3, 9, 4]), Segment("speech", [2])],
+        ["text", "speech", "text"],
+    )
     request = Request(given, plan, Sampling(guidance=scale), LIMITS)
     (answer,) = Engine(model, 1, reader(model, way)).run([request])
     said: list[tuple[str, int]] = []
@@ -125,7 +145,10 @@ def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
         said.append((tower, begin))
         for wanted in [*segment.content, *([end] if segment.ended else [])]:
             own = [word for word in said if word[0] == tower]
-            seeing, blind = truth(model, said, list(LLAMAS))[len(said) - 1], truth(model, own, [tower])[len(own) - 1]
+            seeing, blind = (
+                truth(model, said, list(LLAMAS))[len(said) - 1],
+                truth(model, own, [tower])[len(own) - 1],
+            )
             seeing[begin] = -torch.inf
             guided = blind.log_softmax(-1) * (1 - scale) + seeing.log_softmax(-1) * scale
             guided[begin] = -torch.inf
@@ -139,7 +162,9 @@ def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(6.0, seed=3), Sampling(4.0, guidance=2.0)], ids=["greedy", "drawn", "guided"]
+    "sampling",
+    [Sampling(), Sampling(6.0, seed=3), Sampling(4.0, guidance=2.0)],
+    ids=["greedy", "drawn", "guided"],
 )
 def test_a_batch_of_one_plan_is_what_generate_makes_of_it(
     plan: tuple[list[str], list[str | Segment]], sampling: Sampling, way: str
@@ -147,17 +172,28 @@ def test_a_batch_of_one_plan_is_what_generate_makes_of_it(
     model, (given, outputs) = zipped(THREE, {"text": 2}), plan
     prompts = [prompt(given, seed) for seed in range(5)]
     wanted = generate(model, prompts, outputs, sampling, ALL)
-    for row, segments in enumerate(Engine(model, 2, reader(model, way)).generate(prompts, outputs, sampling, ALL)):
+    for row, segments in enumerate(
+        Engine(model, 2, reader(model, way)).generate(prompts, outputs, sampling, ALL)
+    ):
         assert_same(segments, wanted[row])
 
 
 def test_rows_without_room_end_early_as_in_generate_and_other_errors_are_raised(way: str) -> None:
-    model = Zipper.from_towers({name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL)
+    model = Zipper.from_towers(
+        {name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL
+    )
     running, outputs = Engine(model, 3, reader(model, way)), ["text", "speech", "text"]
     prompts = [[Segment("text", [3] * n)] for n in (2, 10, 2)]
     limits = {"text": 3, "speech": 2}
-    found, wanted = running.generate(prompts, outputs, Sampling(), limits), generate(model, prompts, outputs, Sampling(), limits)
-    assert [len(segments) for segments in found] == [3, 3, 3] and not found[1][2].ended and not found[1][2].content
+    found, wanted = (
+        running.generate(prompts, outputs, Sampling(), limits),
+        generate(model, prompts, outputs, Sampling(), limits),
+    )
+    assert (
+        [len(segments) for segments in found] == [3, 3, 3]
+        and not found[1][2].ended
+        and not found[1][2].content
+    )
     for mine, theirs in zip(found, wanted, strict=True):
         assert_same(mine, theirs)
     for batch, wrong, given in [
@@ -173,7 +209,9 @@ def test_rows_without_room_end_early_as_in_generate_and_other_errors_are_raised(
 def test_guided_requests_side_by_side_get_what_generate_gives_them(way: str) -> None:
     model = zipped(THREE, {"text": 2})
     for temperature in (0.0, 4.0):
-        wanted = [replace(r, sampling=replace(r.sampling, guidance=2.0)) for r in requests(7, temperature)]
+        wanted = [
+            replace(r, sampling=replace(r.sampling, guidance=2.0)) for r in requests(7, temperature)
+        ]
         answers = Engine(model, 4, reader(model, way)).run(wanted)
         for request, answer in zip(wanted, answers, strict=True):
             assert_same(answer.segments(), alone(model, request))
@@ -182,7 +220,11 @@ def test_guided_requests_side_by_side_get_what_generate_gives_them(way: str) -> 
 
 
 def test_a_guided_batch_is_its_rows() -> None:
-    model, plan, sampling = zipped(LLAMAS, {"text": 2}), ["text", "speech", "text"], Sampling(guidance=2.5)
+    model, plan, sampling = (
+        zipped(LLAMAS, {"text": 2}),
+        ["text", "speech", "text"],
+        Sampling(guidance=2.5),
+    )
     prompts = [prompt(["speech", "text"], seed) for seed in range(5)]
     together = generate(model, prompts, plan, sampling, LIMITS)
     for row, segments in zip(prompts, together, strict=True):
@@ -220,10 +262,17 @@ def test_no_more_requests_run_than_there_are_rows() -> None:
 
 def test_other_neighbours_of_the_same_shape_change_no_bit() -> None:
     model = zipped(LLAMAS, {"text": 2})
-    mine = Request([Segment("speech", [3, 4, 5])], ["text", "speech"], Sampling(1.0, seed=3), LIMITS)
+    mine = Request(
+        [Segment("speech", [3, 4, 5])], ["text", "speech"], Sampling(1.0, seed=3), LIMITS
+    )
     scores = []
     for other in (6, 9):
-        theirs = Request([Segment("speech", [other, 8, 2])], [Segment("text", []), "speech"], Sampling(1.0, seed=other), LIMITS)
+        theirs = Request(
+            [Segment("speech", [other, 8, 2])],
+            [Segment("text", []), "speech"],
+            Sampling(1.0, seed=other),
+            LIMITS,
+        )
         answer = Engine(model, 3).run([theirs, mine, theirs])[1]
         scores.append([written.logprobs[:3] for written in answer.written[:1]])
     assert scores[0] == scores[1]
@@ -237,7 +286,9 @@ def test_what_goes_wrong_in_one_request_is_its_own_affair(way: str) -> None:
         raise KeyError("their own code")
 
     wanted = [
-        Request([Segment("text", [3] * 10)], ["text", "speech", "text"]),  # no room for the last one
+        Request(
+            [Segment("text", [3] * 10)], ["text", "speech", "text"]
+        ),  # no room for the last one
         Request([Segment("text", [3, 4])], ["speech"]),
         Request([Segment("text", [3, 4])], ["speech"], rules={"speech": Rules(fails)}),
     ]
@@ -251,7 +302,9 @@ def test_what_goes_wrong_in_one_request_is_its_own_affair(way: str) -> None:
 
 
 def test_a_batch_of_generate_survives_a_row_without_room() -> None:
-    model = Zipper.from_towers({name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL)
+    model = Zipper.from_towers(
+        {name: tiny_tower("llama", width=16, layers=2, positions=16) for name in LLAMAS}, link=SMALL
+    )
     batch = [[Segment("text", [3] * 12)], [Segment("text", [5])]]
     outputs: list[str | Segment] = ["speech", "text", "speech"]
     limits = {"text": 2, "speech": 1}
@@ -263,7 +316,9 @@ def test_a_batch_of_generate_survives_a_row_without_room() -> None:
 
 def test_a_long_prompt_is_read_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zipped(LLAMAS)
-    request = Request([Segment("speech", [3, 4, 5, 6, 7, 8]), Segment("text", [9, 2])], ["text"], limits=LIMITS)
+    request = Request(
+        [Segment("speech", [3, 4, 5, 6, 7, 8]), Segment("text", [9, 2])], ["text"], limits=LIMITS
+    )
     monkeypatch.setattr(engines, "CHUNK", 3)
     running = Engine(model, 1, reader(model, way))
     answer = running.submit(request)
@@ -283,7 +338,9 @@ def test_a_long_prompt_is_read_in_pieces(way: str, monkeypatch: pytest.MonkeyPat
 
 def test_tokens_come_as_they_are_produced(way: str) -> None:
     model = zipped(LLAMAS, {"text": 2})
-    request = Request(prompt(["speech"], 1), ["text", Segment("speech", [5])], Sampling(3.0, seed=1), LIMITS)
+    request = Request(
+        prompt(["speech"], 1), ["text", Segment("speech", [5])], Sampling(3.0, seed=1), LIMITS
+    )
     running = Engine(model, 2, reader(model, way))
     answer, other = running.submit(request), running.submit(requests(1)[0])
     first = next(tokens := running.stream(answer))
@@ -292,7 +349,9 @@ def test_tokens_come_as_they_are_produced(way: str) -> None:
     assert answer.done
     for number, segment in enumerate(alone(model, request)):
         mine = [token for token in found if token.segment == number]
-        assert [token.id for token in mine] == segment.content[number:]  # the second one has a forced id
+        assert [token.id for token in mine] == segment.content[
+            number:
+        ]  # the second one has a forced id
         assert {token.tower for token in mine} <= {segment.tower}
     list(running.stream(other))
     assert_same(other.segments(), alone(model, requests(1)[0]))
@@ -300,9 +359,13 @@ def test_tokens_come_as_they_are_produced(way: str) -> None:
 
 def test_what_is_given_may_come_bit_by_bit(way: str) -> None:
     model = zipped(LLAMAS, {"text": 2})
-    whole = Request([Segment("text", [4]), Segment("speech", [3, 4, 5, 6, 7])], ["text"], limits=LIMITS)
+    whole = Request(
+        [Segment("text", [4]), Segment("speech", [3, 4, 5, 6, 7])], ["text"], limits=LIMITS
+    )
     running = Engine(model, 2, reader(model, way))
-    answer = running.submit(Request([Segment("text", [4]), Segment("speech", [3])], ["text"], limits=LIMITS, more=True))
+    answer = running.submit(
+        Request([Segment("text", [4]), Segment("speech", [3])], ["text"], limits=LIMITS, more=True)
+    )
     assert list(running.stream(answer)) == [] and not answer.done, "it waits"
     answer.feed([4, 5])
     other = running.submit(requests(2)[1])
@@ -348,14 +411,19 @@ def test_whatever_is_fed_is_read_number_by_number(parts: list[Sequence[int]]) ->
     model = zipped(LLAMAS, {"text": 2})
     for together in (True, False):  # fed before the first step, or a part a step
         running = Engine(model, 1)
-        answer = running.submit(Request([Segment("speech", [3])], ["text"], limits=LIMITS, more=True))
+        answer = running.submit(
+            Request([Segment("speech", [3])], ["text"], limits=LIMITS, more=True)
+        )
         for part in map(list, parts) if together else parts:
             answer.feed(part)
             assert together or running.step()
         assert [*answer.fed] == ([5, 6, 7] if together else [])
         answer.finish()
         list(running.stream(answer))
-        assert_same(answer.segments(), alone(model, Request([Segment("speech", [3, 5, 6, 7])], ["text"], limits=LIMITS)))
+        assert_same(
+            answer.segments(),
+            alone(model, Request([Segment("speech", [3, 5, 6, 7])], ["text"], limits=LIMITS)),
+        )
         parts = [[5], [6, 7]]  # iterators are spent
 
 
@@ -365,8 +433,12 @@ def test_what_a_caller_does_to_its_own_lists_later_changes_no_request() -> None:
     buffer, forced, limits = np.array([3, 4, 5]), [5], {"text": 3, "speech": 2}
     rules = {"text": Rules()}
     running = Engine(model, 1)
-    request = Request([Segment("speech", buffer)], [Segment("text", forced), "speech"], limits=limits, rules=rules)
-    wanted = Request([Segment("speech", [3, 4, 5])], [Segment("text", [5]), "speech"], limits=dict(limits))
+    request = Request(
+        [Segment("speech", buffer)], [Segment("text", forced), "speech"], limits=limits, rules=rules
+    )
+    wanted = Request(
+        [Segment("speech", [3, 4, 5])], [Segment("text", [5]), "speech"], limits=dict(limits)
+    )
     answer = running.submit(request)
     buffer[:], limits["text"], rules["text"] = 9, 1, Rules(one_of([[7]], 19))
     forced.append(8)
@@ -378,13 +450,18 @@ def test_what_a_caller_does_to_its_own_lists_later_changes_no_request() -> None:
     buffer[:], part[:] = 3, 3
     fed.finish()
     list(running.stream(fed))
-    assert_same(fed.segments(), alone(model, Request([Segment("speech", [9, 9, 9, 4, 5])], ["text"], limits=LIMITS)))
+    assert_same(
+        fed.segments(),
+        alone(model, Request([Segment("speech", [9, 9, 9, 4, 5])], ["text"], limits=LIMITS)),
+    )
 
 
 def test_whoever_says_what_is_allowed_cannot_change_what_was_said() -> None:
     model = zipped(LLAMAS)
     seen: list[Sequence[int]] = []
-    request = Request(TALK, ["text"], limits=LIMITS, rules={"text": Rules(lambda ids: seen.append(ids))})  # type: ignore[func-returns-value]
+    request = Request(
+        TALK, ["text"], limits=LIMITS, rules={"text": Rules(lambda ids: seen.append(ids))}
+    )  # type: ignore[func-returns-value]
     (answer,) = Engine(model, 1).run([request])
     assert seen and all(list(ids) == answer.written[0].ids[: len(ids)] for ids in seen)
     assert {*map(type, seen)} == {tuple}
@@ -412,7 +489,10 @@ def test_requests_that_wait_to_be_fed_hold_no_row(way: str) -> None:
     while running.step():
         pass
     for number, answer in enumerate(idle):
-        assert_same(answer.segments(), alone(model, Request([Segment("speech", [3 + number, 5, 6])], ["text"], limits=LIMITS)))
+        assert_same(
+            answer.segments(),
+            alone(model, Request([Segment("speech", [3 + number, 5, 6])], ["text"], limits=LIMITS)),
+        )
     assert running.load == (0, 0)
 
 
@@ -449,7 +529,10 @@ def test_requests_are_parked_and_fed_at_any_step_and_get_what_they_get_alone(way
     model, dice = zipped(LLAMAS, {"text": 2}), random.Random(1)
     running = Engine(model, 2, reader(model, way))
     contents = [[i for _, i in draw(dice, ["speech"], 1, 12)] for _ in range(8)]
-    answers = [running.submit(Request([Segment("speech", [])], ["text"], limits=LIMITS, more=True)) for _ in contents]
+    answers = [
+        running.submit(Request([Segment("speech", [])], ["text"], limits=LIMITS, more=True))
+        for _ in contents
+    ]
     left = [list(ids) for ids in contents]
     while running.step() or not all(answer.done for answer in answers):
         for number, answer in enumerate(answers):
@@ -458,15 +541,21 @@ def test_requests_are_parked_and_fed_at_any_step_and_get_what_they_get_alone(way
             elif not left[number]:
                 answer.finish()
     for ids, answer in zip(contents, answers, strict=True):
-        assert_same(answer.segments(), alone(model, Request([Segment("speech", ids)], ["text"], limits=LIMITS)))
+        assert_same(
+            answer.segments(),
+            alone(model, Request([Segment("speech", ids)], ["text"], limits=LIMITS)),
+        )
 
 
 # Search.
 
 
 @torch.inference_mode()
-def every_way(model: Zipper, given: Sequence[Segment], tower: str, cap: int, power: float) -> list[tuple[float, list[int], bool]]:
-    """All segments of up to `cap` tokens with their scores, token by token, best first: (score, ids, ended)."""
+def every_way(
+    model: Zipper, given: Sequence[Segment], tower: str, cap: int, power: float
+) -> list[tuple[float, list[int], bool]]:
+    """All segments of up to `cap` tokens with their scores, token by token, best first: (score,
+    ids, ended)."""
     found = []
     begin, end = model.ends()[tower]
     vocabulary = [i for i in range(model.config.towers[tower].vocabulary) if i not in (begin, end)]
@@ -489,7 +578,9 @@ def every_way(model: Zipper, given: Sequence[Segment], tower: str, cap: int, pow
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
-def test_a_beam_that_holds_everything_finds_the_best_of_all_segments(power: float, way: str) -> None:
+def test_a_beam_that_holds_everything_finds_the_best_of_all_segments(
+    power: float, way: str
+) -> None:
     towers = {"text": tiny_tower("llama", 1, 16, 2, 6), "speech": tiny_tower("llama", 2, 16, 2, 5)}
     model = Zipper.from_towers(towers, link=LinkConfig(head_width=8, gate_init=0.7))
     given = [Segment("speech", [3, 2])]
@@ -497,9 +588,15 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all_segments(power: floa
     request = Request(given, ["text"], limits={"text": 2}, search=Search(64, 5, power))
     (answer,) = Engine(model, 1, reader(model, way)).run([request])
     (written,) = answer.written
-    assert [(list(h.ids), h.ended) for h in written.best] == [(ids, ended) for _, ids, ended in ranked[:5]]
-    assert [h.score for h in written.best] == pytest.approx([score for score, _, _ in ranked[:5]], abs=1e-4)
-    assert written.ids == ranked[0][1] and written.segment.score == pytest.approx(sum(written.best[0].logprobs))
+    assert [(list(h.ids), h.ended) for h in written.best] == [
+        (ids, ended) for _, ids, ended in ranked[:5]
+    ]
+    assert [h.score for h in written.best] == pytest.approx(
+        [score for score, _, _ in ranked[:5]], abs=1e-4
+    )
+    assert written.ids == ranked[0][1] and written.segment.score == pytest.approx(
+        sum(written.best[0].logprobs)
+    )
 
 
 def test_a_beam_of_one_is_greedy_and_what_follows_sees_the_winner(way: str) -> None:
@@ -512,7 +609,10 @@ def test_a_beam_of_one_is_greedy_and_what_follows_sees_the_winner(way: str) -> N
 
 def test_a_wider_beam_scores_no_less_and_runs_beside_others(way: str) -> None:
     model = zipped(LLAMAS, {"text": 2})
-    wanted = [Request(prompt(["speech"], 3), ["text"], limits=LIMITS, search=Search(w, w, 0.0)) for w in (1, 4)]
+    wanted = [
+        Request(prompt(["speech"], 3), ["text"], limits=LIMITS, search=Search(w, w, 0.0))
+        for w in (1, 4)
+    ]
     narrow, wide, other = Engine(model, 3, reader(model, way)).run([*wanted, requests(1)[0]])
     assert wide.written[0].best[0].score >= narrow.written[0].best[0].score - 1e-5
     assert len({h.ids for h in wide.written[0].best}) == len(wide.written[0].best) == 4
@@ -528,7 +628,12 @@ def test_only_what_is_allowed_is_said(search: Search | None) -> None:
     end = model.ends()["text"].end
     choices = [[3, 4, 5], [3, 6], [7]]
     for seed in range(4):
-        request = Request(prompt(["speech"], seed), ["text"], rules={"text": Rules(one_of(choices, end))}, search=search)
+        request = Request(
+            prompt(["speech"], seed),
+            ["text"],
+            rules={"text": Rules(one_of(choices, end))},
+            search=search,
+        )
         (segment,) = Engine(model, 1).run([request])[0].segments()
         assert segment.content in choices and segment.ended
 
@@ -540,9 +645,13 @@ def test_of_what_is_allowed_the_beam_finds_the_likeliest() -> None:
     scores = {}
     for ids in choices:
         rules = {"text": Rules(one_of([ids], end))}
-        scores[tuple(ids)] = Engine(model, 1).run([Request(given, ["text"], rules=rules)])[0].segments()[0].score
+        scores[tuple(ids)] = (
+            Engine(model, 1).run([Request(given, ["text"], rules=rules)])[0].segments()[0].score
+        )
     search = Search(8, 4, 0.0)
-    (answer,) = Engine(model, 1).run([Request(given, ["text"], rules={"text": Rules(one_of(choices, end))}, search=search)])
+    (answer,) = Engine(model, 1).run(
+        [Request(given, ["text"], rules={"text": Rules(one_of(choices, end))}, search=search)]
+    )
     assert {h.ids: h.score for h in answer.written[0].best} == pytest.approx(scores, abs=1e-4)
     assert tuple(answer.written[0].ids) == max(scores, key=lambda ids: scores[ids])
 
@@ -566,17 +675,34 @@ def says_one_thing(model: Zipper) -> Zipper:
 def test_a_loop_is_closed_and_says_so(search: Search | None) -> None:
     model = says_one_thing(zipped(LLAMAS))
     rules = {"text": Rules(period=3, repeats=4)}
-    request = Request([Segment("speech", [3])], ["text", "speech"], limits={"text": 50, "speech": 2}, rules=rules, search=search)
+    request = Request(
+        [Segment("speech", [3])],
+        ["text", "speech"],
+        limits={"text": 50, "speech": 2},
+        rules=rules,
+        search=search,
+    )
     (answer,) = Engine(model, 1).run([request])
     assert answer.written[0].ids == [3] * 4 and answer.written[0].stop == "loop"
     looped = [*request.segments, Segment("text", [3] * 4)]
-    assert answer.segments()[1].content == generate(model, [looped], ["speech"], Sampling(), {"speech": 2})[0][0].content
+    assert (
+        answer.segments()[1].content
+        == generate(model, [looped], ["speech"], Sampling(), {"speech": 2})[0][0].content
+    )
 
 
 def test_a_loop_is_any_short_period_that_repeats() -> None:
     rules = Rules(period=3, repeats=3)
-    assert rules.loops([9, 1, 1, 1]) and rules.loops([1, 2, 1, 2, 1, 2]) and rules.loops([5, 1, 2, 3, 1, 2, 3, 1, 2, 3])
-    assert not rules.loops([1, 1]) and not rules.loops([1, 1, 1, 2]) and not rules.loops([1, 2, 3, 4] * 3)
+    assert (
+        rules.loops([9, 1, 1, 1])
+        and rules.loops([1, 2, 1, 2, 1, 2])
+        and rules.loops([5, 1, 2, 3, 1, 2, 3, 1, 2, 3])
+    )
+    assert (
+        not rules.loops([1, 1])
+        and not rules.loops([1, 1, 1, 2])
+        and not rules.loops([1, 2, 3, 4] * 3)
+    )
     assert not Rules().loops([1] * 99)
 
 
@@ -607,14 +733,23 @@ TALK = [Segment("speech", [3, 4])]
         (Request(TALK, []), "without outputs"),
         (Request(TALK, ["txt"]), "no tower 'txt'"),
         (Request([Segment("speech", [23])], ["text"]), "id 23"),
-        (Request([Segment("speech", [0, 3, 14])], ["text"]), "the id 0, with which its segments begin"),
+        (
+            Request([Segment("speech", [0, 3, 14])], ["text"]),
+            "the id 0, with which its segments begin",
+        ),
         (Request(TALK, [Segment("text", [5, 19])]), "the id 19, with which its segments end"),
-        (Request(TALK, ["text"], Sampling(temperature=1.0), search=Search()), "a search and with temperature"),
+        (
+            Request(TALK, ["text"], Sampling(temperature=1.0), search=Search()),
+            "a search and with temperature",
+        ),
         (Request(TALK, ["text"], limits={"txt": 3}), "no tower 'txt'"),
         (Request(TALK, ["text"], limits={"text": 0}), "at least 1"),
         (Request(TALK, ["text"], rules={"txt": Rules()}), "no tower 'txt'"),
         (Request([], ["text"], more=True), "no given segment to feed"),
-        (Request(TALK, ["text"], Sampling(guidance=2.0), search=Search()), "a search and with guidance"),
+        (
+            Request(TALK, ["text"], Sampling(guidance=2.0), search=Search()),
+            "a search and with guidance",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_refused_at_once(request_: Request, message: str) -> None:
@@ -646,5 +781,9 @@ def test_logits_of_a_gpu_come_to_the_cpu_and_rows_without_any_stay_so() -> None:
     with FakeTensorMode():  # shapes and devices alone: no GPU is needed
         rows = [torch.empty(5, device="cuda"), None, torch.empty(5, device="cuda")]
         found = engines._here(rows)
-    assert [row if row is None else (row.shape, row.device.type) for row in found] == [((5,), "cpu"), None, ((5,), "cpu")]
+    assert [row if row is None else (row.shape, row.device.type) for row in found] == [
+        ((5,), "cpu"),
+        None,
+        ((5,), "cpu"),
+    ]
     assert engines._here([None]) == [None]

@@ -1,4 +1,5 @@
-"""What zipper stands on: extras are asked for by one mechanism, versions are pinned and tried, and each is said in a sentence."""
+"""What zipper stands on: extras are asked for by one mechanism, versions are pinned and tried, and
+each is said in a sentence."""
 
 import ast
 import json
@@ -19,15 +20,26 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from transformers.utils import logging
 
-from zipper import environment, families
+from zipper import environment
+from zipper.towers import families
 from zipper.environment import BrokenExtra, MissingExtra
 from zipper.testing import tiny_tower
 from zipper.tower import Tower, UnsupportedTower
 
 ROOT = Path(__file__).parents[1]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items() if name != "all"}
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]
+EXTRAS = {
+    name: [Requirement(line) for line in lines]
+    for name, lines in PROJECT["optional-dependencies"].items()
+    if name != "all"
+}
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
 #: Not pinned: what torch's CUDA build brings and pins itself, and Python's own tools.
 FREE = re.compile(r"(nvidia|cuda)-.*|triton|pip|setuptools|wheel|zipper-lm")
 
@@ -41,8 +53,13 @@ def test_the_extras_are_those_of_the_project() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "package"), [(name, wanted.name) for name, packages in EXTRAS.items() for wanted in packages])
-def test_a_missing_package_is_said_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [(name, wanted.name) for name, packages in EXTRAS.items() for wanted in packages],
+)
+def test_a_missing_package_is_said_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
     module = environment.importable(package)
     monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
     sentence = f"This needs {module}, which is not installed. Do: pip install 'zipper-lm[{name}]'"
@@ -67,22 +84,40 @@ def test_what_is_installed_and_does_not_load_is_another_matter(
     (tmp_path / "soundfile.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "soundfile", raising=False)
-    with pytest.raises(BrokenExtra, match=rf"soundfile, which is installed and does not load \({said}\).*zipper-lm\[speech\]"):
+    with pytest.raises(
+        BrokenExtra,
+        match=rf"soundfile, which is installed and does not load \({said}\).*zipper-lm\[speech\]",
+    ):
         environment.extra("soundfile")
 
 
 def test_extras_are_imported_by_nothing_but_the_one_mechanism() -> None:
-    modules = {environment.importable(wanted.name) for name, packages in EXTRAS.items() if name != "dev" for wanted in packages}
+    modules = {
+        environment.importable(wanted.name)
+        for name, packages in EXTRAS.items()
+        if name != "dev"
+        for wanted in packages
+    }
     found = []
     for path in sorted((ROOT / "src" / "zipper").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        typed = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        typed = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
         for node in typed:
             node.body = []
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            found += [f"{path.name}, line {node.lineno}: {name}" for name in names if name.partition(".")[0] in modules]
+            names += (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            )
+            found += [
+                f"{path.name}, line {node.lineno}: {name}"
+                for name in names
+                if name.partition(".")[0] in modules
+            ]
     assert not found, f"{found}. Write extra('MODULE'), which says what is missing."
 
 
@@ -90,9 +125,13 @@ def test_extras_are_imported_by_nothing_but_the_one_mechanism() -> None:
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:
-    wanted = [Requirement(line) for line in PROJECT["dependencies"]] + [r for packages in EXTRAS.values() for r in packages]
+    wanted = [Requirement(line) for line in PROJECT["dependencies"]] + [
+        r for packages in EXTRAS.values() for r in packages
+    ]
     for requirement in wanted:
-        assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), str(requirement)
+        assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), str(
+            requirement
+        )
 
 
 def test_what_comes_along_is_pinned_too() -> None:
@@ -106,7 +145,9 @@ def test_what_comes_along_is_pinned_too() -> None:
             continue
         for requirement in map(Requirement, lines):
             name = canonicalize_name(requirement.name)
-            meant = requirement.marker is None or requirement.marker.evaluate({**default_environment(), "extra": extra})
+            meant = requirement.marker is None or requirement.marker.evaluate(
+                {**default_environment(), "extra": extra}
+            )
             if meant and name not in reached and not FREE.fullmatch(name):
                 reached.add(name)
                 left += [(name, part) for part in ("", *requirement.extras)]
@@ -122,7 +163,10 @@ def _installed(name: str) -> bool:
 
 
 def test_pins_name_no_build_no_place_and_nothing_of_cuda() -> None:
-    assert all(re.fullmatch(r"[\w.]+", version) and not FREE.fullmatch(name) for name, version in PINS.items())
+    assert all(
+        re.fullmatch(r"[\w.]+", version) and not FREE.fullmatch(name)
+        for name, version in PINS.items()
+    )
     assert [*PINS] == sorted(PINS)
 
 
@@ -139,9 +183,16 @@ def test_versions_are_read_as_packaging_reads_them(version: str) -> None:
     assert environment.numbers(version) == Version(version).release
 
 
-def test_a_version_is_new_if_it_is_newer_than_all_that_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "tried", lambda: {"torch": ("2.11.0", "2.13.0"), "python": ("3.11",)})
-    new = {version: environment.newer("torch", version) for version in ("2.9.1", "2.12.0", "2.13.0+cu130", "2.13.1", "2.100.0")}
+def test_a_version_is_new_if_it_is_newer_than_all_that_were_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        environment, "tried", lambda: {"torch": ("2.11.0", "2.13.0"), "python": ("3.11",)}
+    )
+    new = {
+        version: environment.newer("torch", version)
+        for version in ("2.9.1", "2.12.0", "2.13.0+cu130", "2.13.1", "2.100.0")
+    }
     assert [*new.values()] == [False, False, False, True, True]
     assert not environment.newer("python", "3.11.7") and environment.newer("python", "3.12.0")
 
@@ -152,14 +203,23 @@ def refusal_of(name: str) -> str:
     return str(refused.value)
 
 
-def test_a_refusal_names_the_ground_where_that_is_newer_than_any_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_the_ground_where_that_is_newer_than_any_that_was_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert refusal_of("mamba").endswith("Use another model.")
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.0")  # it puts itself there anew now and then
+    monkeypatch.setattr(
+        sys.modules["transformers"], "__version__", "5.99.0"
+    )  # it puts itself there anew now and then
     newest = {name: environment.tried()[name][-1] for name in environment.MOVING}
     said = refusal_of("mamba")
     assert said.startswith("MambaForCausalLM") and "another model" not in said
-    assert f"Here is transformers 5.99.0, the newest that was tried is {newest['transformers']}" in said
-    assert said.endswith(f"Do: pip install 'torch=={newest['torch']}' 'transformers=={newest['transformers']}'")
+    assert (
+        f"Here is transformers 5.99.0, the newest that was tried is {newest['transformers']}"
+        in said
+    )
+    assert said.endswith(
+        f"Do: pip install 'torch=={newest['torch']}' 'transformers=={newest['transformers']}'"
+    )
 
 
 # --- what others say
@@ -203,11 +263,22 @@ print(json.dumps([heavy, missing, same, shown, transformers.logging.get_verbosit
 
 
 def test_importing_zipper_loads_nothing_heavy_and_changes_no_settings() -> None:
-    said = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True, env=_plain())
+    said = subprocess.run(
+        [sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True, env=_plain()
+    )
     heavy, missing, same, shown, verbosity = json.loads(said.stdout)
-    assert (heavy, missing, same, shown) == ([], [], True, [True, False]) and verbosity == transformers.logging.WARNING
+    assert (heavy, missing, same, shown) == (
+        [],
+        [],
+        True,
+        [True, False],
+    ) and verbosity == transformers.logging.WARNING
 
 
 def _plain() -> dict[str, str]:
     """The environment without what this project sets in it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }

@@ -1,5 +1,5 @@
-"""Rates against a hand-written Levenshtein, intervals and floors against counting, the language model against a law, the judge
-against clean speech."""
+"""Rates against a hand-written Levenshtein, intervals and floors against counting, the language
+model against a law, the judge against clean speech."""
 
 import itertools
 import json
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipper import corpus
-from zipper.audio import Audio
+from zipper_lab.corpora import commands as corpus
+from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import (
     JUDGE_NORMALISER,
@@ -57,7 +57,9 @@ def levenshtein(wanted: str | list[str], got: str | list[str]) -> int:
         ("?!", ""),
     ],
 )
-def test_the_judges_normaliser_keeps_lower_case_letters_digits_and_apostrophes(raw: str, plain: str) -> None:
+def test_the_judges_normaliser_keeps_lower_case_letters_digits_and_apostrophes(
+    raw: str, plain: str
+) -> None:
     assert normalise(raw, JUDGE_NORMALISER) == plain
 
 
@@ -93,7 +95,12 @@ def test_any_script_has_a_rate_and_the_rate_says_what_it_counts() -> None:
     russian = error_rate(["привет мир", "Ещё раз!"], ["Привет, мир", "еще раз"])
     assert (russian.wer, russian.counted, russian.normaliser) == (1 / 4, "words", "unicode-words")
     chinese = error_rate(["你好世界"], ["你 好世 街"])
-    assert (chinese.wer, chinese.cer, chinese.words, chinese.counted) == (1 / 4, 1 / 4, 4, "characters")
+    assert (chinese.wer, chinese.cer, chinese.words, chinese.counted) == (
+        1 / 4,
+        1 / 4,
+        4,
+        "characters",
+    )
     mixed = error_rate(["我用 iphone"], ["我用 android"])
     assert (mixed.wer, mixed.words, mixed.counted) == (1 / 3, 3, "words and characters")
     assert error_rate(["straße"], ["strasse"]).words == 1 and error_rate(["łódź"], ["odz"]).wer == 1
@@ -108,19 +115,27 @@ def test_what_is_heard_where_nobody_speaks_is_an_insertion() -> None:
     for texts in (["", "?"], ["..."]):
         with pytest.raises(ZipperError, match="None of the references has a word"):
             error_rate(texts, ["a"] * len(texts))
-    with pytest.raises(ZipperError, match=r"'привет' has no words after normalising \(lower-ascii-words\)"):
+    with pytest.raises(
+        ZipperError, match=r"'привет' has no words after normalising \(lower-ascii-words\)"
+    ):
         error_rate(["привет", "call"], ["call", "call"], normaliser="lower-ascii-words")
 
 
 def test_each_voice_has_its_own_rate() -> None:
     rates = by_voice(["a b", "c d", "e f"], ["a b", "x d", "x y"], ["low", "high", "low"])
-    assert {voice: (rate.wer, rate.utterances) for voice, rate in rates.items()} == {"low": (0.5, 2), "high": (0.5, 1)}
+    assert {voice: (rate.wer, rate.utterances) for voice, rate in rates.items()} == {
+        "low": (0.5, 2),
+        "high": (0.5, 1),
+    }
 
 
 @pytest.mark.parametrize(
-    ("references", "hypotheses", "named"), [([], [], "at least one"), (["a"], [], "1 references and 0"), (["?"], ["a"], "'?'")]
+    ("references", "hypotheses", "named"),
+    [([], [], "at least one"), (["a"], [], "1 references and 0"), (["?"], ["a"], "'?'")],
 )
-def test_what_cannot_be_compared_is_named(references: list[str], hypotheses: list[str], named: str) -> None:
+def test_what_cannot_be_compared_is_named(
+    references: list[str], hypotheses: list[str], named: str
+) -> None:
     with pytest.raises(ZipperError, match=named.replace("?", r"\?")):
         error_rate(references, hypotheses)
 
@@ -157,8 +172,16 @@ def worse(*edits: int) -> list[str]:
 @pytest.mark.parametrize(
     ("first", "second", "p"),
     [
-        ([1, 2, 3, 4, 5], [0, 0, 0, 0, 0], 2 / 32),  # all five agree: the two extreme ones of 2 ** 5 sign patterns
-        ([0, 2, 3, 4, 5], [1, 0, 0, 0, 0], 4 / 32),  # only rank 1 disagrees: sums 0 and 1 at either end
+        (
+            [1, 2, 3, 4, 5],
+            [0, 0, 0, 0, 0],
+            2 / 32,
+        ),  # all five agree: the two extreme ones of 2 ** 5 sign patterns
+        (
+            [0, 2, 3, 4, 5],
+            [1, 0, 0, 0, 0],
+            4 / 32,
+        ),  # only rank 1 disagrees: sums 0 and 1 at either end
         ([3, 3], [3, 3], 1.0),
     ],
 )
@@ -171,7 +194,10 @@ def test_wilcoxon_counts_sign_patterns(first: list[int], second: list[int], p: f
 def test_the_paired_bootstrap_draws_both_systems_together() -> None:
     """Three utterances have 27 equally likely resamples: count them."""
     first, second = [4, 0, 9], [1, 1, 7]
-    deltas = sorted(sum(second[i] - first[i] for i in drawn) / 30 for drawn in itertools.product(range(3), repeat=3))
+    deltas = sorted(
+        sum(second[i] - first[i] for i in drawn) / 30
+        for drawn in itertools.product(range(3), repeat=3)
+    )
     found = difference([TEN] * 3, worse(*first), worse(*second))
     assert found.low == pytest.approx(deltas[0])  # 1 / 27 of the resamples, more than 2.5 %
     assert found.high == pytest.approx(deltas[-1])
@@ -216,7 +242,10 @@ class Arpa:
             rows = [line.split("\t") for line in section.splitlines()[1:] if line]
             self.counted.append(len(rows))
             for p, gram, *back_off in rows:
-                self.grams[tuple(gram.split())] = (float(p), float(back_off[0]) if back_off else 0.0)
+                self.grams[tuple(gram.split())] = (
+                    float(p),
+                    float(back_off[0]) if back_off else 0.0,
+                )
 
     def p(self, history: tuple[str, ...], word: str) -> float:
         if (*history, word) in self.grams:
@@ -229,16 +258,22 @@ def test_after_every_history_the_probabilities_add_up_to_one(order: int) -> None
     model = Arpa(arpa([u.text for u in corpus.sentences("text", 60)], order))
     assert model.sizes == model.counted
     assert len(model.sizes) == order
-    vocabulary = [word for (word,) in (gram for gram in model.grams if len(gram) == 1) if word != "<s>"]
+    vocabulary = [
+        word for (word,) in (gram for gram in model.grams if len(gram) == 1) if word != "<s>"
+    ]
     histories = {gram[:-1] for gram in model.grams} | {("oranges", "never")}
     for history in histories:
-        assert sum(model.p(history, word) for word in vocabulary) == pytest.approx(1, abs=1e-4), history
+        assert sum(model.p(history, word) for word in vocabulary) == pytest.approx(1, abs=1e-4), (
+            history
+        )
 
 
 def test_the_bigrams_are_those_of_witten_and_bell() -> None:
     """Two sentences, "a b" and "a c": six words with their ends, of four types."""
     model = Arpa(arpa(["A b", "a, c"]))
-    unigram = {word: (n + 4 / 4) / (6 + 4) for word, n in {"a": 2, "b": 1, "c": 1, "</s>": 2}.items()}
+    unigram = {
+        word: (n + 4 / 4) / (6 + 4) for word, n in {"a": 2, "b": 1, "c": 1, "</s>": 2}.items()
+    }
     for word, p in unigram.items():
         assert model.p((), word) == pytest.approx(p, rel=1e-4)
     assert model.p(("<s>",), "a") == pytest.approx((2 + 1 * unigram["a"]) / 3, rel=1e-4)
@@ -261,20 +296,26 @@ def said() -> list[tuple[str, Audio]]:
     return [(u.text, corpus.synthesize(u)) for u in corpus.sentences("dev", 10)]
 
 
-def test_the_judge_hears_clean_speech_of_its_domain(judge: Judge, said: list[tuple[str, Audio]]) -> None:
+def test_the_judge_hears_clean_speech_of_its_domain(
+    judge: Judge, said: list[tuple[str, Audio]]
+) -> None:
     texts, audios = map(list, zip(*said, strict=True))
     heard = judge_audio(judge, audios)  # more than a chunk: in two processes
     assert error_rate(texts, heard).wer < 0.1
     assert judge_audio(judge, audios[:2], workers=1) == heard[:2]
 
 
-@pytest.mark.parametrize("text", ["train nine leaves boston at two fifty three", "leaves call paris oranges"])
+@pytest.mark.parametrize(
+    "text", ["train nine leaves boston at two fifty three", "leaves call paris oranges"]
+)
 def test_the_language_model_does_not_repair_what_was_said(judge: Judge, text: str) -> None:
     """A word that fits as well, or none that fits: what is heard is what was said."""
     assert judge.transcribe(corpus.synthesize(corpus.Utterance("", text, 0, "low"))) == text
 
 
-def test_the_same_sound_is_heard_alike_whatever_came_before(judge: Judge, said: list[tuple[str, Audio]]) -> None:
+def test_the_same_sound_is_heard_alike_whatever_came_before(
+    judge: Judge, said: list[tuple[str, Audio]]
+) -> None:
     """Bad sound comes between: noise, hardly any sound, none."""
     bad = [
         Audio(np.random.default_rng(0).standard_normal(8000).astype(np.float32), 16_000),
@@ -297,7 +338,12 @@ def test_loudness_and_rate_do_not_matter(judge: Judge, said: list[tuple[str, Aud
 def test_a_word_that_the_judge_cannot_say_is_named() -> None:
     with pytest.raises(ZipperError, match="no pronunciation of blorft, qwyx"):
         Judge.from_sentences(["send the qwyx to blorft"])
-    assert [line.split()[0] for line in pronunciations({"and", "a"}).splitlines()] == ["a", "a(2)", "and", "and(2)"]
+    assert [line.split()[0] for line in pronunciations({"and", "a"}).splitlines()] == [
+        "a",
+        "a(2)",
+        "and",
+        "and(2)",
+    ]
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

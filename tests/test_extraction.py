@@ -1,4 +1,5 @@
-"""Extraction: one pass over a corpus leaves unit files that are the same bytes whoever worked and however often it was killed."""
+"""Extraction: one pass over a corpus leaves unit files that are the same bytes whoever worked and
+however often it was killed."""
 
 import json
 import random
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from zipper import audio, cli, data, disturbance, extraction, rows
+from zipper import cli
+from zipper.audio import sound as audio, disturbance
+from zipper.data import manifests as data, extraction, rows
 from zipper.errors import ZipperError
-from zipper.extraction import Policy, extract, processes
+from zipper.data.extraction import Policy, extract, processes
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 HERE = processes(1)
@@ -25,7 +28,14 @@ HERE = processes(1)
 def many(n: int, seed: int = 0) -> list[dict[str, Any]]:
     """Rows of ids, of all lengths."""
     chance = random.Random(seed)
-    return [{"id": f"n{i}", "text": chance.choices(range(2, 42), k=chance.randrange(9)), "speech": [i % 24]} for i in range(n)]
+    return [
+        {
+            "id": f"n{i}",
+            "text": chance.choices(range(2, 42), k=chance.randrange(9)),
+            "speech": [i % 24],
+        }
+        for i in range(n)
+    ]
 
 
 def spoil(path: Path, which: Iterable[int]) -> None:
@@ -45,7 +55,11 @@ def spoil(path: Path, which: Iterable[int]) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None:
@@ -58,12 +72,18 @@ def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None
         {"text": [3], "duration": 2.5},
     ]
     data.write(tmp_path / "rows.jsonl", raw)
-    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, shard=4, spread=HERE)
+    found = extract(
+        str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, shard=4, spread=HERE
+    )
     wanted = data.read(tmp_path / "rows.jsonl", MODALITIES)
     assert [found[i] for i in range(len(found))] == wanted
-    assert [found.name(i) for i in range(7)] == [row["id"] for row in raw[:7]] and found.name(9) == "said"
+    assert [found.name(i) for i in range(7)] == [row["id"] for row in raw[:7]] and found.name(
+        9
+    ) == "said"
     assert found.lengths.tolist() == [sum(map(len, row.values())) for row in wanted]
-    assert found.lengths_of("text").tolist() == [len(row.get("text", "-")) if "text" in row else -1 for row in wanted]
+    assert found.lengths_of("text").tolist() == [
+        len(row.get("text", "-")) if "text" in row else -1 for row in wanted
+    ]
     assert found.seconds.tolist() == pytest.approx([0.0] * 9 + [0.7, 2.5])
     assert list(data.read(tmp_path / "units", MODALITIES, limit=3)) == wanted[:3]
     told = rows.provenance(tmp_path / "units")
@@ -74,27 +94,59 @@ def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None
         "empty": 0,
     }
     assert (told["samples"], told["rows"], told["bad"], told["seconds"]) == (11, 11, 0, 3.2)
-    assert told["modalities"] == {name: modality.fingerprint for name, modality in MODALITIES.items()}
+    assert told["modalities"] == {
+        name: modality.fingerprint for name, modality in MODALITIES.items()
+    }
 
 
-def test_of_10_000_samples_100_are_bad_and_the_others_are_as_in_a_clean_pass(tmp_path: Path) -> None:
+def test_of_10_000_samples_100_are_bad_and_the_others_are_as_in_a_clean_pass(
+    tmp_path: Path,
+) -> None:
     data.write(tmp_path / "clean.jsonl", many(10_000))
     (tmp_path / "dirty.jsonl").write_bytes((tmp_path / "clean.jsonl").read_bytes())
     bad = sorted(random.Random(1).sample(range(10_000), 100))
     spoil(tmp_path / "dirty.jsonl", bad)
     clean = extract(str(tmp_path / "clean.jsonl"), tmp_path / "clean", MODALITIES, spread=HERE)
-    dirty = extract(str(tmp_path / "dirty.jsonl"), tmp_path / "dirty", MODALITIES, Policy("skip", 0.01), spread=HERE)
+    dirty = extract(
+        str(tmp_path / "dirty.jsonl"),
+        tmp_path / "dirty",
+        MODALITIES,
+        Policy("skip", 0.01),
+        spread=HERE,
+    )
     good = sorted({*range(10_000)} - {*bad})
-    assert len(clean) == 10_000 and len(dirty) == 9_900 == rows.provenance(tmp_path / "dirty")["rows"]
+    assert (
+        len(clean) == 10_000 and len(dirty) == 9_900 == rows.provenance(tmp_path / "dirty")["rows"]
+    )
     assert list(dirty) == list(clean.select(np.array(good)))
-    assert [dirty.name(i) for i in range(0, 9_900, 900)] == [f"n{good[i]}" for i in range(0, 9_900, 900)]
+    assert [dirty.name(i) for i in range(0, 9_900, 900)] == [
+        f"n{good[i]}" for i in range(0, 9_900, 900)
+    ]
     listed = data.manifest(tmp_path / "dirty" / "bad.jsonl")
-    assert [line["where"] for line in listed] == [f"{tmp_path / 'dirty.jsonl'}, line {n + 1}" for n in bad]
+    assert [line["where"] for line in listed] == [
+        f"{tmp_path / 'dirty.jsonl'}, line {n + 1}" for n in bad
+    ]
     assert all(line["why"].startswith(line["where"]) for line in listed)
-    with pytest.raises(ZipperError, match=r"100 of 10000 samples are bad, .* share of 0.0099 that was allowed"):
-        extract(str(tmp_path / "dirty.jsonl"), tmp_path / "dirty", MODALITIES, Policy("skip", 0.0099), spread=HERE)
-    with pytest.warns(UserWarning, match=r"100 of 10000 samples are bad, .* All are listed in .*bad.jsonl"):
-        extract(str(tmp_path / "dirty.jsonl"), tmp_path / "dirty", MODALITIES, Policy("warn"), spread=HERE)
+    with pytest.raises(
+        ZipperError, match=r"100 of 10000 samples are bad, .* share of 0.0099 that was allowed"
+    ):
+        extract(
+            str(tmp_path / "dirty.jsonl"),
+            tmp_path / "dirty",
+            MODALITIES,
+            Policy("skip", 0.0099),
+            spread=HERE,
+        )
+    with pytest.warns(
+        UserWarning, match=r"100 of 10000 samples are bad, .* All are listed in .*bad.jsonl"
+    ):
+        extract(
+            str(tmp_path / "dirty.jsonl"),
+            tmp_path / "dirty",
+            MODALITIES,
+            Policy("warn"),
+            spread=HERE,
+        )
     with pytest.raises(ZipperError, match=rf"dirty.jsonl, line {bad[0] + 1} is not JSON"):
         extract(str(tmp_path / "dirty.jsonl"), tmp_path / "dirty", MODALITIES, spread=HERE)
 
@@ -102,14 +154,26 @@ def test_of_10_000_samples_100_are_bad_and_the_others_are_as_in_a_clean_pass(tmp
 def test_broken_sound_files_are_left_out_and_counted(tmp_path: Path) -> None:
     for n in range(20):
         tiny.sound(tmp_path / f"{n:02d}.wav", seconds=0.2, seed=n)
-    clean = list(extract(f"sounds:{tmp_path}", tmp_path / "clean", {"speech": tiny.units()}, spread=HERE))
+    clean = list(
+        extract(f"sounds:{tmp_path}", tmp_path / "clean", {"speech": tiny.units()}, spread=HERE)
+    )
     (tmp_path / "03.wav").write_bytes(b"no sound")
     (tmp_path / "11.wav").write_bytes(b"")
     (tmp_path / "15.wav").unlink()
     (tmp_path / "15.wav").symlink_to("gone.wav")
-    found = extract(f"sounds:{tmp_path}", tmp_path / "dirty", {"speech": tiny.units()}, Policy("skip", 0.2), spread=HERE)
+    found = extract(
+        f"sounds:{tmp_path}",
+        tmp_path / "dirty",
+        {"speech": tiny.units()},
+        Policy("skip", 0.2),
+        spread=HERE,
+    )
     assert list(found) == [row for n, row in enumerate(clean) if n not in (3, 11, 15)]
-    assert [line["id"] for line in data.manifest(tmp_path / "dirty" / "bad.jsonl")] == ["03", "11", "15"]
+    assert [line["id"] for line in data.manifest(tmp_path / "dirty" / "bad.jsonl")] == [
+        "03",
+        "11",
+        "15",
+    ]
 
 
 def test_a_stopped_pass_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> None:
@@ -119,7 +183,15 @@ def test_a_stopped_pass_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> Non
 
     def run(folder: str, report: Callable[[dict[str, float]], None] | None = None) -> rows.Rows:
         policy = Policy("skip", 0.1)
-        return extract(str(tmp_path / "rows.jsonl"), tmp_path / folder, MODALITIES, policy, shard=10, spread=HERE, report=report)
+        return extract(
+            str(tmp_path / "rows.jsonl"),
+            tmp_path / folder,
+            MODALITIES,
+            policy,
+            shard=10,
+            spread=HERE,
+            report=report,
+        )
 
     run("whole")
     for stop in range(1, 5):
@@ -138,7 +210,8 @@ def test_a_stopped_pass_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> Non
         run(f"stopped{stop}", lambda seen, made=made: made.append(seen["samples"]))
         assert len(made) == 5 - stop, "what was there was made again"
         assert content(tmp_path / f"stopped{stop}") == {
-            name: held.replace(b"whole", b"stopped%d" % stop) for name, held in content(tmp_path / "whole").items()
+            name: held.replace(b"whole", b"stopped%d" % stop)
+            for name, held in content(tmp_path / "whole").items()
         }
 
 
@@ -149,7 +222,14 @@ def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
 
     def run() -> rows.Rows:
         made.clear()
-        return extract(str(source), folder, MODALITIES, shard=2, spread=HERE, report=lambda seen: made.append(seen["samples"]))
+        return extract(
+            str(source),
+            folder,
+            MODALITIES,
+            shard=2,
+            spread=HERE,
+            report=lambda seen: made.append(seen["samples"]),
+        )
 
     data.write(source, [{"speech": f"{n}.wav"} for n in range(4)])
     run()
@@ -166,15 +246,23 @@ def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
         rows.check(folder)
     run()
     rows.check(folder)
-    with pytest.raises(ZipperError, match="holds the units of another source, part, tokenizer or codebook"):
+    with pytest.raises(
+        ZipperError, match="holds the units of another source, part, tokenizer or codebook"
+    ):
         extract(str(source), folder, MODALITIES | {"speech": tiny.units(seed=1)}, spread=HERE)
-    with pytest.raises(ZipperError, match=r"made with another 'speech' than the one given.*Give .*units/modalities/speech"):
+    with pytest.raises(
+        ZipperError,
+        match=r"made with another 'speech' than the one given.*Give .*units/modalities/speech",
+    ):
         data.read(folder, {"speech": tiny.units(seed=1)})
 
 
 def test_split_and_limit_take_a_part(tmp_path: Path) -> None:
     source = str(tmp_path / "rows.jsonl")
-    data.write(tmp_path / "rows.jsonl", [{"speech": [n], "split": ("train", "dev")[n % 2]} for n in range(9)])
+    data.write(
+        tmp_path / "rows.jsonl",
+        [{"speech": [n], "split": ("train", "dev")[n % 2]} for n in range(9)],
+    )
     found = extract(source, tmp_path / "a", MODALITIES, split="dev", limit=3, shard=2, spread=HERE)
     assert [row["speech"] for row in found] == [[1], [3], [5]]
     with pytest.raises(ZipperError, match=r"no sample in .* of the split 'test'"):
@@ -190,18 +278,34 @@ def test_what_is_used_refused_and_passed_over_adds_up_by_name(tmp_path: Path) ->
         {"text": "send", "speech": [2]},
     ]
     data.write(tmp_path / "rows.jsonl", raw)
-    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, Policy("skip", 0.5), shard=2, spread=HERE)
+    found = extract(
+        str(tmp_path / "rows.jsonl"),
+        tmp_path / "units",
+        MODALITIES,
+        Policy("skip", 0.5),
+        shard=2,
+        spread=HERE,
+    )
     told = rows.provenance(tmp_path / "units")
     assert [found.name(n) for n in range(3)] == ["a", "a", "5"] and found.distinct() == 2
     assert [line["id"] for line in data.manifest(tmp_path / "units" / "bad.jsonl")] == ["b", "4"]
     assert told["samples"] == 5 and told["rows"] == 3 and told["bad"] == 2
-    assert told["passed"] == {"field snr": 1, "field voice": 1, "ids that another sample has too": 1, "punctuation of text": 1}
+    assert told["passed"] == {
+        "field snr": 1,
+        "field voice": 1,
+        "ids that another sample has too": 1,
+        "punctuation of text": 1,
+    }
     assert told["fields"]["text"]["empty"] == 1
-    assert extraction.told(told["passed"]).startswith("Passed over: field snr (1), field voice (1), ids that")
+    assert extraction.told(told["passed"]).startswith(
+        "Passed over: field snr (1), field voice (1), ids that"
+    )
     assert extraction.told({}) == ""
 
 
-def test_under_skip_whatever_a_sample_does_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_skip_whatever_a_sample_does_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny.sound(tmp_path / "a.wav", seconds=0.2)
     lines = [
         '{"speech": "a.wav"}',
@@ -217,9 +321,17 @@ def test_under_skip_whatever_a_sample_does_is_its_own(tmp_path: Path, monkeypatc
         '{"text": "caf' + "\udce9" + '"}',
     ]
     (tmp_path / "rows.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
-    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "units", MODALITIES, Policy("skip", 0.9), spread=HERE)
+    found = extract(
+        str(tmp_path / "rows.jsonl"),
+        tmp_path / "units",
+        MODALITIES,
+        Policy("skip", 0.9),
+        spread=HERE,
+    )
     assert len(found) == 2
-    assert [line["where"].rpartition(" ")[2] for line in data.manifest(tmp_path / "units" / "bad.jsonl")] == [
+    assert [
+        line["where"].rpartition(" ")[2] for line in data.manifest(tmp_path / "units" / "bad.jsonl")
+    ] == [
         *"2345678",
         "9",
         "11",
@@ -228,15 +340,22 @@ def test_under_skip_whatever_a_sample_does_is_its_own(tmp_path: Path, monkeypatc
     def fail(*_: object) -> None:
         raise MemoryError("what a library says")
 
-    monkeypatch.setattr("zipper.audio.read", fail)
-    found = extract(str(tmp_path / "rows.jsonl"), tmp_path / "again", MODALITIES, Policy("skip", 1.0), shard=3, spread=HERE)
+    monkeypatch.setattr("zipper.audio.sound.read", fail)
+    found = extract(
+        str(tmp_path / "rows.jsonl"),
+        tmp_path / "again",
+        MODALITIES,
+        Policy("skip", 1.0),
+        shard=3,
+        spread=HERE,
+    )
     assert len(found) == 1
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from zipper.extraction import extract, processes
+from zipper.data.extraction import extract, processes
 from zipper.modality import load
 folder = Path(sys.argv[1])
 found = extract(f"sounds:{folder / 'clips'}", folder / "made", {"speech": load(folder / "speech")}, shard=1, spread=processes(2))
@@ -250,7 +369,12 @@ def test_a_script_without_a_guard_extracts_too(tmp_path: Path) -> None:
         tiny.sound(tmp_path / "clips" / f"{n}.wav", seconds=0.1, seed=n)
     tiny.units().save(tmp_path / "speech")
     (tmp_path / "mine.py").write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(tmp_path / "mine.py"), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mine.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout) == (0, "3\n") and "one process does all" in done.stderr
 
 
@@ -259,9 +383,14 @@ def test_training_loads_manifests_into_memory_and_all_else_from_disk(tmp_path: P
     source, cache = str(tmp_path / "rows.jsonl"), tmp_path / "cache"
     with pytest.raises(ZipperError, match="line 4"):
         extraction.load(source, MODALITIES, cache=cache)
-    assert isinstance(extraction.load(source, MODALITIES, limit=3, cache=cache), list) and not cache.exists()
+    assert (
+        isinstance(extraction.load(source, MODALITIES, limit=3, cache=cache), list)
+        and not cache.exists()
+    )
     skipped = extraction.load(source, MODALITIES, policy=Policy("skip", 0.5), cache=cache)
-    assert isinstance(skipped, rows.Rows) and list(skipped) == list(data.read(Path(source), MODALITIES, limit=3))
+    assert isinstance(skipped, rows.Rows) and list(skipped) == list(
+        data.read(Path(source), MODALITIES, limit=3)
+    )
     (folder,) = cache.iterdir()
     assert list(extraction.load(str(folder), MODALITIES)) == list(skipped)
 
@@ -275,7 +404,7 @@ def test_a_policy_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from zipper.extraction import Policy, extract, processes
+from zipper.data.extraction import Policy, extract, processes
 from zipper.modality import load
 folder = Path(sys.argv[1])
 if __name__ == "__main__":
@@ -286,19 +415,30 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_pass_of_two_processes_killed_in_the_middle_goes_on_and_leaves_the_bytes_of_one(tmp_path: Path) -> None:
+def test_a_pass_of_two_processes_killed_in_the_middle_goes_on_and_leaves_the_bytes_of_one(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "clips").mkdir()
     for n in range(60):
         tiny.sound(tmp_path / "clips" / f"{n:03d}.wav", seconds=1, seed=n)
     (tmp_path / "clips" / "030.wav").write_bytes(b"no sound")
     tiny.units().save(tmp_path / "speech")
-    extract(f"sounds:{tmp_path / 'clips'}", tmp_path / "whole", {"speech": tiny.units()}, Policy("skip", 0.1), shard=4, spread=HERE)
+    extract(
+        f"sounds:{tmp_path / 'clips'}",
+        tmp_path / "whole",
+        {"speech": tiny.units()},
+        Policy("skip", 0.1),
+        shard=4,
+        spread=HERE,
+    )
     (tmp_path / "killed.py").write_text(KILLED)
     program = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+        children = subprocess.run(
+            ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+        ).stdout.split()
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 300
     while any(Path(f"/proc/{child}").exists() for child in children):
@@ -308,9 +448,11 @@ def test_a_pass_of_two_processes_killed_in_the_middle_goes_on_and_leaves_the_byt
     assert 1 <= there < 15 and len(children) >= 2
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert len(done) == 15 - there
-    assert {name: held for name, held in content(tmp_path / "killed").items() if not name.startswith(".writing")} == content(
-        tmp_path / "whole"
-    )
+    assert {
+        name: held
+        for name, held in content(tmp_path / "killed").items()
+        if not name.startswith(".writing")
+    } == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -320,7 +462,9 @@ def test_two_workers_of_ray_leave_the_same_bytes(tmp_path: Path) -> None:
     spoil(tmp_path / "rows.jsonl", [5, 25])
     source, policy = str(tmp_path / "rows.jsonl"), Policy("skip", 0.1)
     extract(source, tmp_path / "one", MODALITIES, policy, shard=10, spread=HERE)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
+    )
     try:
         extract(source, tmp_path / "two", MODALITIES, policy, shard=10, spread=extraction.on_ray)
     finally:
@@ -336,9 +480,25 @@ def test_the_command_makes_unit_files_of_a_corpus_and_leaves_out_what_is_bad(
         modality.save(name)
     tiny.sound(tmp_path / "a.wav", seconds=0.4)
     data.write(
-        Path("rows.jsonl"), [{"id": "a", "text": "call", "speech": "a.wav"}, {"text": "€"}, {"text": "send", "split": "dev"}]
+        Path("rows.jsonl"),
+        [
+            {"id": "a", "text": "call", "speech": "a.wav"},
+            {"text": "€"},
+            {"text": "send", "split": "dev"},
+        ],
     )
-    asked = ["units", "rows.jsonl", "-o", "made", "--units", "speech", "--text", "text", "--workers", "1"]
+    asked = [
+        "units",
+        "rows.jsonl",
+        "-o",
+        "made",
+        "--units",
+        "speech",
+        "--text",
+        "text",
+        "--workers",
+        "1",
+    ]
     assert cli.main(asked) == 2
     assert "rows.jsonl, line 2: this tokenizer cannot write €" in capsys.readouterr().err
     assert cli.main([*asked, "--bad", "skip"]) == 2
@@ -347,16 +507,26 @@ def test_the_command_makes_unit_files_of_a_corpus_and_leaves_out_what_is_bad(
     told = json.loads(capsys.readouterr().out)
     assert (told["samples"], told["bad"], told["rows"], told["seconds"]) == (3, 1, 2, 0.4)
     call, send = data.read(Path("made"), MODALITIES)
-    assert call["speech"] == tiny.units().encode(tmp_path / "a.wav") and send == {"text": tiny.text().encode("send")}
+    assert call["speech"] == tiny.units().encode(tmp_path / "a.wav") and send == {
+        "text": tiny.text().encode("send")
+    }
     assert cli.main([*asked, "--split", "dev"]) == 2
-    assert "made holds the units of another source, part, tokenizer or codebook" in capsys.readouterr().err
+    assert (
+        "made holds the units of another source, part, tokenizer or codebook"
+        in capsys.readouterr().err
+    )
     assert cli.main(["units", "nowhere:x", "-o", "other"]) == 2
     assert "'nowhere:x' is no source. Give the path of a .jsonl manifest" in capsys.readouterr().err
 
 
 def test_takes_lie_beside_the_clean_sound_of_each_sample(tmp_path: Path) -> None:
     told = [
-        {"id": str(n), "text": "call anna", "voice": "low", "speech": tiny.sound(tmp_path / f"{n}.wav", seed=n).name}
+        {
+            "id": str(n),
+            "text": "call anna",
+            "voice": "low",
+            "speech": tiny.sound(tmp_path / f"{n}.wav", seed=n).name,
+        }
         for n in range(3)
     ]
     data.write(tmp_path / "pairs.jsonl", told)
@@ -371,7 +541,9 @@ def test_takes_lie_beside_the_clean_sound_of_each_sample(tmp_path: Path) -> None
         assert found.name(number) == str(number // 30)
         heard, said = row.pop("heard"), row.pop("said")
         assert row == clean  # what is to be spoken stays clean
-        sound, anything = disturbance.take(audio.read(tmp_path / f"{number // 30}.wav"), f"{number // 30} {number % 30}")
+        sound, anything = disturbance.take(
+            audio.read(tmp_path / f"{number // 30}.wav"), f"{number // 30} {number % 30}"
+        )
         assert heard == MODALITIES["speech"].encode(sound)
         assert said == (clean["text"] if anything else [])
         silent += not anything
@@ -383,6 +555,8 @@ def test_takes_lie_beside_the_clean_sound_of_each_sample(tmp_path: Path) -> None
 def test_a_sample_without_sound_cannot_be_taken_again(tmp_path: Path) -> None:
     data.write(tmp_path / "pairs.jsonl", tiny.pairs(2))
     with pytest.raises(
-        ZipperError, match=r"line 1 has no sound and text, so it cannot be taken again. Give both, or leave takes out"
+        ZipperError,
+        match=r"line 1 has no sound and text, so it cannot be taken again. Give both, or leave "
+        r"takes out",
     ):
         extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=2)

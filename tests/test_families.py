@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from zipper import families
+from zipper.towers import families
 from zipper.cli import main
 from zipper.errors import ZipperError
-from zipper.families import Family
+from zipper.towers.families import Family
 from zipper.tower import Strand, Tower
 
 PAGE = (Path(__file__).parent.parent / "docs" / "towers.md").read_text(encoding="utf-8")
@@ -48,15 +48,22 @@ def documented() -> dict[str, tuple[str, ...]]:
 def test_the_sample_goes_the_ways_we_want_and_differs_in_no_bit(sample: list[Family]) -> None:
     assert {family.name: (family.way, family.rows) for family in sample} == SAMPLE
     assert all(family.difference == 0.0 for family in sample if family.way != "refused")
-    assert all(family.reason.startswith(family.model) for family in sample if family.way == "refused")
+    assert all(
+        family.reason.startswith(family.model) for family in sample if family.way == "refused"
+    )
 
 
-@pytest.mark.skipif(f"transformers {transformers.__version__} " not in PAGE, reason="the page was made with another transformers")
+@pytest.mark.skipif(
+    f"transformers {transformers.__version__} " not in PAGE,
+    reason="the page was made with another transformers",
+)
 def test_the_page_says_what_is_found(sample: list[Family]) -> None:
     page = documented()
     assert sorted(page) == families.names()
     for family in sample:
-        assert page[family.name] == ((family.reason,) if family.way == "refused" else (family.model, family.way, family.rows))
+        assert page[family.name] == (
+            (family.reason,) if family.way == "refused" else (family.model, family.way, family.rows)
+        )
     ways = [rest[1] if len(rest) > 1 else "refused" for rest in page.values()]
     assert families.counted([Family("", "", way) for way in ways]) in PAGE  # type: ignore[arg-type]
 
@@ -81,14 +88,19 @@ def test_no_norm_is_the_identity_and_no_bias_is_zero() -> None:
         model = families.tiny(name)
         for parameter in model.parameters():
             assert parameter.std() > 0.01
-        assert torch.equal(*(families.tiny(name, seed=3).state_dict()["lm_head.weight"] for _ in range(2)))
+        assert torch.equal(
+            *(families.tiny(name, seed=3).state_dict()["lm_head.weight"] for _ in range(2))
+        )
 
 
 def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["towers", "llama", "mamba"]) == 0
     said = capsys.readouterr().out
     assert "llama                    attributes  reads packed rows, difference 0.0" in said
-    assert "MambaForCausalLM cannot be a tower: of what it has read it keeps more than keys and values" in said
+    assert (
+        "MambaForCausalLM cannot be a tower: of what it has read it keeps more than keys and values"
+        in said
+    )
     assert "Of 2 names 1 can be towers" in said
     assert main(["towers", "mpt", "--json"]) == 0
     (mpt,) = json.loads(capsys.readouterr().out)
@@ -100,7 +112,8 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_no_name_of_the_mapping_is_silently_wrong() -> None:
-    """All names, and of the accepted ones every kind of row that they say they read, against each document alone."""
+    """All names, and of the accepted ones every kind of row that they say they read, against each
+    document alone."""
     found = families.survey()
     accepted = [family for family in found if family.way != "refused"]
     assert [family.name for family in accepted if family.difference != 0.0] == []
@@ -115,7 +128,8 @@ def test_no_name_of_the_mapping_is_silently_wrong() -> None:
 
 @torch.no_grad()
 def gap(model: Any, rows: Any) -> float:
-    """The largest difference between documents in rows of this kind and the same documents alone, relative to the logits."""
+    """The largest difference between documents in rows of this kind and the same documents alone,
+    relative to the logits."""
     layouts = {
         "unpadded": [[0] * 20, [0] * 13 + [-1] * 7],
         "padded": [[-1] * 7 + [0] * 13, [-1] * 3 + [0] * 14 + [-1] * 3],

@@ -18,9 +18,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zipper import files
+from zipper.saving import files
 from zipper.errors import ZipperError
-from zipper.files import HELD, MOST_INTEGER, check_finite, flush, header, held, parse, read_json, saving, settle, write, write_json
+from zipper.saving.files import (
+    HELD,
+    MOST_INTEGER,
+    check_finite,
+    flush,
+    header,
+    held,
+    parse,
+    read_json,
+    saving,
+    settle,
+    write,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,21 @@ def test_a_dataclass_comes_back_from_json_with_its_types() -> None:
         ({"wheels": None}, r"x.json, wheels: it is None; it must be of type list"),
         ({"wheels": [3]}, r"x.json, wheels: it is 3; it must be an object"),
         ({"wheels": [{}]}, r"x.json, wheels: it lacks the key 'size'"),
-        ({"wheels": [{"size": 0}]}, r"x.json, wheels, size: it is 0; it must lie between 1 and 100"),
+        (
+            {"wheels": [{"size": 0}]},
+            r"x.json, wheels, size: it is 0; it must lie between 1 and 100",
+        ),
         ({"wheels": [{"size": 10**30}]}, r"size: it is 10+; it must lie between 1 and 100"),
         ({"wheels": [{"size": True}]}, r"size: it is True; it must be of type int"),
         ({"wheels": [{"size": 1.0}]}, r"size: it is 1.0; it must be of type int"),
-        ({"wheels": [{"size": 1, "kind": "side"}]}, r"kind: it is 'side'; it must be one of front, back"),
-        ({"wheels": [{"size": 1, "kind": ["front"]}]}, r"kind: it is \['front'\]; it must be one of"),
+        (
+            {"wheels": [{"size": 1, "kind": "side"}]},
+            r"kind: it is 'side'; it must be one of front, back",
+        ),
+        (
+            {"wheels": [{"size": 1, "kind": ["front"]}]},
+            r"kind: it is \['front'\]; it must be one of",
+        ),
         ({"load": math.nan}, r"load: it is nan; it must lie between"),
         ({"load": math.inf}, r"load: it is inf; it must lie between"),
         ({"load": 10**400}, r"load: it is 10+\.\.\.; it must be of type float"),
@@ -80,24 +102,42 @@ def test_a_dataclass_comes_back_from_json_with_its_types() -> None:
         ({"name": 3}, r"name: it is 3; it must be of type str"),
         ({"parts": {"axle": 10}}, r"x.json, parts, 'axle': it is 10; it must lie between 0 and 9"),
         ({"parts": []}, r"parts: it is \[\]; it must be of type object"),
-        ({"colour\n": "red"}, r"x.json: it has the key 'colour\\n', which this version of zipper does not know"),
+        (
+            {"colour\n": "red"},
+            r"x.json: it has the key 'colour\\n', which this version of zipper does not know",
+        ),
     ],
 )
-def test_what_has_another_type_or_lies_outside_the_limits_is_refused(change: dict[str, Any], message: str) -> None:
+def test_what_has_another_type_or_lies_outside_the_limits_is_refused(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ZipperError, match=message):
         parse(Cart, FULL | change, "x.json", LIMITS)
 
 
 def test_json_is_readable_and_lists_of_numbers_take_a_line(tmp_path: Path) -> None:
-    data = {"edits": [1, -2.5, 1e-7], "deep": [[1, 2], [3], []], "text": ["[\n 1\n]", "[1, 2]"], "mixed": [None, 1], "none": {}}
+    data = {
+        "edits": [1, -2.5, 1e-7],
+        "deep": [[1, 2], [3], []],
+        "text": ["[\n 1\n]", "[1, 2]"],
+        "mixed": [None, 1],
+        "none": {},
+    }
     write_json(tmp_path / "a.json", data)
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == data == read_json(tmp_path / "a.json")
-    assert ' "edits": [1, -2.5, 1e-07],\n' in text and "  [1, 2],\n  [3],\n" in text and "  null,\n  1\n" in text
+    assert (
+        ' "edits": [1, -2.5, 1e-07],\n' in text
+        and "  [1, 2],\n  [3],\n" in text
+        and "  null,\n  1\n" in text
+    )
 
 
 def test_json_has_no_nan_null_stands_for_it(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, (math.inf, None)], "b": tmp_path, "c": torch.float16, "d": {1: True}})
+    write_json(
+        tmp_path / "x.json",
+        {"a": [math.nan, 1.5, (math.inf, None)], "b": tmp_path, "c": torch.float16, "d": {1: True}},
+    )
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "a": [None, 1.5, [None, None]],
         "b": str(tmp_path),
@@ -120,7 +160,9 @@ def test_json_has_no_nan_null_stands_for_it(tmp_path: Path) -> None:
         (b'\xff{"a": 1}', "utf-8"),
     ],
 )
-def test_json_that_pythons_parser_lets_through_or_chokes_on_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_json_that_pythons_parser_lets_through_or_chokes_on_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ZipperError, match=rf"x.json is not readable JSON: .*{message}"):
         read_json(tmp_path / "x.json", 1_000 if "more than" in message else 1_000_000)
@@ -132,7 +174,10 @@ def test_json_that_pythons_parser_lets_through_or_chokes_on_is_refused(tmp_path:
 def test_one_number_that_is_not_finite_is_found_wherever_it_is(
     tmp_path: Path, dtype: torch.dtype, value: float, place: int
 ) -> None:
-    tensors = {"odd": torch.zeros(3, dtype=torch.int8), "large": torch.full((600_000,), torch.finfo(dtype).max, dtype=dtype)}
+    tensors = {
+        "odd": torch.zeros(3, dtype=torch.int8),
+        "large": torch.full((600_000,), torch.finfo(dtype).max, dtype=dtype),
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     check_finite(tmp_path / "x.safetensors", header(tmp_path / "x.safetensors"))
     tensors["large"][place] = value
@@ -156,14 +201,17 @@ def test_a_header_says_of_every_tensor_where_it_lies(tmp_path: Path) -> None:
         entry = found[name]
         assert (entry.shape, entry.real) == (tuple(tensor.shape), tensor.is_floating_point())
         np.testing.assert_array_equal(
-            np.frombuffer(content[entry.start : entry.stop], tensor.numpy().dtype), tensor.numpy().ravel()
+            np.frombuffer(content[entry.start : entry.stop], tensor.numpy().dtype),
+            tensor.numpy().ravel(),
         )
 
 
 # --- writing
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, replace, seen = tmp_path / "file", os.replace, []
 
     def look(a: Path, b: Path) -> None:
@@ -189,7 +237,9 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_folder_that_its_file_system_cannot_flush_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_its_file_system_cannot_flush_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -206,16 +256,24 @@ def test_a_folder_that_its_file_system_cannot_flush_is_no_error(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "x"), "No space left on device. All is well. Make room on the disk and try again."),
+        (
+            OSError(errno.ENOSPC, "x"),
+            "No space left on device. All is well. Make room on the disk and try again.",
+        ),
         (
             OSError(errno.EROFS, "x", "/a/b"),
             "Read-only file system (/a/b). All is well. Make the place writable, or choose another",
         ),
-        (Exception("Quota! (os error 122)"), "Disk quota exceeded. All is well. Make room in your quota and try again."),
+        (
+            Exception("Quota! (os error 122)"),
+            "Disk quota exceeded. All is well. Make room in your quota and try again.",
+        ),
         (OSError("something else"), "something else. All is well. Mend that and try again."),
     ],
 )
-def test_what_the_system_says_becomes_what_happened_what_is_safe_and_what_to_do(error: Exception, message: str) -> None:
+def test_what_the_system_says_becomes_what_happened_what_is_safe_and_what_to_do(
+    error: Exception, message: str
+) -> None:
     with pytest.raises(ZipperError) as raised, saving(Path("run"), "All is well."):
         raise error
     assert str(raised.value).startswith(f"run could not be saved: {message}")
@@ -224,14 +282,19 @@ def test_what_the_system_says_becomes_what_happened_what_is_safe_and_what_to_do(
     assert str(raised.value).startswith(f"run could not be saved: {message}")
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), ZipperError("The base is foreign."), Exception("42")])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ZipperError("The base is foreign."), Exception("42")]
+)
 def test_other_errors_pass_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, saving(Path("run"), "All is well."):
         raise error
     assert raised.value is error
     missing = ZipperError("x does not exist. Give another.")
     missing.__cause__ = FileNotFoundError(errno.ENOENT, "x")
-    with pytest.raises(ZipperError, match=r"does not exist. Give another"), saving(Path("run"), "All is well."):
+    with (
+        pytest.raises(ZipperError, match=r"does not exist. Give another"),
+        saving(Path("run"), "All is well."),
+    ):
         raise missing
 
 
@@ -257,7 +320,9 @@ class Load:
 def test_what_a_program_gives_becomes_plain_and_the_configurations_own() -> None:
     places, shares = [{"axle": np.int64(2)}], {"a": 1, "b": np.float32(0.5)}
     load = Load(np.float64(3), places, shares, [1, 2], {"wheel", "axle"}, Path("x") / "y")
-    assert load == Load(3.0, [{"axle": 2}], {"a": 1.0, "b": 0.5}, (1.0, 2.0), ["axle", "wheel"], "x/y")
+    assert load == Load(
+        3.0, [{"axle": 2}], {"a": 1.0, "b": 0.5}, (1.0, 2.0), ["axle", "wheel"], "x/y"
+    )
     assert {type(n) for n in (load.weight, *load.shares.values(), *load.ends)} == {float}  # type: ignore[union-attr]
     places[0]["axle"], shares["a"] = 7, 7
     assert load.places == [{"axle": 2}] and load.shares == {"a": 1.0, "b": 0.5}
@@ -279,7 +344,9 @@ def test_what_a_program_gives_becomes_plain_and_the_configurations_own() -> None
         ({"cart": {"wheels": [{}]}}, "cart, wheels: it lacks the key 'size'"),
     ],
 )
-def test_what_a_program_gives_and_no_file_may_ask_for_is_refused(given: dict[str, Any], message: str) -> None:
+def test_what_a_program_gives_and_no_file_may_ask_for_is_refused(
+    given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ZipperError, match=message):
         Load(**given)
 
@@ -290,7 +357,7 @@ def test_what_a_program_gives_and_no_file_may_ask_for_is_refused(given: dict[str
 HOLDER = """
 import sys, time
 from pathlib import Path
-from zipper.files import held
+from zipper.saving.files import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -299,7 +366,9 @@ with held(Path(sys.argv[1])):
 
 def holder(folder: Path) -> subprocess.Popen[str]:
     """Another process that holds a folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -310,7 +379,11 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
     other = holder(folder)
     try:
         with (
-            pytest.raises(ZipperError, match=rf"{folder} is in use: process {other.pid} on .* writes it. Wait for it, end it"),
+            pytest.raises(
+                ZipperError,
+                match=rf"{folder} is in use: process {other.pid} on .* writes it. Wait for it, "
+                r"end it",
+            ),
             held(folder),
         ):
             pass
@@ -319,7 +392,10 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
         other.wait()
     with held(folder):
         assert [path.name for path in folder.iterdir()] == [HELD]
-        with pytest.raises(ZipperError, match=rf"in use: process {os.getpid()} on"), held(folder):  # another thread of this one
+        with (
+            pytest.raises(ZipperError, match=rf"in use: process {os.getpid()} on"),
+            held(folder),
+        ):  # another thread of this one
             pass
         (folder / "kept").touch()
     assert [path.name for path in folder.iterdir()] == ["kept"]
@@ -330,7 +406,9 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_no_locks_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
 
     def none(*_: Any) -> None:
@@ -342,7 +420,9 @@ def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_a_lock_on_a_file_that_was_taken_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_a_file_that_was_taken_away_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one before lets go between our opening of the file and our locking it."""
     import fcntl
 
@@ -390,7 +470,9 @@ def test_the_cache_is_the_users_alone(home: Path, monkeypatch: pytest.MonkeyPatc
     assert files.cache_folder() == home.parents[1] / ".cache" / "zipper"
 
 
-def test_where_the_cache_cannot_be_written_temporary_files_will_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_cannot_be_written_temporary_files_will_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home.parent.write_text("no folder")
     other = files.cache_folder()
     assert other.parent == home.parents[1] / "temporary" and str(os.geteuid()) in other.name
@@ -398,7 +480,9 @@ def test_where_the_cache_cannot_be_written_temporary_files_will_do(home: Path, m
     (other / "a").chmod(0o600)
     assert files.cached("a") == other / "a"
     other.rename(home.parents[1] / "theirs")
-    other.symlink_to(home.parents[1] / "theirs")  # where anybody may put things, a link may be anybody's
+    other.symlink_to(
+        home.parents[1] / "theirs"
+    )  # where anybody may put things, a link may be anybody's
     assert files.cached("a") is None
     with pytest.raises(OSError, match="XDG_CACHE_HOME"):
         files.cache_folder()

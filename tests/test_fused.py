@@ -1,4 +1,5 @@
-"""The fast path against `Zipper.step`, which knows nothing of it: the same logits however tokens are read, in whatever company."""
+"""The fast path against `Zipper.step`, which knows nothing of it: the same logits however tokens
+are read, in whatever company."""
 
 import random
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from laws import LLAMAS, draw, lay, number, zipped
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper import fused, native
+from zipper.fast import reader as fused, native
 from zipper.errors import ZipperError
-from zipper.families import drawn
-from zipper.fused import Cache, Form, Fused, Matrix, Session
-from zipper.graphs import Pool, Shape
+from zipper.towers.families import drawn
+from zipper.fast.reader import Cache, Form, Fused, Matrix, Session
+from zipper.fast.graphs import Pool, Shape
 from zipper.link import PAPER_LINK, LinkConfig, Memory
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
@@ -41,9 +42,13 @@ def freed(pool: Pool, row: int) -> None:
     free(pool, row)
 
 
-@pytest.fixture(autouse=True, params=["compiled", "torch", "static", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.fixture(
+    autouse=True,
+    params=["compiled", "torch", "static", *(["cuda"] if torch.cuda.is_available() else [])],
+)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test by the compiled step, by torch, by steps of fixed shapes as on CUDA, and on CUDA."""
+    """Every test by the compiled step, by torch, by steps of fixed shapes as on CUDA, and on
+    CUDA."""
     if request.param != "compiled":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
@@ -52,7 +57,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(Fused, "__init__", partialmethod(Fused.__init__, static=True))
     if request.param == "cuda":
         made = Fused.__init__
-        monkeypatch.setattr(Fused, "__init__", lambda fast, model, *given, **named: made(fast, model.to("cuda"), *given, **named))
+        monkeypatch.setattr(
+            Fused,
+            "__init__",
+            lambda fast, model, *given, **named: made(fast, model.to("cuda"), *given, **named),
+        )
     return request.param
 
 
@@ -79,7 +88,9 @@ def truth(model: Zipper, words: Words, towers: Sequence[str]) -> dict[int, Tenso
     return found
 
 
-def read(model: Fused, sessions: Sequence[Session], cut: Sequence[Sequence[tuple[str, list[int]]]]) -> list[dict[int, Tensor]]:
+def read(
+    model: Fused, sessions: Sequence[Session], cut: Sequence[Sequence[tuple[str, list[int]]]]
+) -> list[dict[int, Tensor]]:
     """Sessions read their pieces side by side, grouped by tower: {time: logits} of each."""
     found: list[dict[int, Tensor]] = [{} for _ in sessions]
     time, left = [0] * len(sessions), [list(parts) for parts in cut]
@@ -87,7 +98,9 @@ def read(model: Fused, sessions: Sequence[Session], cut: Sequence[Sequence[tuple
         for tower in {parts[0][0] for parts in left if parts}:
             group = [n for n, parts in enumerate(left) if parts and parts[0][0] == tower]
             now = [left[n].pop(0)[1] for n in group]
-            answers = model.read(tower, [(sessions[n], ids) for n, ids in zip(group, now, strict=True)])
+            answers = model.read(
+                tower, [(sessions[n], ids) for n, ids in zip(group, now, strict=True)]
+            )
             for n, ids, logits in zip(group, now, answers, strict=True):
                 time[n] += len(ids)
                 assert logits is not None
@@ -95,7 +108,9 @@ def read(model: Fused, sessions: Sequence[Session], cut: Sequence[Sequence[tuple
     return found
 
 
-def assert_close(found: dict[int, Tensor], wanted: dict[int, Tensor], tolerance: float = 1e-5) -> None:
+def assert_close(
+    found: dict[int, Tensor], wanted: dict[int, Tensor], tolerance: float = 1e-5
+) -> None:
     for time, logits in found.items():
         torch.testing.assert_close(logits.cpu(), wanted[time].cpu(), atol=tolerance, rtol=0)
 
@@ -103,8 +118,16 @@ def assert_close(found: dict[int, Tensor], wanted: dict[int, Tensor], tolerance:
 ZIPS = {
     "default": {"families": {"text": "llama", "speech": "qwen3"}, "every": {"text": 2}},
     "three": {"families": {"text": "llama", "speech": "qwen3", "image": "llama"}},
-    "paper": {"families": LLAMAS, "preset": "paper", "link": PAPER_LINK.__class__(**{**PAPER_LINK.__dict__, "head_width": 8})},
-    "plain": {"families": LLAMAS, "input_projection": "none", "link": LinkConfig(width=32, head_width=8, feedforward=0.0)},
+    "paper": {
+        "families": LLAMAS,
+        "preset": "paper",
+        "link": PAPER_LINK.__class__(**{**PAPER_LINK.__dict__, "head_width": 8}),
+    },
+    "plain": {
+        "families": LLAMAS,
+        "input_projection": "none",
+        "link": LinkConfig(width=32, head_width=8, feedforward=0.0),
+    },
 }
 
 
@@ -116,7 +139,9 @@ def test_pieces_of_several_sequences_side_by_side_are_one_step_over_each(kind: s
         dice = random.Random(seed)
         rows = [draw(dice, names, dice.randint(2, 6)) for _ in range(4)]
         sessions = [fast.open(names, names) for _ in rows]
-        for words, found in zip(rows, read(fast, sessions, [pieces(words, dice) for words in rows]), strict=True):
+        for words, found in zip(
+            rows, read(fast, sessions, [pieces(words, dice) for words in rows]), strict=True
+        ):
             assert found
             assert_close(found, truth(model, words, names))
 
@@ -125,19 +150,29 @@ def test_plans_of_one_and_of_several_towers_go_side_by_side() -> None:
     model = zipped(LLAMAS, {"text": 2})
     fast, words = Fused(model), [("text", 3), ("text", 4), ("text", 5)]
     plans = [["text"], ["text", "speech"], ["text"]]
-    found = read(fast, [fast.open(plan, plan) for plan in plans], [[("text", [3, 4]), ("text", [5])]] * 3)
+    found = read(
+        fast, [fast.open(plan, plan) for plan in plans], [[("text", [3, 4]), ("text", [5])]] * 3
+    )
     for plan, logits in zip(plans, found, strict=True):
         assert_close(logits, truth(model, words, plan))
-    assert (found[0][2] - found[1][2]).abs().max() > 1e-3, "the second goes through an input projection"
+    assert (found[0][2] - found[1][2]).abs().max() > 1e-3, (
+        "the second goes through an input projection"
+    )
 
 
 def test_a_long_sequence_outgrows_its_buffers() -> None:
     model = zipped(LLAMAS)
     fast, dice = Fused(model), random.Random(0)
-    words = [("text", dice.randrange(31)) for _ in range(70)] + [("speech", dice.randrange(23)) for _ in range(150)]
+    words = [("text", dice.randrange(31)) for _ in range(70)] + [
+        ("speech", dice.randrange(23)) for _ in range(150)
+    ]
     words += [("text", dice.randrange(31)) for _ in range(20)]
     for seed in (0, 1):
-        (found,) = read(fast, [fast.open(["text", "speech"], ["text", "speech"])], [pieces(words, random.Random(seed))])
+        (found,) = read(
+            fast,
+            [fast.open(["text", "speech"], ["text", "speech"])],
+            [pieces(words, random.Random(seed))],
+        )
         assert_close(found, truth(model, words, ["text", "speech"]), 2e-5)
 
 
@@ -153,7 +188,8 @@ def test_positions_beyond_the_first_table_are_right() -> None:
 
 
 def test_a_neighbour_that_goes_far_takes_nothing_away(way: str) -> None:
-    """A step that is held ready points to rotary positions, and a long prompt beside it replaces them."""
+    """A step that is held ready points to rotary positions, and a long prompt beside it replaces
+    them."""
     model = Zipper.from_towers({"text": tiny_tower("llama", width=16, layers=2, positions=600)})
     fast, words = Fused(model), [("text", i) for i in (3, 4, 5)]
     session, other = (fast.open(["text"], ["text"]) for _ in range(2))
@@ -168,15 +204,20 @@ def test_a_neighbour_that_goes_far_takes_nothing_away(way: str) -> None:
 
 
 def test_the_company_of_a_sequence_changes_no_bit_of_it() -> None:
-    """The same shapes beside it, other tokens: another neighbour must not be seen, nor its place in a matrix be felt."""
+    """The same shapes beside it, other tokens: another neighbour must not be seen, nor its place in
+    a matrix be felt."""
     model = zipped(LLAMAS, {"text": 2})
     fast, names = Fused(model), ["text", "speech"]
     mine = [("speech", [3, 4, 5]), ("text", [6]), ("text", [7]), ("speech", [8])]
     answers = []
     for other in (2, 9):
         theirs = [(tower, [(other + i) % 20 for i in ids]) for tower, ids in mine]
-        answers.append(read(fast, [fast.open(names, names) for _ in range(3)], [theirs, mine, theirs])[1])
-    assert all(torch.equal(answers[0][time], answers[1][time]) for time in answers[0]) and answers[0]
+        answers.append(
+            read(fast, [fast.open(names, names) for _ in range(3)], [theirs, mine, theirs])[1]
+        )
+    assert (
+        all(torch.equal(answers[0][time], answers[1][time]) for time in answers[0]) and answers[0]
+    )
 
 
 def test_a_fork_goes_on_by_itself() -> None:
@@ -186,10 +227,15 @@ def test_a_fork_goes_on_by_itself() -> None:
     start = [("speech", [3, 4]), ("text", [5, 6])]
     read(fast, [session], [start])
     twin = fast.fork(session)
-    ends = [[("text", [7]), ("speech", [8]), ("text", [9])], [("text", [10]), ("speech", [11]), ("text", [12])]]
+    ends = [
+        [("text", [7]), ("speech", [8]), ("text", [9])],
+        [("text", [10]), ("speech", [11]), ("text", [12])],
+    ]
     for found, end in zip(read(fast, [session, twin], ends), ends, strict=True):
         words = [(tower, i) for tower, ids in (*start, *end) for i in ids]
-        assert_close({time + 4: logits for time, logits in found.items()}, truth(model, words, names))
+        assert_close(
+            {time + 4: logits for time, logits in found.items()}, truth(model, words, names)
+        )
 
 
 def test_links_cost_no_bit_while_nothing_of_another_tower_is_visible(way: str) -> None:
@@ -203,7 +249,9 @@ def test_links_cost_no_bit_while_nothing_of_another_tower_is_visible(way: str) -
 
 
 def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junction() -> None:
-    model = zipped(LLAMAS, {"text": 2})  # speech, of 4 blocks, has junctions after its blocks 1 and 2
+    model = zipped(
+        LLAMAS, {"text": 2}
+    )  # speech, of 4 blocks, has junctions after its blocks 1 and 2
     fast = Fused(model)
     session = fast.open(["speech", "text"], ["text"])
     assert fast.read("speech", [(session, [3, 4])]) == [None]
@@ -212,19 +260,32 @@ def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junc
     assert written.tolist() == [True, True, False, False]
     (logits,) = fast.read("text", [(session, [5])])
     assert logits is not None
-    assert_close({2: logits}, truth(model, [("speech", 3), ("speech", 4), ("text", 5)], ["speech", "text"]))
+    assert_close(
+        {2: logits}, truth(model, [("speech", 3), ("speech", 4), ("text", 5)], ["speech", "text"])
+    )
 
 
-def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, calls = zipped(LLAMAS), []
     fast, turn = Fused(model), fused._Link.extend
 
     def counted(link: fused._Link, memory: Memory | None, states: Tensor) -> Memory:
-        calls.append((next(name for name, other in fast._links.items() if other is link), len(states)))
+        calls.append(
+            (next(name for name, other in fast._links.items() if other is link), len(states))
+        )
         return turn(link, memory, states)
 
     monkeypatch.setattr(fused._Link, "extend", counted)
-    cut = [("speech", [2]), ("speech", [3, 4]), ("text", [5]), ("text", [6]), ("speech", [7]), ("text", [8])]
+    cut = [
+        ("speech", [2]),
+        ("speech", [3, 4]),
+        ("text", [5]),
+        ("text", [6]),
+        ("speech", [7]),
+        ("text", [8]),
+    ]
     read(fast, [fast.open(["speech", "text"], ["speech", "text"])], [cut])
     for n in range(len(model.config.junctions)):
         assert [tokens for name, tokens in calls if name == f"{n}:speech>text"] == [3, 1]
@@ -239,17 +300,31 @@ def test_a_tower_is_read_as_it_reads_itself_or_refused(family: str) -> None:
             Fused(model)
         return
     fast, words = Fused(model), [("text", i) for i in (3, 4, 5, 6, 7)]
-    (found,) = read(fast, [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5]), ("text", [6, 7])]])
+    (found,) = read(
+        fast, [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5]), ("text", [6, 7])]]
+    )
     assert_close(found, truth(model, words, ["text"]))
 
 
 def test_projections_may_have_biases() -> None:
     """As those of Qwen2 have, whose shapes the benchmarks take."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = AutoConfig.for_model("qwen2", vocab_size=97, bos_token_id=0, eos_token_id=1, **sizes)
-    model = Zipper.from_towers({"text": drawn(lambda: AutoModelForCausalLM.from_config(config), seed=0)})
+    model = Zipper.from_towers(
+        {"text": drawn(lambda: AutoModelForCausalLM.from_config(config), seed=0)}
+    )
     assert model.tower("text").model.layers[0].self_attn.q_proj.bias.abs().min() > 0
-    (found,) = read(fast := Fused(model), [fast.open(["text"], ["text"])], [[("text", [3, 4]), ("text", [5]), ("text", [6, 7])]])
+    (found,) = read(
+        fast := Fused(model),
+        [fast.open(["text"], ["text"])],
+        [[("text", [3, 4]), ("text", [5]), ("text", [6, 7])]],
+    )
     assert_close(found, truth(model, [("text", i) for i in (3, 4, 5, 6, 7)], ["text"]))
 
 
@@ -289,7 +364,9 @@ def test_ids_that_a_tower_does_not_know_are_refused_and_nothing_is_lost(wrong: i
     one, other, untouched = (fast.open(["text"], ["text"]) for _ in range(3))
     for session in (one, untouched):
         fast.read("text", [(session, [3, 4])])
-    with pytest.raises(ZipperError, match=f"text was given ids from .*{wrong}.*; it knows those from 0 to 96"):
+    with pytest.raises(
+        ZipperError, match=f"text was given ids from .*{wrong}.*; it knows those from 0 to 96"
+    ):
         fast.read("text", [(one, [5]), (other, [6, wrong])])
     found, wanted = (fast.read("text", [(session, [5])])[0] for session in (one, untouched))
     torch.testing.assert_close(found, wanted)
@@ -299,13 +376,19 @@ def test_ids_that_a_tower_does_not_know_are_refused_and_nothing_is_lost(wrong: i
 def test_half_precision_and_eight_bits_stay_close() -> None:
     towers = {name: tiny_tower("llama", seed, 32, 3) for seed, name in enumerate(LLAMAS)}
     model = Zipper.from_towers(towers, link=LinkConfig(gate_init=0.7, head_width=8))
-    names, words = list(LLAMAS), [("speech", 3), ("speech", 5), ("text", 9), ("text", 7), ("speech", 4), ("text", 6)]
+    names, words = (
+        list(LLAMAS),
+        [("speech", 3), ("speech", 5), ("text", 9), ("text", 7), ("speech", 4), ("text", 6)],
+    )
     wanted, cut = truth(model, words, names), [pieces(words, random.Random(1))]
 
     def error(fast: Fused) -> float:
         (found,) = read(fast, [fast.open(names, names)], cut)
         pairs = [(logits.cpu().float(), wanted[time]) for time, logits in found.items()]
-        return max(float((logits - truth).norm() / (truth - truth.mean()).norm()) for logits, truth in pairs)
+        return max(
+            float((logits - truth).norm() / (truth - truth.mean()).norm())
+            for logits, truth in pairs
+        )
 
     assert 0 < error(Fused(model, int8=True)) < 0.05
     model.cast(torch.bfloat16)
@@ -349,10 +432,14 @@ def test_the_bytes_of_a_token_are_those_of_the_weights_it_reads() -> None:
     model = zipped(LLAMAS, {"text": 2})
     tower, links = Fused(model).bytes("text")
     text = model.tower("text")
-    assert tower == 4 * sum(p.numel() for p in (*text.model.layers.parameters(), text.lm_head.weight) if p.ndim == 2)
+    assert tower == 4 * sum(
+        p.numel() for p in (*text.model.layers.parameters(), text.lm_head.weight) if p.ndim == 2
+    )
     reading = [link for name, link in model.links.items() if name.endswith(">text")]
     assert links == 4 * sum(
-        m.weight.numel() for link in reading for m in (link.query, link.out, link.feedforward[1], link.feedforward[3])
+        m.weight.numel()
+        for link in reading
+        for m in (link.query, link.out, link.feedforward[1], link.feedforward[3])
     )
 
 

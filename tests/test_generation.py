@@ -1,4 +1,5 @@
-"""Generation against its definition: the tokens that one whole forward, without cache and padding, finds the likeliest."""
+"""Generation against its definition: the tokens that one whole forward, without cache and padding,
+finds the likeliest."""
 
 import dataclasses
 import random
@@ -6,13 +7,23 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from laws import LLAMAS, SMALL, by_token, draw, is_the_greedy_answer, lay, number, steps_are_the_whole, zipped
+from laws import (
+    LLAMAS,
+    SMALL,
+    by_token,
+    draw,
+    is_the_greedy_answer,
+    lay,
+    number,
+    steps_are_the_whole,
+    zipped,
+)
 
 from zipper.errors import ZipperError
 from zipper.generation import default_limit, generate
 from zipper.model import Zipper
 from zipper.sampling import Sampling
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.testing import tiny_tower
 
 THREE = {"text": "llama", "speech": "gpt2", "image": "gemma3"}
@@ -26,7 +37,9 @@ PLANS: list[tuple[list[str], list[str]]] = [
     (["text", "text"], ["text"]),
     (["text", "image", "speech"], ["speech", "image", "image", "text"]),
 ]
-every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{','.join(plan[0])}-{','.join(plan[1])}")
+every_plan = pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda plan: f"{','.join(plan[0])}-{','.join(plan[1])}"
+)
 every_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
@@ -37,7 +50,9 @@ def prompts(given: Sequence[str], rows: int, seed: int = 0) -> list[list[Segment
 
 def assert_same(found: Sequence[Segment], wanted: Sequence[Segment]) -> None:
     """The same tokens and ends, and scores to 1e-4."""
-    assert [dataclasses.replace(s, score=0.0) for s in found] == [dataclasses.replace(s, score=0.0) for s in wanted]
+    assert [dataclasses.replace(s, score=0.0) for s in found] == [
+        dataclasses.replace(s, score=0.0) for s in wanted
+    ]
     assert [s.score for s in found] == pytest.approx([s.score for s in wanted], abs=1e-4)
 
 
@@ -69,15 +84,33 @@ def test_reading_in_steps_is_reading_the_whole_in_200_interleavings() -> None:
     for seed in range(200):
         dice = random.Random(seed)
         rows = [draw(dice, list(THREE), dice.randint(2, 8)) for _ in range(dice.randint(1, 4))]
-        steps_are_the_whole(model, rows, dice.choice([1, 2, 7, 100]), left=dice.random() < 0.5, shuffle=dice.randint(1, 9))
+        steps_are_the_whole(
+            model,
+            rows,
+            dice.choice([1, 2, 7, 100]),
+            left=dice.random() < 0.5,
+            shuffle=dice.randint(1, 9),
+        )
 
 
 @torch.no_grad()
 def test_a_source_token_becomes_keys_and_values_once() -> None:
     model, read = zipped(LLAMAS), []
     for name, link in model.links.items():
-        link.key.register_forward_hook(lambda module, given, out, name=name: read.append((name, out.shape[1])))
-    row = number([("speech", 2), ("speech", 3), ("speech", 4), ("text", 5), ("text", 6), ("speech", 7), ("text", 8)])
+        link.key.register_forward_hook(
+            lambda module, given, out, name=name: read.append((name, out.shape[1]))
+        )
+    row = number(
+        [
+            ("speech", 2),
+            ("speech", 3),
+            ("speech", 4),
+            ("text", 5),
+            ("text", 6),
+            ("speech", 7),
+            ("text", 8),
+        ]
+    )
     state = model.start(["speech", "text"], ["text"])
     for token in row:
         _, state = model.step(lay([[token]]), state)
@@ -91,7 +124,9 @@ def test_a_source_token_becomes_keys_and_values_once() -> None:
 
 @every_plan
 @every_kernel
-def test_a_ragged_batch_gives_every_row_its_own_greedy_answer(plan: tuple[list[str], list[str]], attention: str) -> None:
+def test_a_ragged_batch_gives_every_row_its_own_greedy_answer(
+    plan: tuple[list[str], list[str]], attention: str
+) -> None:
     given, outputs = plan
     model = zipped(THREE, {"text": 2}, attention=attention)
     limits = {"text": 5, "speech": 4, "image": 6}
@@ -102,10 +137,13 @@ def test_a_ragged_batch_gives_every_row_its_own_greedy_answer(plan: tuple[list[s
 
 
 def test_these_cases_hold_segments_that_ended_and_segments_that_did_not() -> None:
-    """Greedy decoding of random towers may loop for ever: the tests above must see both ends of a segment."""
+    """Greedy decoding of random towers may loop for ever: the tests above must see both ends of a
+    segment."""
     model, ends = zipped(THREE, {"text": 2}), []
     for given, outputs in PLANS:
-        for segments in generate(model, prompts(given, 4), outputs, GREEDY, {"text": 5, "speech": 4, "image": 6}):
+        for segments in generate(
+            model, prompts(given, 4), outputs, GREEDY, {"text": 5, "speech": 4, "image": 6}
+        ):
             ends += [segment.ended for segment in segments]
     assert 5 < sum(ends) < len(ends) - 5
 
@@ -115,9 +153,17 @@ def test_a_row_draws_the_same_in_a_batch_as_alone() -> None:
     lengths = []
     for given, outputs in PLANS[2:4]:
         batch = prompts(given, 4)
-        found = generate(model, batch, outputs, Sampling(temperature=8.0, top_k=30, top_p=0.999, seed=40), limits)
+        found = generate(
+            model, batch, outputs, Sampling(temperature=8.0, top_k=30, top_p=0.999, seed=40), limits
+        )
         for row, prompt in enumerate(batch):
-            alone = generate(model, [prompt], outputs, Sampling(temperature=8.0, top_k=30, top_p=0.999, seed=40 + row), limits)
+            alone = generate(
+                model,
+                [prompt],
+                outputs,
+                Sampling(temperature=8.0, top_k=30, top_p=0.999, seed=40 + row),
+                limits,
+            )
             assert_same(found[row], alone[0])
         lengths.append(len({len(segments[0].content) for segments in found}))
     assert max(lengths) > 1, "in both batches all rows are as long: nothing is ragged here"
@@ -128,7 +174,9 @@ def test_a_seed_gives_the_same_segments_and_another_seed_others() -> None:
 
     def drawn(seed: int) -> list[Segment]:
         sampling = Sampling(temperature=1.0, seed=seed)
-        return model.generate(prompts(["text"], 1)[0], ["speech", "text"], sampling, {"speech": 6, "text": 6})
+        return model.generate(
+            prompts(["text"], 1)[0], ["speech", "text"], sampling, {"speech": 6, "text": 6}
+        )
 
     assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
@@ -160,8 +208,13 @@ def test_a_segment_that_hits_its_limit_is_closed_and_says_so() -> None:
 def test_the_default_limit_follows_the_input() -> None:
     # Three times as many tokens as the usual rate makes of the input, and 16.
     assert default_limit(own=4.0, given={"speech": (30, 10.0)}, room=1000) == 3 * 12 + 16
-    assert default_limit(own=10.0, given={"text": (6, 4.0), "image": (1, 3.0)}, room=1000) == 3 * 15 + 16
-    assert default_limit(own=0.0, given={"text": (6, 4.0)}, room=1000) == 3 * 6 + 16  # rate unknown: as many
+    assert (
+        default_limit(own=10.0, given={"text": (6, 4.0), "image": (1, 3.0)}, room=1000)
+        == 3 * 15 + 16
+    )
+    assert (
+        default_limit(own=0.0, given={"text": (6, 4.0)}, room=1000) == 3 * 6 + 16
+    )  # rate unknown: as many
     assert default_limit(own=0.0, given={}, room=1000) == 3 * 64 + 16
     assert default_limit(own=10.0, given={"text": (600, 4.0)}, room=100) == 100
     model = zipped(LLAMAS)  # text 4 tokens, speech 10; 256 positions
@@ -187,7 +240,9 @@ def test_what_takes_no_part_is_not_run() -> None:
 
 
 def test_what_is_only_given_runs_no_further_than_its_last_junction() -> None:
-    model = zipped({"text": "llama", "speech": "llama"}, {"text": 2})  # speech has junctions after its blocks 1 and 2
+    model = zipped(
+        {"text": "llama", "speech": "llama"}, {"text": 2}
+    )  # speech has junctions after its blocks 1 and 2
     ran = []
     for index, block in enumerate(model.towers["speech"].blocks):
         block.register_forward_pre_hook(lambda module, given, index=index: ran.append(index))
@@ -205,14 +260,20 @@ def test_a_tower_alone_generates_what_it_generates_outside_the_zip() -> None:
         outside.append(int(logits.argmax()))
         ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
     wanted = outside[: outside.index(end)] if end in outside else outside
-    assert model.generate([Segment("text", [5, 6])], ["text"], limits={"text": 6})[0].content == wanted
+    assert (
+        model.generate([Segment("text", [5, 6])], ["text"], limits={"text": 6})[0].content == wanted
+    )
 
 
 def test_begin_and_end_may_be_one_token_and_begin_never_comes_twice() -> None:
-    model = Zipper.from_towers({name: tiny_tower("llama") for name in LLAMAS}, ends={"text": (1, 1)})
+    model = Zipper.from_towers(
+        {name: tiny_tower("llama") for name in LLAMAS}, ends={"text": (1, 1)}
+    )
     with torch.no_grad():
         model.tower("speech").lm_head.weight[1:] = 0.0  # would say begin, 0, for ever
-    for segment in model.generate([Segment("text", [5])], ["speech", "text"], limits={"speech": 4, "text": 4}):
+    for segment in model.generate(
+        [Segment("text", [5])], ["speech", "text"], limits={"speech": 4, "text": 4}
+    ):
         begin, end = model.ends()[segment.tower]
         assert begin not in segment.content and end not in segment.content
 
@@ -240,13 +301,43 @@ TALK = [Segment("speech", [3, 4])]
     [
         ([TALK], ["txt"], {}, "no tower 'txt'"),
         ([[Segment("sound", [3])]], ["text"], {}, "no tower 'sound'"),
-        ([[Segment("speech", [3, 23])]], ["text"], {}, "'speech' holds the id 23; its ids go from 0 to 22"),
-        ([[Segment("speech", [-1])]], ["text"], {}, "'speech' holds the id -1; its ids go from 0 to 22"),
+        (
+            [[Segment("speech", [3, 23])]],
+            ["text"],
+            {},
+            "'speech' holds the id 23; its ids go from 0 to 22",
+        ),
+        (
+            [[Segment("speech", [-1])]],
+            ["text"],
+            {},
+            "'speech' holds the id -1; its ids go from 0 to 22",
+        ),
         ([TALK], [Segment("text", [31])], {}, "'text' holds the id 31; its ids go from 0 to 30"),
-        ([[Segment("speech", [3] * 255)]], ["text"], {}, "'speech' would read 257 tokens, .* at most 256"),
-        ([[Segment("speech", [3] * 150)] * 2], ["text"], {}, "'speech' would read 304 tokens, .* at most 256"),
-        ([[Segment("text", [3] * 250)]], [Segment("text", [3] * 9)], {}, "'text' would read 263 tokens, .* at most 256"),
-        ([TALK, [Segment("text", [3])]], ["text"], {}, "must name the same towers in the same order"),
+        (
+            [[Segment("speech", [3] * 255)]],
+            ["text"],
+            {},
+            "'speech' would read 257 tokens, .* at most 256",
+        ),
+        (
+            [[Segment("speech", [3] * 150)] * 2],
+            ["text"],
+            {},
+            "'speech' would read 304 tokens, .* at most 256",
+        ),
+        (
+            [[Segment("text", [3] * 250)]],
+            [Segment("text", [3] * 9)],
+            {},
+            "'text' would read 263 tokens, .* at most 256",
+        ),
+        (
+            [TALK, [Segment("text", [3])]],
+            ["text"],
+            {},
+            "must name the same towers in the same order",
+        ),
         ([TALK, []], ["text"], {}, "must name the same towers in the same order"),
         ([TALK], [], {}, "needs at least one of each"),
         ([], ["text"], {}, "needs at least one of each"),
@@ -255,20 +346,30 @@ TALK = [Segment("speech", [3, 4])]
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_sentence(
-    batch: list[list[Segment]], outputs: list[str | Segment], limits: Mapping[str, int], message: str
+    batch: list[list[Segment]],
+    outputs: list[str | Segment],
+    limits: Mapping[str, int],
+    message: str,
 ) -> None:
-    for families in (LLAMAS, {"text": "gpt2", "speech": "gpt2"}):  # a table of positions fails by itself, rotary ones do not
+    for families in (
+        LLAMAS,
+        {"text": "gpt2", "speech": "gpt2"},
+    ):  # a table of positions fails by itself, rotary ones do not
         with pytest.raises(ZipperError, match=message):
             generate(zipped(families), batch, outputs, GREEDY, limits)
 
 
 def test_a_tower_never_reads_beyond_its_positions() -> None:
-    towers = {name: tiny_tower("gpt2", width=16, layers=2, positions=16) for name in LLAMAS}  # a table of 16 positions
+    towers = {
+        name: tiny_tower("gpt2", width=16, layers=2, positions=16) for name in LLAMAS
+    }  # a table of 16 positions
     model = Zipper.from_towers(towers, link=SMALL)
     for limits in ({"text": 1000}, None):
         (segment,) = model.generate([Segment("text", [3] * 10)], ["text"], limits=limits)
         assert len(segment.content) <= 2
-        with pytest.raises(ZipperError, match=r"'text' has read 1. of its 16 tokens: no room for another segment"):
+        with pytest.raises(
+            ZipperError, match=r"'text' has read 1. of its 16 tokens: no room for another segment"
+        ):
             model.generate([Segment("text", [3] * 10)], ["text", "speech", "text"], limits=limits)
 
 
@@ -276,7 +377,9 @@ def test_a_tower_never_reads_beyond_its_positions() -> None:
 def test_a_model_on_a_gpu_generates_what_it_generates_on_a_cpu() -> None:
     model, batch, limits = zipped(THREE), prompts(["speech"], 3), {"text": 5, "speech": 5}
     wanted = generate(model, batch, ["text", "speech"], GREEDY, limits)
-    for row, segments in enumerate(generate(model.to("cuda"), batch, ["text", "speech"], GREEDY, limits)):
+    for row, segments in enumerate(
+        generate(model.to("cuda"), batch, ["text", "speech"], GREEDY, limits)
+    ):
         assert_same(segments, wanted[row])
 
 

@@ -1,4 +1,5 @@
-"""Steps of fixed shapes: few of them, whole for torch.compile, and rows of a pool that leave each other alone."""
+"""Steps of fixed shapes: few of them, whole for torch.compile, and rows of a pool that leave each
+other alone."""
 
 import gc
 import subprocess
@@ -13,10 +14,10 @@ import torch
 from laws import LLAMAS, zipped
 from torch import Tensor
 
-from zipper import fused, native
+from zipper.fast import reader as fused, native
 from zipper.errors import ZipperError
-from zipper.fused import Fused, Session
-from zipper.graphs import Pool, Replay, Shape, above
+from zipper.fast.reader import Fused, Session
+from zipper.fast.graphs import Pool, Replay, Shape, above
 
 NAMES = ["speech", "text"]
 #: Kernels that a GPU has, and nobody pretends.
@@ -63,7 +64,9 @@ def compiled(backend: str) -> None:
     torch.compile = traced
     model = zipped(LLAMAS, {"text": 2})
     fast, plain = Fused(model, static=True, compiled=True), Fused(model, static=False)
-    torch.testing.assert_close(said(fast, three(fast)), said(plain, three(plain)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        said(fast, three(fast)), said(plain, three(plain)), atol=1e-5, rtol=0
+    )
     assert len(steps) > 3, "of the proof, of silent and of speaking plans"
 
 
@@ -74,8 +77,12 @@ def test_a_graph_says_the_same(dtype: torch.dtype, int8: bool, cuda: torch.devic
     model.to(cuda)
     fast, plain = Fused(model, int8), Fused(model, int8, static=False)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(said(fast, three(fast)).cpu(), said(plain, three(plain)).cpu(), atol=tolerance, rtol=0)
-    assert fast._replays and all(replay._graph is not None for replay in fast._replays.values()), "none was refused"
+    torch.testing.assert_close(
+        said(fast, three(fast)).cpu(), said(plain, three(plain)).cpu(), atol=tolerance, rtol=0
+    )
+    assert fast._replays and all(replay._graph is not None for replay in fast._replays.values()), (
+        "none was refused"
+    )
 
 
 def test_a_step_that_asks_the_device_is_not_captured_and_says_the_same(cuda: torch.device) -> None:
@@ -86,14 +93,18 @@ def test_a_step_that_asks_the_device_is_not_captured_and_says_the_same(cuda: tor
     replay, before = Replay(step, (1, 2), cuda, compiled=False), torch.cuda.current_stream()
     with torch.inference_mode(), pytest.warns(UserWarning, match="could not be captured"):
         first, _ = replay(torch.tensor([[1, 2]]))
-    assert torch.cuda.current_stream() == before, "a capture that fails leaves no stream of its own behind"
+    assert torch.cuda.current_stream() == before, (
+        "a capture that fails leaves no stream of its own behind"
+    )
     assert first is not None and first.tolist() == [[3, 6]]
     with torch.inference_mode():
         second, _ = replay(torch.tensor([[2, 2]]))
     assert second is not None and second.tolist() == [[8, 8]]
 
 
-def test_the_pretended_device_meets_no_tensor_of_the_cpu_and_its_graphs_are_frozen_kernels() -> None:
+def test_the_pretended_device_meets_no_tensor_of_the_cpu_and_its_graphs_are_frozen_kernels() -> (
+    None
+):
     if not pretend.possible():
         pytest.skip("there is no C++ compiler to pretend a GPU")
     with pretend.cuda() as device, torch.inference_mode():
@@ -107,7 +118,10 @@ def test_the_pretended_device_meets_no_tensor_of_the_cpu_and_its_graphs_are_froz
         there.fill_(2)
         graph.replay()
         assert found.tolist() == [6, 6]
-        with pytest.raises(RuntimeError, match="when stream is capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with (
+            pytest.raises(RuntimeError, match="when stream is capturing"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
             float(there[0])
     assert there.device.type == "cuda" and here.device.type == "cpu"
 
@@ -123,7 +137,8 @@ class Stream:
 
 
 def pretended(monkeypatch: pytest.MonkeyPatch, steps: list[Tensor]) -> Replay:
-    """A replay that believes to be on CUDA: its graph, when it is replayed, runs the step and writes over what the capture said."""
+    """A replay that believes to be on CUDA: its graph, when it is replayed, runs the step and
+    writes over what the capture said."""
 
     def step(given: Tensor) -> tuple[Tensor | None, Tensor | None]:
         steps.append(given.clone())
@@ -165,13 +180,19 @@ def test_what_cannot_be_captured_goes_on_kernel_by_kernel(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="could not be captured .* not permitted"):
         first, _ = replay(torch.tensor([[1, 0]]))
     second, _ = replay(torch.tensor([[2, 0]]))
-    assert first is not None and second is not None and (first.tolist(), second.tolist()) == ([[2, 0]], [[4, 0]])
+    assert (
+        first is not None
+        and second is not None
+        and (first.tolist(), second.tolist()) == ([[2, 0]], [[4, 0]])
+    )
 
 
 def test_shapes_are_few_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int]] = []
     real = fused.Replay
-    monkeypatch.setattr(fused, "Replay", lambda step, shape, *given: made.append(shape) or real(step, shape, *given))
+    monkeypatch.setattr(
+        fused, "Replay", lambda step, shape, *given: made.append(shape) or real(step, shape, *given)
+    )
     fast = Fused(zipped(LLAMAS), static=True)
     session = fast.open(["text"], ["text"])
     made.clear()
@@ -188,10 +209,15 @@ def test_a_row_that_does_not_take_part_is_left_as_it_is() -> None:
     before = mine.caches["text"].held[..., : mine.caches["text"].length, :].clone()
     for i in range(3):
         fast.read("text", [(other, [i])])
-    assert torch.equal(mine.caches["text"].held[..., :1, :], before) and mine.caches["text"].length == 1
+    assert (
+        torch.equal(mine.caches["text"].held[..., :1, :], before)
+        and mine.caches["text"].length == 1
+    )
 
 
-def test_rows_are_taken_again_and_what_was_in_them_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_taken_again_and_what_was_in_them_is_not_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fast = Fused(zipped(LLAMAS), static=True)
     assert fast._pool is not None
     first = said(fast, three(fast))
@@ -215,7 +241,9 @@ def test_a_pool_grows_and_keeps_what_it_holds() -> None:
     assert len(grown) == count, "64 tokens fit"
     pool.reserve("text", 65)
     assert pool.held["text"].shape == (4, 2, 2, 1, 129, 4) and len(grown) == count + 1
-    assert (pool.held["text"][1, :, :, :, :5] == 7.0).all() and pool.held["text"].sum() == 7.0 * 2 * 2 * 5 * 4
+    assert (pool.held["text"][1, :, :, :, :5] == 7.0).all() and pool.held[
+        "text"
+    ].sum() == 7.0 * 2 * 2 * 5 * 4
     pool.free(1)
     pool.free(0)
     assert pool.take() == 0 and pool.take() == 1 and pool.take() == 3

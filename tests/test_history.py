@@ -1,4 +1,5 @@
-"""History: the summary and the page say what the rows of metrics say, of old runs and of new ones."""
+"""History: the summary and the page say what the rows of metrics say, of old runs and of new
+ones."""
 
 import json
 from pathlib import Path
@@ -8,24 +9,55 @@ import pytest
 
 from zipper import cli
 from zipper.errors import ZipperError
-from zipper.history import History, curves, text, write
+from zipper.training.history import History, curves, text, write
 
 
 def run_of(folder: Path, rows: list[dict[str, Any]], half_written: str = "", **recipe: Any) -> Path:
     """A folder as training leaves it."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(recipe))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half_written)
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + half_written
+    )
     return folder
 
 
 #: Six steps; the first process was killed after step 4, the second went on from there.
 ROWS: list[dict[str, Any]] = [
-    {"step": 2, "loss/text": 3.0, "lr": 0.1, "grad_norm": 1.0, "grad/gates": 0.2, "tokens_per_s": 100.0, "matmul_share": 0.2},
+    {
+        "step": 2,
+        "loss/text": 3.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "grad/gates": 0.2,
+        "tokens_per_s": 100.0,
+        "matmul_share": 0.2,
+    },
     {"step": 3, "dev/speech -> text": 2.0, "dev/text -> speech": 4.0, "branch/0:text>speech": 0.01},
-    {"step": 4, "loss/text": 2.0, "lr": 0.2, "grad_norm": 2.0, "grad/gates": 0.4, "tokens_per_s": 300.0, "matmul_share": 0.4},
-    {"step": 6, "loss/text": 1.0, "lr": 0.1, "grad_norm": 3.0, "grad/gates": 0.6, "tokens_per_s": 200.0, "matmul_share": 0.3}
-    | {"gate/0:text>speech": 0.5, "dev/speech -> text": 2.5, "dev/text -> speech": 4.5, "branch/0:text>speech": 0.03},
+    {
+        "step": 4,
+        "loss/text": 2.0,
+        "lr": 0.2,
+        "grad_norm": 2.0,
+        "grad/gates": 0.4,
+        "tokens_per_s": 300.0,
+        "matmul_share": 0.4,
+    },
+    {
+        "step": 6,
+        "loss/text": 1.0,
+        "lr": 0.1,
+        "grad_norm": 3.0,
+        "grad/gates": 0.6,
+        "tokens_per_s": 200.0,
+        "matmul_share": 0.3,
+    }
+    | {
+        "gate/0:text>speech": 0.5,
+        "dev/speech -> text": 2.5,
+        "dev/text -> speech": 4.5,
+        "branch/0:text>speech": 0.03,
+    },
 ]
 TIMES: list[dict[str, Any]] = [{"started": 0, "seconds": 10.0}] * 2 + [
     {"started": 0, "seconds": 60.0},
@@ -36,7 +68,9 @@ TIMES: list[dict[str, Any]] = [{"started": 0, "seconds": 10.0}] * 2 + [
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     rows = [row | time for row, time in zip(ROWS, TIMES, strict=True)]
-    return run_of(tmp_path / "run <1>", rows, '{"step": 8, "lo', steps=10, data="pairs & more.jsonl")
+    return run_of(
+        tmp_path / "run <1>", rows, '{"step": 8, "lo', steps=10, data="pairs & more.jsonl"
+    )
 
 
 def test_the_summary_says_what_the_rows_say(run: Path) -> None:
@@ -71,7 +105,13 @@ def test_the_text_says_it_to_people(run: Path) -> None:
 def test_rows_of_an_older_run_lack_some_keys_and_nothing_else_is_lost(tmp_path: Path) -> None:
     old = run_of(tmp_path / "old", [{"step": 2, "loss/text": 3.0}])
     found = History.read(old).summary()
-    assert [key for key, value in found.items() if value is None] == ["steps", "best", "seconds", "tokens_per_s", "matmul_share"]
+    assert [key for key, value in found.items() if value is None] == [
+        "steps",
+        "best",
+        "seconds",
+        "tokens_per_s",
+        "matmul_share",
+    ]
     assert "time        not recorded" in text(found)
     write(tmp_path / "page.html", History.read(old))
     assert "training loss, nats per token" in (tmp_path / "page.html").read_text()
@@ -82,11 +122,19 @@ def test_every_kind_of_row_has_its_panel(run: Path) -> None:
     panels = history.panels()
     assert panels == {
         "training loss, nats per token": {"text": ([2, 4, 6], [3.0, 2.0, 1.0])},
-        "dev loss, nats per token": {"speech -> text": ([3, 6], [2.0, 2.5]), "text -> speech": ([3, 6], [4.0, 4.5])},
+        "dev loss, nats per token": {
+            "speech -> text": ([3, 6], [2.0, 2.5]),
+            "text -> speech": ([3, 6], [4.0, 4.5]),
+        },
         "learning rate of the first group": {"": ([2, 4, 6], [0.1, 0.2, 0.1])},
-        "gradient norm": {"all": ([2, 4, 6], [1.0, 2.0, 3.0]), "gates": ([2, 4, 6], [0.2, 0.4, 0.6])},
+        "gradient norm": {
+            "all": ([2, 4, 6], [1.0, 2.0, 3.0]),
+            "gates": ([2, 4, 6], [0.2, 0.4, 0.6]),
+        },
         "gate |tanh|, speech reads text": {"junction 0": ([6], [0.5])},
-        "share of the stream that links add, speech reads text": {"junction 0": ([3, 6], [0.01, 0.03])},
+        "share of the stream that links add, speech reads text": {
+            "junction 0": ([3, 6], [0.01, 0.03])
+        },
         "tokens per second": {"": ([2, 4, 6], [100.0, 300.0, 200.0])},
         "share of the machine's matmul rate": {"": ([2, 4, 6], [0.2, 0.4, 0.3])},
     }
@@ -117,7 +165,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         History.read(broken)
 
 
-def test_show_writes_the_page_of_a_run_beside_it_or_where_it_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_writes_the_page_of_a_run_beside_it_or_where_it_is_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["show", str(run)]) == 0
     assert f"page        {run / 'run.html'}" in capsys.readouterr().out
     assert (run / "run.html").is_file()

@@ -1,8 +1,9 @@
-"""Hostile files: whatever is wrong in a saved zip is a ZipperError that names the file, soon and cheaply.
+"""Hostile files: whatever is wrong in a saved zip is a ZipperError that names the file, soon and
+cheaply.
 
-Two kinds of corruption. As found: the manifest is as it was, and some byte of some file is not. Resealed: somebody changed a
-file on purpose and wrote a manifest that fits, so that only what the files ask for and hold can give them away.
-"""
+Two kinds of corruption. As found: the manifest is as it was, and some byte of some file is not.
+Resealed: somebody changed a file on purpose and wrote a manifest that fits, so that only what the
+files ask for and hold can give them away."""
 
 import json
 import os
@@ -23,7 +24,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from zipper import checkpoint
+from zipper.saving import checkpoint
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 
@@ -33,7 +34,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TEXT, SPEECH = "towers/text", "towers/speech"  # the first in several shards
 
 Chance = random.Random
-Corruption = Callable[[Path, Chance], list[str]]  # does harm to a folder; returns the files of which one must be named
+Corruption = Callable[
+    [Path, Chance], list[str]
+]  # does harm to a folder; returns the files of which one must be named
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(folder: Path, suffix: str = "") -> list[str]:
     return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}") if path.is_file() and path.name != "README.md"
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob(f"*{suffix}")
+        if path.is_file() and path.name != "README.md"
     )
 
 
@@ -67,7 +72,9 @@ def one(folder: Path, chance: Chance, suffix: str = "") -> tuple[str, bytes]:
 def flip(folder: Path, chance: Chance) -> list[str]:
     name, content = one(folder, chance)
     at = chance.randrange(len(content))
-    (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
+    (folder / name).write_bytes(
+        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+    )
     return [name]
 
 
@@ -75,26 +82,34 @@ def flip_manifest(folder: Path, chance: Chance) -> list[str]:
     """The name of the file may be what was hit."""
     content = (folder / "manifest.json").read_bytes()
     at = chance.randrange(len(content))
-    (folder / "manifest.json").write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
+    (folder / "manifest.json").write_bytes(
+        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+    )
     return files(folder) if b"{" in content else []
 
 
 def flip_header(folder: Path, chance: Chance) -> list[str]:
     name, content = one(folder, chance, ".safetensors")
     at = chance.randrange(8 + int.from_bytes(content[:8], "little"))
-    (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
+    (folder / name).write_bytes(
+        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+    )
     return [name]
 
 
 def cut(folder: Path, chance: Chance) -> list[str]:
     name, content = one(folder, chance)
-    (folder / name).write_bytes(content[: chance.choice([0, 1, len(content) - 1, chance.randrange(len(content))])])
+    (folder / name).write_bytes(
+        content[: chance.choice([0, 1, len(content) - 1, chance.randrange(len(content))])]
+    )
     return [name]
 
 
 def more_bytes(folder: Path, chance: Chance) -> list[str]:
     name, content = one(folder, chance)
-    (folder / name).write_bytes(content + chance.choice([b"\n", b" ", b"\0", chance.randbytes(1_000)]))
+    (folder / name).write_bytes(
+        content + chance.choice([b"\n", b" ", b"\0", chance.randbytes(1_000)])
+    )
     return [name]
 
 
@@ -139,13 +154,28 @@ def linked(folder: Path, chance: Chance) -> list[str]:
     outside = folder.parent / f"outside{chance.random()}"
     outside.write_bytes(content)
     (folder / name).unlink()
-    (folder / name).symlink_to(chance.choice([outside, os.path.relpath(outside, (folder / name).parent)]))
+    (folder / name).symlink_to(
+        chance.choice([outside, os.path.relpath(outside, (folder / name).parent)])
+    )
     return [name]
 
 
 def listed_elsewhere(folder: Path, chance: Chance) -> list[str]:
     manifest = json.loads((folder / "manifest.json").read_text())
-    name = chance.choice(["../x.json", "/etc/hostname", "towers/../../x", "a//b", "a\\b", "./x", "", "a\0b", "\ud800", "~/x"])
+    name = chance.choice(
+        [
+            "../x.json",
+            "/etc/hostname",
+            "towers/../../x",
+            "a//b",
+            "a\\b",
+            "./x",
+            "",
+            "a\0b",
+            "\ud800",
+            "~/x",
+        ]
+    )
     manifest["files"][name] = chance.choice(["0" * 64, None, 3, []])
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return ["manifest.json"]
@@ -183,8 +213,16 @@ def json_edit(name: str, edits: list[tuple[str, list[Any]]]) -> Corruption:
 
 
 ZIPPER_JSON: list[tuple[str, list[Any]]] = [
-    *((f"config/towers/{tower}/{size}", NOT_COUNTS) for tower in ("text", "speech") for size in ("width", "layers", "vocabulary")),
-    *((f"config/towers/{tower}/{size}", [1, 7, 33]) for tower in ("text", "speech") for size in ("width", "layers", "vocabulary")),
+    *(
+        (f"config/towers/{tower}/{size}", NOT_COUNTS)
+        for tower in ("text", "speech")
+        for size in ("width", "layers", "vocabulary")
+    ),
+    *(
+        (f"config/towers/{tower}/{size}", [1, 7, 33])
+        for tower in ("text", "speech")
+        for size in ("width", "layers", "vocabulary")
+    ),
     ("config/towers/speech/begin", [-1, HUGE, "1", None, 1.0, 5]),
     ("config/towers/speech/train", ["yes", 1, None]),
     ("config/towers/speech/tokens", [-1, 1e300, float("nan"), float("inf"), "8"]),
@@ -192,14 +230,44 @@ ZIPPER_JSON: list[tuple[str, list[Any]]] = [
     ("config/towers/speech/input_projection", ["none"]),  # not the tensors of the file
     ("config/towers/speech/dtype", ["load", "hub", "int8", "float8_e4m3fn", "__class__", None, 3]),
     ("config/towers/speech/digest", ["0" * 64, "", None, 3]),
-    ("config/towers/speech/source", ["towers/../..", "towers/text", "../outside", "towers/speech/../../x", "a\nb", None, 3, ["x"]]),
+    (
+        "config/towers/speech/source",
+        [
+            "towers/../..",
+            "towers/text",
+            "../outside",
+            "towers/speech/../../x",
+            "a\nb",
+            None,
+            3,
+            ["x"],
+        ],
+    ),
     ("config/towers/speech/source", ["/nowhere/at/all", "./nowhere"]),
     ("config/towers/speech/colour", ["red"]),
     ("config/towers/speech/revision", [3, None]),
-    ("config/towers/text/lora", [{"r": HUGE}, {"megatron_config": {}}, {"r": 8, "loftq_config": {}}, "x", 3]),
-    *(("config/towers/" + name, [{"source": "x"}, None, 3]) for name in ("..", "Text", "", "a.b", "video")),
+    (
+        "config/towers/text/lora",
+        [{"r": HUGE}, {"megatron_config": {}}, {"r": 8, "loftq_config": {}}, "x", 3],
+    ),
+    *(
+        ("config/towers/" + name, [{"source": "x"}, None, 3])
+        for name in ("..", "Text", "", "a.b", "video")
+    ),
     ("config/towers", [{}, [], None, "towers", {"text": {}}, {"x/y": {"source": "towers/x/y"}}]),
-    ("config/junctions", [{}, None, "x", [3], [{"text": 1}], [{"text": 1, "video": 1}], [{"text": 1, "speech": 1}] * 2, []]),
+    (
+        "config/junctions",
+        [
+            {},
+            None,
+            "x",
+            [3],
+            [{"text": 1}],
+            [{"text": 1, "video": 1}],
+            [{"text": 1, "speech": 1}] * 2,
+            [],
+        ],
+    ),
     ("config/junctions/0/text", [0, -1, 2, HUGE, 1.0, "1", None]),
     ("config/junctions", [[{"text": i, "speech": i} for i in range(1, 5_000)]]),
     ("config/link/width", [-32, 0, HUGE, 10**15, 33, "32", 64]),
@@ -219,13 +287,19 @@ ZIPPER_JSON: list[tuple[str, list[Any]]] = [
 ]
 
 CONFIG_JSON: list[tuple[str, list[Any]]] = [
-    *((size, [*NOT_COUNTS, 1, 7, 31]) for size in ("hidden_size", "num_hidden_layers", "vocab_size")),
+    *(
+        (size, [*NOT_COUNTS, 1, 7, 31])
+        for size in ("hidden_size", "num_hidden_layers", "vocab_size")
+    ),
     *((size, [-1, 0, HUGE, 2**63, "8", [], {}, 47]) for size in ("intermediate_size",)),
     ("num_attention_heads", [-1, 0, HUGE, "8", {}]),
     ("head_dim", [-1, HUGE, 10**12, "8"]),
     ("max_position_embeddings", ["x", [], {}]),
     ("model_type", ["gpt2", "bert", "t5", "other", "../llama", "", None, 3, [], {}, "vit"]),
-    ("auto_map", [{"AutoModelForCausalLM": "modeling_evil.Evil"}, {"AutoConfig": "me/repo--evil.Evil"}]),
+    (
+        "auto_map",
+        [{"AutoModelForCausalLM": "modeling_evil.Evil"}, {"AutoConfig": "me/repo--evil.Evil"}],
+    ),
     ("quantization_config", [{"quant_method": "bitsandbytes"}, {}]),
     ("transformers_weights", ["../../zip.safetensors", "/etc/passwd"]),
     ("attn_implementation", ["me/kernel", "flash_attention_2"]),
@@ -267,15 +341,30 @@ def no_json(folder: Path, chance: Chance) -> list[str]:
             lambda: b'{"' + b"a" * 70_000_000 + b'": 1, ',
         ]
     )
-    whole = [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe{}", b"{}", DEEP, b'{"a":' * 100_000, content[:-3]]
+    whole = [
+        b"",
+        b"{",
+        b"[1]",
+        b"3",
+        b"null",
+        b"\xff\xfe{}",
+        b"{}",
+        DEEP,
+        b'{"a":' * 100_000,
+        content[:-3],
+    ]
     whole += [content.decode().encode("utf-16"), b"\xef\xbb\xbf" + content]
-    (folder / name).write_bytes(content.replace(b"{", begun(), 1) if chance.random() < 0.4 else chance.choice(whole))
+    (folder / name).write_bytes(
+        content.replace(b"{", begun(), 1) if chance.random() < 0.4 else chance.choice(whole)
+    )
     return [name]
 
 
 def huge_record(folder: Path, chance: Chance) -> list[str]:
     data = (folder / "zipper.json").read_bytes()
-    (folder / "zipper.json").write_bytes(data.replace(b'"steps": 3', b'"steps": [' + b"[]," * (33 << 20) + b"3]"))
+    (folder / "zipper.json").write_bytes(
+        data.replace(b'"steps": 3', b'"steps": [' + b"[]," * (33 << 20) + b"3]")
+    )
     return ["zipper.json"]
 
 
@@ -283,7 +372,11 @@ def foreign_modalities(folder: Path, chance: Chance) -> list[str]:
     pins = json.loads((folder / "modalities.json").read_text())
     name, pin = chance.choice([*pins.items()])
     other = chance.choice(["../../x", "video", "", "text/../speech", "/etc", "."])
-    changes = [{other: pin}, {**pins, other: pin}, {other if n == name else n: p for n, p in pins.items()}]
+    changes = [
+        {other: pin},
+        {**pins, other: pin},
+        {other if n == name else n: p for n, p in pins.items()},
+    ]
     changes += [{**pins, name: value} for value in ("0" * 64, None, 3, [pin], pin.upper())]
     (folder / "modalities.json").write_text(json.dumps(chance.choice(changes)))
     return ["modalities.json", f"modalities/{name}/x"]
@@ -295,7 +388,14 @@ def foreign_index(folder: Path, chance: Chance) -> list[str]:
     weights = index["weight_map"]
     tensor = chance.choice([*weights])
     other = chance.choice(
-        ["../speech/model.safetensors", "/etc/passwd", "model-00099-of-00099.safetensors", "zip.safetensors", 3, None]
+        [
+            "../speech/model.safetensors",
+            "/etc/passwd",
+            "model-00099-of-00099.safetensors",
+            "zip.safetensors",
+            3,
+            None,
+        ]
     )
     index["weight_map"] = chance.choice(
         [
@@ -327,7 +427,15 @@ def foreign_tokenizer(folder: Path, chance: Chance) -> list[str]:
             ("model/merges", [["nowhere", "there"]]),
             ("model/unk_token", 3),
             ("normalizer", {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
-            ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(?<"}, "behavior": "Isolated", "invert": False}),
+            (
+                "pre_tokenizer",
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": "(?<"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+            ),
             ("decoder", {"type": "Evil"}),
             ("added_tokens", [{"id": HUGE, "content": "<s>"}]),
             ("version", "9.0"),
@@ -342,7 +450,9 @@ def foreign_tokenizer(folder: Path, chance: Chance) -> list[str]:
 def foreign_tokens(folder: Path, chance: Chance) -> list[str]:
     name = "modalities/text/tokenizer_config.json"
     data = json.loads((folder / name).read_text())
-    data[chance.choice(["bos_token", "eos_token"])] = chance.choice([None, 3, [], {}, {"content": 3}, "nowhere", "a"])
+    data[chance.choice(["bos_token", "eos_token"])] = chance.choice(
+        [None, 3, [], {}, {"content": 3}, "nowhere", "a"]
+    )
     if data["bos_token"] is None and data["eos_token"] == "</s>":
         data["eos_token"] = None
     (folder / name).write_text(json.dumps(data))
@@ -388,14 +498,18 @@ def other_tensors(folder: Path, chance: Chance) -> list[str]:
 def not_finite(folder: Path, chance: Chance) -> list[str]:
     name, tensors = weights(folder, chance)
     tensor = tensors[chance.choice([*tensors])]
-    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice([torch.nan, torch.inf, -torch.inf])
+    tensor.view(-1)[chance.randrange(tensor.numel())] = chance.choice(
+        [torch.nan, torch.inf, -torch.inf]
+    )
     save_file(tensors, folder / name)
     return [name]
 
 
 def trained_on(folder: Path, chance: Chance) -> list[str]:
     """One bit of a tower, whose hash stands in zipper.json."""
-    name = chance.choice([name for name in files(folder, ".safetensors") if name.startswith("towers/")])
+    name = chance.choice(
+        [name for name in files(folder, ".safetensors") if name.startswith("towers/")]
+    )
     content = (folder / name).read_bytes()
     at = chance.randrange(8 + int.from_bytes(content[:8], "little"), len(content))
     (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -406,7 +520,15 @@ def other_codebook(folder: Path, chance: Chance) -> list[str]:
     name = "modalities/speech/codebook.safetensors"
     codebook = load_file(folder / name)["codebook"]
     changed = chance.choice(
-        [codebook[:-1], codebook[:, :-1], codebook.half(), codebook.flip(0), codebook / 0, codebook.T, codebook[None]]
+        [
+            codebook[:-1],
+            codebook[:, :-1],
+            codebook.half(),
+            codebook.flip(0),
+            codebook / 0,
+            codebook.T,
+            codebook[None],
+        ]
     )
     key = chance.choice(["codebook", "codebook", "codebook", "book"])
     save_file({key: changed.contiguous()}, folder / name)
@@ -426,21 +548,34 @@ def header_edit(folder: Path, chance: Chance) -> list[str]:
         return json.dumps({**entries, which: {**entries[which], **values}}).encode()
 
     def many(number: int, **others: Any) -> bytes:
-        return json.dumps({f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(number)} | others).encode()
+        return json.dumps(
+            {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(number)}
+            | others
+        ).encode()
 
     edits: list[Callable[[], bytes]] = [
         lambda: chance.choice([DEEP, b"[]", b"{}", b"\xff" * 64]),
-        lambda: changed(shape=chance.choice([[HUGE, HUGE], [-1], [2**62, 4], [1.5], None, [1] * 100_000])),
+        lambda: changed(
+            shape=chance.choice([[HUGE, HUGE], [-1], [2**62, 4], [1.5], None, [1] * 100_000])
+        ),
         lambda: changed(dtype=chance.choice(["F4", ["F32"], None, "F64", "C64", "F8_E4M3"])),
-        lambda: changed(data_offsets=chance.choice([[start, stop + 4], [stop, start], [0, 2**63], [start], [start + 4, stop + 4]])),
+        lambda: changed(
+            data_offsets=chance.choice(
+                [[start, stop + 4], [stop, start], [0, 2**63], [start], [start + 4, stop + 4]]
+            )
+        ),
         lambda: changed(more=1),
-        lambda: text.replace(b"{", b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' * 2, 1),
+        lambda: text.replace(
+            b"{", b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' * 2, 1
+        ),
         lambda: many(100_000),
         lambda: many(10_000, **entries),
         lambda: text.replace(b"{", b'{"' + b"a" * 60_000_000 + b'": {}, ', 1),
     ]
     text = chance.choice(edits)()
-    size = chance.choice([len(text)] * 9 + [2**63, 2**64 - 1, len(text) + len(payload) + 1, 0, HUGE])
+    size = chance.choice(
+        [len(text)] * 9 + [2**63, 2**64 - 1, len(text) + len(payload) + 1, 0, HUGE]
+    )
     (folder / name).write_bytes(size.to_bytes(8, "little") + text + payload)
     return [name] if TEXT not in name else [name, f"{TEXT}/model.safetensors.index.json"]
 
@@ -457,7 +592,9 @@ def resealed(harm: Corruption) -> Corruption:
 
 def left_out(folder: Path, chance: Chance) -> list[str]:
     """Gone from the folder and from the manifest."""
-    name = chance.choice([n for n in files(folder) if n not in ("manifest.json", f"{TEXT}/generation_config.json")])
+    name = chance.choice(
+        [n for n in files(folder) if n not in ("manifest.json", f"{TEXT}/generation_config.json")]
+    )
     while name.endswith("generation_config.json"):
         name = chance.choice(files(folder))
     (folder / name).unlink()
@@ -484,7 +621,8 @@ RESEALED = [
 
 @dataclass(frozen=True)
 class Refusal:
-    """What was done, the processor's time that the refusal took, and the most memory beyond what the process had before."""
+    """What was done, the processor's time that the refusal took, and the most memory beyond what
+    the process had before."""
 
     what: str
     seconds: float
@@ -493,7 +631,16 @@ class Refusal:
 
 def memory(which: str) -> int:
     """VmRSS (now) or VmHWM (at most, since it was last forgotten) of this process."""
-    return int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    return (
+        int(
+            re.search(
+                rf"{which}:\s+(\d+) "
+                r"kB",
+                Path("/proc/self/status").read_text(),
+            )[1]
+        )
+        << 10
+    )  # type: ignore[index]
 
 
 def forget_peak() -> None:
@@ -513,18 +660,27 @@ def refused(whole: Path, place: Path, seed: int) -> Refusal:
     try:
         Pipeline.from_pretrained(folder)
     except ZipperError as error:
-        found, message = Refusal(what, time.process_time() - start, memory("VmHWM") - before), str(error)
+        found, message = (
+            Refusal(what, time.process_time() - start, memory("VmHWM") - before),
+            str(error),
+        )
     except BaseException as error:
-        raise AssertionError(f"{what}: {type(error).__name__} is no ZipperError: {error!s:.300}") from error
+        raise AssertionError(
+            f"{what}: {type(error).__name__} is no ZipperError: {error!s:.300}"
+        ) from error
     else:
         raise AssertionError(f"{what}: was loaded")
     finally:
         shutil.rmtree(folder)
-    # A tower or modality is one thing: its folder may be named in place of the file. The top folder alone says nothing. A wrong
-    # line of the manifest is found at the file that it is about.
-    places = [str(folder / name) for name in names] + [str((folder / name).parent) for name in names if "/" in name]
+    # A tower or modality is one thing: its folder may be named in place of the file. The top folder
+    # alone says nothing. A wrong line of the manifest is found at the file that it is about.
+    places = [str(folder / name) for name in names] + [
+        str((folder / name).parent) for name in names if "/" in name
+    ]
     places += ["manifest.json"] if "manifest.json" in names else []
-    assert any(place in message for place in places) and str(folder) in message, f"{what}: not named in {message:.300}"
+    assert any(place in message for place in places) and str(folder) in message, (
+        f"{what}: not named in {message:.300}"
+    )
     assert len(message) < 2_000, f"{what}: {message:.300}"
     assert found.seconds < SLOWEST_S, f"{what}: {found.seconds:.1f} s"
     assert found.more_bytes < size + MOST_MEMORY, f"{what}: {found.more_bytes >> 20} MiB more"
@@ -539,13 +695,23 @@ def sweep(whole: Path, place: Path, seeds: range) -> None:
             found.append(refused(whole, place, seed))
         except AssertionError as error:
             failed.append(str(error))
-    slowest, largest = max(found, key=lambda case: case.seconds), max(found, key=lambda case: case.more_bytes)
+    slowest, largest = (
+        max(found, key=lambda case: case.seconds),
+        max(found, key=lambda case: case.more_bytes),
+    )
     print(f"{len(found)} of {len(seeds)} refused in {sum(case.seconds for case in found):.0f} s")
-    print(f"slowest {slowest.seconds:.2f} s ({slowest.what}), most memory {largest.more_bytes >> 20} MiB ({largest.what})")
-    assert not failed, "\n".join([f"{len(failed)} of {len(seeds)} were not refused as they should be", *failed[:30]])
+    print(
+        f"slowest {slowest.seconds:.2f} s ({slowest.what}), most memory "
+        f"{largest.more_bytes >> 20} MiB ({largest.what})"
+    )
+    assert not failed, "\n".join(
+        [f"{len(failed)} of {len(seeds)} were not refused as they should be", *failed[:30]]
+    )
 
 
-def test_the_folder_that_all_this_is_done_to_loads_when_nothing_was_done(whole: Path, tmp_path: Path) -> None:
+def test_the_folder_that_all_this_is_done_to_loads_when_nothing_was_done(
+    whole: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "copy"))
     assert Pipeline.from_pretrained(folder).model.config.towers.keys() == {"text", "speech"}
     checkpoint.seal(folder)
@@ -564,21 +730,32 @@ def test_memory_that_was_taken_and_given_back_is_heard_of() -> None:
 
 
 @LINUX
-def test_some_corruptions_are_refused_soon_and_the_file_is_named(whole: Path, tmp_path: Path) -> None:
+def test_some_corruptions_are_refused_soon_and_the_file_is_named(
+    whole: Path, tmp_path: Path
+) -> None:
     sweep(whole, tmp_path, range(60))
 
 
 @LINUX
 @pytest.mark.slow
-def test_a_thousand_corruptions_are_refused_soon_and_the_file_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_thousand_corruptions_are_refused_soon_and_the_file_is_named(
+    whole: Path, tmp_path: Path
+) -> None:
     sweep(whole, tmp_path, range(1_000, 1_000 + CORRUPTIONS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "edits", [("zipper.json", ZIPPER_JSON), (f"{SPEECH}/config.json", CONFIG_JSON), (f"{TEXT}/config.json", CONFIG_JSON)]
+    "edits",
+    [
+        ("zipper.json", ZIPPER_JSON),
+        (f"{SPEECH}/config.json", CONFIG_JSON),
+        (f"{TEXT}/config.json", CONFIG_JSON),
+    ],
 )
-def test_every_absurd_setting_is_refused(whole: Path, tmp_path: Path, edits: tuple[str, list[tuple[str, list[Any]]]]) -> None:
+def test_every_absurd_setting_is_refused(
+    whole: Path, tmp_path: Path, edits: tuple[str, list[tuple[str, list[Any]]]]
+) -> None:
     name, cases = edits
     content, loaded = json.loads((whole / name).read_text()), []
     folder = Path(shutil.copytree(whole, tmp_path / "copy"))
@@ -596,8 +773,11 @@ def test_every_absurd_setting_is_refused(whole: Path, tmp_path: Path, edits: tup
     assert not loaded
 
 
-def test_nothing_is_unpickled_no_code_runs_and_no_file_is_opened_elsewhere(whole: Path, tmp_path: Path) -> None:
-    """An audit hook hears of everything that Python opens, imports and unpickles while a zip is loaded."""
+def test_nothing_is_unpickled_no_code_runs_and_no_file_is_opened_elsewhere(
+    whole: Path, tmp_path: Path
+) -> None:
+    """An audit hook hears of everything that Python opens, imports and unpickles while a zip is
+    loaded."""
     folder = Path(shutil.copytree(whole, tmp_path / "copy"))
     program = """
 import json, sys, sysconfig
@@ -629,19 +809,33 @@ print(json.dumps({"heard": heard, "libraries": [*sysconfig.get_paths().values(),
     assert len(events) == len(found["heard"]) - 1
     opened = [what for event, what in events if event == "open"]
     assert any(what == str(folder / "zipper.json") for what in opened)
-    elsewhere = [w for w in opened if not w.startswith((str(folder), "/proc/", "/sys/", *found["libraries"])) and not w.isdigit()]
+    elsewhere = [
+        w
+        for w in opened
+        if not w.startswith((str(folder), "/proc/", "/sys/", *found["libraries"]))
+        and not w.isdigit()
+    ]
     assert not elsewhere
-    assert not [(event, what) for event, what in events if event not in ("open", "import", "compile", "exec", "marshal.loads")]
+    assert not [
+        (event, what)
+        for event, what in events
+        if event not in ("open", "import", "compile", "exec", "marshal.loads")
+    ]
     assert not [(event, what) for event, what in events if event != "open" and str(folder) in what]
 
 
 def test_the_reader_of_headers_agrees_with_safetensors_on_files_that_are_whole(whole: Path) -> None:
-    from zipper.files import header
+    from zipper.saving.files import header
 
     for name in files(whole, ".safetensors"):
         content, held = (whole / name).read_bytes(), load_file(whole / name)
         entries = header(whole / name)
-        assert {n: entry.shape for n, entry in entries.items()} == {n: tuple(t.shape) for n, t in held.items()}
+        assert {n: entry.shape for n, entry in entries.items()} == {
+            n: tuple(t.shape) for n, t in held.items()
+        }
         for n, entry in entries.items():
             assert entry.dtype == "F32"
-            np.testing.assert_array_equal(np.frombuffer(content[entry.start : entry.stop], np.float32), held[n].numpy().ravel())
+            np.testing.assert_array_equal(
+                np.frombuffer(content[entry.start : entry.stop], np.float32),
+                held[n].numpy().ravel(),
+            )

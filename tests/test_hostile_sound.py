@@ -1,8 +1,9 @@
-"""Hostile sound: whatever a file is, reading it ends soon, in little memory, with a ZipperError or with the right samples.
+"""Hostile sound: whatever a file is, reading it ends soon, in little memory, with a ZipperError or
+with the right samples.
 
-The files are made here, and what is right is known here: the pulses a file was made of, another parser, or the same file unharmed.
-They are read by a process of its own, so that a crash, a hang and the memory are seen.
-"""
+The files are made here, and what is right is known here: the pulses a file was made of, another
+parser, or the same file unharmed. They are read by a process of its own, so that a crash, a hang
+and the memory are seen."""
 
 import io
 import json
@@ -22,10 +23,14 @@ import pytest
 import soundfile
 from jaxtyping import Int16
 
-from zipper.containers import _checksum
-from zipper.containers import _frame as mp3_frame
+from zipper.audio.containers import _checksum
+from zipper.audio.containers import _frame as mp3_frame
 
-SLOWEST_S, MOST_MB, HANGS_S = 2.0, 512.0, 120.0  # of the processor; over idle; of the clock, before a reader is given up
+SLOWEST_S, MOST_MB, HANGS_S = (
+    2.0,
+    512.0,
+    120.0,
+)  # of the processor; over idle; of the clock, before a reader is given up
 MUTATIONS = 300
 RATE_HZ = 16_000
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -57,8 +62,10 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class File:
-    """A file to be read. samples: what is right; with `most`, what the samples read are a beginning of, `late` behind their own.
-    near: how far they may be from it. refusal: whether that is right too; it is the only right thing where nothing else is given.
+    """A file to be read. samples: what is right; with `most`, what the samples read are a beginning
+    of, `late` behind their own.
+    near: how far they may be from it. refusal: whether that is right too; it is the only right
+    thing where nothing else is given.
     most: samples there can be."""
 
     name: str
@@ -76,13 +83,19 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder, self.seconds, self.mb = folder, 0.0, 0.0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", READER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def read(self, source: str) -> dict:
         """What it said of a file; it must say something."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps([source, str(self.folder / "out.npy")]), file=self.process.stdin, flush=True)
+        print(
+            json.dumps([source, str(self.folder / "out.npy")]), file=self.process.stdin, flush=True
+        )
         there, _, _ = select.select([self.process.stdout], [], [], HANGS_S)
         said = self.process.stdout.readline() if there else ""
         assert said, f"{source}: the reader {'died' if there else 'hangs'} ({self.process.poll()})"
@@ -111,20 +124,33 @@ def judge(reader: Reader, file: File, as_bytes: bool) -> str:
         assert file.refusal or nothing_else, f"{file.name} should be read: {told['refused']}"
         return "refused"
     samples = np.load(reader.folder / "out.npy")
-    assert samples.dtype == np.float32 and samples.ndim == 1 and len(samples) and np.isfinite(samples).all(), file.name
+    assert (
+        samples.dtype == np.float32
+        and samples.ndim == 1
+        and len(samples)
+        and np.isfinite(samples).all()
+    ), file.name
     assert np.abs(samples).max() <= 1, file.name
     if file.samples is None:
         assert file.most, f"{file.name} should be refused, and gave {len(samples)} samples"
-        assert len(samples) <= file.most, f"{file.name}: {len(samples)} samples, at most {file.most} are in it"
+        assert len(samples) <= file.most, (
+            f"{file.name}: {len(samples)} samples, at most {file.most} are in it"
+        )
         return "unknown"
     if file.most:
-        assert file.late < len(samples) <= file.most, f"{file.name}: {len(samples)} samples, at most {file.most} are right"
+        assert file.late < len(samples) <= file.most, (
+            f"{file.name}: {len(samples)} samples, at most {file.most} are right"
+        )
         length = min(len(file.samples), len(samples) - file.late)
         samples, right = samples[file.late :][:length], file.samples[:length]
     else:
-        assert len(samples) == len(file.samples), f"{file.name}: {len(samples)} samples, {len(file.samples)} are right"
+        assert len(samples) == len(file.samples), (
+            f"{file.name}: {len(samples)} samples, {len(file.samples)} are right"
+        )
         right = file.samples
-    right = right / max(1.0, float(np.abs(right).max()))  # of what is there: a cut file has its own peak
+    right = right / max(
+        1.0, float(np.abs(right).max())
+    )  # of what is there: a cut file has its own peak
     np.testing.assert_allclose(samples, right, atol=file.near, rtol=0, err_msg=file.name)
     return "right"
 
@@ -132,8 +158,11 @@ def judge(reader: Reader, file: File, as_bytes: bool) -> str:
 # --- what files are made of
 
 
-def pulses(seconds: float = 1.0, channels: int = 1, rate_hz: int = RATE_HZ) -> Int16[np.ndarray, "time channels"]:
-    """A rising tone in noise: no two stretches of it are alike, so that a repeated or a foreign one is seen."""
+def pulses(
+    seconds: float = 1.0, channels: int = 1, rate_hz: int = RATE_HZ
+) -> Int16[np.ndarray, "time channels"]:
+    """A rising tone in noise: no two stretches of it are alike, so that a repeated or a foreign one
+    is seen."""
     time = np.arange(int(seconds * rate_hz))[:, None] / rate_hz
     tone = 9_000 * np.sin(2 * np.pi * (200 + 300 * time + 40 * np.arange(channels)) * time)
     return (tone + np.random.default_rng(channels).normal(0, 300, tone.shape)).astype(np.int16)
@@ -143,7 +172,9 @@ def floats(pcm: np.ndarray) -> np.ndarray:
     return (pcm.astype(np.float32) / 32_768).mean(axis=1)
 
 
-def encoded(kind: str, subtype: str | None, pcm: np.ndarray, rate_hz: int = RATE_HZ, **more: object) -> bytes:
+def encoded(
+    kind: str, subtype: str | None, pcm: np.ndarray, rate_hz: int = RATE_HZ, **more: object
+) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, pcm, rate_hz, format=kind, subtype=subtype, **more)
     return out.getvalue()
@@ -158,19 +189,40 @@ def decoded(content: bytes, folder: Path) -> np.ndarray:
 
 def mp3(pcm: np.ndarray, folder: Path, rate_hz: int = RATE_HZ, mode: str = "VARIABLE") -> bytes:
     """By a path: libsndfile writes no Xing header into memory."""
-    soundfile.write(folder / "a.mp3", pcm, rate_hz, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    soundfile.write(
+        folder / "a.mp3", pcm, rate_hz, format="MP3", bitrate_mode=mode, compression_level=0.5
+    )
     return (folder / "a.mp3").read_bytes()
 
 
 def chunk(name: bytes, content: bytes, size: int | None = None) -> bytes:
-    return name + struct.pack("<I", len(content) if size is None else size) + content + bytes(len(content) % 2)
+    return (
+        name
+        + struct.pack("<I", len(content) if size is None else size)
+        + content
+        + bytes(len(content) % 2)
+    )
 
 
 def wav(
-    data: bytes, rate_hz: int = RATE_HZ, channels: int = 1, bits: int = 16, size: int | None = None, tag: int = 1, *others: bytes
+    data: bytes,
+    rate_hz: int = RATE_HZ,
+    channels: int = 1,
+    bits: int = 16,
+    size: int | None = None,
+    tag: int = 1,
+    *others: bytes,
 ) -> bytes:
     width = channels * max(1, bits // 8)
-    shape = struct.pack("<HHIIHH", tag, channels & 0xFFFF, rate_hz, rate_hz * width & 0xFFFFFFFF, width & 0xFFFF, bits)
+    shape = struct.pack(
+        "<HHIIHH",
+        tag,
+        channels & 0xFFFF,
+        rate_hz,
+        rate_hz * width & 0xFFFFFFFF,
+        width & 0xFFFF,
+        bits,
+    )
     body = b"WAVE" + b"".join(others) + chunk(b"fmt ", shape) + chunk(b"data", data, size)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
@@ -178,10 +230,22 @@ def wav(
 def rf64(data: bytes, size: int) -> bytes:
     shape = struct.pack("<HHIIHH", 1, 1, RATE_HZ, 2 * RATE_HZ, 2, 16)
     sizes = chunk(b"ds64", struct.pack("<QQQI", size + 72, size, size // 2, 0))
-    return b"RF64" + b"\xff" * 4 + b"WAVE" + sizes + chunk(b"fmt ", shape) + chunk(b"data", data, 0xFFFFFFFF)
+    return (
+        b"RF64"
+        + b"\xff" * 4
+        + b"WAVE"
+        + sizes
+        + chunk(b"fmt ", shape)
+        + chunk(b"data", data, 0xFFFFFFFF)
+    )
 
 
-def flac_saying(content: bytes, frames: int | None = None, rate_hz: int | None = None, channels: int | None = None) -> bytes:
+def flac_saying(
+    content: bytes,
+    frames: int | None = None,
+    rate_hz: int | None = None,
+    channels: int | None = None,
+) -> bytes:
     """FLAC with another STREAMINFO: 20 bits of rate, 3 of channels, 5 of width, 36 of length."""
     told = int.from_bytes(content[18:26], "big")
     fields = {0: (36, frames), 41: (3, channels and channels - 1), 44: (20, rate_hz)}
@@ -230,7 +294,12 @@ def headers() -> Iterator[File]:
         yield File(f"{bits} bits.wav", wav(data, bits=bits), refusal=True, most=len(data))
     for tag in (0, 2, 0x11, 0x55, 0xFFFE, 0xFFFF):
         yield File(f"format {tag}.wav", wav(data, tag=tag), refusal=True, most=8 * len(data))
-    for size in (2**31 - 4096, 2**31 - 1, 2**31, 2**32 - 1):  # by SoX, -, arecord, ffmpeg into a pipe
+    for size in (
+        2**31 - 4096,
+        2**31 - 1,
+        2**31,
+        2**32 - 1,
+    ):  # by SoX, -, arecord, ffmpeg into a pipe
         yield File(f"size {size:x}.wav", wav(data, size=size), right)
     yield File("its header counted in.wav", wav(data, size=len(data) + 44), right)
     for size in (0, 2, 100, len(data) // 2, len(data) + 1_000, 10**9):
@@ -241,14 +310,22 @@ def headers() -> Iterator[File]:
         yield File(f"{share} of it.wav", wav(data)[: int(share * len(wav(data)))])
     yield File("one sample.wav", wav(data[:2]), right[:1])
     yield File("many chunks.wav", wav(data, RATE_HZ, 1, 16, None, 1, chunk(b"junk", b"") * 100_000))
-    yield File("some chunks.wav", wav(data, RATE_HZ, 1, 16, None, 1, chunk(b"LIST", b"INFOxyz")), right)
-    yield File("chunk beyond all.wav", wav(data, RATE_HZ, 1, 16, None, 1, chunk(b"junk", b"", 2**32 - 1)))
+    yield File(
+        "some chunks.wav", wav(data, RATE_HZ, 1, 16, None, 1, chunk(b"LIST", b"INFOxyz")), right
+    )
+    yield File(
+        "chunk beyond all.wav", wav(data, RATE_HZ, 1, 16, None, 1, chunk(b"junk", b"", 2**32 - 1))
+    )
     yield File("trailing chunk.wav", wav(data) + chunk(b"LIST", b"INFOISFT" + bytes(9)), right)
     yield File("trailing zeros.wav", wav(data) + bytes(5_000), right)
     yield File("another behind.wav", wav(data) + data)
     yield File("data first.wav", b"RIFF" + struct.pack("<I", 99) + b"WAVE" + chunk(b"data", data))
     wide = b"".join(b"\0" + data[n : n + 2] for n in range(0, len(data) - 2, 2))
-    yield File("24 bits, odd, trailing chunk.wav", wav(wide, bits=24) + chunk(b"id3 ", b"x" * 33), right[:-1])
+    yield File(
+        "24 bits, odd, trailing chunk.wav",
+        wav(wide, bits=24) + chunk(b"id3 ", b"x" * 33),
+        right[:-1],
+    )
     yield File("rf64.wav", rf64(data, len(data)), right)
     yield File("rf64 of 2 TB.wav", rf64(data, 2**41))
     yield File("rf64 of half.wav", rf64(data, len(data) // 2))
@@ -258,8 +335,14 @@ def headers() -> Iterator[File]:
             bad[place] = value
             yield File(f"{name} at {place}.wav", wav(bad.tobytes(), bits=64, tag=3))
     yield File("floats.wav", wav(right.tobytes(), bits=32, tag=3), right)
-    yield File("loud floats.wav", wav((right * 1e4).tobytes(), bits=32, tag=3), right / np.abs(right).max())
-    yield File("denormals.wav", wav((right * 1e-40).astype(np.float32).tobytes(), bits=32, tag=3), right * 0)
+    yield File(
+        "loud floats.wav", wav((right * 1e4).tobytes(), bits=32, tag=3), right / np.abs(right).max()
+    )
+    yield File(
+        "denormals.wav",
+        wav((right * 1e-40).astype(np.float32).tobytes(), bits=32, tag=3),
+        right * 0,
+    )
     stereo = pulses(channels=2)
     yield File("two channels.wav", wav(stereo.tobytes(), channels=2), floats(stereo))
     eight = pulses(channels=8)
@@ -278,12 +361,22 @@ def streams(folder: Path) -> Iterator[File]:
         yield File(f"length {frames}.flac", flac_saying(flac, frames))
     yield File("655350 Hz of 8 channels.flac", flac_saying(flac, None, 655_350, 8))
     for rate_hz, channels in ((1, 1), (0, 1), (655_350, 1), (RATE_HZ, 8)):
-        yield File(f"{rate_hz} Hz of {channels}.flac", flac_saying(flac, None, rate_hz, channels), refusal=True, most=len(pcm))
+        yield File(
+            f"{rate_hz} Hz of {channels}.flac",
+            flac_saying(flac, None, rate_hz, channels),
+            refusal=True,
+            most=len(pcm),
+        )
     yield File("joined.flac", flac + flac)
-    yield File("tagged.flac", b"ID3\x04\0\0\0\0\x01\0" + bytes(128) + flac + b"TAG" + bytes(125), right)
+    yield File(
+        "tagged.flac", b"ID3\x04\0\0\0\0\x01\0" + bytes(128) + flac + b"TAG" + bytes(125), right
+    )
     for share in (0.01, 0.1, 0.5, 0.9, 0.999):
         for length in (len(pcm), 0):
-            yield File(f"{share} of it, length {length}.flac", flac_saying(flac, length)[: int(share * len(flac))])
+            yield File(
+                f"{share} of it, length {length}.flac",
+                flac_saying(flac, length)[: int(share * len(flac))],
+            )
     for subtype in ("VORBIS", "OPUS"):
         ogg = encoded("OGG", subtype, pcm)
         right, pages = decoded(ogg, folder), ogg_pages(ogg)
@@ -291,23 +384,35 @@ def streams(folder: Path) -> Iterator[File]:
         yield File(f"{subtype} named.mp3", ogg, right)
         yield File(f"{subtype} with more behind.ogg", ogg + b"TAG" + bytes(125), right)
         yield File(f"{subtype} joined.ogg", ogg + ogg)
-        yield File(f"{subtype} joined with another.ogg", ogg + encoded("OGG", "VORBIS", pulses(1.0)))
+        yield File(
+            f"{subtype} joined with another.ogg", ogg + encoded("OGG", "VORBIS", pulses(1.0))
+        )
         for n in range(len(pages)):
             lost = b"".join(pages[:n] + pages[n + 1 :])
             last = n == len(pages) - 1  # which a stream need not have
-            yield File(f"{subtype} without page {n}.ogg", lost, right if last else None, most=len(pcm) if last else 0)
+            yield File(
+                f"{subtype} without page {n}.ogg",
+                lost,
+                right if last else None,
+                most=len(pcm) if last else 0,
+            )
         for share in (0.01, 0.1, 0.5, 0.9, 0.999):
             yield File(f"{share} of {subtype}.ogg", ogg[: int(share * len(ogg))])
         for time in (0, 1, 10**9, 2**62):
             changed = b"".join(pages[:-1]) + resealed(pages[-1], 6, struct.pack("<q", time))
-            yield File(f"{subtype} that ends at {time}.ogg", changed, refusal=True, most=len(pcm) + 1_024)
+            yield File(
+                f"{subtype} that ends at {time}.ogg", changed, refusal=True, most=len(pcm) + 1_024
+            )
     for rate_hz, channels in ((16_000, 1), (44_100, 2), (8_000, 1)):
         for mode in ("CONSTANT", "VARIABLE", "AVERAGE"):
-            yield from mp3s(f"{mode} {rate_hz}", pulses(3.0, channels, rate_hz), rate_hz, mode, folder)
+            yield from mp3s(
+                f"{mode} {rate_hz}", pulses(3.0, channels, rate_hz), rate_hz, mode, folder
+            )
 
 
 def mp3s(name: str, pcm: np.ndarray, rate_hz: int, mode: str, folder: Path) -> Iterator[File]:
-    """One MP3 in many coats. LAME pads 1,105 samples in front, of which a decoder leaves out 529 and the header says the rest."""
+    """One MP3 in many coats. LAME pads 1,105 samples in front, of which a decoder leaves out 529
+    and the header says the rest."""
     whole = mp3(pcm, folder, rate_hz, mode)
     first = mp3_frame(whole[:4])
     assert first is not None and whole[first.info : first.info + 4] in (b"Xing", b"Info")
@@ -324,14 +429,25 @@ def mp3s(name: str, pcm: np.ndarray, rate_hz: int, mode: str, folder: Path) -> I
     yield File(f"{name} with a hole.mp3", whole[: len(whole) // 2] + whole[len(whole) // 2 + 300 :])
     for share in (0.3, 0.5, 0.9):
         yield File(f"{share} of {name}.mp3", whole[: int(share * len(whole))])
-        yield File(f"{share} of {name} bare.mp3", bare[: int(share * len(bare))], right, most=most, late=576)
+        yield File(
+            f"{share} of {name} bare.mp3",
+            bare[: int(share * len(bare))],
+            right,
+            most=most,
+            late=576,
+        )
 
 
 def others(folder: Path) -> Iterator[File]:
     """Other containers, whole and cut, and what is no sound at all."""
     pcm = pulses()
     linear = "AIFF AU CAF W64 NIST RF64 WAVEX".split()
-    for kind, subtype in [*((kind, "PCM_16") for kind in linear), ("CAF", "ALAC_16"), ("AIFF", "PCM_24"), ("W64", "PCM_24")]:
+    for kind, subtype in [
+        *((kind, "PCM_16") for kind in linear),
+        ("CAF", "ALAC_16"),
+        ("AIFF", "PCM_24"),
+        ("W64", "PCM_24"),
+    ]:
         whole = encoded(kind, subtype, pcm)
         yield File(f"{kind} {subtype}", whole, floats(pcm))
         for share in (0.02, 0.3, 0.7, 0.99):
@@ -374,7 +490,8 @@ def others(folder: Path) -> Iterator[File]:
 
 
 def mutations(folder: Path) -> Iterator[File]:
-    """Good files with some bytes changed, lost, doubled or put in; the changes of PCM are followed in the pulses."""
+    """Good files with some bytes changed, lost, doubled or put in; the changes of PCM are followed
+    in the pulses."""
     pcm = pulses(2.0)
     bases: dict[str, tuple[bytes, np.ndarray]] = {}
     for kind in ("WAV", "AIFF", "AU", "W64", "RF64", "NIST", "CAF"):
@@ -398,7 +515,9 @@ def mutations(folder: Path) -> Iterator[File]:
         how = chance.choice(list(HARM))
         at = chance.randrange(min(len(content), 100) if chance.random() < 0.5 else len(content))
         changed = HARM[how](content, at, chance)
-        yield File(f"{n} {name} {how} at {at}", changed, *expected(name, content, changed, right, len(pcm)))
+        yield File(
+            f"{n} {name} {how} at {at}", changed, *expected(name, content, changed, right, len(pcm))
+        )
 
 
 HARM: dict[str, Callable[[bytes, int, random.Random], bytes]] = {
@@ -420,7 +539,16 @@ def expected(
         try:
             with wave.open(io.BytesIO(changed)) as file:
                 if file.getsampwidth() == 2:
-                    return floats(np.frombuffer(file.readframes(2**30), "<i2").reshape(-1, file.getnchannels())), True, 1e-6, 0
+                    return (
+                        floats(
+                            np.frombuffer(file.readframes(2**30), "<i2").reshape(
+                                -1, file.getnchannels()
+                            )
+                        ),
+                        True,
+                        1e-6,
+                        0,
+                    )
         except (wave.Error, EOFError, RuntimeError, ValueError, ZeroDivisionError):
             pass
         return None, True, 0, len(changed)
@@ -428,7 +556,12 @@ def expected(
         data = (right * 32_768).astype(f"{order}i2").tobytes()
         place = content.find(data)
         if place > 0 and len(changed) == len(content) and changed[:place] == content[:place]:
-            return floats(np.frombuffer(changed[place : place + len(data)], f"{order}i2")[:, None]), False, 1e-6, 0
+            return (
+                floats(np.frombuffer(changed[place : place + len(data)], f"{order}i2")[:, None]),
+                False,
+                1e-6,
+                0,
+            )
     if name.startswith(("FLAC", "OGG")):  # every frame or page has a checksum
         return right, True, 1e-6, length
     return None, True, 0, 2 * length + len(changed)
@@ -439,37 +572,49 @@ def expected(
 
 @LINUX
 def test_bad_and_odd_files_are_refused_or_read_right(reader: Reader, tmp_path: Path) -> None:
-    """At least 400: see `headers`, `streams`, `others` and `mutations`; every second one is given as bytes."""
+    """At least 400: see `headers`, `streams`, `others` and `mutations`; every second one is given
+    as bytes."""
     ends: Counter[str] = Counter()
     wrong = []
-    for n, file in enumerate([*headers(), *streams(tmp_path), *others(tmp_path), *mutations(tmp_path)]):
+    for n, file in enumerate(
+        [*headers(), *streams(tmp_path), *others(tmp_path), *mutations(tmp_path)]
+    ):
         try:
             ends[judge(reader, file, as_bytes=bool(n % 2))] += 1
         except AssertionError as error:
             wrong.append(str(error).partition("\n(")[0])
     assert not wrong, "\n".join(wrong)
-    print(f"{ends.total()} files: {dict(ends)}, at most {reader.seconds:.2f} s and {reader.mb:.0f} MB over idle")
+    print(
+        f"{ends.total()} files: {dict(ends)}, at most {reader.seconds:.2f} s and {reader.mb:.0f} "
+        "MB over idle"
+    )
     assert ends.total() >= 400
     assert ends["right"] >= 100 and ends["refused"] >= 100, ends
     assert reader.seconds <= SLOWEST_S and reader.mb <= MOST_MB
 
 
 def bombs() -> Iterator[File]:
-    """What is small as a file and would be large as sound, or long to look through; and the largest that is read."""
+    """What is small as a file and would be large as sound, or long to look through; and the largest
+    that is read."""
     silent = np.zeros((48_000 * 60, 1), np.int16)
     for length in (0, 36_000 * 48_000, 600 * 48_000):
         out = io.BytesIO()
         with soundfile.SoundFile(out, "w", 48_000, 1, format="FLAC", subtype="PCM_16") as file:
             for _ in range(60):
                 file.write(silent)
-        yield File(f"an hour of silence that says {length}.flac", flac_saying(out.getvalue(), length))
+        yield File(
+            f"an hour of silence that says {length}.flac", flac_saying(out.getvalue(), length)
+        )
     out = io.BytesIO()
     with soundfile.SoundFile(out, "w", 8_000, 1, format="OGG", subtype="OPUS") as file:
         for _ in range(11):
             file.write(np.zeros((8_000 * 60, 1), np.int16))
     pages = ogg_pages(out.getvalue())
     yield File("eleven minutes of silence.opus", out.getvalue())
-    yield File("ten hours, it says.opus", b"".join(pages[:-1]) + resealed(pages[-1], 6, struct.pack("<q", 36_000 * 48_000)))
+    yield File(
+        "ten hours, it says.opus",
+        b"".join(pages[:-1]) + resealed(pages[-1], 6, struct.pack("<q", 36_000 * 48_000)),
+    )
     frame = b"\xff\xf3\x14\xc4" + bytes(20)  # 8 kbit/s, 24 kHz, one channel
     yield File("seven hours of empty frames.mp3", frame * 1_040_000)
     yield File("frames of nothing.mp3", b"\xff\xf3\x14\xc4" * 6_200_000)
@@ -480,7 +625,10 @@ def bombs() -> Iterator[File]:
 
 
 def empty_page(number: int) -> bytes:
-    head, tail = b"OggS\0" + bytes([2 * (number == 0)]) + bytes(8) + b"zip!" + struct.pack("<I", number), b"\0"
+    head, tail = (
+        b"OggS\0" + bytes([2 * (number == 0)]) + bytes(8) + b"zip!" + struct.pack("<I", number),
+        b"\0",
+    )
     return head + struct.pack("<I", _checksum(head + bytes(4) + tail)) + tail
 
 
@@ -488,15 +636,24 @@ def giants() -> Iterator[File]:
     """The largest that are read."""
     for seconds, channels in {43: 8, 349: 1}.items():
         pcm = np.zeros((192_000 * seconds, channels), np.int16)
-        yield File(f"{seconds} s of {channels} channels.flac", encoded("FLAC", "PCM_16", pcm, 192_000), floats(pcm[:, :1]))
+        yield File(
+            f"{seconds} s of {channels} channels.flac",
+            encoded("FLAC", "PCM_16", pcm, 192_000),
+            floats(pcm[:, :1]),
+        )
 
 
 @LINUX
 @pytest.mark.slow
 def test_a_bomb_takes_no_more_than_any_other_file(reader: Reader) -> None:
     for file in bombs():
-        print(f"{file.name}, {len(file.content) / 1e6:.1f} MB: {judge(reader, file, as_bytes=True)}")
-    for hours, rate_hz in {10: 16_000, 1: 192_000}.items():  # a hole in the disk, that takes no room
+        print(
+            f"{file.name}, {len(file.content) / 1e6:.1f} MB: {judge(reader, file, as_bytes=True)}"
+        )
+    for hours, rate_hz in {
+        10: 16_000,
+        1: 192_000,
+    }.items():  # a hole in the disk, that takes no room
         path = reader.folder / "long.wav"
         with path.open("wb") as hole:
             hole.write(wav(b"", rate_hz, size=hours * 3_600 * rate_hz * 2))

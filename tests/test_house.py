@@ -1,4 +1,5 @@
-"""The house rules: who may import whom, what must be documented, which documentation must run, what git may hold.
+"""The house rules: who may import whom, what must be documented, which documentation must run, what
+git may hold.
 
 Nothing here knows what zipper computes. The first half reads the source and never imports it.
 """
@@ -22,8 +23,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "zipper"
 
-# A file imports only files above it (docs/architecture.md says why). A package's front page and its files may name one
-# another, the files among themselves may not. zipper/__init__.py names what lies below, so nothing may import from it.
+# A file imports only files above it (docs/architecture.md says why). A package's front page and its
+# files may name one another, the files among themselves may not. zipper/__init__.py names what lies
+# below, so nothing may import from it.
 ORDER = (
     "errors",
     "workers",
@@ -86,7 +88,12 @@ ORDER = (
     "recipes",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
-FENCES = {"python", "bash", "console", "text"}  # python runs, bash and console are parsed, text is only shown
+FENCES = {
+    "python",
+    "bash",
+    "console",
+    "text",
+}  # python runs, bash and console are parsed, text is only shown
 LARGEST_FILE_BYTES = 13_000_000
 
 
@@ -103,18 +110,23 @@ INSIDE = pytest.mark.parametrize("module", [module for module in MODULES if modu
 def rank(module: str) -> int:
     """Place in ORDER: its own, or that of its package."""
     top = module if module in ORDER else module.partition(".")[0]
-    assert top in ORDER, f"zipper.{module} has no place in ORDER (tests/test_house.py). Give it one."
+    assert top in ORDER, (
+        f"zipper.{module} has no place in ORDER (tests/test_house.py). Give it one."
+    )
     return ORDER.index(top)
 
 
 def stands_above(target: str, module: str) -> bool:
     """Whether `module` may import `target`."""
     siblings = "." in target and "." in module
-    return rank(target) < rank(module) or (rank(target) == rank(module) and target != module and not siblings)
+    return rank(target) < rank(module) or (
+        rank(target) == rank(module) and target != module and not siblings
+    )
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything a file imports, also inside functions and under TYPE_CHECKING."""
+    """Line and absolute name of everything a file imports, also inside functions and under
+    TYPE_CHECKING."""
     package = ("zipper", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -125,7 +137,9 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
 
 
-def definitions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
+def definitions(
+    body: list[ast.stmt], owner: str = ""
+) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef]]:
     """The public classes, functions and methods defined in a module or class body."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
@@ -135,14 +149,17 @@ def definitions(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, as
 
 
 def blocks(text: str) -> list[tuple[int, str, str]]:
-    """Line number, language and content of every fenced block; a fence in no known language is an error."""
+    """Line number, language and content of every fenced block; a fence in no known language is an
+    error."""
     found: list[tuple[int, str, str]] = []
     language, start, content = None, 0, []
     for number, line in enumerate(text.splitlines(), start=1):
         fence = re.fullmatch(r"\s*```(.*)", line)
         if language is None and fence:
             language, start, content = fence[1].strip(), number, []
-            assert language in FENCES, f"line {number}: a block is marked one of {sorted(FENCES)}, not '{language}'"
+            assert language in FENCES, (
+                f"line {number}: a block is marked one of {sorted(FENCES)}, not '{language}'"
+            )
         elif fence:
             found.append((start, str(language), "\n".join(content)))
             language = None
@@ -153,7 +170,8 @@ def blocks(text: str) -> list[tuple[int, str, str]]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """The commands of a shell block, without comments, prompts, variables, pipes and the path of the program."""
+    """The commands of a shell block, without comments, prompts, variables, pipes and the path of
+    the program."""
     for line in block.replace("\\\n", " ").splitlines():
         shell = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
         shell.whitespace_split = True
@@ -171,14 +189,25 @@ def repository_files() -> list[Path]:
     """What git holds, or would after `git add .`."""
     # safe.directory: a checkout owned by another user (containers, CI) is still ours to read.
     listing = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        [
+            "git",
+            "-c",
+            "safe.directory=*",
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     )
     paths = [ROOT / name for name in listing.stdout.split("\0") if name]
-    assert ROOT / "pyproject.toml" in paths, "git does not know pyproject.toml: this is not a checkout of zipper"
+    assert ROOT / "pyproject.toml" in paths, (
+        "git does not know pyproject.toml: this is not a checkout of zipper"
+    )
     return [path for path in paths if path.is_file()]
 
 
@@ -194,7 +223,10 @@ def test_a_file_imports_only_files_above_it(module: str) -> None:
         target = ".".join(parts)
         if not target or not stands_above(target, module):
             below.append(f"line {line} imports {name}")
-    assert not below, f"zipper.{module}: {below}. Import from the file that defines it, and only from files above."
+    assert not below, (
+        f"zipper.{module}: {below}. Import from the file that defines it, and only from files "
+        "above."
+    )
 
 
 def test_every_file_has_a_place_in_the_order() -> None:
@@ -206,8 +238,14 @@ def test_every_file_has_a_place_in_the_order() -> None:
 @pytest.mark.parametrize("module", list(MODULES))
 def test_every_file_and_every_public_definition_has_a_docstring(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    bare = [f"{name} (line {node.lineno})" for name, node in definitions(tree.body) if not ast.get_docstring(node)]
-    assert ast.get_docstring(tree), f"zipper.{module}: say in a docstring what the file is for and what it does not know"
+    bare = [
+        f"{name} (line {node.lineno})"
+        for name, node in definitions(tree.body)
+        if not ast.get_docstring(node)
+    ]
+    assert ast.get_docstring(tree), (
+        f"zipper.{module}: say in a docstring what the file is for and what it does not know"
+    )
     assert not bare, f"zipper.{module} says nothing about {bare}"
 
 
@@ -218,24 +256,36 @@ def test_every_name_on_the_front_page_exists_and_is_documented() -> None:
         thing = getattr(zipper, name)
         if inspect.isclass(thing) or callable(thing):
             assert inspect.getdoc(thing), f"zipper.{name} has no docstring"
-            assert thing.__module__.startswith("zipper."), f"zipper.{name} comes from {thing.__module__}"
+            assert thing.__module__.startswith("zipper."), (
+                f"zipper.{name} comes from {thing.__module__}"
+            )
 
 
-def test_the_python_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_of_the_readme_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readme = ROOT / "README.md"
-    programs = [(line, code) for line, kind, code in blocks(readme.read_text(encoding="utf-8")) if kind == "python"]
+    programs = [
+        (line, code)
+        for line, kind, code in blocks(readme.read_text(encoding="utf-8"))
+        if kind == "python"
+    ]
     assert programs, "README.md shows no Python"
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     for line, code in programs:
-        exec(compile("\n" * line + code, readme, "exec"), namespace)  # the newlines give tracebacks the README's lines
+        exec(
+            compile("\n" * line + code, readme, "exec"), namespace
+        )  # the newlines give tracebacks the README's lines
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_commands_in_the_documentation_exist(page: str) -> None:
     from zipper.cli import parser
 
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(
+        r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     seen = 0
     for line, kind, block in blocks((ROOT / page).read_text(encoding="utf-8")):
         if kind not in ("bash", "console"):
@@ -248,7 +298,10 @@ def test_the_commands_in_the_documentation_exist(page: str) -> None:
                     try:
                         parser().parse_args(arguments)
                     except SystemExit as stop:  # --help and --version stop with 0
-                        assert not stop.code, f"{page}, line {line}: zipper {shlex.join(arguments)}: {said.getvalue()}"
+                        assert not stop.code, (
+                            f"{page}, line {line}: zipper {shlex.join(arguments)}: "
+                            f"{said.getvalue()}"
+                        )
             elif program == "make":
                 seen += 1
                 unknown = [word for word in arguments if "=" not in word and word not in targets]
@@ -273,7 +326,11 @@ def test_no_file_in_git_names_a_path_of_somebodys_machine() -> None:
     private = re.compile(rb"(?<![\w.~-])/(work|root|home|Users)/")
     found = {}
     for path in repository_files():
-        lines = [number for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if private.search(line)]
+        lines = [
+            number
+            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+            if private.search(line)
+        ]
         if lines and path != Path(__file__):
             found[str(path.relative_to(ROOT))] = lines
     assert not found, f"absolute paths, by file and line: {found}"
@@ -281,10 +338,24 @@ def test_no_file_in_git_names_a_path_of_somebodys_machine() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tmp_path, ROOT]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "--wheel-dir",
+        tmp_path,
+        ROOT,
+    ]
     subprocess.run(build, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     (wheel,) = tmp_path.glob("zipper_lm-*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(ROOT / "src").as_posix() for path in repository_files() if PACKAGE in path.parents}
+    wanted = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in repository_files()
+        if PACKAGE in path.parents
+    }
     assert "zipper/py.typed" in wanted
     assert wanted <= packed, f"not in the wheel: {sorted(wanted - packed)}"

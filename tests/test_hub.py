@@ -1,5 +1,6 @@
-"""Zips on the hub, against a stand-in of its HTTP API on this machine: what goes up comes down, at any commit, with or without a
-network; what is not there, not allowed or of no use to others is refused."""
+"""Zips on the hub, against a stand-in of its HTTP API on this machine: what goes up comes down, at
+any commit, with or without a network; what is not there, not allowed or of no use to others is
+refused."""
 
 import base64
 import hashlib
@@ -22,12 +23,12 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from tiny import World
 
-from zipper import checkpoint, hub
+from zipper.saving import checkpoint, hub
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 from zipper.tower import Tower
 
 TOKEN = "hf_of_nobody"
@@ -48,7 +49,8 @@ class Repo:
 
 
 class StandIn(ThreadingHTTPServer):
-    """The calls that huggingface_hub makes, answered as the hub does; large files by LFS, small ones inside the commit."""
+    """The calls that huggingface_hub makes, answered as the hub does; large files by LFS, small
+    ones inside the commit."""
 
     daemon_threads = True
 
@@ -82,7 +84,11 @@ class Answer(BaseHTTPRequestHandler):
         self.server.asked.append(f"{self.command} {'/'.join(path)}")
         status, headers = 200, {}
         try:
-            if self.command in ("POST", "PUT") and "lfs-store" not in path and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            if (
+                self.command in ("POST", "PUT")
+                and "lfs-store" not in path
+                and self.headers["Authorization"] != f"Bearer {TOKEN}"
+            ):
                 raise Refusal(401, "")
             found = self._call(path, given)
         except Refusal as refusal:
@@ -105,7 +111,9 @@ class Answer(BaseHTTPRequestHandler):
             case ["api", "validate-yaml"]:
                 return {"errors": [], "warnings": []}
             case ["api", "repos", "create"]:
-                name = f"{json.loads(given).get('organization') or 'me'}/{json.loads(given)['name']}"
+                name = (
+                    f"{json.loads(given).get('organization') or 'me'}/{json.loads(given)['name']}"
+                )
                 new = name not in hub.repos
                 hub.repos.setdefault(name, Repo()).commits or hub.repos[name].commit(
                     "main", {".gitattributes": b"*.safetensors lfs"}
@@ -115,8 +123,17 @@ class Answer(BaseHTTPRequestHandler):
                 return self._api(f"{owner}/{name}", rest or ["revision", "main"], given)
             case [owner, name, "info", "lfs", "objects", "batch"]:
                 wanted = [(o["oid"], o["size"]) for o in json.loads(given)["objects"]]
-                upload = {oid: {"upload": {"href": f"{hub.url}/lfs-store/{oid}"}} for oid, _ in wanted if oid not in hub.objects}
-                return {"objects": [{"oid": o, "size": s, **({"actions": upload[o]} if o in upload else {})} for o, s in wanted]}
+                upload = {
+                    oid: {"upload": {"href": f"{hub.url}/lfs-store/{oid}"}}
+                    for oid, _ in wanted
+                    if oid not in hub.objects
+                }
+                return {
+                    "objects": [
+                        {"oid": o, "size": s, **({"actions": upload[o]} if o in upload else {})}
+                        for o, s in wanted
+                    ]
+                }
             case ["lfs-store", oid]:
                 hub.objects[oid] = given
                 return {}
@@ -127,7 +144,10 @@ class Answer(BaseHTTPRequestHandler):
                 if "/".join(file) not in repo.commits[commit]:
                     raise Refusal(404, "EntryNotFound")
                 content = repo.commits[commit]["/".join(file)]
-                return content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+                return content, {
+                    "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                    "X-Repo-Commit": commit,
+                }
         raise Refusal(404, "")
 
     def _api(self, name: str, rest: list[str], given: bytes) -> Any:
@@ -136,7 +156,10 @@ class Answer(BaseHTTPRequestHandler):
             case ["revision", _]:
                 return {"id": name, "sha": commit}
             case ["tree", *_]:
-                return [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in repo.commits[commit].items()]
+                return [
+                    {"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
+                    for p, c in repo.commits[commit].items()
+                ]
             case ["branch", branch]:
                 new = branch not in repo.branches
                 repo.branches.setdefault(branch, commit)
@@ -146,7 +169,11 @@ class Answer(BaseHTTPRequestHandler):
                 mode = {True: "lfs", False: "regular"}
                 return {
                     "files": [
-                        {"path": f["path"], "uploadMode": mode[f["path"].endswith(".safetensors")], "shouldIgnore": False}
+                        {
+                            "path": f["path"],
+                            "uploadMode": mode[f["path"].endswith(".safetensors")],
+                            "shouldIgnore": False,
+                        }
                         for f in files
                     ]
                 }
@@ -176,11 +203,16 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def standin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A hub with nothing in it, and an empty cache; this process talks to it as it would to the real one."""
+    """A hub with nothing in it, and an empty cache; this process talks to it as it would to the
+    real one."""
     server = StandIn()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in has LFS only
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -205,13 +237,21 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def uploaded(folder: Path, repo: str) -> dict[str, bytes]:
     """What a folder should be in a repository: its files, the card naming the repository."""
     files = contents(folder)
-    return files | {"README.md": files["README.md"].replace(b'from_pretrained(".")', f'from_pretrained("{repo}")'.encode())}
+    return files | {
+        "README.md": files["README.md"].replace(
+            b'from_pretrained(".")', f'from_pretrained("{repo}")'.encode()
+        )
+    }
 
 
 def logits(source: str | Path, revision: str | None = None) -> torch.Tensor:
@@ -233,7 +273,9 @@ def changed(folder: Path, copy: Path) -> Path:
 # --- there and back
 
 
-def test_what_is_pushed_comes_back_bit_for_bit_from_a_fresh_cache(standin: StandIn, whole: Path) -> None:
+def test_what_is_pushed_comes_back_bit_for_bit_from_a_fresh_cache(
+    standin: StandIn, whole: Path
+) -> None:
     url = hub.push(whole, "me/my-zip", message="The first")
     found = hub.fetch("me/my-zip")
     assert contents(found.folder) == uploaded(whole, "me/my-zip") != contents(whole)
@@ -244,9 +286,15 @@ def test_what_is_pushed_comes_back_bit_for_bit_from_a_fresh_cache(standin: Stand
 
 def test_weights_go_by_lfs_and_all_in_one_commit(standin: StandIn, whole: Path) -> None:
     hub.push(whole, "me/my-zip")
-    weights = {hashlib.sha256(c).hexdigest() for name, c in contents(whole).items() if name.endswith(".safetensors")}
+    weights = {
+        hashlib.sha256(c).hexdigest()
+        for name, c in contents(whole).items()
+        if name.endswith(".safetensors")
+    }
     assert standin.objects.keys() == weights
-    assert [call for call in standin.asked if "/commit/" in call] == ["POST api/models/me/my-zip/commit/main"]
+    assert [call for call in standin.asked if "/commit/" in call] == [
+        "POST api/models/me/my-zip/commit/main"
+    ]
 
 
 def test_every_file_lies_under_the_root_that_is_named(standin: StandIn, whole: Path) -> None:
@@ -268,50 +316,93 @@ def test_each_revision_is_its_own_zip(standin: StandIn, whole: Path, tmp_path: P
     assert torch.equal(logits("me/my-zip"), logits(tmp_path / "second"))
     assert torch.equal(logits("me/my-zip", revision=first), logits(whole))
     assert torch.equal(logits("me/my-zip", revision="trial"), logits(whole))
-    with pytest.raises(ZipperError, match=r"me/my-zip has no revision 'gone'. Give a branch, a tag or a commit hash"):
+    with pytest.raises(
+        ZipperError,
+        match=r"me/my-zip has no revision 'gone'. Give a branch, a tag or a commit hash",
+    ):
         Pipeline.from_pretrained("me/my-zip", revision="gone")
     with pytest.raises(ZipperError, match=r"only a hub repository has the revision 'main'"):
         hub.fetch(whole, revision="main")
 
 
-def test_a_process_without_network_loads_it_from_the_cache(standin: StandIn, whole: Path, tmp_path: Path) -> None:
+def test_a_process_without_network_loads_it_from_the_cache(
+    standin: StandIn, whole: Path, tmp_path: Path
+) -> None:
     hub.push(whole, "me/my-zip")
     hub.fetch("me/my-zip")
     program = """if True:
         from zipper import Pipeline, Segment
-        from zipper.sequence import collate
+        from zipper.strand import collate
         model = Pipeline.from_pretrained("me/my-zip").model
         sample = [Segment("text", [5, 6, 7]), Segment("speech", [1, 2, 3, 4])]
         print(model(collate([sample], model.ends()).strands)["speech"].tolist())
         Pipeline.from_pretrained("me/other")"""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert torch.equal(torch.tensor(json.loads(done.stdout)), logits(whole))
-    assert "me/other is no folder and not wholly in the hub's cache, and HF_HUB_OFFLINE is set. Go online" in done.stderr
+    assert (
+        "me/other is no folder and not wholly in the hub's cache, and HF_HUB_OFFLINE is set. Go "
+        "online" in done.stderr
+    )
 
 
-def test_a_push_over_an_older_zip_leaves_none_of_it_and_everything_else(standin: StandIn, world: World, whole: Path) -> None:
+def test_a_push_over_an_older_zip_leaves_none_of_it_and_everything_else(
+    standin: StandIn, world: World, whole: Path
+) -> None:
     hub.push(whole, "me/my-zip")
     repo = standin.repos["me/my-zip"]
-    repo.commit("main", {**repo.commits[repo.branches["main"]], "LICENSE": b"mine", "modalities/video/old.json": b"{}"})
+    repo.commit(
+        "main",
+        {
+            **repo.commits[repo.branches["main"]],
+            "LICENSE": b"mine",
+            "modalities/video/old.json": b"{}",
+        },
+    )
     hub.push(whole, "me/my-zip")
     now = repo.commits[repo.branches["main"]]
-    assert now == {**uploaded(whole, "me/my-zip"), "LICENSE": b"mine", ".gitattributes": b"*.safetensors lfs"}
+    assert now == {
+        **uploaded(whole, "me/my-zip"),
+        "LICENSE": b"mine",
+        ".gitattributes": b"*.safetensors lfs",
+    }
 
 
-def test_the_card_goes_up_as_it_was_edited_and_names_the_repository(standin: StandIn, whole: Path, tmp_path: Path) -> None:
+def test_the_card_goes_up_as_it_was_edited_and_names_the_repository(
+    standin: StandIn, whole: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "zip"))
     (folder / "README.md").write_text('# Ours\npipe = Pipeline.from_pretrained(".")\n')
     hub.push(folder, "me/my-zip")
-    assert (hub.fetch("me/my-zip").folder / "README.md").read_text() == '# Ours\npipe = Pipeline.from_pretrained("me/my-zip")\n'
+    assert (
+        hub.fetch("me/my-zip").folder / "README.md"
+    ).read_text() == '# Ours\npipe = Pipeline.from_pretrained("me/my-zip")\n'
     assert (folder / "README.md").read_text() == '# Ours\npipe = Pipeline.from_pretrained(".")\n'
 
 
 def test_the_command_line_pushes_and_says_where_it_is(
     standin: StandIn, world: World, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["push", str(whole), "me/my-zip", "--revision", "trial", "--message", "From the shell"]) == 0
-    assert capsys.readouterr().out == f"{standin.url}/me/my-zip/commit/{hub.fetch('me/my-zip', revision='trial').commit}\n"
+    assert (
+        main(
+            ["push", str(whole), "me/my-zip", "--revision", "trial", "--message", "From the shell"]
+        )
+        == 0
+    )
+    assert (
+        capsys.readouterr().out
+        == f"{standin.url}/me/my-zip/commit/{hub.fetch('me/my-zip', revision='trial').commit}\n"
+    )
     assert main(["push", str(world.zip), "me/other"]) == 2
     assert "zipper push: The frozen tower 'text' of" in capsys.readouterr().err
 
@@ -323,11 +414,16 @@ def test_a_pipeline_or_a_model_pushes_itself(standin: StandIn, whole: Path) -> N
     assert torch.equal(logits("me/pipeline"), logits(whole))
     pipeline.model.push_to_hub("me/model", include=["text"])
     again = Zipper.from_pretrained("me/model").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in pipeline.model.state_dict().items())
+    assert all(
+        torch.equal(again[name], tensor) for name, tensor in pipeline.model.state_dict().items()
+    )
 
 
 def test_a_run_is_moved_with_its_towers_resumed_shown_verified_evaluated_and_pushed(
-    standin: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    standin: StandIn,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All by the command line's own words, from a folder that is not the project's."""
     torch.manual_seed(0)
@@ -347,16 +443,32 @@ def config():
         return capsys.readouterr().out
 
     zipper("train", tmp_path / "project" / "recipe.py")
-    shutil.rmtree(tmp_path / "project" / "run" / "checkpoints" / "step-0000004")  # it was killed before this one
+    shutil.rmtree(
+        tmp_path / "project" / "run" / "checkpoints" / "step-0000004"
+    )  # it was killed before this one
     project = (tmp_path / "project").rename(tmp_path / "moved")
     model = project / "run" / "model"
     zipper("train", project / "recipe.py", "--resume")
     assert json.loads(zipper("show", project / "run", "--json"))["steps"] == 4
     assert json.loads(zipper("show", model, "--json"))["towers"]["text"]
     assert all(check["held"] for check in json.loads(zipper("verify", model, "--json")))
-    assert json.loads(zipper("evaluate", "--model", model, "--test", "2", "--task", "asr", "--json"))["asr"]
+    assert json.loads(
+        zipper("evaluate", "--model", model, "--test", "2", "--task", "asr", "--json")
+    )["asr"]
     manifest = str(project / "dev.jsonl")
-    pruned = zipper("prune", model, "--below", "9", "--data", manifest, "--rows", "4", "-o", tmp_path / "pruned", "--json")
+    pruned = zipper(
+        "prune",
+        model,
+        "--below",
+        "9",
+        "--data",
+        manifest,
+        "--rows",
+        "4",
+        "-o",
+        tmp_path / "pruned",
+        "--json",
+    )
     assert json.loads(pruned)["rows"] == 4
     assert main(["push", str(model), "me/run"]) == 2
     assert "--include text" in capsys.readouterr().err
@@ -368,13 +480,19 @@ def config():
     assert checkpoint.load(hub.fetch("me/run").folder, hub.fetch("me/run").root)[1]["step"] > 0
 
 
-def test_a_push_may_say_of_which_hub_id_a_base_is(standin: StandIn, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_push_may_say_of_which_hub_id_a_base_is(
+    standin: StandIn, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     HfApi(endpoint=standin.url, token=TOKEN).create_repo("me/base", exist_ok=True)
     base = world.folder / "text" / "tower"
     operations = [CommitOperationAdd(path.name, path) for path in base.iterdir() if path.is_file()]
-    HfApi(endpoint=standin.url, token=TOKEN).create_commit("me/base", operations, commit_message="base")
+    HfApi(endpoint=standin.url, token=TOKEN).create_commit(
+        "me/base", operations, commit_message="base"
+    )
     assert main(["push", str(world.zip), "me/light", "--tower", "text=me/base"]) == 0
-    pin = checkpoint.read_json(hub.fetch("me/light").folder / "zipper.json")["config"]["towers"]["text"]
+    pin = checkpoint.read_json(hub.fetch("me/light").folder / "zipper.json")["config"]["towers"][
+        "text"
+    ]
     assert (pin["source"], pin["relative"]) == ("me/base", "") and len(pin["revision"]) == 40
     assert torch.equal(logits("me/light"), logits(world.zip))
     assert capsys.readouterr().out
@@ -384,7 +502,11 @@ def test_a_push_may_say_of_which_hub_id_a_base_is(standin: StandIn, world: World
 
 
 def test_a_zip_whose_base_lies_in_a_folder_is_not_pushed(standin: StandIn, world: World) -> None:
-    with pytest.raises(ZipperError, match=r"'text' of .* is pinned to /.*others do not have. Save the zip with include=\['text'\]"):
+    with pytest.raises(
+        ZipperError,
+        match=r"'text' of .* is pinned to /.*others do not have. Save the zip with "
+        r"include=\['text'\]",
+    ):
         hub.push(world.zip, "me/my-zip")
     assert not standin.asked
 
@@ -402,7 +524,9 @@ def test_a_damaged_zip_is_not_pushed(standin: StandIn, whole: Path, tmp_path: Pa
 def test_what_is_not_there_or_not_allowed_is_said_in_a_sentence(
     standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ZipperError, match=r"hub has no repository me/nothing, or none that you may use"):
+    with pytest.raises(
+        ZipperError, match=r"hub has no repository me/nothing, or none that you may use"
+    ):
         hub.fetch("me/nothing")
     with pytest.raises(ZipperError, match=r"'a zip\?' is neither a folder nor a hub id"):
         hub.fetch("a zip?")
@@ -411,32 +535,46 @@ def test_what_is_not_there_or_not_allowed_is_said_in_a_sentence(
     with pytest.raises(ZipperError, match=r"me/my-zip is gated. Accept its terms"):
         hub.fetch("me/my-zip")
     standin.repos["me/model"] = Repo()
-    standin.repos["me/model"].commit("main", {"README.md": b"", "config.json": b"{}", "model.safetensors": b"0"})
+    standin.repos["me/model"].commit(
+        "main", {"README.md": b"", "config.json": b"{}", "model.safetensors": b"0"}
+    )
     with pytest.raises(ZipperError, match=r"me/model holds no zip: it has no manifest.json"):
         hub.fetch("me/model")
-    assert not any("model.safetensors" in call for call in standin.asked if "resolve" in call and "me/model/" in call)
+    assert not any(
+        "model.safetensors" in call
+        for call in standin.asked
+        if "resolve" in call and "me/model/" in call
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ZipperError, match=r"me/my-zip.*hf auth login"):
         hub.push(whole, "me/my-zip")
 
 
-def test_no_network_is_said_in_a_sentence(standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_said_in_a_sentence(
+    standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(
-        ZipperError, match=r"me/my-zip is no folder and not wholly in the hub's cache, and the hub cannot be reached"
+        ZipperError,
+        match=r"me/my-zip is no folder and not wholly in the hub's cache, and the hub cannot be "
+        r"reached",
     ):
         hub.fetch("me/my-zip")
     with pytest.raises(ZipperError, match=r"The hub cannot be reached for me/my-zip"):
         hub.push(whole, "me/my-zip")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ZipperError, match=r"The hub cannot be reached for me/my-zip: .*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ZipperError, match=r"The hub cannot be reached for me/my-zip: .*HF_HUB_OFFLINE"
+    ):
         hub.push(whole, "me/my-zip")
 
 
 # --- towers on the hub
 
 
-def test_a_zip_finds_its_base_at_the_commit_it_was_built_on(standin: StandIn, world: World, tmp_path: Path) -> None:
+def test_a_zip_finds_its_base_at_the_commit_it_was_built_on(
+    standin: StandIn, world: World, tmp_path: Path
+) -> None:
     api = HfApi(endpoint=standin.url, token=TOKEN)
     api.create_repo("me/tower")
 
@@ -446,17 +584,28 @@ def test_a_zip_finds_its_base_at_the_commit_it_was_built_on(standin: StandIn, wo
         return api.create_commit("me/tower", changes, commit_message=name).oid
 
     first = publish("text")
-    model = Zipper.from_towers({"text": "me/tower", "speech": world.folder / "speech" / "tower"}, train=["speech"])
-    assert (model.config.towers["text"].source, model.config.towers["text"].revision) == ("me/tower", first)
+    model = Zipper.from_towers(
+        {"text": "me/tower", "speech": world.folder / "speech" / "tower"}, train=["speech"]
+    )
+    assert (model.config.towers["text"].source, model.config.towers["text"].revision) == (
+        "me/tower",
+        first,
+    )
     model.push_to_hub("me/zip")
     second = publish("speech")
     assert hub.commit("me/tower") == second != first
     again = Zipper.from_pretrained("me/zip")
     assert again.config.towers["text"].revision == first
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ZipperError, match="'text' from memory is not the one this zip was trained on"):
+    assert all(
+        torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items()
+    )
+    with pytest.raises(
+        ZipperError, match="'text' from memory is not the one this zip was trained on"
+    ):
         Zipper.from_pretrained("me/zip", towers={"text": Tower.load("me/tower", revision=second)})
-    with pytest.raises(ZipperError, match=r"hub has no repository me/nothing, or none that you may use"):
+    with pytest.raises(
+        ZipperError, match=r"hub has no repository me/nothing, or none that you may use"
+    ):
         hub.commit("me/nothing")
 
 

@@ -9,13 +9,22 @@ import tiny
 import torch
 from tiny import World
 
-from zipper.audio import Audio
-from zipper.data import encode
-from zipper.inspection import activity, attention, describe, gradient_norms, log_samples, parts, samples, table
+from zipper.audio.sound import Audio
+from zipper.data.manifests import encode
+from zipper.inspection import (
+    activity,
+    attention,
+    describe,
+    gradient_norms,
+    log_samples,
+    parts,
+    samples,
+    table,
+)
 from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 from zipper.tasks import ASR, Task
 from zipper.training import Objective
 
@@ -33,12 +42,19 @@ def pipe(world: World) -> Pipeline:
 
 def test_a_model_is_described_as_it_is(world: World, pipe: Pipeline) -> None:
     found = describe(pipe, world.zip)
-    counts = {name: sum(p.numel() for p in pipe.model.tower(name).parameters()) for name in ("text", "speech")}
-    added = sum(p.numel() for name, p in pipe.model.named_parameters() if not name.startswith("towers."))
+    counts = {
+        name: sum(p.numel() for p in pipe.model.tower(name).parameters())
+        for name in ("text", "speech")
+    }
+    added = sum(
+        p.numel() for name, p in pipe.model.named_parameters() if not name.startswith("towers.")
+    )
     assert found["parameters"] == counts["text"] + counts["speech"] + added
     assert found["new_parameters"] == added
     assert found["trained_parameters"] == counts["speech"] + added
-    assert found["bytes_on_disk"] == sum(len(path.read_bytes()) for path in world.zip.rglob("*") if path.is_file())
+    assert found["bytes_on_disk"] == sum(
+        len(path.read_bytes()) for path in world.zip.rglob("*") if path.is_file()
+    )
     assert found["junctions"] == [{"text": 1, "speech": 1}]
     gate = round(float(torch.tanh(torch.tensor(0.6))), 4)
     both = {"attention": gate, "feedforward": gate}
@@ -71,10 +87,17 @@ def test_the_table_says_the_same(world: World, pipe: Pipeline) -> None:
         assert part in said
 
 
-def test_an_attention_map_is_the_mean_over_heads_and_junctions(pipe: Pipeline, tmp_path: Path) -> None:
+def test_an_attention_map_is_the_mean_over_heads_and_junctions(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
     towers = {name: tiny.tower(modality, layers=4) for name, modality in pipe.modalities.items()}
-    model = Zipper.from_towers(towers, every={"text": 1, "speech": 1}, link=tiny.LinkConfig(head_width=16, gate_init=0.6))
-    strands = collate([[Segment("text", [3, 4, 5]), Segment("speech", [7, 8, 9, 10]), Segment("text", [6])]], model.ends()).strands
+    model = Zipper.from_towers(
+        towers, every={"text": 1, "speech": 1}, link=tiny.LinkConfig(head_width=16, gate_init=0.6)
+    )
+    strands = collate(
+        [[Segment("text", [3, 4, 5]), Segment("speech", [7, 8, 9, 10]), Segment("text", [6])]],
+        model.ends(),
+    ).strands
     seen: dict[str, list[torch.Tensor]] = {}
     original = Link.attention
 
@@ -88,7 +111,8 @@ def test_an_attention_map_is_the_mean_over_heads_and_junctions(pipe: Pipeline, t
         speech = attention(model, strands, source="text", target="speech")
     assert len(seen["weights"]) == 3  # junctions
     torch.testing.assert_close(speech, sum(seen["weights"]) / 3)
-    # The six speech tokens come after the first five of text and before the last three: they see five each.
+    # The six speech tokens come after the first five of text and before the last three: they see
+    # five each.
     assert speech.shape == (6, 8)
     assert (speech[:, :5] > 0).all()
     assert (speech[:, 5:] == 0).all()
@@ -101,7 +125,14 @@ def test_an_attention_map_is_the_mean_over_heads_and_junctions(pipe: Pipeline, t
 
 def test_parts_hold_every_parameter_that_trains_once(pipe: Pipeline) -> None:
     found = parts(pipe.zip)
-    assert set(found) == {"tower speech", "links text>speech", "links speech>text", "gates", "input text", "input speech"}
+    assert set(found) == {
+        "tower speech",
+        "links text>speech",
+        "links speech>text",
+        "gates",
+        "input text",
+        "input speech",
+    }
     listed = [p for some in found.values() for p in some]
     assert len(listed) == len({*map(id, listed)})
     assert {*map(id, listed)} == {id(p) for p in pipe.zip.parameters() if p.requires_grad}
@@ -109,15 +140,22 @@ def test_parts_hold_every_parameter_that_trains_once(pipe: Pipeline) -> None:
 
 
 def test_an_adapter_is_a_part() -> None:
-    towers = {name: tiny.tower(modality) for name, modality in (("text", tiny.text()), ("speech", tiny.units()))}
+    towers = {
+        name: tiny.tower(modality)
+        for name, modality in (("text", tiny.text()), ("speech", tiny.units()))
+    }
     lora = {"text": {"r": 2, "target_modules": ["q_proj"]}}
-    model = Zipper.from_towers(towers, lora=lora, link=LinkConfig(head_width=16), input_projection="none")
+    model = Zipper.from_towers(
+        towers, lora=lora, link=LinkConfig(head_width=16), input_projection="none"
+    )
     found = parts(model)
     assert set(found) == {"adapter text", "links text>speech", "links speech>text", "gates"}
     assert sum(p.numel() for p in found["adapter text"]) == 2 * 2 * (32 + 32)
 
 
-def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(pipe: Pipeline, world: World) -> None:
+def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(
+    pipe: Pipeline, world: World
+) -> None:
     model = pipe.zip
     batch = collate([[Segment("speech", [7, 8, 9]), Segment("text", [3, 4, 5], 1.0)]], model.ends())
     assert set(gradient_norms(model).values()) == {0.0}  # no backward yet
@@ -131,7 +169,9 @@ def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(pipe: Pip
     assert found["links text>speech"] == 0.0  # speech came first and saw nothing
     assert found["tower speech"] > 0
     whole = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(float(whole), rel=1e-5)
+    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(
+        float(whole), rel=1e-5
+    )
     model.zero_grad()
 
 
@@ -180,7 +220,10 @@ def test_samples_say_what_was_given_wanted_and_made(pipe: Pipeline, world: World
     assert len(found) == 2 * 2 * 3
     assert found["speech -> text/1/wanted text"] == raw[1]["text"]
     assert found["text -> voiced:speech/0/given text"] == raw[0]["text"]
-    assert found["speech -> text/0/made text"] == pipe.run([Segment("speech", rows[0]["speech"])], ["text"])[0].content
+    assert (
+        found["speech -> text/0/made text"]
+        == pipe.run([Segment("speech", rows[0]["speech"])], ["text"])[0].content
+    )
     given = found["speech -> text/0/given speech"]
     assert isinstance(given, Audio)
     np.testing.assert_array_equal(given.samples, pipe.units.decode(raw[0]["speech"]).samples)

@@ -1,7 +1,8 @@
-"""Every install is a first install: without an extra a command works, or says in one sentence which one it needs.
+"""Every install is a first install: without an extra a command works, or says in one sentence which
+one it needs.
 
-An extra is hidden from the importer here; the slow test builds the wheel and installs it into empty environments.
-"""
+An extra is hidden from the importer here; the slow test builds the wheel and installs it into empty
+environments."""
 
 import dataclasses
 import json
@@ -84,27 +85,50 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def commands(world: World, place: Path) -> dict[str, list[str]]:
-    """Every command on a tiny world, some in several ways; the first word of a name is the command."""
-    clip, zip_, units = str(tiny.sound(place / "clip.wav", 0.4)), str(world.zip), str(world.folder / "speech")
+    """Every command on a tiny world, some in several ways; the first word of a name is the
+    command."""
+    clip, zip_, units = (
+        str(tiny.sound(place / "clip.wav", 0.4)),
+        str(world.zip),
+        str(world.folder / "speech"),
+    )
     text = str(world.folder / "text")
     recipes: dict[str, dict[str, Any]] = {
-        "alone": {"towers": {"text": f"{text}/tower"}, "modalities": {"text": text}, "tasks": {"-> text": 1.0}, "train": ()},
+        "alone": {
+            "towers": {"text": f"{text}/tower"},
+            "modalities": {"text": text},
+            "tasks": {"-> text": 1.0},
+            "train": (),
+        },
         "pairs": {"trackers": ("tensorboard",)},
         "adapted": {"lora": {"text": {"r": 2, "target_modules": ["q_proj"]}}},
         "foreign": {},
     }
     for name, changes in recipes.items():
         settings = dataclasses.asdict(world.config(place / name, steps=1, **changes))
-        (place / f"{name}.py").write_text("import soundfile\n" * (name == "foreign") + RECIPE.format(settings=settings))
+        (place / f"{name}.py").write_text(
+            "import soundfile\n" * (name == "foreign") + RECIPE.format(settings=settings)
+        )
     (place / "run").mkdir()
-    (place / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss/text": 1.0, "lr": 0.1}) + "\n")
+    (place / "run" / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "loss/text": 1.0, "lr": 0.1}) + "\n"
+    )
     data = ["--data", str(world.folder / "dev.jsonl"), "--rows", "2"]
     recorded = str(next((ROOT / "benchmarks" / "results").glob("reproduce_cpu_*.json")))
     given: dict[str, Sequence[Any]] = {
         "demo": ["--pairs", 4, "--steps", 1, "--test", 1, "--output", place / "demo"],
         "transcribe": [clip, "--model", zip_],
         "speak": ["call anna", "-o", place / "said.wav", "--model", zip_],
-        "run": ["--given", "text=call", "--outputs", "speech", "-o", place / "made", "--model", zip_],
+        "run": [
+            "--given",
+            "text=call",
+            "--outputs",
+            "speech",
+            "-o",
+            place / "made",
+            "--model",
+            zip_,
+        ],
         "run text": ["--given", "text=call", "--outputs", "text", "--model", zip_],
         "units": [clip, "-o", place / "units.jsonl", "--units", units],
         "units parquet": [f"parquet:{place / 'none.parquet'}", "-o", place / "corpus"],
@@ -124,8 +148,34 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
         "reproduce": ["--report", recorded, "--output", place / "told"],
         "push": [SHIPPED, "me/mine"],
         "bench": [],
-        "bench train": ["--size", "tiny", "--rounds", 1, "--warm", 0, "--pairs", 2, "--threads", 1, "--arms", "bare,frozen"],
-        "bench decode": ["--size", "tiny", "--rounds", 1, "--warm", 0, "--threads", 1, "--tokens", 4, "--arms", "bare,zip"],
+        "bench train": [
+            "--size",
+            "tiny",
+            "--rounds",
+            1,
+            "--warm",
+            0,
+            "--pairs",
+            2,
+            "--threads",
+            1,
+            "--arms",
+            "bare,frozen",
+        ],
+        "bench decode": [
+            "--size",
+            "tiny",
+            "--rounds",
+            1,
+            "--warm",
+            0,
+            "--threads",
+            1,
+            "--tokens",
+            4,
+            "--arms",
+            "bare,zip",
+        ],
         "bench speech": ["--rounds", 1, "--utterances", 1, "--threads", 1],
         "towers": ["llama"],
     }
@@ -134,18 +184,27 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
     return {name: [*subs[name], *map(str, arguments)] for name, arguments in given.items()}
 
 
-def said_without(hidden: Sequence[str], calls: Mapping[str, Sequence[str]], place: Path) -> dict[str, tuple[int, str, str]]:
+def said_without(
+    hidden: Sequence[str], calls: Mapping[str, Sequence[str]], place: Path
+) -> dict[str, tuple[int, str, str]]:
     """What commands say where these extras are hidden."""
-    modules = [environment.importable(package) for name in hidden for package in environment.extras()[name]]
+    modules = [
+        environment.importable(package) for name in hidden for package in environment.extras()[name]
+    ]
     paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     program = [sys.executable, "-c", PROGRAM, json.dumps(modules), json.dumps(calls)]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=place, env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run(
+        program, capture_output=True, text=True, cwd=place, env={**os.environ, "PYTHONPATH": paths}
+    )
     assert done.returncode == 0, done.stderr
-    return {name: tuple(answer) for name, answer in json.loads(done.stdout.splitlines()[-1]).items()}
+    return {
+        name: tuple(answer) for name, answer in json.loads(done.stdout.splitlines()[-1]).items()
+    }
 
 
 def needed(answer: tuple[int, str, str], name: str) -> str | None:
-    """The extra that a command asked for; None where it worked. An AssertionError if it did neither."""
+    """The extra that a command asked for; None where it worked. An AssertionError if it did
+    neither."""
     code, err, _ = answer
     if code == 0:
         return None
@@ -160,22 +219,43 @@ def needed(answer: tuple[int, str, str], name: str) -> str | None:
     raise AssertionError(f"{name}: {err}")
 
 
-def test_the_core_alone_can_do_all_but_what_its_extras_are_for(world: World, tmp_path: Path) -> None:
+def test_the_core_alone_can_do_all_but_what_its_extras_are_for(
+    world: World, tmp_path: Path
+) -> None:
     calls = commands(world, tmp_path)
     assert {name.split()[0] for name in calls} == {name.split()[1] for name in _programs()}
-    del calls["bench"], calls["bench speech"], calls["bench train"], calls["bench decode"]  # minutes, in processes of their own
-    asked = {name: needed(answer, name) for name, answer in said_without(EXTRAS, calls, tmp_path).items()}
+    del (
+        calls["bench"],
+        calls["bench speech"],
+        calls["bench train"],
+        calls["bench decode"],
+    )  # minutes, in processes of their own
+    asked = {
+        name: needed(answer, name) for name, answer in said_without(EXTRAS, calls, tmp_path).items()
+    }
     assert {name: extra for name, extra in asked.items() if extra} == CORE
 
 
 @pytest.mark.parametrize(
     ("extra", "name"),
-    [("data", "units parquet"), ("lora", "train lora"), ("ray", "units ray"), ("speech", "speak"), ("train", "train")],
+    [
+        ("data", "units parquet"),
+        ("lora", "train lora"),
+        ("ray", "units ray"),
+        ("speech", "speak"),
+        ("train", "train"),
+    ],
 )
-def test_an_extra_that_is_missing_is_named_and_others_are_not_touched(world: World, tmp_path: Path, extra: str, name: str) -> None:
+def test_an_extra_that_is_missing_is_named_and_others_are_not_touched(
+    world: World, tmp_path: Path, extra: str, name: str
+) -> None:
     calls = commands(world, tmp_path)
     said = said_without([extra], {key: calls[key] for key in (name, "run text", "show")}, tmp_path)
-    assert {key: needed(answer, key) for key, answer in said.items()} == {name: extra, "run text": None, "show": None}
+    assert {key: needed(answer, key) for key, answer in said.items()} == {
+        name: extra,
+        "run text": None,
+        "show": None,
+    }
     assert not (tmp_path / "said.wav").exists()
 
 
@@ -212,7 +292,14 @@ def made(home: Path, wanted: str | Path, below: Path | None = None) -> Path:
 
 
 def pip(python: str | Path, *arguments: str | Path) -> None:
-    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        *map(str, arguments),
+    ]
     subprocess.run(command, check=True, env=clean())
 
 
@@ -233,20 +320,32 @@ def ran(home: Path, calls: Mapping[str, Sequence[str]], place: Path) -> dict[str
 
 @pytest.mark.slow
 def test_the_wheel_alone_in_an_empty_environment(world: World, tmp_path: Path, core: Path) -> None:
-    found = ran(core, {name: call for name, call in commands(world, tmp_path).items() if name != "bench"}, tmp_path)
+    found = ran(
+        core,
+        {name: call for name, call in commands(world, tmp_path).items() if name != "bench"},
+        tmp_path,
+    )
     assert {name: extra for name, extra in found.items() if extra} == CORE
-    front = [str(core / "bin" / "python"), "-c", "from zipper import *; print(Pipeline.from_pretrained().zip.config.towers.keys())"]
+    front = [
+        str(core / "bin" / "python"),
+        "-c",
+        "from zipper import *; print(Pipeline.from_pretrained().zip.config.towers.keys())",
+    ]
     done = subprocess.run(front, capture_output=True, text=True, cwd=tmp_path, env=clean())
     assert done.stdout == "dict_keys(['text', 'speech'])\n" and done.stderr == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_the_wheel_with_one_extra(world: World, tmp_path: Path, core: Path, wheel: Path, extra: str) -> None:
+def test_the_wheel_with_one_extra(
+    world: World, tmp_path: Path, core: Path, wheel: Path, extra: str
+) -> None:
     home = made(tmp_path / "home", f"{wheel}[{extra}]", below=core)
     place = tmp_path / "place"
     place.mkdir()
     calls = commands(world, place)
-    freed = [name for name in calls if name == "show" or (CORE.get(name) == extra and name != "demo")]
+    freed = [
+        name for name in calls if name == "show" or (CORE.get(name) == extra and name != "demo")
+    ]
     asked = ran(home, {name: calls[name] for name in freed}, place)
     assert extra not in asked.values() and asked["show"] is None

@@ -1,5 +1,6 @@
-"""Every number of every configuration: what it cannot work with is refused when it is made, in one sentence; what is accepted is
-finite, of the type that its field names and inside the limits that hold for files too."""
+"""Every number of every configuration: what it cannot work with is refused when it is made, in one
+sentence; what is accepted is finite, of the type that its field names and inside the limits that
+hold for files too."""
 
 import dataclasses
 import math
@@ -10,8 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from laws import unchecked
 
-from zipper import engine, link, model, sampling, training
-from zipper.engine import Search
+from zipper import engine, link, model, sampling
+from zipper.training import loop as training
+from zipper.sampling import Search
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Adapter, TowerConfig, ZipperConfig
@@ -49,7 +51,22 @@ CONTAINERS = {
     "betas": lambda n: (n, n),
 }
 NOT_FINITE = (math.nan, math.inf, -math.inf)
-ODD = (*NOT_FINITE, -1, -0.5, -(2**70), 2**64, 2.0**200, 10**400, 1e-45, True, False, "1", [1], None, 1j)
+ODD = (
+    *NOT_FINITE,
+    -1,
+    -0.5,
+    -(2**70),
+    2**64,
+    2.0**200,
+    10**400,
+    1e-45,
+    True,
+    False,
+    "1",
+    [1],
+    None,
+    1j,
+)
 
 
 def numeric(kind: type) -> list[str]:
@@ -60,18 +77,27 @@ def numeric(kind: type) -> list[str]:
 
     hints = get_type_hints(kind)
     return [
-        field.name for field in dataclasses.fields(kind) if holds(hints[field.name]) and get_origin(hints[field.name]) is not type
+        field.name
+        for field in dataclasses.fields(kind)
+        if holds(hints[field.name]) and get_origin(hints[field.name]) is not type
     ]
 
 
-FIELDS = [(kind, name) for kind in MADE for name in numeric(kind) if name not in ("junctions", "allowed", "lora")]
+FIELDS = [
+    (kind, name)
+    for kind in MADE
+    for name in numeric(kind)
+    if name not in ("junctions", "allowed", "lora")
+]
 
 
 def numbers(value: Any) -> list[Any]:
     """All numbers in a value."""
     if isinstance(value, dict):
         return [n for item in value.values() for n in numbers(item)]
-    return [n for item in value for n in numbers(item)] if isinstance(value, list | tuple) else [value]
+    return (
+        [n for item in value for n in numbers(item)] if isinstance(value, list | tuple) else [value]
+    )
 
 
 def test_the_fields_are_those_that_there_are() -> None:
@@ -102,16 +128,22 @@ def test_a_number_is_refused_or_such_as_work_can_be_done_with(kind: type) -> Non
         except ZipperError as error:
             refused.append(f"{name} {odd}: {error}")
             continue
-        assert odd not in NOT_FINITE and not isinstance(odd, str | bool | list | complex), f"{name}={odd!r} was accepted"
+        assert odd not in NOT_FINITE and not isinstance(odd, str | bool | list | complex), (
+            f"{name}={odd!r} was accepted"
+        )
         for number in numbers(getattr(made, name)):
-            assert number is None or (type(number) in (int, float) and abs(number) < 2**63), f"{name}={odd!r} became {number!r}"
+            assert number is None or (type(number) in (int, float) and abs(number) < 2**63), (
+                f"{name}={odd!r} became {number!r}"
+            )
     assert len(refused) > 8 * len({name for owner, name in FIELDS if owner is kind})
     assert all(len(sentence) < 1000 for sentence in refused)
 
 
 @pytest.mark.parametrize("name", ["width", "begin", "tokens", "layers"])
 def test_a_configuration_is_checked_in_a_program_as_in_a_file(name: str) -> None:
-    worst = dict(zip(("width", "begin", "tokens", "layers"), (2**21, -1, 1e7, 10_001), strict=True))[name]
+    worst = dict(
+        zip(("width", "begin", "tokens", "layers"), (2**21, -1, 1e7, 10_001), strict=True)
+    )[name]
     with pytest.raises(ZipperError, match=rf"{name} is .*; it must lie between") as made:
         TowerConfig(**(TOWER | {name: worst}))
     with pytest.raises(ZipperError, match=r"^x, towers, 'text': ") as read:
@@ -146,28 +178,47 @@ def test_what_a_recipe_was_made_of_may_change_and_the_recipe_does_not() -> None:
     )
     lora = {"speech": link_settings | {"target_modules": ["q_proj"]}}
     with unchecked():
-        recipe = TrainConfig(**(RECIPE | {"tasks": tasks, "towers": towers, "lora": lora, "train": ["text"]}))
+        recipe = TrainConfig(
+            **(RECIPE | {"tasks": tasks, "towers": towers, "lora": lora, "train": ["text"]})
+        )
     tasks["text -> speech"] = 1.0
     towers["text"]["sizes"].append(2)  # type: ignore[index, union-attr]
     lora["speech"]["target_modules"].append("v_proj")  # type: ignore[attr-defined]
     assert recipe.tasks == {"speech -> text": 1.0} and recipe.towers["text"]["sizes"] == [1]
-    assert recipe.lora == {"speech": {"r": 2, "target_modules": ["q_proj"]}} and recipe.train == ("text",)
+    assert recipe.lora == {"speech": {"r": 2, "target_modules": ["q_proj"]}} and recipe.train == (
+        "text",
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"text -> speech": 1.0}, "corrupt": {"text": 0.1}}, "corrupt names 'text', which is produced in no task"),
+        (
+            {"tasks": {"text -> speech": 1.0}, "corrupt": {"text": 0.1}},
+            "corrupt names 'text', which is produced in no task",
+        ),
         (
             {"tasks": {"text -> speech": 1.0}, "loss_weight": {"text": 2.0}},
             "loss_weight names 'text', which is produced in no task",
         ),
-        ({"tasks": {"-> speech": 1.0}, "pack": {"text": 64}}, "pack names 'text', which is named by no task"),
+        (
+            {"tasks": {"-> speech": 1.0}, "pack": {"text": 64}},
+            "pack names 'text', which is named by no task",
+        ),
         ({"tasks": {"-> text": 1.0}}, "train names 'speech', which is named by no task"),
-        ({"tasks": {"-> text": 1.0, "text -> speech": 0.0}}, "train names 'speech', which is named by no task"),
-        ({"tasks": {"-> speech": 1.0}, "lora": {"text": {"r": 2}}}, "lora names 'text', which is named by no task"),
+        (
+            {"tasks": {"-> text": 1.0, "text -> speech": 0.0}},
+            "train names 'speech', which is named by no task",
+        ),
+        (
+            {"tasks": {"-> speech": 1.0}, "lora": {"text": {"r": 2}}},
+            "lora names 'text', which is named by no task",
+        ),
         ({"loss_weight": {"text": 0.0, "speech": 0.0}}, "nothing that is produced has a loss"),
-        ({"calibrate": 8, "link": LinkConfig(projection_depth=0)}, "without a projection cannot be calibrated"),
+        (
+            {"calibrate": 8, "link": LinkConfig(projection_depth=0)},
+            "without a projection cannot be calibrated",
+        ),
         ({"frozen_dtype": "bfloat16", "train": ("text", "speech")}, "every tower learns"),
         ({"least_ids": 9, "most_ids": 8}, "no row has so many and so few"),
         ({"lora": {"text": {"r": 2, "bias": "all"}}}, "bias is 'all'; only 'none' can be kept"),
@@ -175,14 +226,23 @@ def test_what_a_recipe_was_made_of_may_change_and_the_recipe_does_not() -> None:
         ({"lora": {"text": {"rank": 2}}}, "it has the key 'rank'"),
     ],
 )
-def test_a_setting_of_a_recipe_that_would_do_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_setting_of_a_recipe_that_would_do_nothing_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
     with unchecked(), pytest.raises(ZipperError, match=message):
         TrainConfig(**(RECIPE | changes))
 
 
-@pytest.mark.parametrize("option", [{"calibrate": 8}, {"every": {"text": 1}}, {"junctions": [{"text": 1}]}])
+@pytest.mark.parametrize(
+    "option", [{"calibrate": 8}, {"every": {"text": 1}}, {"junctions": [{"text": 1}]}]
+)
 def test_what_is_of_links_is_refused_for_one_tower(option: dict[str, Any]) -> None:
-    one = {"towers": {"text": "a"}, "modalities": {"text": "c"}, "tasks": {"-> text": 1.0}, "train": ()}
+    one = {
+        "towers": {"text": "a"},
+        "modalities": {"text": "c"},
+        "tasks": {"-> text": 1.0},
+        "train": (),
+    }
     TrainConfig(**(RECIPE | one))
     with pytest.raises(ZipperError, match="one tower has no links: leave it out"):
         TrainConfig(**(RECIPE | one | option))

@@ -1,4 +1,5 @@
-"""Links against laws and plain arithmetic: nothing to see changes nothing, gradients are differences, rotary positions turn."""
+"""Links against laws and plain arithmetic: nothing to see changes nothing, gradients are
+differences, rotary positions turn."""
 
 import math
 from dataclasses import replace
@@ -23,9 +24,13 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 WIDTH, SOURCE_WIDTH = 8, 6
-# Rows of target tokens; a dot is a source token that cannot be seen. Two rows see nothing, in one batch row nobody does.
+# Rows of target tokens; a dot is a source token that cannot be seen. Two rows see nothing, in one
+# batch row nobody does.
 MASK = torch.tensor(
-    [[[c == "x" for c in row] for row in rows] for rows in (["....", "x...", ".x.x", "...."], ["...."] * 4, ["xxxx"] * 4)]
+    [
+        [[c == "x" for c in row] for row in rows]
+        for rows in (["....", "x...", ".x.x", "...."], ["...."] * 4, ["xxxx"] * 4)
+    ]
 )
 EMPTY = ~MASK.any(-1)
 
@@ -36,7 +41,11 @@ def link(config: LinkConfig = SMALL, scale: float = 1.0, awake: bool = True) -> 
     if awake:
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                parameter.copy_(torch.tensor([0.8]) if name.endswith("gate") else parameter + 0.3 * torch.randn_like(parameter))
+                parameter.copy_(
+                    torch.tensor([0.8])
+                    if name.endswith("gate")
+                    else parameter + 0.3 * torch.randn_like(parameter)
+                )
     return made.eval()
 
 
@@ -97,9 +106,13 @@ def test_a_row_with_nothing_to_see_gets_exactly_nothing_forwards_and_backwards(
 
 @every_dtype
 @every_config
-def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype, device: torch.device) -> None:
+def test_what_is_not_seen_changes_no_bit(
+    config: LinkConfig, dtype: torch.dtype, device: torch.device
+) -> None:
     module = link(config).to(device, dtype)
-    x, source = (states(3, 4, w, seed=n, dtype=dtype).to(device) for n, w in enumerate((WIDTH, SOURCE_WIDTH)))
+    x, source = (
+        states(3, 4, w, seed=n, dtype=dtype).to(device) for n, w in enumerate((WIDTH, SOURCE_WIDTH))
+    )
     other = source.clone()
     other[0, 2], other[1] = 1e4, -1e4
     assert torch.equal(added(module, x, source), added(module, x, other))
@@ -109,12 +122,17 @@ def test_what_is_not_seen_changes_no_bit(config: LinkConfig, dtype: torch.dtype,
 
 @every_dtype
 @pytest.mark.parametrize("kernel", ["MATH", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
-def test_every_kernel_of_a_gpu_gives_nothing_where_nothing_is_seen(kernel: str, dtype: torch.dtype, gpu: torch.device) -> None:
+def test_every_kernel_of_a_gpu_gives_nothing_where_nothing_is_seen(
+    kernel: str, dtype: torch.dtype, gpu: torch.device
+) -> None:
     if kernel == "CUDNN_ATTENTION" and dtype == torch.float32:
         pytest.skip("it takes 16 bits only")
     torch.manual_seed(0)
     module = Link(64, 48, LinkConfig(head_width=32, gate_init=0.8)).to(gpu, dtype)
-    x, source = (states(3, 4, w, seed=n, dtype=dtype).to(gpu).requires_grad_() for n, w in enumerate((64, 48)))
+    x, source = (
+        states(3, 4, w, seed=n, dtype=dtype).to(gpu).requires_grad_()
+        for n, w in enumerate((64, 48))
+    )
     with sdpa_kernel(getattr(SDPBackend, kernel)):
         try:
             out = added(module, x, source)
@@ -130,8 +148,16 @@ def test_every_kernel_of_a_gpu_gives_nothing_where_nothing_is_seen(kernel: str, 
 @pytest.mark.parametrize("name", ["default", "paper"])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     torch.manual_seed(0)
-    module = Link(4, 3, replace(CONFIGS[name], head_width=2, feedforward=1.0, gate_init=0.8), position_scale=0.7).double()
-    names, weights = zip(*((name, p.detach().clone().requires_grad_()) for name, p in module.named_parameters()), strict=True)
+    module = Link(
+        4,
+        3,
+        replace(CONFIGS[name], head_width=2, feedforward=1.0, gate_init=0.8),
+        position_scale=0.7,
+    ).double()
+    names, weights = zip(
+        *((name, p.detach().clone().requires_grad_()) for name, p in module.named_parameters()),
+        strict=True,
+    )
 
     def run(x: Tensor, source: Tensor, *weights: Tensor) -> Tensor:
         given = {f"link.{name}": weight for name, weight in zip(names, weights, strict=True)}
@@ -154,7 +180,9 @@ class Whole(nn.Module):
 
 
 def test_attention_for_looking_at_is_the_attention_that_is_used() -> None:
-    module = link(LinkConfig(head_width=WIDTH, feedforward=0.0))  # one head: weights and values give back the output
+    module = link(
+        LinkConfig(head_width=WIDTH, feedforward=0.0)
+    )  # one head: weights and values give back the output
     x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
     memory = module.read(source, ranks(3, 4))
     weights = module.attention(x, memory, MASK, ranks(3, 4))
@@ -169,14 +197,20 @@ def test_reading_a_source_in_parts_is_reading_it_whole(config: LinkConfig) -> No
     module = link(config)
     source, position = states(2, 7, SOURCE_WIDTH), ranks(2, 7)
     whole = module.read(source, position)
-    parts = [module.read(source[:, part], position[:, part]) for part in (slice(0, 3), slice(3, 4), slice(4, 7))]
+    parts = [
+        module.read(source[:, part], position[:, part])
+        for part in (slice(0, 3), slice(3, 4), slice(4, 7))
+    ]
     together = Memory(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))
     torch.testing.assert_close(together, whole, atol=1e-6, rtol=0)
 
 
 def test_a_wide_link_runs_in_its_own_precision_inside_a_narrow_stream() -> None:
     module = link()
-    x, source = states(3, 4, WIDTH, dtype=torch.bfloat16), states(3, 4, SOURCE_WIDTH, seed=1, dtype=torch.bfloat16)
+    x, source = (
+        states(3, 4, WIDTH, dtype=torch.bfloat16),
+        states(3, 4, SOURCE_WIDTH, seed=1, dtype=torch.bfloat16),
+    )
     out = added(module, x, source)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, added(module, x.float(), source.float()).bfloat16())
@@ -189,7 +223,9 @@ def test_rotary_positions_are_turns_of_complex_numbers() -> None:
         for slot in range(3):
             for pair in range(2):
                 angle = float(position[0, slot]) / 10_000 ** (pair / 2)
-                number = complex(x[0, head, slot, pair], x[0, head, slot, pair + 2]) * complex(math.cos(angle), math.sin(angle))
+                number = complex(x[0, head, slot, pair], x[0, head, slot, pair + 2]) * complex(
+                    math.cos(angle), math.sin(angle)
+                )
                 found = complex(turned[0, head, slot, pair], turned[0, head, slot, pair + 2])
                 assert abs(found - number) < 1e-6
 
@@ -199,7 +235,9 @@ def test_only_the_distance_of_positions_matters_in_the_rate_of_the_source() -> N
     module = link(scale=2.5)  # 2.5 source tokens to a target token
 
     def shifted(target_by: int, source_by: int) -> Tensor:
-        return module(x, module.read(source, ranks(3, 4) + source_by), MASK, ranks(3, 4) + target_by)
+        return module(
+            x, module.read(source, ranks(3, 4) + source_by), MASK, ranks(3, 4) + target_by
+        )
 
     torch.testing.assert_close(shifted(4, 10), shifted(0, 0), atol=1e-5, rtol=0)
     assert (shifted(4, 4) - shifted(0, 0)).abs().max() > 1e-3
@@ -245,7 +283,8 @@ def test_a_calibrated_link_reads_every_direction_alike_and_computes_the_same(nam
     module.calibrate(typical)
     torch.testing.assert_close(added(module, x, source), before, atol=1e-4, rtol=0)
     white = module.whiten(module.source_norm(typical))
-    # All variances are 1 but for the floor under the small ones; layer normalisation has taken one direction away.
+    # All variances are 1 but for the floor under the small ones; layer normalisation has taken one
+    # direction away.
     variance = torch.linalg.eigvalsh(torch.cov(white.T))
     assert (variance[1:] > 0.8).all() and variance.max() < 1.01
     assert white.mean(0).abs().max() < 1e-3
@@ -263,7 +302,11 @@ def test_a_residual_input_projection_is_the_identity_at_birth_and_can_learn() ->
     assert torch.equal(projection(h), h)
     projection(h).square().sum().backward()
     last = projection.mlp[-1]
-    assert isinstance(last, nn.Linear) and last.weight.grad is not None and last.weight.grad.abs().max() > 1e-3
+    assert (
+        isinstance(last, nn.Linear)
+        and last.weight.grad is not None
+        and last.weight.grad.abs().max() > 1e-3
+    )
 
 
 def test_the_papers_input_projection_replaces_the_embeddings_by_three_layers_and_relu() -> None:
@@ -277,14 +320,24 @@ def test_the_papers_input_projection_replaces_the_embeddings_by_three_layers_and
 
 
 def test_an_input_projection_returns_the_precision_it_was_given() -> None:
-    assert InputProjection(WIDTH, "residual")(states(2, 3, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert (
+        InputProjection(WIDTH, "residual")(states(2, 3, WIDTH, dtype=torch.bfloat16)).dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize(
-    "config", [LinkConfig(head_width=3), LinkConfig(width=9, head_width=3), LinkConfig(width=10, head_width=4)]
+    "config",
+    [
+        LinkConfig(head_width=3),
+        LinkConfig(width=9, head_width=3),
+        LinkConfig(width=10, head_width=4),
+    ],
 )
 def test_heads_that_do_not_fit_are_refused_in_one_sentence(config: LinkConfig) -> None:
-    with pytest.raises(ZipperError, match=r"cannot be cut into heads of .* Set LinkConfig\(head_width=...\)"):
+    with pytest.raises(
+        ZipperError, match=r"cannot be cut into heads of .* Set LinkConfig\(head_width=...\)"
+    ):
         Link(WIDTH, SOURCE_WIDTH, config)
 
 

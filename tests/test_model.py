@@ -1,4 +1,5 @@
-"""The zipped forward against what it must equal: bare towers, literal masks, a naive reference, and itself in other layouts."""
+"""The zipped forward against what it must equal: bare towers, literal masks, a naive reference, and
+itself in other layouts."""
 
 import dataclasses
 import json
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from zipper.errors import ZipperError
 from zipper.link import PAPER_LINK, LinkConfig
 from zipper.model import Zipper, ZipperConfig, visible
-from zipper.sequence import Ends, Segment, collate
+from zipper.strand import Ends, Segment, collate
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand
 
@@ -53,10 +54,17 @@ def test_a_new_zip_gives_every_towers_own_logits_bit_for_bit(family: str, attent
     model = zipped({"text": family, "speech": "llama"}, attention=attention, awake=False)
     dice = random.Random(0)
     same_length = [
-        number(draw(dice, [first], 1, most) + draw(dice, [second], 1, most) + draw(dice, [first], 1, most))
+        number(
+            draw(dice, [first], 1, most)
+            + draw(dice, [second], 1, most)
+            + draw(dice, [first], 1, most)
+        )
         for first, second, most in [("text", "speech", 1)] * 2
     ]
-    layouts = [lay(same_length), lay([number(draw(dice, ["text", "speech"], 5)) for _ in range(4)], left=True)]
+    layouts = [
+        lay(same_length),
+        lay([number(draw(dice, ["text", "speech"], 5)) for _ in range(4)], left=True),
+    ]
     assert all((strand.document >= 0).all() for strand in layouts[0].values())
     assert not all((strand.document >= 0).all() for strand in layouts[1].values())
     for strands in layouts:
@@ -78,7 +86,9 @@ def test_a_new_zip_of_three_towers_gives_their_own_logits_bit_for_bit(attention:
 
 @every_kernel
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_modality_alone_has_the_bits_of_the_bare_tower_however_awake_the_zip_is(family: str, attention: str) -> None:
+def test_one_modality_alone_has_the_bits_of_the_bare_tower_however_awake_the_zip_is(
+    family: str, attention: str
+) -> None:
     unimodal_is_bare(zipped({"text": family, "speech": "llama"}, attention=attention))
 
 
@@ -87,9 +97,15 @@ def test_one_modality_of_three_alone_has_the_bits_of_the_bare_tower_in_the_paper
 
 
 @every_kernel
-def test_what_has_nothing_to_see_has_the_bits_of_the_bare_tower_however_awake_the_gates_are(attention: str) -> None:
+def test_what_has_nothing_to_see_has_the_bits_of_the_bare_tower_however_awake_the_gates_are(
+    attention: str,
+) -> None:
     for family in ("llama", "gpt2", "gemma3"):
-        first_segment_is_bare(zipped({"text": family, "speech": "qwen3"}, input_projection="none", attention=attention))
+        first_segment_is_bare(
+            zipped(
+                {"text": family, "speech": "qwen3"}, input_projection="none", attention=attention
+            )
+        )
 
 
 def test_awake_links_and_awake_projections_do_change_the_logits() -> None:
@@ -125,7 +141,16 @@ def test_synthesis_speech_sees_all_text_and_text_no_speech() -> None:
 def test_text_between_two_speeches_sees_the_first_and_is_seen_by_the_second() -> None:
     strands = collate([[SPEECH, TEXT, SPEECH]], ENDS).strands
     assert picture(strands["text"], strands["speech"]) == ["11110000", "11110000", "11110000"]
-    assert picture(strands["speech"], strands["text"]) == ["000", "000", "000", "000", "111", "111", "111", "111"]
+    assert picture(strands["speech"], strands["text"]) == [
+        "000",
+        "000",
+        "000",
+        "000",
+        "111",
+        "111",
+        "111",
+        "111",
+    ]
 
 
 def test_packed_documents_do_not_see_each_other() -> None:
@@ -141,7 +166,11 @@ def test_padding_sees_nothing_and_is_not_seen() -> None:
     assert picture(right["text"], right["speech"]) == ["1111", "1111", "1111", "0000"]
     assert picture(left["text"], left["speech"], row=1) == ["0111"] * 4
     assert picture(right["text"], right["speech"], row=1) == ["1110"] * 4
-    assert picture(left["speech"], left["text"], row=1) == picture(right["speech"], right["text"], row=1) == ["0000"] * 4
+    assert (
+        picture(left["speech"], left["text"], row=1)
+        == picture(right["speech"], right["text"], row=1)
+        == ["0000"] * 4
+    )
 
 
 def test_streams_side_by_side_see_strictly_the_past() -> None:
@@ -164,7 +193,9 @@ JUNCTIONS = [
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("every", JUNCTIONS, ids=str)
-def test_a_zip_of_two_is_the_naive_reference_and_so_are_its_gradients(every: dict[str, int], preset: str) -> None:
+def test_a_zip_of_two_is_the_naive_reference_and_so_are_its_gradients(
+    every: dict[str, int], preset: str
+) -> None:
     model = zipped(LLAMAS, every, preset=preset, link=PAPER if preset == "paper" else SMALL)
     for seed in range(2):
         is_the_reference(model, draw(random.Random(seed), ["text", "speech"], 4 + seed, 3))
@@ -179,7 +210,9 @@ def test_a_zip_of_three_is_the_naive_reference_and_so_are_its_gradients(preset: 
 
 def test_a_zip_with_junctions_by_hand_is_the_naive_reference() -> None:
     junctions = [{"text": 1, "image": 2}, {"text": 3, "speech": 2}]
-    is_the_reference(zipped(LLAMAS_3, junctions=junctions), draw(random.Random(5), list(LLAMAS_3), 6, 2))
+    is_the_reference(
+        zipped(LLAMAS_3, junctions=junctions), draw(random.Random(5), list(LLAMAS_3), 6, 2)
+    )
 
 
 # No leak.
@@ -187,9 +220,14 @@ def test_a_zip_with_junctions_by_hand_is_the_naive_reference() -> None:
 
 @lru_cache
 def woken(number: int) -> Zipper:
-    """One of 18 zips: families with grouped queries, learned positions and sliding windows, intervals of 1 to 3, both
-    kernels, single, half and mixed precision (half towers, single links), with dropout, the default and the paper's links."""
-    families = [{"text": "llama", "speech": "gpt2"}, {"text": "gemma3", "speech": "mistral"}, THREE][number % 3]
+    """One of 18 zips: families with grouped queries, learned positions and sliding windows,
+    intervals of 1 to 3, both kernels, single, half and mixed precision (half towers, single links),
+    with dropout, the default and the paper's links."""
+    families = [
+        {"text": "llama", "speech": "gpt2"},
+        {"text": "gemma3", "speech": "mistral"},
+        THREE,
+    ][number % 3]
     precision = number // 3 % 3
     model = zipped(
         families,
@@ -204,20 +242,29 @@ def woken(number: int) -> Zipper:
 
 
 def no_leaks(zip_number: int, seeds: Sequence[int]) -> None:
-    """One random case per seed: 1 to 6 segments, any modality first; rows packed, padded left or right; in training or not."""
+    """One random case per seed: 1 to 6 segments, any modality first; rows packed, padded left or
+    right; in training or not."""
     model, seen = woken(zip_number), 0
     towers = list(model.config.towers)
     for seed in seeds:
         dice = random.Random(f"{zip_number} {seed}")
         model.train(dice.random() < 0.5)
-        documents = [[number(draw(dice, towers, dice.randint(1, 6)), d) for d in range(dice.randint(1, 3))] for _ in range(2)]
+        documents = [
+            [number(draw(dice, towers, dice.randint(1, 6)), d) for d in range(dice.randint(1, 3))]
+            for _ in range(2)
+        ]
         packed = dice.random() < 0.5
-        rows = [[token for document in row for token in document] if packed else row[0] for row in documents]
+        rows = [
+            [token for document in row for token in document] if packed else row[0]
+            for row in documents
+        ]
         row = dice.randrange(2)
         document = dice.randrange(len(documents[row]) if packed else 1)
         length = len(documents[row][document])
         time = dice.randint(length // 2, length - 1)
-        control = nothing_leaks(model, lay(rows, left=not packed and dice.random() < 0.5), row, document, time)
+        control = nothing_leaks(
+            model, lay(rows, left=not packed and dice.random() < 0.5), row, document, time
+        )
         assert control is None or control > 1e-4
         seen += control is not None
     assert seen >= len(seeds) / 4, "too few of these cases have anything to see"
@@ -236,7 +283,9 @@ def test_no_position_sees_what_comes_after_it_in_500_cases_of_each_kernel(zip_nu
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_with_nothing_to_see_leave_all_gradients_finite(dtype: torch.dtype, attention: str) -> None:
+def test_rows_with_nothing_to_see_leave_all_gradients_finite(
+    dtype: torch.dtype, attention: str
+) -> None:
     model = zipped(THREE, attention=attention, train=tuple(THREE)).to(dtype)
     rows = [
         number([("text", 3), ("text", 4)]),
@@ -247,7 +296,9 @@ def test_rows_with_nothing_to_see_leave_all_gradients_finite(dtype: torch.dtype,
     for left in (False, True):
         logits = model(lay(rows, left))
         loss = sum(value.float().square().sum() for value in logits.values())
-        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        gradients = torch.autograd.grad(
+            loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
         assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 20
 
@@ -261,7 +312,9 @@ def test_packed_ragged_and_alone_are_the_same(families: dict[str, str], attentio
     model = zipped(families, {"text": 2}, attention=attention)
     for seed in range(4):
         dice = random.Random(seed)
-        packed_is_separate(model, [draw(dice, list(families), dice.randint(1, 6)) for _ in range(5)])
+        packed_is_separate(
+            model, [draw(dice, list(families), dice.randint(1, 6)) for _ in range(5)]
+        )
 
 
 def test_the_order_of_towers_and_junctions_does_not_matter() -> None:
@@ -277,10 +330,17 @@ def test_the_order_of_towers_and_junctions_does_not_matter() -> None:
 
 def test_a_seed_makes_the_same_new_parameters_whatever_the_order() -> None:
     def new(order: Sequence[str], seed: int) -> dict[str, Tensor]:
-        towers = {name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name]) for name in order}
+        towers = {
+            name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name])
+            for name in order
+        }
         return Zipper.from_towers(towers, link=SMALL, seed=seed).new_parameters()
 
-    first, again, other = new(["text", "speech"], 3), new(["speech", "text"], 3), new(["text", "speech"], 4)
+    first, again, other = (
+        new(["text", "speech"], 3),
+        new(["speech", "text"], 3),
+        new(["text", "speech"], 4),
+    )
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -322,7 +382,9 @@ def test_a_tower_that_input_does_not_name_is_not_run() -> None:
 
 
 def test_only_new_parts_and_declared_towers_learn_and_frozen_ones_keep_every_byte() -> None:
-    model = zipped({"text": "gpt2", "speech": "llama"}, train=("speech",))  # GPT-2 would drop out if it ever trained
+    model = zipped(
+        {"text": "gpt2", "speech": "llama"}, train=("speech",)
+    )  # GPT-2 would drop out if it ever trained
     model.train()
     assert not any(module.training for module in model.towers["text"].modules())
     assert all(module.training for module in model.towers["speech"].modules())
@@ -330,7 +392,9 @@ def test_only_new_parts_and_declared_towers_learn_and_frozen_ones_keep_every_byt
     alone = lay([number([("text", i) for i in range(9)])])
     own = model(alone)["text"]
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     for step in range(3):
         sequence = [("speech", step), ("text", step), ("speech", 7), ("text", 9)]
         strands = lay([number(sequence), number(sequence[1:])])
@@ -353,20 +417,30 @@ def test_only_new_parts_and_declared_towers_learn_and_frozen_ones_keep_every_byt
 
 def test_all_towers_are_frozen_unless_declared() -> None:
     model = zipped(LLAMAS).train()
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"inputs", "links"}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.new_parameters())
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
+        "inputs",
+        "links",
+    }
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(
+        model.new_parameters()
+    )
 
 
 # Configuration.
 
 
-def junctions_of(families: dict[str, str], every: dict[str, int] | None) -> tuple[dict[str, int], ...]:
+def junctions_of(
+    families: dict[str, str], every: dict[str, int] | None
+) -> tuple[dict[str, int], ...]:
     return zipped(families, every, awake=False).config.junctions
 
 
 def test_the_nth_junctions_pair_up_and_none_stands_after_a_last_block() -> None:
     assert LAYERS == {"text": 5, "speech": 4, "image": 3}
-    assert junctions_of(LLAMAS, {"text": 2, "speech": 1}) == ({"text": 2, "speech": 1}, {"text": 4, "speech": 2})
+    assert junctions_of(LLAMAS, {"text": 2, "speech": 1}) == (
+        {"text": 2, "speech": 1},
+        {"text": 4, "speech": 2},
+    )
     assert junctions_of(LLAMAS, None) == tuple({"text": n, "speech": n} for n in (1, 2, 3))
     assert junctions_of(LLAMAS, {"speech": 2}) == ({"text": 1, "speech": 2},)
     assert junctions_of(LLAMAS_3, {"text": 2}) == (
@@ -389,9 +463,15 @@ def test_the_papers_preset_follows_the_paper() -> None:
     for n in range(3):
         for source, target in (("text", "speech"), ("speech", "text")):
             link = model.links[f"{n}:{source}>{target}"]
-            width, source_width = towers[target].config.hidden_size, towers[source].config.hidden_size
+            width, source_width = (
+                towers[target].config.hidden_size,
+                towers[source].config.hidden_size,
+            )
             linear = [layer for layer in link.projection if isinstance(layer, nn.Linear)]
-            assert [(layer.in_features, layer.out_features) for layer in linear] == [(source_width, width), *[(width, width)] * 2]
+            assert [(layer.in_features, layer.out_features) for layer in linear] == [
+                (source_width, width),
+                *[(width, width)] * 2,
+            ]
             assert not link.gate.any() and not link.feedforward_gate.any()
             assert link.feedforward[1].out_features == 4 * width  # Flamingo
             assert link.config.projection_relu and not link.config.rotary
@@ -400,7 +480,8 @@ def test_the_papers_preset_follows_the_paper() -> None:
         width = tower.config.hidden_size
         assert [(layer.in_features, layer.out_features) for layer in linear] == [(width, width)] * 3
         assert model.inputs[name].kind == "paper"
-    # The last layer of ReLU projections is 0 for about half of what it reads; nothing else is added to the embeddings.
+    # The last layer of ReLU projections is 0 for about half of what it reads; nothing else is added
+    # to the embeddings.
     h = torch.randn(2, 3, 64)
     assert (model.inputs["text"](h) >= 0).all() and (model.inputs["text"](h) == 0).any()
 
@@ -408,7 +489,10 @@ def test_the_papers_preset_follows_the_paper() -> None:
 def test_input_projections_can_differ_by_tower() -> None:
     model = zipped(LLAMAS, input_projection={"text": "none", "speech": "paper"})
     assert set(model.inputs) == {"speech"}
-    assert {name: tower.input_projection for name, tower in model.config.towers.items()} == {"text": "none", "speech": "paper"}
+    assert {name: tower.input_projection for name, tower in model.config.towers.items()} == {
+        "text": "none",
+        "speech": "paper",
+    }
 
 
 def test_a_configuration_survives_json() -> None:
@@ -438,21 +522,42 @@ def test_a_damaged_configuration_is_refused(spoil: object) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": {"txt": 1}}, r"every names the tower 'txt'; this model has \['speech', 'text'\]"),
-        ({"every": {"text": 0}}, r"every\['text'\] is 0; an interval is a number of blocks, at least 1"),
+        (
+            {"every": {"txt": 1}},
+            r"every names the tower 'txt'; this model has \['speech', 'text'\]",
+        ),
+        (
+            {"every": {"text": 0}},
+            r"every\['text'\] is 0; an interval is a number of blocks, at least 1",
+        ),
         ({"every": {"text": -2}}, "at least 1"),
         ({"every": {"text": 5}}, "gives no junction inside towers"),
-        ({"every": {"text": 1}, "junctions": [{"text": 1, "speech": 1}]}, "either every=... or junctions=..., not both"),
-        ({"junctions": [{"text": 5, "speech": 1}]}, "must come after block 0 and before block 5, the last"),
+        (
+            {"every": {"text": 1}, "junctions": [{"text": 1, "speech": 1}]},
+            "either every=... or junctions=..., not both",
+        ),
+        (
+            {"junctions": [{"text": 5, "speech": 1}]},
+            "must come after block 0 and before block 5, the last",
+        ),
         ({"junctions": [{"text": 0, "speech": 1}]}, "must come after block 0"),
-        ({"junctions": [{"text": 2, "speech": 2}, {"text": 2, "speech": 3}]}, "must come after block 2"),
+        (
+            {"junctions": [{"text": 2, "speech": 2}, {"text": 2, "speech": 3}]},
+            "must come after block 2",
+        ),
         ({"junctions": [{"text": 2}]}, "names fewer than two towers"),
         ({"junctions": [{"text": 2, "txt": 2}]}, "junctions names the tower 'txt'"),
         ({"train": ("txt",)}, "train names the tower 'txt'"),
         ({"tokens": {"txt": 3.0}}, "tokens names the tower 'txt'"),
         ({"ends": {"txt": (0, 1)}}, "ends names the tower 'txt'"),
-        ({"ends": {"text": (0, 31)}}, "The token 31 that begins or ends 'text' is outside its vocabulary of 31"),
-        ({"ends": {"text": (-1, 1)}}, "The token -1 that begins or ends 'text' is outside its vocabulary of 31"),
+        (
+            {"ends": {"text": (0, 31)}},
+            "The token 31 that begins or ends 'text' is outside its vocabulary of 31",
+        ),
+        (
+            {"ends": {"text": (-1, 1)}},
+            "The token -1 that begins or ends 'text' is outside its vocabulary of 31",
+        ),
         ({"input_projection": {"txt": "none"}}, "input_projection names the tower 'txt'"),
         ({"input_projection": "gated"}, "'residual', 'paper' or 'none'"),
         ({"preset": "pepper"}, "preset='pepper' is unknown"),
@@ -460,14 +565,20 @@ def test_a_damaged_configuration_is_refused(spoil: object) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_zipped_is_refused_in_one_sentence(options: dict[str, object], message: str) -> None:
-    towers = {name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name]) for name in LLAMAS}
+def test_what_cannot_be_zipped_is_refused_in_one_sentence(
+    options: dict[str, object], message: str
+) -> None:
+    towers = {
+        name: tiny_tower("llama", 0, WIDTH[name], LAYERS[name], VOCABULARY[name]) for name in LLAMAS
+    }
     given = {"link": SMALL, **options}
     with unchecked(), pytest.raises(ZipperError, match=message):
         Zipper.from_towers(towers, **given)
 
 
-@pytest.mark.parametrize("name", ["Text!", "a.b", "Text", "1st", "", "a b", "keys", "train", "float", "forward"])
+@pytest.mark.parametrize(
+    "name", ["Text!", "a.b", "Text", "1st", "", "a b", "keys", "train", "float", "forward"]
+)
 def test_names_that_cannot_name_a_tower_are_refused(name: str) -> None:
     towers = {name: tiny_tower("llama", width=16), "speech": tiny_tower("llama", width=16)}
     with pytest.raises(ZipperError, match="cannot name a tower"):
@@ -478,7 +589,10 @@ def test_a_tower_without_end_token_needs_to_be_told() -> None:
     tower = tiny_tower("llama", width=16, vocabulary=31)
     tower.config.bos_token_id = tower.config.eos_token_id = None
     towers = {"text": tower, "speech": tiny_tower("llama", width=16)}
-    with pytest.raises(ZipperError, match=r"'text' has no begin and end token .* Pass ends=\{'text': \(begin, end\)\}"):
+    with pytest.raises(
+        ZipperError,
+        match=r"'text' has no begin and end token .* Pass ends=\{'text': \(begin, end\)\}",
+    ):
         Zipper.from_towers(towers, link=SMALL)
     model = Zipper.from_towers(towers, link=SMALL, ends={"text": (2, 3)})
     assert model.ends() == {"text": (2, 3), "speech": (0, 1)}
@@ -513,13 +627,27 @@ def test_calibration_changes_how_a_zip_learns_and_not_what_it_says() -> None:
     for preset in ("default", "paper"):
         model = zipped(THREE, preset=preset, link=PAPER if preset == "paper" else SMALL)
         strands = lay([number(draw(random.Random(seed), list(THREE), 6)) for seed in range(20)])
-        before, weights = model(strands), {name: p.clone() for name, p in model.new_parameters().items()}
+        before, weights = (
+            model(strands),
+            {name: p.clone() for name, p in model.new_parameters().items()},
+        )
         model.calibrate(strands)
         assert_close(model(strands), before, 1e-3)
         after = model.new_parameters()
-        changed = {name.split(".", 2)[2] for name, p in after.items() if name not in weights or not torch.equal(p, weights[name])}
-        assert changed == {"whiten.weight", "whiten.bias", "projection.0.weight", "projection.0.bias"}
-        assert model.config.link.whiten and not any(p.requires_grad for name, p in after.items() if ".whiten." in name)
+        changed = {
+            name.split(".", 2)[2]
+            for name, p in after.items()
+            if name not in weights or not torch.equal(p, weights[name])
+        }
+        assert changed == {
+            "whiten.weight",
+            "whiten.bias",
+            "projection.0.weight",
+            "projection.0.bias",
+        }
+        assert model.config.link.whiten and not any(
+            p.requires_grad for name, p in after.items() if ".whiten." in name
+        )
 
 
 def test_the_state_before_the_head_and_the_head_give_the_logits() -> None:
@@ -528,4 +656,6 @@ def test_the_state_before_the_head_and_the_head_give_the_logits() -> None:
     logits = model(strands)
     heads = {name: model.unembed(name, h) for name, h in model.hidden(strands).items()}
     assert_close(heads, logits, 0.0)
-    assert by_token(strands, logits).keys() == {(0, 0, time) for time in range(sum(s.ids.shape[1] for s in strands.values()))}
+    assert by_token(strands, logits).keys() == {
+        (0, 0, time) for time in range(sum(s.ids.shape[1] for s in strands.values()))
+    }

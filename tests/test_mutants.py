@@ -1,7 +1,8 @@
-"""Are the laws sharp? Each mutant is a plausible fault, written into the source for a moment; some law must break.
+"""Are the laws sharp? Each mutant is a plausible fault, written into the source for a moment; some
+law must break.
 
-A mutant is a piece of source text and what stands there instead. If it is not found, the code was rewritten: write it anew.
-"""
+A mutant is a piece of source text and what stands there instead. If it is not found, the code was
+rewritten: write it anew."""
 
 import inspect
 import random
@@ -32,10 +33,17 @@ from zipper import generation, link, model
 from zipper.generation import generate
 from zipper.model import Zipper
 from zipper.sampling import Sampling
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.tower import Strand
 
-TALK: list[tuple[str, int]] = [("text", 3), ("speech", 4), ("speech", 5), ("text", 6), ("text", 7), ("speech", 8)]
+TALK: list[tuple[str, int]] = [
+    ("text", 3),
+    ("speech", 4),
+    ("speech", 5),
+    ("text", 6),
+    ("text", 7),
+    ("speech", 8),
+]
 LLAMAS_3 = dict.fromkeys(("text", "speech", "image"), "llama")
 
 
@@ -52,9 +60,14 @@ def zips() -> dict[str, Zipper]:
 
 def it_is_the_picture() -> None:
     def strand(time: list[int], document: list[int]) -> Strand:
-        return Strand(*(torch.tensor([x]) for x in ([0] * len(time), list(range(len(time))), time, document)))
+        return Strand(
+            *(torch.tensor([x]) for x in ([0] * len(time), list(range(len(time))), time, document))
+        )
 
-    seen = model.visible(strand([0, 2, 4, 1, 9], [0, 0, 0, 1, -1]), strand([0, 0, 1, 2, 3, 0, 5], [-1, 0, 0, 0, 0, 1, 1]))
+    seen = model.visible(
+        strand([0, 2, 4, 1, 9], [0, 0, 0, 1, -1]),
+        strand([0, 0, 1, 2, 3, 0, 5], [-1, 0, 0, 0, 0, 1, 1]),
+    )
     assert seen[0].int().tolist() == [
         [0, 0, 0, 0, 0, 0, 0],
         [0, 1, 1, 0, 0, 0, 0],
@@ -88,25 +101,32 @@ def packed_ragged_and_alone_are_the_same() -> None:
 
 def steps_equal_the_whole() -> None:
     for size in (1, 3):
-        steps_are_the_whole(zips()["three"], [TALK, [("image", 4), *TALK[1:]], TALK[2:]], size, shuffle=2)
+        steps_are_the_whole(
+            zips()["three"], [TALK, [("image", 4), *TALK[1:]], TALK[2:]], size, shuffle=2
+        )
 
 
 def greedy_is_greedy_in_every_row() -> None:
     dice = random.Random(0)
     batch = [[Segment("speech", [i for _, i in draw(dice, ["speech"], 1, 6)])] for _ in range(4)]
     limits = {"text": 4, "speech": 3}
-    for row, found in enumerate(generate(zips()["two"], batch, ["text", "speech"], Sampling(), limits)):
+    for row, found in enumerate(
+        generate(zips()["two"], batch, ["text", "speech"], Sampling(), limits)
+    ):
         is_the_greedy_answer(zips()["two"], batch[row], ["text", "speech"], limits, found)
 
 
 def a_row_draws_the_same_alone() -> None:
-    """Almost evenly, so that rows are of unequal length; what the model thinks of the tokens shows in the scores."""
+    """Almost evenly, so that rows are of unequal length; what the model thinks of the tokens shows
+    in the scores."""
     batch = [[Segment("text", [i])] for i in range(1, 6)]
     limits, outputs = {"text": 6, "speech": 8}, ["speech", "text", "speech"]
     found = generate(zips()["two"], batch, outputs, Sampling(temperature=9.0), limits)
     assert len({len(segments[0].content) for segments in found}) > 1
     for row, prompt in enumerate(batch):
-        (alone,) = generate(zips()["two"], [prompt], outputs, Sampling(temperature=9.0, seed=row), limits)
+        (alone,) = generate(
+            zips()["two"], [prompt], outputs, Sampling(temperature=9.0, seed=row), limits
+        )
         for one, other in zip(alone, found[row], strict=True):
             assert one.content == other.content and abs(one.score - other.score) < 1e-4
 
@@ -126,20 +146,55 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     # The mask rule.
     "a token sees its own time": (model, "visible", ":] < target.time", ":] <= target.time"),
     "a token sees what comes after it": (model, "visible", ":] < target.time", ":] > target.time"),
-    "a token sees all times": (model, "visible", "same & (source.time[:, None, :] < target.time[:, :, None])", "same"),
+    "a token sees all times": (
+        model,
+        "visible",
+        "same & (source.time[:, None, :] < target.time[:, :, None])",
+        "same",
+    ),
     "ranks are compared, not times": (model, "visible", ".time[", ".position["),
     "documents are ignored": (model, "visible", "== source.document[:, None, :]", ">= 0"),
     "padding is seen": (model, "visible", "& (source.document >= 0)", "| (source.document < 0)"),
     # The exchange.
-    "the second direction reads what the first has written": (model.Zipper, "_exchange", "new = dict(hidden)", "new = hidden"),
-    "one direction is missing": (model.Zipper, "_exchange", "if source == target", "if source >= target"),
-    "of several sources the last one wins": (model.Zipper, "_exchange", "new[target] + link", "hidden[target] + link"),
+    "the second direction reads what the first has written": (
+        model.Zipper,
+        "_exchange",
+        "new = dict(hidden)",
+        "new = hidden",
+    ),
+    "one direction is missing": (
+        model.Zipper,
+        "_exchange",
+        "if source == target",
+        "if source >= target",
+    ),
+    "of several sources the last one wins": (
+        model.Zipper,
+        "_exchange",
+        "new[target] + link",
+        "hidden[target] + link",
+    ),
     "a link replaces the state": (model.Zipper, "_exchange", "new[target] + link", "link"),
     "rotary positions are times": (model.Zipper, "_exchange", "strand.position", "strand.time"),
-    "the exchange comes before the block": (model.Zipper, "_advance", "junction[name]", "(junction[name] - 1)"),
-    "the mask is inverted": (model.Zipper, "_exchange", "masks[source, target]", "~masks[source, target]"),
+    "the exchange comes before the block": (
+        model.Zipper,
+        "_advance",
+        "junction[name]",
+        "(junction[name] - 1)",
+    ),
+    "the mask is inverted": (
+        model.Zipper,
+        "_exchange",
+        "masks[source, target]",
+        "~masks[source, target]",
+    ),
     # Input projections.
-    "an input projection is left out": (model.Zipper, "_advance", "self.inputs[name](h), h)", "h, h)"),
+    "an input projection is left out": (
+        model.Zipper,
+        "_advance",
+        "self.inputs[name](h), h)",
+        "h, h)",
+    ),
     "a unimodal row is projected": (model, "_shared", "torch.zeros_like", "torch.ones_like"),
     "a unimodal plan is projected": (
         model.Zipper,
@@ -148,35 +203,86 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "name in self.inputs",
     ),
     # The link.
-    "an empty row attends uniformly": (link.Link, "forward", "torch.where(visible, added, torch.zeros_like(added))", "added"),
+    "an empty row attends uniformly": (
+        link.Link,
+        "forward",
+        "torch.where(visible, added, torch.zeros_like(added))",
+        "added",
+    ),
     "an empty row passes the feed-forward": (
         link.Link,
         "forward",
         "self._drop(self.out(attended.transpose(1, 2).flatten(2)))",
-        "self.out(attended.transpose(1, 2).flatten(2)) * visible; visible = torch.ones_like(visible)",
+        "self.out(attended.transpose(1, 2).flatten(2)) * visible; visible = "
+        "torch.ones_like(visible)",
     ),
     "the mask is not passed on": (link.Link, "forward", "(mask | ~visible)[:, None]", "None"),
-    "the gate is applied twice": (link.Link, "forward", "torch.tanh(self.gate)", "torch.tanh(self.gate) ** 2"),
+    "the gate is applied twice": (
+        link.Link,
+        "forward",
+        "torch.tanh(self.gate)",
+        "torch.tanh(self.gate) ** 2",
+    ),
     "the gate has no tanh": (link.Link, "forward", "torch.tanh(self.gate)", "self.gate"),
-    "the feed-forward has no gate": (link.Link, "forward", "torch.tanh(self.feedforward_gate) * ", ""),
+    "the feed-forward has no gate": (
+        link.Link,
+        "forward",
+        "torch.tanh(self.feedforward_gate) * ",
+        "",
+    ),
     "the feed-forward does not see what was read": (link.Link, "forward", "x_in + added", "x_in"),
     "queries are not normalised": (link.Link, "_query", "self.norm(x)", "x"),
-    "positions are not scaled to the rate of the source": (link.Link, "_query", " * self.position_scale", ""),
+    "positions are not scaled to the rate of the source": (
+        link.Link,
+        "_query",
+        " * self.position_scale",
+        "",
+    ),
     "the paper's ReLU is missing": (link.Link, "read", "F.relu(h)", "h"),
     # The state.
-    "a link's memory is not extended": (model, "_read", "zip(memory, fresh, strict=True)", "zip(memory, memory, strict=True)"),
-    "a link's memory starts anew": (model, "_read", "fresh if memory is None else", "fresh if True else"),
+    "a link's memory is not extended": (
+        model,
+        "_read",
+        "zip(memory, fresh, strict=True)",
+        "zip(memory, memory, strict=True)",
+    ),
+    "a link's memory starts anew": (
+        model,
+        "_read",
+        "fresh if memory is None else",
+        "fresh if True else",
+    ),
     "later source tokens are placed at the beginning": (
         model,
         "_read",
         "read.position.shape[1] - states.shape[1] :",
         ": states.shape[1]",
     ),
-    "what was read is read again": (model.Zipper, "_exchange", "state.unread.pop(", "state.unread.get("),
-    "a link's memory is not reordered": (model.State, "select", "m.keys[rows], m.values[rows]", "m.keys, m.values"),
-    "what waits to be read is not reordered": (model.State, "select", "h[rows] for h in parts", "h for h in parts"),
+    "what was read is read again": (
+        model.Zipper,
+        "_exchange",
+        "state.unread.pop(",
+        "state.unread.get(",
+    ),
+    "a link's memory is not reordered": (
+        model.State,
+        "select",
+        "m.keys[rows], m.values[rows]",
+        "m.keys, m.values",
+    ),
+    "what waits to be read is not reordered": (
+        model.State,
+        "select",
+        "h[rows] for h in parts",
+        "h for h in parts",
+    ),
     # Generation.
-    "positions go on for rows that have ended": (generation.Clock, "say", "position + alive * ids", "position + ids"),
+    "positions go on for rows that have ended": (
+        generation.Clock,
+        "say",
+        "position + alive * ids",
+        "position + ids",
+    ),
     "an end token is not read": (generation, "_segment", "next_ids, alive)}", "next_ids, going)}"),
     "rows that have ended draw on": (
         generation,

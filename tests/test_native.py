@@ -1,4 +1,5 @@
-"""The compiled step: built where it can be, done without where not, and the same numbers whatever it is built for."""
+"""The compiled step: built where it can be, done without where not, and the same numbers whatever
+it is built for."""
 
 import _ctypes
 import os
@@ -16,14 +17,16 @@ import torch
 from laws import SEED, VOCABULARY, wake
 from torch import Tensor
 
-from zipper import native
-from zipper.fused import Form, Fused, Matrix
+from zipper.fast import native
+from zipper.fast.reader import Form, Fused, Matrix
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
 
 NAMES = ["text", "speech"]
-needs_compiler = pytest.mark.skipif(os.environ.get("ZIPPER_NATIVE") == "0" or native.library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("ZIPPER_NATIVE") == "0" or native.library() is None, reason="no C++ compiler"
+)
 
 
 @pytest.fixture
@@ -37,9 +40,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def made(dtype: torch.dtype = torch.float32) -> Zipper:
-    """Its heads take five registers (80), or two and a half (40); its matrices have several panels, and parts of one."""
+    """Its heads take five registers (80), or two and a half (40); its matrices have several panels,
+    and parts of one."""
     widths = {"text": 320, "speech": 160}
-    towers = {name: tiny_tower("llama", SEED[name], width, 4, VOCABULARY[name]) for name, width in widths.items()}
+    towers = {
+        name: tiny_tower("llama", SEED[name], width, 4, VOCABULARY[name])
+        for name, width in widths.items()
+    }
     model = Zipper.from_towers(towers, {"text": 2}, link=LinkConfig(head_width=40))
     wake(model, True)
     return model.to(dtype)
@@ -55,13 +62,18 @@ def model() -> Zipper:
 
 
 def decode(model: Zipper, company: int, int8: bool = False) -> Tensor:
-    """Logits of one sequence, read in pieces beside so many others of other lengths: speech, a text too long for a step, and four
-    tokens one by one."""
+    """Logits of one sequence, read in pieces beside so many others of other lengths: speech, a text
+    too long for a step, and four tokens one by one."""
     fast, dice = Fused(model, int8=int8), random.Random(0)
     sessions = [fast.open(NAMES, NAMES) for _ in range(1 + company)]
     found = []
-    for step, (tower, ids) in enumerate([("speech", [3, 4, 5]), ("text", [6, 7] * 7), *[("text", [8 + i]) for i in range(4)]]):
-        others = [[dice.randrange(20) for _ in range(1 + (n + step) % 3 + 10 * (n % 2))] for n in range(company)]
+    for step, (tower, ids) in enumerate(
+        [("speech", [3, 4, 5]), ("text", [6, 7] * 7), *[("text", [8 + i]) for i in range(4)]]
+    ):
+        others = [
+            [dice.randrange(20) for _ in range(1 + (n + step) % 3 + 10 * (n % 2))]
+            for n in range(company)
+        ]
         pieces = list(zip(sessions, [ids, *others], strict=True))
         logits = fast.read(tower, pieces[1:] + pieces[:1])[-1]
         assert logits is not None
@@ -88,7 +100,8 @@ def test_company_and_threads_change_no_bit(kind: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_the_pieces_in_which_it_is_read_change_no_bit(kind: str) -> None:
-    """A prompt at once, in pieces, or token by token: logits and what links read of it are equal."""
+    """A prompt at once, in pieces, or token by token: logits and what links read of it are
+    equal."""
     model, dice = made(kind_of(kind)), random.Random(0)
     fast = Fused(model, int8=kind == "int8")
     speech, text = ([dice.randrange(20) for _ in range(n)] for n in (45, 33))
@@ -109,7 +122,8 @@ def test_the_pieces_in_which_it_is_read_change_no_bit(kind: str) -> None:
 
 @needs_compiler
 def test_defaults_of_torch_change_no_bit(model: Zipper) -> None:
-    """A narrower default type would make room for half of what the step writes; a default device, none."""
+    """A narrower default type would make room for half of what the step writes; a default device,
+    none."""
     fast = Fused(model)
 
     def read() -> Tensor:
@@ -131,7 +145,9 @@ def test_defaults_of_torch_change_no_bit(model: Zipper) -> None:
 
 
 @needs_compiler
-def test_a_read_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_is_one_call_of_compiled_code(
+    model: Zipper, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fast, calls, step = Fused(model), list[int](), native.step
 
     def counted(stages: Any, tokens: Any, *rest: Any) -> Tensor:
@@ -150,11 +166,16 @@ def test_a_read_is_one_call_of_compiled_code(model: Zipper, monkeypatch: pytest.
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_products_of_all_shapes(kind: str, bias: bool) -> None:
-    """Rows that are no multiple of anything, rows longer than a part, several panels, more tokens than a block."""
+    """Rows that are no multiple of anything, rows longer than a part, several panels, more tokens
+    than a block."""
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 3e-2}[kind]
-    before = Matrix([torch.nn.Linear(2112, 8, dtype=kind_of(kind))], Form(int8=kind == "int8", compiled=True))
+    before = Matrix(
+        [torch.nn.Linear(2112, 8, dtype=kind_of(kind))], Form(int8=kind == "int8", compiled=True)
+    )
     for tokens in (1, 16, 131):
-        assert before(torch.full((tokens, 2112), torch.nan)).isnan().all(), "and in the memory that products share"
+        assert before(torch.full((tokens, 2112), torch.nan)).isnan().all(), (
+            "and in the memory that products share"
+        )
     for width, out in ((39, 13), (608, 145), (2112, 1000)):
         layer = torch.nn.Linear(width, out, bias, dtype=kind_of(kind))
         matrix = Matrix([layer], Form(int8=kind == "int8", compiled=True))
@@ -168,17 +189,32 @@ def test_products_of_all_shapes(kind: str, bias: bool) -> None:
 def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "CHUNK", 1 << 16)
     monkeypatch.setattr(native, "_free", torch.empty(0, dtype=torch.uint8))
-    weights = [torch.randn(100, 40), torch.randn(7, 65, dtype=torch.bfloat16), torch.randn(3000, 64), torch.randn(9, 32)]
+    weights = [
+        torch.randn(100, 40),
+        torch.randn(7, 65, dtype=torch.bfloat16),
+        torch.randn(3000, 64),
+        torch.randn(9, 32),
+    ]
     laid = [native.laid_out(weight) for weight in weights]
     for weight, found in zip(weights, laid, strict=True):
         rows, (out, width) = found.transpose(1, 2).flatten(0, 1).flatten(1), weight.shape
-        assert torch.equal(rows[:out, :width], weight) and not rows[out:].any() and not rows[:, width:].any()
+        assert (
+            torch.equal(rows[:out, :width], weight)
+            and not rows[out:].any()
+            and not rows[:, width:].any()
+        )
         assert found.shape[2] == native.PANEL and found.data_ptr() % native.LINE == 0
     first, second, large, _ = laid
-    assert first.data_ptr() % native.LARGE == 0 and second.data_ptr() == first.data_ptr() + first.nbytes
+    assert (
+        first.data_ptr() % native.LARGE == 0
+        and second.data_ptr() == first.data_ptr() + first.nbytes
+    )
     assert large.nbytes > native.CHUNK, "more than is asked for at once"
     if sys.platform == "linux":
-        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            line.split()
+            for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        ]
         bounds = [(*(int(end, 16) for end in line[0].split("-")), line[1]) for line in lines]
         (rights,) = {rights for start, stop, rights in bounds if start <= first.data_ptr() < stop}
         assert rights == "rw-p", "private: a process that is forked off lays out its own"
@@ -193,14 +229,18 @@ def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.library() is not None and built.stat().st_mtime_ns == written
     monkeypatch.setenv("CXXFLAGS", "-O1")
     native.library.cache_clear()
-    assert native.library() is not None and len(list(fresh.iterdir())) == 2, "other flags, other code"
+    assert native.library() is not None and len(list(fresh.iterdir())) == 2, (
+        "other flags, other code"
+    )
 
 
 @pytest.fixture
 def small(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As `fresh`, with code that is built at once."""
     source = tmp_path / "small.cpp"
-    source.write_text('extern "C" void zipper_step(void*) {}\nextern "C" void zipper_product(void*) {}\n')
+    source.write_text(
+        'extern "C" void zipper_step(void*) {}\nextern "C" void zipper_product(void*) {}\n'
+    )
     monkeypatch.setattr(native, "SOURCE", source)
     return fresh
 
@@ -242,7 +282,9 @@ def test_where_no_cache_can_be_written_it_lies_among_temporary_files(
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
 @pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f", "-march=x86-64"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_lesser_processors_get_the_same_numbers(fresh: Path, monkeypatch: pytest.MonkeyPatch, flags: str, kind: str) -> None:
+def test_lesser_processors_get_the_same_numbers(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, flags: str, kind: str
+) -> None:
     model = made(kind_of(kind))
     monkeypatch.setattr(native, "library", lambda: None)
     wanted = decode(model, 2, kind == "int8")
@@ -251,21 +293,33 @@ def test_lesser_processors_get_the_same_numbers(fresh: Path, monkeypatch: pytest
     monkeypatch.setenv("CXXFLAGS", flags)
     assert native.library() is not None
     found = decode(model, 2, kind == "int8")
-    assert torch.equal(decode(model, 0, kind == "int8"), found), "company changes no bit there either"
-    assert (found - wanted).norm() / wanted.norm() < {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.02}[kind]
+    assert torch.equal(decode(model, 0, kind == "int8"), found), (
+        "company changes no bit there either"
+    )
+    assert (found - wanted).norm() / wanted.norm() < {
+        "float32": 1e-5,
+        "bfloat16": 0.03,
+        "int8": 0.02,
+    }[kind]
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", f"{shlex.quote(sys.executable)} -c 'raise SystemExit(1)'"])
+@pytest.mark.parametrize(
+    "compiler", ["no-such-compiler", f"{shlex.quote(sys.executable)} -c 'raise SystemExit(1)'"]
+)
 def test_without_a_compiler_decoding_goes_by_torch_and_says_so(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, model: Zipper, compiler: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    with pytest.warns(UserWarning, match=r"goes by torch(?s:.*)Install a C\+\+ compiler with OpenMP"):
+    with pytest.warns(
+        UserWarning, match=r"goes by torch(?s:.*)Install a C\+\+ compiler with OpenMP"
+    ):
         assert native.library() is None
     assert decode(model, 1).isfinite().all() and native.library() is None
     assert not fresh.exists() or not list(fresh.iterdir())
 
 
-def test_it_can_be_declined(fresh: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+def test_it_can_be_declined(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.setenv("ZIPPER_NATIVE", "0")
     assert native.library() is None and not recwarn.list and not fresh.exists()

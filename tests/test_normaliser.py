@@ -60,7 +60,9 @@ def test_other_letters_are_another_text(one: str, other: str) -> None:
 
 
 @given(st.text())
-def test_normalising_twice_is_normalising_once_and_leaves_letters_marks_digits_and_apostrophes(text: str) -> None:
+def test_normalising_twice_is_normalising_once_and_leaves_letters_marks_digits_and_apostrophes(
+    text: str,
+) -> None:
     once = normalise(text)
     assert normalise(once) == once == " ".join(once.split())
     assert {unicodedata.category(c)[0] for c in once} - {"L", "M", "N"} <= {"P", "Z"}
@@ -85,6 +87,8 @@ def test_normalisers_have_names() -> None:
     assert normalise("Twenty-one [noise] Mr. Bean's", "whisper-english") == "21 mister bean is"
     assert normalise("Hello [noise], WORLD!", "whisper-basic") == "hello world"
     assert normalise(" Hello,\n world ", "none") == "Hello, world"
-    with pytest.raises(ZipperError, match=r"no normaliser 'english'. Take one of unicode-words, lower-ascii-words"):
+    with pytest.raises(
+        ZipperError, match=r"no normaliser 'english'. Take one of unicode-words, lower-ascii-words"
+    ):
         normalise("a", "english")
     assert all(normalise("", name) == "" for name in NORMALISERS)

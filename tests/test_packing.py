@@ -1,4 +1,5 @@
-"""Packed rows: full, level, the same every time, and to the model the same as its samples one by one."""
+"""Packed rows: full, level, the same every time, and to the model the same as its samples one by
+one."""
 
 import dataclasses
 import random
@@ -12,41 +13,60 @@ from torch import Tensor
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
-from zipper.packing import lengths, pack
-from zipper.sequence import Batch, Ends, Segment, collate
+from zipper.training.packing import lengths, pack
+from zipper.strand import Batch, Ends, Segment, collate
 from zipper.training import Objective
 
 Sample = list[Segment]
 
 
 def librispeech(n: int, seed: int) -> list[dict[str, int]]:
-    """Utterances with the shape of its training parts, as 50 units and about 3.3 tokens of text a second: most between 11 and 17
-    seconds, the others anywhere below."""
+    """Utterances with the shape of its training parts, as 50 units and about 3.3 tokens of text a
+    second: most between 11 and 17 seconds, the others anywhere below."""
     dice = random.Random(seed)
-    seconds = [dice.triangular(10, 16.7, 15) if dice.random() < 0.7 else dice.uniform(1.5, 11) for _ in range(n)]
-    return [{"speech": round(50 * s) + 2, "text": round(3.3 * s * dice.gauss(1, 0.12)) + 2} for s in seconds]
+    seconds = [
+        dice.triangular(10, 16.7, 15) if dice.random() < 0.7 else dice.uniform(1.5, 11)
+        for _ in range(n)
+    ]
+    return [
+        {"speech": round(50 * s) + 2, "text": round(3.3 * s * dice.gauss(1, 0.12)) + 2}
+        for s in seconds
+    ]
 
 
-def padding(samples: Sequence[Mapping[str, int]], rows: Sequence[Sequence[int]], tower: str) -> float:
+def padding(
+    samples: Sequence[Mapping[str, int]], rows: Sequence[Sequence[int]], tower: str
+) -> float:
     """The share of a tower's slots that hold nothing, every row being as long as the longest."""
     used = [sum(samples[i][tower] for i in row) for row in rows]
     return 1 - sum(used) / (max(used) * len(used))
 
 
 @pytest.mark.parametrize("room", [{"speech": 4096}, {"speech": 2048, "text": 240}], ids=str)
-def test_less_than_5_percent_of_librispeech_is_padding_where_a_fifth_was(room: dict[str, int]) -> None:
+def test_less_than_5_percent_of_librispeech_is_padding_where_a_fifth_was(
+    room: dict[str, int],
+) -> None:
     for seed in range(20):
         samples = librispeech(64, seed)
         rows = pack(samples, room)
         assert sorted(i for row in rows for i in row) == list(range(64))
         for tower in ("speech", "text"):
-            assert padding(samples, rows, tower) < 0.05 < 0.15 < padding(samples, [[i] for i in range(64)], tower)
-            assert max(sum(samples[i][tower] for i in row) for row in rows) <= room.get(tower, 1 << 30)
+            assert (
+                padding(samples, rows, tower)
+                < 0.05
+                < 0.15
+                < padding(samples, [[i] for i in range(64)], tower)
+            )
+            assert max(sum(samples[i][tower] for i in row) for row in rows) <= room.get(
+                tower, 1 << 30
+            )
 
 
 def test_rows_are_as_few_as_can_be_and_the_same_whatever_the_order_of_the_towers() -> None:
     samples = [{"speech": n} for n in (5, 4, 4, 3, 3, 3, 2)]
-    assert sorted(sum(samples[i]["speech"] for i in row) for row in pack(samples, {"speech": 12})) == [12, 12]
+    assert sorted(
+        sum(samples[i]["speech"] for i in row) for row in pack(samples, {"speech": 12})
+    ) == [12, 12]
     mixed = librispeech(40, 0)
     turned = [dict(reversed(sample.items())) for sample in mixed]
     room = {"speech": 2048, "text": 250}
@@ -62,14 +82,20 @@ def test_a_tower_with_little_room_makes_more_rows() -> None:
 
 
 def test_a_sample_without_room_is_named() -> None:
-    with pytest.raises(ZipperError, match=r"Sample 1 has 9 tokens of 'text', a row has room for 8\."):
+    with pytest.raises(
+        ZipperError, match=r"Sample 1 has 9 tokens of 'text', a row has room for 8\."
+    ):
         pack([{"text": 8}, {"text": 9}], {"text": 8})
 
 
 def test_lengths_count_the_begin_and_the_end_of_every_segment() -> None:
     sample = [Segment("speech", [1, 2]), Segment("text", [3], weight=1.0), Segment("speech", [])]
     batch = collate([sample], {name: Ends(0, 1) for name in ("speech", "text")})
-    assert lengths(sample) == {name: strand.ids.shape[1] for name, strand in batch.strands.items()} == {"speech": 6, "text": 3}
+    assert (
+        lengths(sample)
+        == {name: strand.ids.shape[1] for name, strand in batch.strands.items()}
+        == {"speech": 6, "text": 3}
+    )
 
 
 def samples_of(dice: random.Random, towers: Sequence[str], n: int) -> list[Sample]:
@@ -93,7 +119,9 @@ def losses(model: Zipper, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], 
     total = torch.stack([*found.values()]).sum()
     if not total.requires_grad:  # samples of frozen towers alone
         return found, {name: torch.zeros_like(p) for name, p in learn.items()}
-    gradients = torch.autograd.grad(total, [*learn.values()], allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        total, [*learn.values()], allow_unused=True, materialize_grads=True
+    )
     return found, dict(zip(learn, gradients, strict=True))
 
 
@@ -102,7 +130,9 @@ def packed_is_one_by_one(seed: int) -> None:
     dice = random.Random(seed)
     three = seed % 2
     model = zipped(
-        dict.fromkeys(["text", "speech", "image"][: 2 + three], "llama") if seed % 3 else {"text": "gpt2", "speech": "llama"},
+        dict.fromkeys(["text", "speech", "image"][: 2 + three], "llama")
+        if seed % 3
+        else {"text": "gpt2", "speech": "llama"},
         train=[[], ["text"], ["text", "speech"]][seed % 3],
         input_projection=["residual", "none", "paper"][seed % 3],
         link=SMALL,
@@ -111,28 +141,39 @@ def packed_is_one_by_one(seed: int) -> None:
     ends = {name: Ends(*ENDS[name]) for name in towers}
     samples = samples_of(dice, towers, dice.randint(2, 6))
     samples.append([Segment(towers[0], [3], weight=1.0)])  # something to predict in every case
-    rows = pack([lengths(sample) for sample in samples], dict.fromkeys(towers, dice.randint(30, 60)))
+    rows = pack(
+        [lengths(sample) for sample in samples], dict.fromkeys(towers, dice.randint(30, 60))
+    )
     batch = collate(samples, ends, packed=rows)
 
     found, gradients = losses(model, [batch])
     wanted, true = losses(model, [collate([sample], ends) for sample in samples])
     assert found.keys() == wanted.keys()
     for name, value in found.items():
-        assert abs(value - wanted[name]) <= 2e-6 * abs(wanted[name]), f"the loss of {name!r} is {value}, not {wanted[name]}"
+        assert abs(value - wanted[name]) <= 2e-6 * abs(wanted[name]), (
+            f"the loss of {name!r} is {value}, not {wanted[name]}"
+        )
     scale = max(float(gradient.abs().max()) for gradient in true.values())
     for name, gradient in gradients.items():
-        assert (gradient - true[name]).abs().max() <= 1e-5 * scale, f"the gradient by {name} is another one"
+        assert (gradient - true[name]).abs().max() <= 1e-5 * scale, (
+            f"the gradient by {name} is another one"
+        )
 
     row = max(range(len(rows)), key=lambda r: len(rows[r]))
     kept = dice.randrange(len(rows[row]))
     other = {}
     for name, strand in batch.strands.items():
         mine = (strand.document == kept) & (torch.arange(len(rows)) == row)[:, None]
-        other[name] = dataclasses.replace(strand, ids=torch.where(mine, strand.ids, (strand.ids + 5) % VOCABULARY[name]))
+        other[name] = dataclasses.replace(
+            strand, ids=torch.where(mine, strand.ids, (strand.ids + 5) % VOCABULARY[name])
+        )
     with torch.no_grad():
         before, after = model(batch.strands), model(other)
     for name, strand in batch.strands.items():
-        assert torch.equal(before[name][row][strand.document[row] == kept], after[name][row][strand.document[row] == kept])
+        assert torch.equal(
+            before[name][row][strand.document[row] == kept],
+            after[name][row][strand.document[row] == kept],
+        )
 
 
 @pytest.mark.parametrize("seed", range(18))
@@ -160,14 +201,19 @@ def test_flexattention_says_what_the_dense_mask_says() -> None:
         model.attention = "flex"
         for name, logits in model(batch.strands).items():
             valid = batch.strands[name].document >= 0
-            assert (logits[valid] - dense[name][valid]).abs().max() < 2e-6 * dense[name][valid].abs().max()
+            assert (logits[valid] - dense[name][valid]).abs().max() < 2e-6 * dense[name][
+                valid
+            ].abs().max()
 
 
 @torch.no_grad()
 def test_losses_on_a_gpu_are_those_of_the_cpu(cuda: torch.device) -> None:
     model, there = (zipped(LLAMAS, train=["speech"]) for _ in range(2))
     there.to(cuda)
-    samples, ends = samples_of(random.Random(0), ["text", "speech"], 6), {name: Ends(*ENDS[name]) for name in LLAMAS}
+    samples, ends = (
+        samples_of(random.Random(0), ["text", "speech"], 6),
+        {name: Ends(*ENDS[name]) for name in LLAMAS},
+    )
     for rows in (None, pack([lengths(sample) for sample in samples], {"text": 40, "speech": 40})):
         batch = collate(samples, ends, packed=rows)
         wanted, found = Objective(model)([batch]), Objective(there)([batch.to(cuda)])
@@ -177,10 +223,18 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(cuda: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_flexattention_learns_what_the_dense_mask_learns(dtype: torch.dtype, gpu: torch.device) -> None:
-    """Forwards and backwards, rows that see nothing among them; heads of 16, the least that its kernel takes."""
-    model = zipped(LLAMAS, train=["text", "speech"], link=LinkConfig(width=32, head_width=16)).to(gpu)
-    samples, ends = samples_of(random.Random(0), ["text", "speech"], 7), {name: Ends(*ENDS[name]) for name in LLAMAS}
+def test_flexattention_learns_what_the_dense_mask_learns(
+    dtype: torch.dtype, gpu: torch.device
+) -> None:
+    """Forwards and backwards, rows that see nothing among them; heads of 16, the least that its
+    kernel takes."""
+    model = zipped(LLAMAS, train=["text", "speech"], link=LinkConfig(width=32, head_width=16)).to(
+        gpu
+    )
+    samples, ends = (
+        samples_of(random.Random(0), ["text", "speech"], 7),
+        {name: Ends(*ENDS[name]) for name in LLAMAS},
+    )
     for rows in ([[0, 1, 2], [3, 4, 5, 6]], [[0, 1, 2, 3, 4], [5, 6]], None):
         batch = collate(samples, ends, packed=rows).to(gpu)
         found = []
@@ -194,4 +248,7 @@ def test_flexattention_learns_what_the_dense_mask_learns(dtype: torch.dtype, gpu
             assert float(flexed[name]) == pytest.approx(float(loss), rel=near)
         scale = max(float(gradient.abs().max()) for gradient in truth.values())
         for name, gradient in gradients.items():
-            assert gradient.isfinite().all() and (gradient - truth[name]).abs().max() <= 5 * near * scale, name
+            assert (
+                gradient.isfinite().all()
+                and (gradient - truth[name]).abs().max() <= 5 * near * scale
+            ), name

@@ -1,4 +1,5 @@
-"""Pipelines: raw in, raw out, in any order, alone or in a batch; what is foreign or does not fit is refused."""
+"""Pipelines: raw in, raw out, in any order, alone or in a batch; what is foreign or does not fit is
+refused."""
 
 import copy
 import shutil
@@ -11,15 +12,16 @@ import tiny
 import torch
 from tiny import World
 
-from zipper import audio, checkpoint
+from zipper.audio import sound as audio
+from zipper.saving import checkpoint
 from zipper import pipeline as pipelines
-from zipper.audio import Audio
+from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
-from zipper.fused import Fused
+from zipper.fast.reader import Fused
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline, Transcript
 from zipper.sampling import Sampling
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 from zipper.tower import Tower
 
 
@@ -39,7 +41,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sound(tmp_path_factory.mktemp("sound") / "clip.wav", seconds=0.5)
 
 
-def ids(pipe: Pipeline, segments: list[Segment], outputs: list[Any], **options: Any) -> list[list[int]]:
+def ids(
+    pipe: Pipeline, segments: list[Segment], outputs: list[Any], **options: Any
+) -> list[list[int]]:
     """What the model alone makes of ids."""
     return [segment.content for segment in pipe.model.generate(segments, outputs, **options)]
 
@@ -50,10 +54,17 @@ def ids(pipe: Pipeline, segments: list[Segment], outputs: list[Any], **options: 
 def test_it_transcribes_a_file_or_a_sound(pipe: Pipeline, clip: Path) -> None:
     codes = tiny.units().encode(clip)
     (wanted,) = ids(pipe, [Segment("speech", codes)], ["text"])
-    assert pipe.transcribe(clip) == pipe.transcribe(str(clip)) == pipe.transcribe(audio.read(clip)) == tiny.text().decode(wanted)
+    assert (
+        pipe.transcribe(clip)
+        == pipe.transcribe(str(clip))
+        == pipe.transcribe(audio.read(clip))
+        == tiny.text().decode(wanted)
+    )
     sound = audio.read(clip)
     pulses = Audio((sound.samples * 32_768).astype(np.int16), sound.rate_hz)  # as the file has them
-    assert pipe.transcribe(clip.read_bytes()) == pipe.transcribe(pulses) == tiny.text().decode(wanted)
+    assert (
+        pipe.transcribe(clip.read_bytes()) == pipe.transcribe(pulses) == tiny.text().decode(wanted)
+    )
 
 
 def test_it_says_how_sure_it_is(pipe: Pipeline, clip: Path) -> None:
@@ -78,11 +89,19 @@ def test_where_nothing_is_said_nothing_comes_out(pipe: Pipeline, clip: Path) -> 
         text, sound = pipe.run([Segment("speech", nothing)], ["text", "speech"])
         assert (text.content, text.ended, len(sound.content.samples)) == ("", True, 0)
     heard = [[Segment("speech", one)] for one in (silence, clip, noise)]
-    assert [row[0].content for row in pipe.run_batch(heard, ["text"])] == ["", pipe.transcribe(clip), ""]
-    with_words = pipe.run([Segment("text", "call anna"), Segment("speech", silence)], ["text"])  # something was given
+    assert [row[0].content for row in pipe.run_batch(heard, ["text"])] == [
+        "",
+        pipe.transcribe(clip),
+        "",
+    ]
+    with_words = pipe.run(
+        [Segment("text", "call anna"), Segment("speech", silence)], ["text"]
+    )  # something was given
     assert (
         with_words[0].content
-        == pipe.run([Segment("text", "call anna"), Segment("speech", pipe.units.encode(silence))], ["text"])[0].content
+        == pipe.run(
+            [Segment("text", "call anna"), Segment("speech", pipe.units.encode(silence))], ["text"]
+        )[0].content
     )
 
 
@@ -93,7 +112,9 @@ def test_it_speaks_text_as_sound(pipe: Pipeline) -> None:
     assert np.array_equal(said.samples, tiny.units().decode(wanted).samples)
 
 
-def test_it_runs_with_the_weights_as_they_are_now(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_with_the_weights_as_they_are_now(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe, given = Pipeline.from_pretrained(world.zip), [Segment("speech", [5, 6, 7])]
     assert isinstance(pipe.model, Zipper)
 
@@ -120,10 +141,15 @@ def test_it_runs_with_the_weights_as_they_are_now(world: World, monkeypatch: pyt
 def test_a_voice_is_forced_as_the_first_token(pipe: Pipeline, voice: str) -> None:
     token = tiny.units().voice_id(voice)
     assert pipe.voice(voice) == Segment("speech", [token])
-    said, written = pipe.model.generate([Segment("text", [5, 6])], [pipe.voice(voice), "text"], limits={"speech": 5, "text": 5})
+    said, written = pipe.model.generate(
+        [Segment("text", [5, 6])], [pipe.voice(voice), "text"], limits={"speech": 5, "text": 5}
+    )
     assert said.content[0] == token
-    # The same as if the model had begun with it by itself: what follows is what it says after that token.
-    strands = collate([[Segment("text", [5, 6]), Segment("speech", [token])]], pipe.model.ends()).strands
+    # The same as if the model had begun with it by itself: what follows is what it says after that
+    # token.
+    strands = collate(
+        [[Segment("text", [5, 6]), Segment("speech", [token])]], pipe.model.ends()
+    ).strands
     logits = pipe.model(strands)["speech"][0, -2]  # the last token is its end
     logits[tiny.units().begin] = -torch.inf
     assert said.content[1] == int(logits.argmax())
@@ -136,7 +162,9 @@ def test_a_voice_is_forced_as_the_first_token(pipe: Pipeline, voice: str) -> Non
 
 def test_any_order_of_modalities_in_and_out(pipe: Pipeline, clip: Path) -> None:
     given = [Segment("text", "call anna"), Segment("speech", clip), Segment("text", [4, 5])]
-    heard, said, written = pipe.run(given, outputs=["text", "speech", "text"], limits={"text": 6, "speech": 9})
+    heard, said, written = pipe.run(
+        given, outputs=["text", "speech", "text"], limits={"text": 6, "speech": 9}
+    )
     assert [s.tower for s in (heard, said, written)] == ["text", "speech", "text"]
     assert isinstance(heard.content, str)
     assert isinstance(written.content, str)
@@ -148,7 +176,9 @@ def test_any_order_of_modalities_in_and_out(pipe: Pipeline, clip: Path) -> None:
 
 def test_a_segment_that_hits_its_cap_says_so(pipe: Pipeline) -> None:
     segment = pipe.run([Segment("text", "call")], outputs=["speech"], limits={"speech": 2})[0]
-    (wanted,) = ids(pipe, [Segment("text", tiny.text().encode("call"))], ["speech"], limits={"speech": 2})
+    (wanted,) = ids(
+        pipe, [Segment("text", tiny.text().encode("call"))], ["speech"], limits={"speech": 2}
+    )
     assert len(wanted) == 2
     assert not segment.ended
     assert segment.content.seconds == pytest.approx(2 / 25)
@@ -157,10 +187,14 @@ def test_a_segment_that_hits_its_cap_says_so(pipe: Pipeline) -> None:
 def test_a_batch_is_its_rows_alone(pipe: Pipeline) -> None:
     texts = ["call", "send anna five red lamp", "turn two"]
     together = pipe.run_batch(
-        [[Segment("text", text)] for text in texts], [pipe.voice("low"), "text"], limits={"speech": 8, "text": 6}
+        [[Segment("text", text)] for text in texts],
+        [pipe.voice("low"), "text"],
+        limits={"speech": 8, "text": 6},
     )
     for text, row in zip(texts, together, strict=True):
-        alone = pipe.run([Segment("text", text)], [pipe.voice("low"), "text"], limits={"speech": 8, "text": 6})
+        alone = pipe.run(
+            [Segment("text", text)], [pipe.voice("low"), "text"], limits={"speech": 8, "text": 6}
+        )
         assert np.array_equal(row[0].content.samples, alone[0].content.samples)
         assert row[1].content == alone[1].content
         assert [s.ended for s in row] == [s.ended for s in alone]
@@ -168,7 +202,11 @@ def test_a_batch_is_its_rows_alone(pipe: Pipeline) -> None:
 
 def test_what_is_drawn_depends_on_the_seed(pipe: Pipeline) -> None:
     def draw(seed: int) -> str:
-        return str(pipe.run([Segment("text", "call")], ["text"], Sampling(1.0, seed=seed), limits={"text": 12})[0].content)
+        return str(
+            pipe.run(
+                [Segment("text", "call")], ["text"], Sampling(1.0, seed=seed), limits={"text": 12}
+            )[0].content
+        )
 
     assert draw(1) == draw(1)
     assert len({draw(seed) for seed in range(4)}) > 1
@@ -185,56 +223,91 @@ def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path:
         name: m.fingerprint for name, m in pipe.modalities.items()
     }
     assert checkpoint.load(tmp_path / "again")[1] == {"steps": 3}
-    assert {p.dtype for p in Pipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16).model.parameters()} == {
-        torch.bfloat16
-    }
+    assert {
+        p.dtype
+        for p in Pipeline.from_pretrained(
+            tmp_path / "again", dtype=torch.bfloat16
+        ).model.parameters()
+    } == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["text", "speech"])
-def test_a_foreign_tokenizer_or_codebook_is_refused(world: World, tmp_path: Path, name: str) -> None:
+def test_a_foreign_tokenizer_or_codebook_is_refused(
+    world: World, tmp_path: Path, name: str
+) -> None:
     folder = Path(shutil.copytree(world.zip, tmp_path / "copy"))
     shutil.rmtree(folder / "modalities" / name)
-    {"text": tiny.text(merges=11), "speech": tiny.units(seed=1)}[name].save(folder / "modalities" / name)
+    {"text": tiny.text(merges=11), "speech": tiny.units(seed=1)}[name].save(
+        folder / "modalities" / name
+    )
     with pytest.raises(ZipperError, match=rf"modalities/{name}/\S+ is damaged"):
         Pipeline.from_pretrained(folder)
     checkpoint.seal(folder)  # put in on purpose, with the right hashes
     with pytest.raises(
-        ZipperError, match=rf"modalities/{name} is not what this model was trained with: its hash is \w+, the model wants"
+        ZipperError,
+        match=rf"modalities/{name} is not what this model was trained with: its hash is \w+, the "
+        r"model wants",
     ):
         Pipeline.from_pretrained(folder)
     with pytest.warns(UserWarning, match=rf"modalities/{name} is not what .* It was allowed"):
         Pipeline.from_pretrained(folder, allow_mismatch=True)
 
 
-def test_a_foreign_base_may_be_allowed_and_is_pinned_from_then_on(world: World, tmp_path: Path) -> None:
+def test_a_foreign_base_may_be_allowed_and_is_pinned_from_then_on(
+    world: World, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     tiny.tower(tiny.text()).model.save_pretrained(tmp_path / "foreign")
     with pytest.warns(UserWarning, match=r"'text' from .*foreign is not the one .* It was allowed"):
-        pipe = Pipeline.from_pretrained(world.zip, towers={"text": tmp_path / "foreign"}, allow_mismatch=True)
+        pipe = Pipeline.from_pretrained(
+            world.zip, towers={"text": tmp_path / "foreign"}, allow_mismatch=True
+        )
     pin = pipe.model.config.towers["text"]
-    assert pin.digest == Tower.load(tmp_path / "foreign").pin() and pin.source == str(tmp_path / "foreign")
+    assert pin.digest == Tower.load(tmp_path / "foreign").pin() and pin.source == str(
+        tmp_path / "foreign"
+    )
     pipe.save_pretrained(tmp_path / "zip")
     Pipeline.from_pretrained(tmp_path / "zip")
 
 
 def test_a_model_saved_without_modalities_is_no_pipeline(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(ZipperError, match=r"bare holds a model without modalities. Load it with Zipper.from_pretrained"):
+    with pytest.raises(
+        ZipperError,
+        match=r"bare holds a model without modalities. Load it with Zipper.from_pretrained",
+    ):
         Pipeline.from_pretrained(tmp_path / "bare")
 
 
 def test_modalities_must_be_those_of_the_towers(pipe: Pipeline) -> None:
     both = pipe.modalities
     for modalities, message in [
-        ({"text": both["text"]}, r"The model has the towers \['speech', 'text'\], the modalities given are \['text'\]"),
-        ({**both, "image": both["text"]}, r"the modalities given are \['image', 'speech', 'text'\]"),
-        ({**both, "text": tiny.text(merges=30)}, r"The modality 'text' makes \d+ ids, its tower knows 42"),
-        ({"text": both["text"], "speech": both["text"]}, r"'speech' makes 42 ids, its tower knows 28"),
+        (
+            {"text": both["text"]},
+            r"The model has the towers \['speech', 'text'\], the modalities given are \['text'\]",
+        ),
+        (
+            {**both, "image": both["text"]},
+            r"the modalities given are \['image', 'speech', 'text'\]",
+        ),
+        (
+            {**both, "text": tiny.text(merges=30)},
+            r"The modality 'text' makes \d+ ids, its tower knows 42",
+        ),
+        (
+            {"text": both["text"], "speech": both["text"]},
+            r"'speech' makes 42 ids, its tower knows 28",
+        ),
     ]:
         with pytest.raises(ZipperError, match=message):
             Pipeline(pipe.model, modalities)
-    smaller = type(tiny.units())(tiny.units().codebook[:20], tiny.units().config)  # fits in, but its ids mean other things
-    with pytest.raises(ZipperError, match=r"'speech' begins and ends with 20 and 21, one of its tower with 24 and 25"):
+    smaller = type(tiny.units())(
+        tiny.units().codebook[:20], tiny.units().config
+    )  # fits in, but its ids mean other things
+    with pytest.raises(
+        ZipperError,
+        match=r"'speech' begins and ends with 20 and 21, one of its tower with 24 and 25",
+    ):
         Pipeline(pipe.model, {**both, "speech": smaller})
 
 
@@ -244,20 +317,44 @@ def test_modalities_must_be_those_of_the_towers(pipe: Pipeline) -> None:
 def test_bad_input_is_refused_in_a_sentence(pipe: Pipeline, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "words.wav").write_text("these are words")
     for call, message in [
-        (lambda: pipe.run([Segment("video", "x")], ["text"]), r"no modality 'video'; it has \['speech', 'text'\]"),
-        (lambda: pipe.run([Segment("text", "call")], ["video"]), r"no tower 'video'; it has \['speech', 'text'\]"),
-        (lambda: pipe.run([Segment("text", "call")], [Segment("video", [1])]), r"no modality 'video'"),
+        (
+            lambda: pipe.run([Segment("video", "x")], ["text"]),
+            r"no modality 'video'; it has \['speech', 'text'\]",
+        ),
+        (
+            lambda: pipe.run([Segment("text", "call")], ["video"]),
+            r"no tower 'video'; it has \['speech', 'text'\]",
+        ),
+        (
+            lambda: pipe.run([Segment("text", "call")], [Segment("video", [1])]),
+            r"no modality 'video'",
+        ),
         (lambda: pipe.run([Segment("text", "call")], []), r"it needs at least one of each"),
-        (lambda: pipe.run([Segment("text", [1, 99])], ["speech"]), r"'text' holds the id 99; its ids go from 0 to 41"),
-        (lambda: pipe.run([Segment("text", "call " * 100)], ["speech"]), r"'text' would read \d+ tokens.*at most 128"),
+        (
+            lambda: pipe.run([Segment("text", [1, 99])], ["speech"]),
+            r"'text' holds the id 99; its ids go from 0 to 41",
+        ),
+        (
+            lambda: pipe.run([Segment("text", "call " * 100)], ["speech"]),
+            r"'text' would read \d+ tokens.*at most 128",
+        ),
         (lambda: pipe.transcribe(tmp_path / "gone.wav"), r"gone.wav does not exist"),
         (lambda: pipe.transcribe(tmp_path / "words.wav"), r"words.wav is not readable sound"),
-        (lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)), r"'speech' would read 503 tokens.*at most 128"),
-        (lambda: pipe.transcribe(b"these are words"), r"\(sound given as bytes\) is not readable sound"),
+        (
+            lambda: pipe.transcribe(tiny.sound(tmp_path / "long.wav", seconds=20)),
+            r"'speech' would read 503 tokens.*at most 128",
+        ),
+        (
+            lambda: pipe.transcribe(b"these are words"),
+            r"\(sound given as bytes\) is not readable sound",
+        ),
         (lambda: pipe.transcribe(Audio([], 16_000)), r"The sound given has no samples"),
         (lambda: pipe.speak("call anna", voice="alto"), r"no voice 'alto'. Take one of low, high"),
         (lambda: pipe.speak("call 42"), r"cannot write 2 4"),
-        (lambda: pipe.run_batch([[Segment("text", "a")], [Segment("speech", clip)]], ["text"]), r"same towers in the same order"),
+        (
+            lambda: pipe.run_batch([[Segment("text", "a")], [Segment("speech", clip)]], ["text"]),
+            r"same towers in the same order",
+        ),
     ]:
         with pytest.raises(ZipperError, match=message):
             call()

@@ -1,4 +1,5 @@
-"""A tower is never harmed: what a plan of one modality runs is the bare tower, and training leaves no trace in a frozen one."""
+"""A tower is never harmed: what a plan of one modality runs is the bare tower, and training leaves
+no trace in a frozen one."""
 
 import copy
 import dataclasses
@@ -16,11 +17,12 @@ from tiny import World
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from zipper import corpus, training
+from zipper.training import loop as training
+from zipper_lab.corpora import commands as corpus
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand, Tower
 
@@ -35,10 +37,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def continued(tower: Any, prompt: list[int], begin: int, end: int) -> list[int]:
-    """What transformers' own greedy generation writes after a given segment, up to its end; a segment begins once."""
+    """What transformers' own greedy generation writes after a given segment, up to its end; a
+    segment begins once."""
     ids = torch.tensor([[begin, *prompt, end, begin]])
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": MOST, "eos_token_id": end, "pad_token_id": end}
-    found = tower.generate(ids, attention_mask=torch.ones_like(ids), suppress_tokens=[begin], **settings)[0].tolist()
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": MOST,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    found = tower.generate(
+        ids, attention_mask=torch.ones_like(ids), suppress_tokens=[begin], **settings
+    )[0].tolist()
     written = found[ids.shape[1] :]
     return written[: written.index(end)] if end in written else written
 
@@ -56,8 +66,13 @@ class Untouchable(nn.Module):
 
 def alone(family: str, dtype: torch.dtype) -> Zipper:
     """A zip whose links, projections and second tower cannot run."""
-    towers = {"text": tiny_tower(family, dtype=dtype, vocabulary=31), "speech": tiny_tower("gpt2", 1, dtype=dtype)}
-    zipped = Zipper.from_towers(towers, train=["speech"], link=LinkConfig(head_width=8, gate_init=1.0))
+    towers = {
+        "text": tiny_tower(family, dtype=dtype, vocabulary=31),
+        "speech": tiny_tower("gpt2", 1, dtype=dtype),
+    }
+    zipped = Zipper.from_towers(
+        towers, train=["speech"], link=LinkConfig(head_width=8, gate_init=1.0)
+    )
     zipped.towers["speech"] = Untouchable()
     for modules in (zipped.links, zipped.inputs):
         for name in modules:
@@ -69,7 +84,9 @@ def alone(family: str, dtype: torch.dtype) -> Zipper:
 def running() -> Iterator[Counter[nn.Module]]:
     """Inside, every module that has no parts and runs is counted."""
     ran: Counter[nn.Module] = Counter()
-    handle = register_module_forward_hook(lambda module, *_: ran.update([] if list(module.children()) else [module]))
+    handle = register_module_forward_hook(
+        lambda module, *_: ran.update([] if list(module.children()) else [module])
+    )
     try:
         yield ran
     finally:
@@ -78,7 +95,9 @@ def running() -> Iterator[Counter[nn.Module]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(family: str, dtype: torch.dtype) -> None:
+def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(
+    family: str, dtype: torch.dtype
+) -> None:
     zipped = alone(family, dtype)
     ids = torch.randint(2, 31, (3, 20), generator=torch.Generator().manual_seed(0))
     document = torch.zeros_like(ids)
@@ -91,7 +110,9 @@ def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(family: 
             found = zipped({"text": Strand.alone(ids)})["text"]
         assert torch.equal(found, wanted)
         assert zip_ran == bare and len(bare) > 10
-        wanted = zipped.tower("text")(ids, attention_mask=(document >= 0).long(), position_ids=padded.position).logits
+        wanted = zipped.tower("text")(
+            ids, attention_mask=(document >= 0).long(), position_ids=padded.position
+        ).logits
         assert torch.equal(zipped({"text": padded})["text"][document >= 0], wanted[document >= 0])
         for row in ids.tolist():
             prompt = row[: 3 + row[0] % 9]
@@ -102,11 +123,14 @@ def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(family: 
 # --- training
 
 
-def trained(world: World, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Zipper, Zipper]:
-    """The very model that was in the loop, with everything on that might creep into a tower, and a copy from before the first step.
+def trained(
+    world: World, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Zipper, Zipper]:
+    """The very model that was in the loop, with everything on that might creep into a tower, and a
+    copy from before the first step.
 
-    The pipeline that `train` returns would prove nothing: it has loaded its frozen tower from the base again.
-    """
+    The pipeline that `train` returns would prove nothing: it has loaded its frozen tower from the
+    base again."""
     models: list[Zipper] = []
     build = training.build
 
@@ -138,11 +162,15 @@ def test_training_leaves_no_trace_in_a_frozen_tower(
     text, original = tower_of(model, "text"), Tower.load(world.folder / "text" / "tower")
     assert text.digest() == tower_of(before, "text").digest() == original.digest()
     prompts = [tiny.text().encode(row["text"]) for row in tiny.pairs(20, seed=5)]
-    assert written(model, "text", prompts) == [continued(original.model, p, *model.ends()["text"]) for p in prompts]
+    assert written(model, "text", prompts) == [
+        continued(original.model, p, *model.ends()["text"]) for p in prompts
+    ]
     # The control: all that may learn has learned.
     assert tower_of(model, "speech").digest() != tower_of(before, "speech").digest()
     old = before.new_parameters()
-    assert not any(torch.equal(parameter, old[name]) for name, parameter in model.new_parameters().items())
+    assert not any(
+        torch.equal(parameter, old[name]) for name, parameter in model.new_parameters().items()
+    )
 
 
 def tower_of(model: Zipper, name: str) -> Tower:
@@ -153,7 +181,10 @@ def tower_of(model: Zipper, name: str) -> Tower:
 
 def written(model: Zipper, name: str, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations by a plan of one tower."""
-    return [model.generate([Segment(name, prompt)], [name], limits={name: MOST})[0].content for prompt in prompts]
+    return [
+        model.generate([Segment(name, prompt)], [name], limits={name: MOST})[0].content
+        for prompt in prompts
+    ]
 
 
 # --- the shipped model
@@ -162,18 +193,28 @@ def written(model: Zipper, name: str, prompts: list[list[int]]) -> list[list[int
 def test_the_shipped_text_tower_is_the_one_that_was_pre_trained() -> None:
     pipeline = Pipeline.from_pretrained()
     model, original = pipeline.zip, Tower.load(SHIPPED / "towers" / "text").model.float()
-    prompts = [pipeline.modalities["text"].encode(utterance.text) for utterance in corpus.sentences("test", 20)]
+    prompts = [
+        pipeline.modalities["text"].encode(utterance.text)
+        for utterance in corpus.sentences("test", 20)
+    ]
     begin, end = model.ends()["text"]
     with torch.inference_mode():
         for prompt in prompts:
             ids = torch.tensor([[begin, *prompt, end]])
-            assert torch.equal(model({"text": Strand.alone(ids)})["text"], original(ids, use_cache=False).logits)
-    assert written(model, "text", prompts) == [continued(original, prompt, begin, end) for prompt in prompts]
+            assert torch.equal(
+                model({"text": Strand.alone(ids)})["text"], original(ids, use_cache=False).logits
+            )
+    assert written(model, "text", prompts) == [
+        continued(original, prompt, begin, end) for prompt in prompts
+    ]
 
 
 @torch.inference_mode()
-def agreement(pipeline: Pipeline, utterances: list[corpus.Utterance], reads: bool = True) -> tuple[int, int]:
-    """How often the likeliest token of cached decoding is that of one full forward, and of how many; both ways, speech and text.
+def agreement(
+    pipeline: Pipeline, utterances: list[corpus.Utterance], reads: bool = True
+) -> tuple[int, int]:
+    """How often the likeliest token of cached decoding is that of one full forward, and of how
+    many; both ways, speech and text.
 
     reads: or else the cached way is not told what the other tower read, and must fail.
     """
@@ -184,20 +225,29 @@ def agreement(pipeline: Pipeline, utterances: list[corpus.Utterance], reads: boo
             "speech": pipeline.units.encode(corpus.synthesize(utterance)),
         }
         for given, produced in (("text", "speech"), ("speech", "text")):
-            strands = collate([[Segment(name, said[name]) for name in (given, produced)]], model.ends()).strands
+            strands = collate(
+                [[Segment(name, said[name]) for name in (given, produced)]], model.ends()
+            ).strands
             full = model(strands)[produced][0].argmax(-1).tolist()
             state = model.start((given, produced), (produced,))
             if reads:
                 _, state = model.step({given: strands[given]}, state)
             for slot, wanted in enumerate(full):
-                one = Strand(*(getattr(strands[produced], f.name)[:, slot : slot + 1] for f in dataclasses.fields(Strand)))
+                one = Strand(
+                    *(
+                        getattr(strands[produced], f.name)[:, slot : slot + 1]
+                        for f in dataclasses.fields(Strand)
+                    )
+                )
                 hidden, state = model.step({produced: one}, state)
                 same += int(model.unembed(produced, hidden[produced]).argmax()) == wanted
             total += len(full)
     return same, total
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_cached_decoding_in_16_bits_says_what_one_forward_says(dtype: torch.dtype) -> None:
     pipeline, utterances = Pipeline.from_pretrained(dtype=dtype), corpus.sentences("test", 7)
     with laws.unchecked():  # twice as fast

@@ -1,4 +1,5 @@
-"""Proofs remembered: a record is believed only where all is as it was, and changes no bit of logits."""
+"""Proofs remembered: a record is believed only where all is as it was, and changes no bit of
+logits."""
 
 import copy
 import json
@@ -20,17 +21,18 @@ from safetensors.torch import load_file, save_file
 from tiny import World
 from torch import Tensor
 
-from zipper import checkpoint, files, hub, native, proofs
+from zipper.fast import native, recall as proofs
+from zipper.saving import checkpoint, files, hub
 from zipper import pipeline as pipelines
-from zipper.engine import Request
+from zipper.generation import Request
 from zipper.errors import ZipperError
-from zipper.fused import Fused
+from zipper.fast.reader import Fused
 from zipper.inspection import describe
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.plain import Proved
+from zipper.fast.plain import Proved
 from zipper.sampling import Sampling
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
 
@@ -78,7 +80,10 @@ def place(made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(made.folder, tmp_path / "world")
     world = World(tmp_path / "world")
-    resaved(world.zip, lambda config: config["towers"]["text"].update(source=str(world.folder / "text" / "tower")))
+    resaved(
+        world.zip,
+        lambda config: config["towers"]["text"].update(source=str(world.folder / "text" / "tower")),
+    )
     yield Place(world, tmp_path / "cache" / "zipper")
 
 
@@ -104,7 +109,13 @@ def said(pipe: Pipeline) -> list[Segment]:
 def logits(reader: Fused) -> Tensor:
     """Behind pieces of both towers, which read each other."""
     session = reader.open(("text", "speech"), ("text", "speech"))
-    pieces = [("speech", [5, 6, 7]), ("text", [1]), ("text", [2, 3, 4]), ("speech", [8]), ("text", [5])]
+    pieces = [
+        ("speech", [5, 6, 7]),
+        ("text", [1]),
+        ("text", [2, 3, 4]),
+        ("speech", [8]),
+        ("text", [5]),
+    ]
     found = [reader.read(tower, [(session, ids)])[0] for tower, ids in pieces]
     return torch.cat([row for row in found if row is not None])
 
@@ -142,7 +153,9 @@ def test_the_model_comes_when_it_is_asked_for(place: Place) -> None:
     assert said(pipe) != before, "it runs with the weights as they are now"
 
 
-def test_an_engine_a_copy_and_a_saved_folder_of_it_are_those_of_the_model(place: Place, tmp_path: Path) -> None:
+def test_an_engine_a_copy_and_a_saved_folder_of_it_are_those_of_the_model(
+    place: Place, tmp_path: Path
+) -> None:
     first = Pipeline.from_pretrained(place.zip)
     answers = []
     for pipe in (first, Pipeline.from_pretrained(place.zip)):
@@ -164,7 +177,9 @@ def test_the_shipped_model_is_remembered_in_both_precisions(place: Place) -> Non
         assert torch.equal(logits(second._reader), logits(Fused(first.model)))
 
 
-def test_a_tower_on_the_hub_is_remembered_at_its_commit(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_on_the_hub_is_remembered_at_its_commit(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -202,13 +217,17 @@ def other_epsilon_inside(place: Place) -> None:
 
 def other_attention(place: Place) -> None:
     described = json.loads((place.text / "config.json").read_text())
-    (place.text / "config.json").write_text(json.dumps(described | {"_attn_implementation": "eager"}))
+    (place.text / "config.json").write_text(
+        json.dumps(described | {"_attn_implementation": "eager"})
+    )
 
 
 def other_code(patch: pytest.MonkeyPatch, changed: str) -> None:
     """As if this file had been edited."""
     true = files.sha256
-    patch.setattr(files, "sha256", lambda path: "0" * 64 if str(path).endswith(changed) else true(path))
+    patch.setattr(
+        files, "sha256", lambda path: "0" * 64 if str(path).endswith(changed) else true(path)
+    )
 
 
 CHANGES: dict[str, Callable[[Place, pytest.MonkeyPatch], object]] = {
@@ -216,7 +235,9 @@ CHANGES: dict[str, Callable[[Place, pytest.MonkeyPatch], object]] = {
     "build of torch": lambda _, patch: patch.setattr(torch.version, "git_version", "another"),
     "transformers": lambda _, patch: patch.setattr(proofs, "version", lambda package: "5.99.0"),
     "Python": lambda _, patch: patch.setattr(sys, "version", "3.99"),
-    "processor": lambda _, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+    "processor": lambda _, patch: patch.setattr(
+        torch.backends.cpu, "get_cpu_capability", lambda: "another"
+    ),
     "the driver's code": lambda _, patch: other_code(patch, "zipper/driver.py"),
     "the fast way's code": lambda _, patch: other_code(patch, "zipper/fused.py"),
     "the model's code": lambda _, patch: other_code(patch, "models/llama/modeling_llama.py"),
@@ -226,17 +247,23 @@ CHANGES: dict[str, Callable[[Place, pytest.MonkeyPatch], object]] = {
     "configuration inside": lambda place, _: other_epsilon_inside(place),
     "configuration elsewhere": lambda place, _: other_epsilon(place.text),
     "attention elsewhere": lambda place, _: other_attention(place),
-    "links": lambda place, _: resaved(place.zip, lambda config: config["towers"]["text"].update(tokens=9.0)),
+    "links": lambda place, _: resaved(
+        place.zip, lambda config: config["towers"]["text"].update(tokens=9.0)
+    ),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_where_anything_is_another_the_towers_are_proved(place: Place, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_where_anything_is_another_the_towers_are_proved(
+    place: Place, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     Pipeline.from_pretrained(place.zip)
     assert recalled(Pipeline.from_pretrained(place.zip))
     CHANGES[what](place, monkeypatch)
     pipe = Pipeline.from_pretrained(place.zip)
-    assert not recalled(pipe) and all(isinstance(tower, Tower) for tower in pipe.held.towers.values())
+    assert not recalled(pipe) and all(
+        isinstance(tower, Tower) for tower in pipe.held.towers.values()
+    )
     assert recalled(again := Pipeline.from_pretrained(place.zip)), "the new proof is remembered"
     assert said(again) == said(pipe)
 
@@ -249,7 +276,9 @@ def test_a_record_is_of_one_precision(place: Place) -> None:
         assert recalled(pipe) and next(pipe.held.parameters()).dtype == (dtype or torch.float32)
 
 
-def test_under_other_defaults_nothing_is_recalled_or_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_other_defaults_nothing_is_recalled_or_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor where transformers was imported: whoever did may have changed how it computes."""
 
     def goes_by_records() -> bool:
@@ -257,7 +286,11 @@ def test_under_other_defaults_nothing_is_recalled_or_written(place: Place, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(proofs, "_imported", IMPORTED)
-        assert "transformers" in sys.modules and not recalled(Pipeline.from_pretrained(place.zip)) and not place.records
+        assert (
+            "transformers" in sys.modules
+            and not recalled(Pipeline.from_pretrained(place.zip))
+            and not place.records
+        )
     Pipeline.from_pretrained(place.zip)
     assert goes_by_records()
     with monkeypatch.context() as patch:
@@ -349,21 +382,40 @@ def swapped(known: proofs.Known) -> proofs.Known:
 
 LIES: dict[str, Callable[[proofs.Known], proofs.Known]] = {
     "another tensor": lambda known: replace(
-        known, stored=known.stored | {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+        known,
+        stored=known.stored
+        | {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"},
     ),
-    "a tensor that is not there": lambda known: replace(known, stored=known.stored | {"model.norm.weight": "model.form.weight"}),
+    "a tensor that is not there": lambda known: replace(
+        known, stored=known.stored | {"model.norm.weight": "model.form.weight"}
+    ),
     "queries for keys": swapped,
-    "another epsilon": lambda known: replace(known, outline=replace(known.outline, norm=replace(known.outline.norm, eps=0.5))),
+    "another epsilon": lambda known: replace(
+        known, outline=replace(known.outline, norm=replace(known.outline.norm, eps=0.5))
+    ),
     "another scale": lambda known: replace(
-        known, outline=replace(known.outline, blocks=tuple(replace(block, scale=0.9) for block in known.outline.blocks))
+        known,
+        outline=replace(
+            known.outline, blocks=tuple(replace(block, scale=0.9) for block in known.outline.blocks)
+        ),
     ),
     "other heads": lambda known: replace(
-        known, outline=replace(known.outline, blocks=tuple(replace(block, head_width=8) for block in known.outline.blocks))
+        known,
+        outline=replace(
+            known.outline,
+            blocks=tuple(replace(block, head_width=8) for block in known.outline.blocks),
+        ),
     ),
     "a head too wide": lambda known: replace(
-        known, outline=replace(known.outline, blocks=tuple(replace(block, head_width=1 << 40) for block in known.outline.blocks))
+        known,
+        outline=replace(
+            known.outline,
+            blocks=tuple(replace(block, head_width=1 << 40) for block in known.outline.blocks),
+        ),
     ),
-    "a block less": lambda known: replace(known, outline=replace(known.outline, blocks=known.outline.blocks[:1])),
+    "a block less": lambda known: replace(
+        known, outline=replace(known.outline, blocks=known.outline.blocks[:1])
+    ),
     "another rate": lambda known: replace(known, factor=0.7),
 }
 
@@ -374,23 +426,33 @@ def test_a_record_that_lies_is_seen_through(place: Place, lie: str) -> None:
     wanted = said(Pipeline.from_pretrained(place.zip))
     (path,) = place.records
     record, tensors = proofs._read(path)
-    proofs._write(path.name, replace(record, towers=record.towers | {"speech": LIES[lie](record.towers["speech"])}), tensors)
+    proofs._write(
+        path.name,
+        replace(record, towers=record.towers | {"speech": LIES[lie](record.towers["speech"])}),
+        tensors,
+    )
     pipe = Pipeline.from_pretrained(place.zip)
     assert not recalled(pipe) and said(pipe) == wanted
 
 
 @pytest.mark.parametrize("tower", ["text", "speech"])
 @pytest.mark.parametrize("what", ["truth", "inverse"])
-def test_a_record_with_other_logits_or_frequencies_is_seen_through(place: Place, tower: str, what: str) -> None:
+def test_a_record_with_other_logits_or_frequencies_is_seen_through(
+    place: Place, tower: str, what: str
+) -> None:
     Pipeline.from_pretrained(place.zip)
     (path,) = place.records
     record, tensors = proofs._read(path)
-    proofs._write(path.name, record, tensors | {f"{tower}.{what}": tensors[f"{tower}.{what}"] * 1.3 + 0.1})
+    proofs._write(
+        path.name, record, tensors | {f"{tower}.{what}": tensors[f"{tower}.{what}"] * 1.3 + 0.1}
+    )
     assert not recalled(Pipeline.from_pretrained(place.zip))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
-def test_a_record_that_others_could_have_written_is_ignored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_others_could_have_written_is_ignored(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Pipeline.from_pretrained(place.zip)
     (record,) = place.records
     for path, mode in ((record, 0o666), (record, 0o620), (place.cache, 0o777)):
@@ -405,7 +467,9 @@ def test_a_record_that_others_could_have_written_is_ignored(place: Place, monkey
     assert files.cached(record.name) is None
 
 
-def test_without_a_place_for_records_all_is_proved(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_place_for_records_all_is_proved(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a home nor a folder for temporary files that can be written."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -421,7 +485,9 @@ def test_without_a_place_for_records_all_is_proved(place: Place, tmp_path: Path,
 def test_the_oldest_records_go(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proofs, "KEPT", 2)
     for age, tokens in enumerate((9.0, 10.0, 11.0)):
-        resaved(place.zip, lambda config, tokens=tokens: config["towers"]["text"].update(tokens=tokens))
+        resaved(
+            place.zip, lambda config, tokens=tokens: config["towers"]["text"].update(tokens=tokens)
+        )
         before = {*place.records}
         Pipeline.from_pretrained(place.zip)
         (new,) = {*place.records} - before
@@ -429,7 +495,9 @@ def test_the_oldest_records_go(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     assert recalled(Pipeline.from_pretrained(place.zip)) and len(place.records) == 2
 
 
-def test_what_cannot_be_remembered_is_loaded_as_ever(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_remembered_is_loaded_as_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Towers that are not like Llama, adapters, models too large for the fast way, and where it is
     not wanted."""
     for families in ({"text": "gpt2", "speech": "llama"}, {"text": "llama", "speech": "llama"}):
@@ -438,9 +506,15 @@ def test_what_cannot_be_remembered_is_loaded_as_ever(place: Place, monkeypatch: 
             towers[name] = place.world.folder / f"{name}-{families[name]}"
             tiny_tower(families[name], 1, 16, 2, modality.vocabulary).save_pretrained(towers[name])
         ends = {"text": (0, 1), "speech": (tiny.CODES, tiny.CODES + 1)}
-        lora = {"text": {"r": 2, "target_modules": ["q_proj"]}} if families["text"] == "llama" else None
+        lora = (
+            {"text": {"r": 2, "target_modules": ["q_proj"]}}
+            if families["text"] == "llama"
+            else None
+        )
         model = Zipper.from_towers(towers, link=tiny.LinkConfig(head_width=8), ends=ends, lora=lora)
-        Pipeline(model, {"text": tiny.text(), "speech": tiny.units()}).save_pretrained(place.world.folder / "other")
+        Pipeline(model, {"text": tiny.text(), "speech": tiny.units()}).save_pretrained(
+            place.world.folder / "other"
+        )
         for _ in range(2):
             assert not recalled(Pipeline.from_pretrained(place.world.folder / "other"))
     with monkeypatch.context() as patch:
@@ -477,13 +551,16 @@ for command in (["speak", "send forty two oranges to vienna", "-o", path], ["tra
 """
 
 
-def test_a_short_command_imports_little_when_it_is_given_for_the_second_time(place: Place, tmp_path: Path) -> None:
+def test_a_short_command_imports_little_when_it_is_given_for_the_second_time(
+    place: Place, tmp_path: Path
+) -> None:
     """Processes of their own, with the shipped model."""
     pytest.importorskip("soundfile")
     for proved in (False, True):
         ended = subprocess.run(
             [sys.executable, "-c", COMMANDS, str(tmp_path)],
-            env=os.environ | {"ZIPPER_NATIVE": "0"},  # it would be built anew, for the cache is elsewhere
+            env=os.environ
+            | {"ZIPPER_NATIVE": "0"},  # it would be built anew, for the cache is elsewhere
             capture_output=True,
             text=True,
         )

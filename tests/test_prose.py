@@ -1,4 +1,5 @@
-"""The prose corpus: real sentences whose parts share nothing, said and drowned in noise the same way every time."""
+"""The prose corpus: real sentences whose parts share nothing, said and drowned in noise the same
+way every time."""
 
 import json
 import re
@@ -10,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipper import data, prose
+from zipper.data import manifests as data
+from zipper_lab.corpora import prose
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality import speech
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.modality.text import Text
 
-UNITS = SpeechUnits(np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32), UnitsConfig(voices=prose.VOICES))
+UNITS = SpeechUnits(
+    np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32),
+    UnitsConfig(voices=prose.VOICES),
+)
 SAID = ("speech", "pairs", "dev", "test")
 LINES = {part: prose.lines(part) for part in prose.PARTS}
 
@@ -40,7 +45,10 @@ def test_there_are_as_many_sentences_as_the_experiments_need() -> None:
         "dev": 872,
         "test": 1_650,
     }
-    assert len({word for found in LINES.values() for _, text in found for word in text.split()}) > 10_000
+    assert (
+        len({word for found in LINES.values() for _, text in found for word in text.split()})
+        > 10_000
+    )
 
 
 def test_sentences_are_four_to_twenty_plain_words() -> None:
@@ -51,7 +59,9 @@ def test_sentences_are_four_to_twenty_plain_words() -> None:
 def test_a_chapter_belongs_to_one_part() -> None:
     chapters = {part: {chapter for chapter, _ in found} for part, found in LINES.items()}
     assert len(set.union(*chapters.values())) == sum(map(len, chapters.values())) == 269
-    assert {chapter.split()[0] for chapter in chapters["test"]} <= {chapter.split()[0] for chapter in chapters["text"]}
+    assert {chapter.split()[0] for chapter in chapters["test"]} <= {
+        chapter.split()[0] for chapter in chapters["text"]
+    }
 
 
 def test_no_sentence_stands_twice_and_none_of_the_test_with_one_word_changed() -> None:
@@ -71,22 +81,30 @@ def test_no_sentence_stands_twice_and_none_of_the_test_with_one_word_changed() -
             assert abs(len(other) - len(split)) > 1 or distance(split, other) > 1, (text, other)
 
 
-def test_every_word_that_is_said_stands_three_times_in_the_unpaired_text_and_can_be_pronounced() -> None:
+def test_every_word_that_is_said_stands_three_times_in_the_unpaired_text_and_can_be_pronounced() -> (
+    None
+):
     counts = Counter(word for _, text in LINES["text"] for word in text.split())
     dictionary = Path(extra("pocketsphinx").get_model_path("en-us/cmudict-en-us.dict")).read_text()
     pronounced = {re.sub(r"\(\d+\)$", "", line.split()[0]) for line in dictionary.splitlines()}
     assert set(prose.words()) == {word for word in pronounced if counts[word] >= 3}
-    assert {word for part in SAID for _, text in LINES[part] for word in text.split()} <= set(prose.words())
+    assert {word for part in SAID for _, text in LINES[part] for word in text.split()} <= set(
+        prose.words()
+    )
     domain = prose.domain()
     assert set(domain) < {text for _, text in LINES["text"]}
     assert {word for text in domain for word in text.split()} <= set(prose.words())
 
 
-def test_utterances_come_in_an_order_that_the_seed_decides_and_a_longer_list_begins_with_a_shorter_one() -> None:
+def test_utterances_come_in_an_order_that_the_seed_decides_and_a_longer_list_begins_with_a_shorter_one() -> (
+    None
+):
     all_of_them = prose.sentences("pairs")
     assert sorted((u.chapter, u.text) for u in all_of_them) == sorted(LINES["pairs"])
     assert prose.sentences("pairs", 30) == all_of_them[:30]
-    assert [u.text for u in prose.sentences("pairs", 30, seed=1)] != [u.text for u in all_of_them[:30]]
+    assert [u.text for u in prose.sentences("pairs", 30, seed=1)] != [
+        u.text for u in all_of_them[:30]
+    ]
     assert [u.voice for u in all_of_them[:12]] == list(prose.VOICES) * 2
 
 
@@ -94,7 +112,10 @@ def test_behind_the_last_sentence_each_is_said_again_in_every_other_voice() -> N
     again = prose.sentences("dev", 872 * 6)
     assert len({u.id for u in again}) == len({(u.text, u.voice) for u in again}) == 872 * 6
     assert [u.text for u in again[872:1744]] == [u.text for u in again[:872]]
-    with pytest.raises(ZipperError, match="5233 utterances of the part 'dev' were wanted; it has 872 sentences in 6 voices"):
+    with pytest.raises(
+        ZipperError,
+        match="5233 utterances of the part 'dev' were wanted; it has 872 sentences in 6 voices",
+    ):
         prose.sentences("dev", 872 * 6 + 1)
     with pytest.raises(ZipperError, match="no part 'train' in the prose corpus"):
         prose.sentences("train", 1)
@@ -102,9 +123,13 @@ def test_behind_the_last_sentence_each_is_said_again_in_every_other_voice() -> N
 
 def test_noise_is_decided_by_the_utterance_alone() -> None:
     noisy = prose.sentences("test", 300, voices=prose.OTHER_VOICES, noisy=True)
-    assert [replace(u, noise="", snr_db=0) for u in noisy] == prose.sentences("test", 300, voices=prose.OTHER_VOICES)
+    assert [replace(u, noise="", snr_db=0) for u in noisy] == prose.sentences(
+        "test", 300, voices=prose.OTHER_VOICES
+    )
     assert prose.sentences("test", 100, voices=prose.OTHER_VOICES, noisy=True) == noisy[:100]
-    assert {(u.noise, u.snr_db) for u in noisy} == {(noise, snr) for noise in ("white", "babble") for snr in (5, 10, 15)}
+    assert {(u.noise, u.snr_db) for u in noisy} == {
+        (noise, snr) for noise in ("white", "babble") for snr in (5, 10, 15)
+    }
     assert not set(prose.VOICES) & set(prose.OTHER_VOICES)
 
 
@@ -124,7 +149,10 @@ def test_voices_differ_and_a_malformed_one_is_refused() -> None:
     said = {voice: prose.synthesize(replace(utterance, voice=voice)) for voice in prose.VOICES}
     assert len({sound.samples.tobytes() for sound in said.values()}) == len(prose.VOICES)
     assert said["klatt5-20-200"].seconds < said["klatt3-35-170"].seconds
-    with pytest.raises(ZipperError, match=r"no voice 'klatt3' in the prose corpus. Write variant-pitch-words_a_minute"):
+    with pytest.raises(
+        ZipperError,
+        match=r"no voice 'klatt3' in the prose corpus. Write variant-pitch-words_a_minute",
+    ):
         prose.synthesize(replace(utterance, voice="klatt3"))
     with pytest.raises(ZipperError, match=r"no voice en-us\+nobody"):
         prose.synthesize(replace(utterance, voice="nobody-50-175"))
@@ -145,7 +173,9 @@ def test_noise_is_as_loud_as_it_says(noise: str, snr_db: int) -> None:
     assert measured == pytest.approx(snr_db, abs=0.5)
 
 
-def test_rows_are_the_same_for_any_number_of_them_and_any_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_the_same_for_any_number_of_them_and_any_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prose, "BLOCK", 4)
     six = prose.rows("test", 6, UNITS, noisy=True, workers=2, cache=tmp_path / "two")
     three = prose.rows("test", 3, UNITS, noisy=True, workers=1, cache=tmp_path / "one")
@@ -162,7 +192,9 @@ def test_rows_are_the_same_for_any_number_of_them_and_any_worker(tmp_path: Path,
         }
 
 
-def test_what_was_rendered_is_kept_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_rendered_is_kept_and_a_killed_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prose, "BLOCK", 4)
     said = []
 
@@ -182,9 +214,13 @@ def test_what_was_rendered_is_kept_and_a_killed_run_goes_on(tmp_path: Path, monk
     assert prose.rows("dev", 9, UNITS, workers=1, cache=tmp_path) == found[:9]
     assert len(said) == 15
     files = {*tmp_path.iterdir()}
-    prose.rows("dev", 1, SpeechUnits(UNITS.codebook + 1, UNITS.config), workers=1, cache=tmp_path)  # other units,
+    prose.rows(
+        "dev", 1, SpeechUnits(UNITS.codebook + 1, UNITS.config), workers=1, cache=tmp_path
+    )  # other units,
     prose.rows("dev", 1, UNITS, seed=1, workers=1, cache=tmp_path)  # another seed,
-    prose.rows("dev", 1, UNITS, voices=prose.OTHER_VOICES, workers=1, cache=tmp_path)  # other voices
+    prose.rows(
+        "dev", 1, UNITS, voices=prose.OTHER_VOICES, workers=1, cache=tmp_path
+    )  # other voices
     prose.rows("dev", 1, UNITS, noisy=True, workers=1, cache=tmp_path)  # and noise are other files
     assert len({*tmp_path.iterdir()} - files) == 4
 
@@ -218,7 +254,9 @@ def test_prepare_writes_everything_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(rows["text"][0]) == {"id", "text"}
     assert set(rows["speech"][0]) == {"id", "speech", "voice"}
     assert {"text", "speech", "voice"} < set(rows["pairs"][0])
-    assert [row["text"] for row in rows["test_clean"]] == [row["text"] for row in rows["test_noisy"]]
+    assert [row["text"] for row in rows["test_clean"]] == [
+        row["text"] for row in rows["test_noisy"]
+    ]
     assert {row["voice"] for row in rows["test_noisy"]} == set(prose.OTHER_VOICES)
     assert {row["noise"] for row in rows["test_clean"]} == {""}
     units, text = SpeechUnits.load(made / "speech"), Text.load(made / "text")
@@ -226,7 +264,10 @@ def test_prepare_writes_everything_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert (made / "judge" / "means").is_file()
     encoded = data.read(made / "pairs.jsonl", {"text": text, "speech": units})
     assert text.decode(encoded[0]["text"]) == rows["pairs"][0]["text"]
-    assert encoded[0]["voiced"] == [units.voice_id(rows["pairs"][0]["voice"]), *rows["pairs"][0]["speech"]]
+    assert encoded[0]["voiced"] == [
+        units.voice_id(rows["pairs"][0]["voice"]),
+        *rows["pairs"][0]["speech"],
+    ]
 
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     prose.prepare(made, **few, cache=tmp_path / "cache")

@@ -1,4 +1,5 @@
-"""Every recipe in recipes/ makes a run whose parts fit, and takes a step with its towers and its data replaced by tiny ones."""
+"""Every recipe in recipes/ makes a run whose parts fit, and takes a step with its towers and its
+data replaced by tiny ones."""
 
 import dataclasses
 import runpy
@@ -11,7 +12,7 @@ import tiny
 import torch
 from tiny import World
 
-from zipper import data
+from zipper.data import manifests as data
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
 
@@ -24,7 +25,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     made = tiny.world(tmp_path_factory.mktemp("world"))
     for name in ("pairs", "dev"):
         path = made.folder / f"{name}.jsonl"
-        data.write(path, [row | {"heard:speech": row["speech"][1:], "said:text": row["text"]} for row in data.manifest(path)])
+        data.write(
+            path,
+            [
+                row | {"heard:speech": row["speech"][1:], "said:text": row["text"]}
+                for row in data.manifest(path)
+            ],
+        )
     return made
 
 
@@ -50,11 +57,18 @@ def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"text_tower", "speech_tower", "spoken_commands", "judge"}
+    assert {path.stem for path in RECIPES} >= {
+        "text_tower",
+        "speech_tower",
+        "spoken_commands",
+        "judge",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits_and_takes_a_step(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+def test_a_recipe_fits_and_takes_a_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)  # config() neither needs nor makes any file
     recipe = runpy.run_path(str(path))
     config = recipe["config"]()
@@ -72,7 +86,9 @@ def test_a_recipe_fits_and_takes_a_step(world: World, tmp_path: Path, monkeypatc
     assert learns == (set(config.train) if len(config.towers) > 1 else set(config.towers))
 
 
-def test_recipes_write_into_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_write_into_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     outputs = [runpy.run_path(str(path))["config"]().output for path in RECIPES]
     assert len(set(outputs)) == len(outputs)

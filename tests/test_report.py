@@ -1,4 +1,5 @@
-"""A report says every number it was given, believes no text it was given, and asks the network for nothing."""
+"""A report says every number it was given, believes no text it was given, and asks the network for
+nothing."""
 
 import base64
 import io
@@ -17,18 +18,19 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipper import report
-from zipper.audio import Audio
+from zipper_lab import report
+from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate
-from zipper.report import AttentionMap, Report, Sample, Score, Sound
+from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
 
 EVIL = """</p></title><script>alert("1")</script><img src='https://evil.example/x' onerror=alert(2)>&amp; $x^{ $page"""
 RATE_HZ = 16_000
 
 
 class Page(HTMLParser):
-    """What a browser would see: every opened tag with its attributes, every text with the tag it stands in."""
+    """What a browser would see: every opened tag with its attributes, every text with the tag it
+    stands in."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -51,11 +53,15 @@ class Page(HTMLParser):
         """The embedded files of one kind, in order."""
         head = f"data:{kind};base64,"
         found = [attributes.get("src", "") for _, attributes in self.tags]
-        return [base64.b64decode(value.removeprefix(head)) for value in found if value.startswith(head)]
+        return [
+            base64.b64decode(value.removeprefix(head)) for value in found if value.startswith(head)
+        ]
 
 
 def noise(seconds: float, seed: int = 0) -> Audio:
-    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * RATE_HZ)).astype(np.float32)
+    samples = (
+        np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * RATE_HZ)).astype(np.float32)
+    )
     return Audio(samples, RATE_HZ)
 
 
@@ -75,12 +81,21 @@ def sample(text: str = "send forty oranges", spoken: Audio | None = None) -> Sam
         transcript="send fourteen oranges please",
         recorded=Sound(noise(0.3, 1), {"first judge": text}),
         rebuilt=Sound(noise(0.3, 2), {"first judge": "send oranges"}),
-        spoken=Sound(noise(0.2, 3) if spoken is None else spoken, {"first judge": "lend forty oranges"}),
+        spoken=Sound(
+            noise(0.2, 3) if spoken is None else spoken, {"first judge": "lend forty oranges"}
+        ),
     )
 
 
 METRICS = [
-    {"step": 20 * n, "loss/text": 2.0 / n, "loss/speech": 3.0 / n, "gate/0:speech>text": 0.5, "gate/1:text>speech": 0.6, "lr": 1e-3}
+    {
+        "step": 20 * n,
+        "loss/text": 2.0 / n,
+        "loss/speech": 3.0 / n,
+        "gate/0:speech>text": 0.5,
+        "gate/1:text>speech": 0.6,
+        "lr": 1e-3,
+    }
     | ({"dev/speech -> text": 1.5 / n} if n % 2 == 0 else {})
     for n in range(1, 7)
 ]
@@ -139,24 +154,49 @@ def asks(page: Page) -> list[str]:
         values = [attributes[name] for name in fetched if name in attributes]
         found += [f"{tag} {value[:60]}" for value in values if not value.startswith(("data:", "#"))]
         found += [f"{tag} {name}" for name in attributes if name.startswith("on")]
-        found += [f"{tag} {value}" for value in re.findall(r"url\((?!#)[^)]*", attributes.get("style", ""))]
+        found += [
+            f"{tag} {value}"
+            for value in re.findall(r"url\((?!#)[^)]*", attributes.get("style", ""))
+        ]
     styles = "".join(data for tag, data in page.texts if tag == "style")
     return found + re.findall(r"@import|url\((?!#)[^)]*", styles)
 
 
 def test_every_number_given_stands_on_the_page(page: Page) -> None:
-    numbers = ["3.2\u00a0%", "7.2\u00a0%", "512.3", "83.2", "330.1", "11,000", "200", "800", "0.625"]
+    numbers = [
+        "3.2\u00a0%",
+        "7.2\u00a0%",
+        "512.3",
+        "83.2",
+        "330.1",
+        "11,000",
+        "200",
+        "800",
+        "0.625",
+    ]
     for k in range(7):
         given = rate(k)
-        numbers += [f"{100 * share:.1f}\u00a0%" for share in (given.wer, given.high, given.cer, given.exact)]
+        numbers += [
+            f"{100 * share:.1f}\u00a0%" for share in (given.wer, given.high, given.cer, given.exact)
+        ]
         numbers += [f"{100 * given.low:.1f} to", f"{given.utterances:,}"]
-    numbers += [f"{rate(k).words:,}" for k in range(7) if k != 3]  # words and utterances are those of a row's first judge
+    numbers += [
+        f"{rate(k).words:,}" for k in range(7) if k != 3
+    ]  # words and utterances are those of a row's first judge
     numbers.remove(f"{rate(3).utterances:,}")
     assert not [number for number in numbers if number not in page.text]
 
 
 def test_names_of_judges_voices_towers_tokens_and_versions_stand_on_the_page(page: Page) -> None:
-    names = ["by eye", "first judge", "second judge", "en-us+f3", "text reads speech", "speech reads text", "junction 1"]
+    names = [
+        "by eye",
+        "first judge",
+        "second judge",
+        "en-us+f3",
+        "text reads speech",
+        "speech reads text",
+        "junction 1",
+    ]
     names += [
         "speech -> text",
         "link.gate_init",
@@ -187,8 +227,19 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     score = Score(EVIL, EVIL, rate(0))
     seen = AttentionMap(EVIL, EVIL, WEIGHTS, [EVIL] * 3, [EVIL] * 7)
     metrics = [{"step": 1, f"loss/{EVIL}": 1.0, f"dev/{EVIL}": 1.0, f"gate/0:{EVIL}": 1.0}]
-    said = replace(sample(EVIL), id=EVIL, voice=EVIL, transcript=EVIL, spoken=Sound(noise(0.1), {EVIL: EVIL}))
-    evil = Report([score], [replace(score, voice=EVIL)], 1.0, {EVIL: 1.0}, {EVIL: 1}, {EVIL: {EVIL: EVIL}}, {EVIL: EVIL}, EVIL)
+    said = replace(
+        sample(EVIL), id=EVIL, voice=EVIL, transcript=EVIL, spoken=Sound(noise(0.1), {EVIL: EVIL})
+    )
+    evil = Report(
+        [score],
+        [replace(score, voice=EVIL)],
+        1.0,
+        {EVIL: 1.0},
+        {EVIL: 1},
+        {EVIL: {EVIL: EVIL}},
+        {EVIL: EVIL},
+        EVIL,
+    )
     evil = replace(evil, metrics=metrics, attention=[seen], samples=[said], title=EVIL, about=EVIL)
     report.write(tmp_path / "evil.html", evil)
     source = (tmp_path / "evil.html").read_text(encoding="utf-8")
@@ -198,7 +249,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_sound_comes_back_from_the_page_sample_by_sample(page: Page) -> None:
-    sounds = [soundfile.read(io.BytesIO(content), dtype="float32") for content in page.data("audio/flac")]
+    sounds = [
+        soundfile.read(io.BytesIO(content), dtype="float32") for content in page.data("audio/flac")
+    ]
     wanted = [sound.audio for sound in (sample().recorded, sample().rebuilt, sample().spoken)]
     assert [rate_hz for _, rate_hz in sounds] == [RATE_HZ] * 3
     for (samples, _), audio in zip(sounds, wanted, strict=True):
@@ -206,25 +259,36 @@ def test_sound_comes_back_from_the_page_sample_by_sample(page: Page) -> None:
 
 
 def test_every_sound_has_a_spectrogram_of_one_pixel_per_10_ms(page: Page) -> None:
-    widths = [int.from_bytes(content[16:20], "big") for content in page.data("image/png")]  # a PNG's header: width at byte 16
+    widths = [
+        int.from_bytes(content[16:20], "big") for content in page.data("image/png")
+    ]  # a PNG's header: width at byte 16
     assert widths == [30, 30, 20]
 
 
 def test_a_model_that_said_nothing_gets_no_player(tmp_path: Path) -> None:
     silent = sample(spoken=Audio(np.zeros(0, np.float32), RATE_HZ))
-    report.write(tmp_path / "silent.html", replace(whole(), samples=[silent], metrics=[], attention=[]))
+    report.write(
+        tmp_path / "silent.html", replace(whole(), samples=[silent], metrics=[], attention=[])
+    )
     page = Page((tmp_path / "silent.html").read_text(encoding="utf-8"))
     assert "No sound came out" in page.text
     assert len(page.data("audio/flac")) == 2
 
 
-WORDS = st.lists(st.sampled_from("send forty fourteen oranges to vienna".split()), max_size=8).map(" ".join)
+WORDS = st.lists(st.sampled_from("send forty fourteen oranges to vienna".split()), max_size=8).map(
+    " ".join
+)
 
 
 @given(reference=WORDS, hypothesis=WORDS)
-def test_struck_out_words_complete_the_reference_and_marked_words_the_hypothesis(reference: str, hypothesis: str) -> None:
+def test_struck_out_words_complete_the_reference_and_marked_words_the_hypothesis(
+    reference: str, hypothesis: str
+) -> None:
     marked = report._difference(reference, hypothesis)
-    without = {tag: " ".join(re.sub(rf"<{tag}>.*?</{tag}>|<[^>]*>", " ", marked).split()) for tag in ("del", "ins")}
+    without = {
+        tag: " ".join(re.sub(rf"<{tag}>.*?</{tag}>|<[^>]*>", " ", marked).split())
+        for tag in ("del", "ins")
+    }
     assert without == {"del": hypothesis, "ins": reference}
 
 
@@ -242,8 +306,14 @@ def test_report_json_quotes_the_first_judge_over_all_voices_in_fractions() -> No
         "judge": "by eye",
         "unended": 0.0317,
     }
-    assert [found["tts"][key] for key in ("wer", "oracle", "floor")] == [rate(2).wer, rate(5).wer, rate(6).wer]
-    assert [score["rate"]["wer"] for score in found["tts"]["scores"]] == [rate(k).wer for k in range(2, 7)]
+    assert [found["tts"][key] for key in ("wer", "oracle", "floor")] == [
+        rate(2).wer,
+        rate(5).wer,
+        rate(6).wer,
+    ]
+    assert [score["rate"]["wer"] for score in found["tts"]["scores"]] == [
+        rate(k).wer for k in range(2, 7)
+    ]
     assert found["samples"][0]["spoken_heard"] == {"first judge": "lend forty oranges"}
 
 
@@ -254,27 +324,46 @@ def test_disturbed_speech_stands_beside_and_is_not_quoted(page: Page) -> None:
     assert "robust" not in whole().to_json()["tts"]
     assert "noise at 20 dB" in page.text
     table = report.text_table(whole().asr).splitlines()
-    assert len({line.index(end) + len(end) for line, end in zip(table, ("WER", "10.0%", "11.0%", "17.0%"), strict=True)}) == 1
+    assert (
+        len(
+            {
+                line.index(end) + len(end)
+                for line, end in zip(table, ("WER", "10.0%", "11.0%", "17.0%"), strict=True)
+            }
+        )
+        == 1
+    )
     assert "noise at 20 dB" in table[3]
 
 
 def test_a_report_of_one_task_and_no_pictures_is_a_page_too(tmp_path: Path) -> None:
-    report.write(tmp_path / "small.html", replace(whole(), tts=[], metrics=[], attention=[], samples=[]))
+    report.write(
+        tmp_path / "small.html", replace(whole(), tts=[], metrics=[], attention=[], samples=[])
+    )
     text = Page((tmp_path / "small.html").read_text(encoding="utf-8")).text
     assert "Speech to text" in text
-    assert not [title for title in ("Text to speech", "Training", "Listen", "Who looked where") if title in text]
+    assert not [
+        title
+        for title in ("Text to speech", "Training", "Listen", "Who looked where")
+        if title in text
+    ]
 
 
 def test_curves_are_one_drawing_in_the_colour_of_the_text_around() -> None:
     drawing = report.curves(METRICS)
-    names = {"".join(text.itertext()) for text in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")}
+    names = {
+        "".join(text.itertext())
+        for text in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")
+    }
     assert {"text", "speech", "speech -> text", "junction 0", "junction 1", "step"} <= names
     assert "currentColor" in drawing
     assert report.INK not in drawing
 
 
 def test_curves_of_a_tower_that_trained_alone_have_no_gates() -> None:
-    assert "gate" not in report.curves([{"step": 1, "loss/text": 2.0}, {"step": 2, "loss/text": 1.0, "dev/text": 1.2}])
+    assert "gate" not in report.curves(
+        [{"step": 1, "loss/text": 2.0}, {"step": 2, "loss/text": 1.0, "dev/text": 1.2}]
+    )
 
 
 @pytest.mark.parametrize("metrics", [[], [{"step": 1, "lr": 1e-3}]])
@@ -288,7 +377,9 @@ def test_an_attention_map_needs_a_label_for_every_row_and_column() -> None:
         AttentionMap("text", "speech", WEIGHTS, TOKENS, UNITS[:-1])
 
 
-def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_one_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ZipperError, match=r"zipper-lm\[train\]"):
         report.write(tmp_path / "report.html", whole())
@@ -298,5 +389,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path: Path, mo
 def test_six_long_samples_of_noise_stay_under_5_mb(tmp_path: Path) -> None:
     loud = Sound(noise(2.5), {})
     samples = [replace(sample(), recorded=loud, rebuilt=loud, spoken=loud)] * 6
-    report.write(tmp_path / "large.html", replace(whole(), samples=samples, metrics=[], attention=[]))
+    report.write(
+        tmp_path / "large.html", replace(whole(), samples=samples, metrics=[], attention=[])
+    )
     assert (tmp_path / "large.html").stat().st_size < 5_000_000

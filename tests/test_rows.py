@@ -1,4 +1,5 @@
-"""Unit files: rows on disk are the rows that were written; mixtures keep their weights and read every row once an epoch."""
+"""Unit files: rows on disk are the rows that were written; mixtures keep their weights and read
+every row once an epoch."""
 
 import json
 import pickle
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from zipper import rows
+from zipper.data import rows
 from zipper.errors import ZipperError
-from zipper.rows import Row, Rows, draws
+from zipper.data.rows import Row, Rows, draws
 
 FIRST: list[Row] = [{"text": [1, 2], "speech": [5]}, {"text": []}, {"speech": [7, 8, 9]}]
 SECOND: list[Row] = [{"text": [70_000, 3]}, {"text": [4], "hint": [1]}]
@@ -19,7 +20,13 @@ SECOND: list[Row] = [{"text": [70_000, 3]}, {"text": [4], "hint": [1]}]
 
 def shard(folder: Path, content: list[Row], name: str) -> Path:
     path = folder / f"units-{name * 32}.safetensors"
-    rows.write_shard(path, content, [f"{name}{n}" for n in range(len(content))], [0.5 * n for n in range(len(content))], {"a": 1})
+    rows.write_shard(
+        path,
+        content,
+        [f"{name}{n}" for n in range(len(content))],
+        [0.5 * n for n in range(len(content))],
+        {"a": 1},
+    )
     return path
 
 
@@ -32,7 +39,13 @@ def test_rows_are_those_that_were_written(tmp_path: Path) -> None:
     assert len(found) == 5 and list(found) == FIRST + SECOND
     assert found[-1] == SECOND[-1] and list(found[1:4]) == [*FIRST[1:], SECOND[0]]
     assert found.fields == ["hint", "speech", "text"]
-    assert found.lengths.tolist() == [3, 0, 3, 2, 2] and found.lengths_of("text").tolist() == [2, 0, -1, 2, 1]
+    assert found.lengths.tolist() == [3, 0, 3, 2, 2] and found.lengths_of("text").tolist() == [
+        2,
+        0,
+        -1,
+        2,
+        1,
+    ]
     assert found.seconds.tolist() == [0.0, 0.5, 1.0, 0.0, 0.5]
     assert [found.name(n) for n in range(5)] == ["a0", "a1", "a2", "b0", "b1"]
     with pytest.raises(IndexError):
@@ -59,8 +72,13 @@ def test_a_pickle_holds_paths_and_no_content(tmp_path: Path) -> None:
 def test_the_same_rows_are_the_same_bytes_and_ids_take_two_where_they_can(tmp_path: Path) -> None:
     path = shard(tmp_path, FIRST, "a")
     before = path.read_bytes()
-    assert shard(tmp_path, FIRST, "a").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert load_file(path)["ids.text"].dtype == np.int16 and load_file(shard(tmp_path, SECOND, "b"))["ids.text"].dtype == np.int32
+    assert shard(tmp_path, FIRST, "a").read_bytes() == before and [
+        p.name for p in tmp_path.iterdir()
+    ] == [path.name]
+    assert (
+        load_file(path)["ids.text"].dtype == np.int16
+        and load_file(shard(tmp_path, SECOND, "b"))["ids.text"].dtype == np.int32
+    )
     assert rows.read_record(path) == {"a": 1}
     path.write_bytes(before[:-1])
     assert rows.read_record(path) is None and rows.read_record(tmp_path / "gone") is None
@@ -71,22 +89,35 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ZipperError, match=r"model.safetensors is no unit file: 'seconds'"):
         Rows([tmp_path / "model.safetensors"])
     held = load_file(shard(tmp_path, FIRST, "a"))
-    save_file(held | {"lengths.text": np.array([2, 1, -1], np.int32)}, tmp_path / "wrong.safetensors")
+    save_file(
+        held | {"lengths.text": np.array([2, 1, -1], np.int32)}, tmp_path / "wrong.safetensors"
+    )
     with pytest.raises(ZipperError, match="the lengths of 'text' do not add up"):
         Rows([tmp_path / "wrong.safetensors"])
     with pytest.raises(ZipperError, match="holds no finished unit files"):
         Rows.open(tmp_path)
-    for told in ({}, {"modalities": {}, "shards": [{"file": "../secret"}]}, {"modalities": [], "shards": []}, {"shards": 3}):
+    for told in (
+        {},
+        {"modalities": {}, "shards": [{"file": "../secret"}]},
+        {"modalities": [], "shards": []},
+        {"shards": 3},
+    ):
         (tmp_path / rows.PROVENANCE).write_text(json.dumps(told))
         with pytest.raises(ZipperError, match="is damaged, or no list of unit files"):
             Rows.open(tmp_path)
 
 
-def test_a_mixture_has_its_weights_in_every_thousand_draws_and_every_epoch_reads_each_row_once() -> None:
+def test_a_mixture_has_its_weights_in_every_thousand_draws_and_every_epoch_reads_each_row_once() -> (
+    None
+):
     sizes, weights = [50, 700, 3], [3.0, 6.9, 0.1]
     found = draws(range(7_000), 0, sizes, weights)
     for start in range(0, 7_000, 1_000):
-        assert Counter(source for source, _ in found[start : start + 1_000]) == {0: 300, 1: 690, 2: 10}
+        assert Counter(source for source, _ in found[start : start + 1_000]) == {
+            0: 300,
+            1: 690,
+            2: 10,
+        }
     for source, size in enumerate(sizes):
         places = [place for s, place in found if s == source]
         epochs = [places[start : start + size] for start in range(0, len(places) - size + 1, size)]
@@ -97,24 +128,36 @@ def test_a_mixture_has_its_weights_in_every_thousand_draws_and_every_epoch_reads
 def test_a_draw_depends_on_its_number_and_the_seed_alone() -> None:
     sizes, weights = [50, 700], [1.0, 2.0]
     found = draws(range(3_000), 5, sizes, weights)
-    assert [draws(range(k, k + 1), 5, sizes, weights)[0] for k in (2_999, 0, 1_500)] == [found[k] for k in (2_999, 0, 1_500)]
+    assert [draws(range(k, k + 1), 5, sizes, weights)[0] for k in (2_999, 0, 1_500)] == [
+        found[k] for k in (2_999, 0, 1_500)
+    ]
     assert found != draws(range(3_000), 6, sizes, weights)
 
 
 def test_one_source_is_read_in_the_order_that_runs_have_always_had() -> None:
     wanted = [
-        np.random.default_rng(np.random.SeedSequence((3, epoch, 2)).generate_state(1)[0]).permutation(40) for epoch in range(60)
+        np.random.default_rng(
+            np.random.SeedSequence((3, epoch, 2)).generate_state(1)[0]
+        ).permutation(40)
+        for epoch in range(60)
     ]
-    assert draws(range(2_400), 3, [40], [0.1]) == [(0, int(place)) for epoch in wanted for place in epoch]
+    assert draws(range(2_400), 3, [40], [0.1]) == [
+        (0, int(place)) for epoch in wanted for place in epoch
+    ]
     assert draws(range(80), 3, [40, 7], [1.0, 0.0]) == draws(range(80), 3, [40], [1.0])
 
 
 def test_a_rare_source_is_drawn_all_the_same() -> None:
-    assert Counter(s for s, _ in draws(range(1_000), 0, [5, 5, 5], [1.0, 1e-9, 1e-9])) == {0: 998, 1: 1, 2: 1}
+    assert Counter(s for s, _ in draws(range(1_000), 0, [5, 5, 5], [1.0, 1e-9, 1e-9])) == {
+        0: 998,
+        1: 1,
+        2: 1,
+    }
 
 
 @pytest.mark.parametrize(
-    ("sizes", "weights"), [([3], [0.0]), ([3, 0], [1.0, 1.0]), ([3], [1.0, 1.0]), ([], []), ([3], [float("inf")])]
+    ("sizes", "weights"),
+    [([3], [0.0]), ([3, 0], [1.0, 1.0]), ([3], [1.0, 1.0]), ([], []), ([3], [float("inf")])],
 )
 def test_a_mixture_of_nothing_is_refused(sizes: list[int], weights: list[float]) -> None:
     with pytest.raises(ZipperError, match="were to be mixed by"):

@@ -30,7 +30,15 @@ def test_greedy_takes_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "wanted"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+    ("k", "wanted"),
+    [
+        (0, [0, 1, 2, 3]),
+        (1, [1]),
+        (2, [1, 3]),
+        (3, [0, 1, 3]),
+        (4, [0, 1, 2, 3]),
+        (9, [0, 1, 2, 3]),
+    ],
 )
 def test_top_k_keeps_the_k_likeliest(k: int, wanted: list[int]) -> None:
     found = keep(LOGITS, k, 1.0)
@@ -40,7 +48,15 @@ def test_top_k_keeps_the_k_likeliest(k: int, wanted: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("p", "wanted"),
-    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [0, 1, 3]), (0.91, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])],
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [0, 1, 3]),
+        (0.91, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
 )
 def test_top_p_keeps_the_fewest_that_reach_the_probability(p: float, wanted: list[int]) -> None:
     found = keep(LOGITS, 0, p)
@@ -60,7 +76,9 @@ def test_each_row_keeps_its_own() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     found = draws(LOGITS, Sampling(temperature=1.0), 4000)[0].bincount(minlength=4) / 4000
-    torch.testing.assert_close(found, LOGITS.exp()[0], atol=0.03, rtol=0)  # four standard deviations
+    torch.testing.assert_close(
+        found, LOGITS.exp()[0], atol=0.03, rtol=0
+    )  # four standard deviations
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -70,7 +88,10 @@ def test_temperature_divides_the_logits() -> None:
 
 
 def test_what_was_cut_is_never_drawn() -> None:
-    assert set(draws(LOGITS, Sampling(temperature=5.0, top_k=3, top_p=0.6), 500)[0].tolist()) == {1, 3}
+    assert set(draws(LOGITS, Sampling(temperature=5.0, top_k=3, top_p=0.6), 500)[0].tolist()) == {
+        1,
+        3,
+    }
     masked = LOGITS.clone()
     masked[0, 1] = -inf
     assert 1 not in draws(masked, Sampling(temperature=5.0), 500)[0].tolist()
@@ -85,11 +106,19 @@ def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
 
 def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
     flat = torch.zeros(1, 50)
-    batch = draws(torch.cat([torch.randn(1, 50), flat, torch.randn(1, 50)]), Sampling(temperature=1.0, seed=3), 20)
-    assert torch.equal(batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20))  # row i draws from seed + i
+    batch = draws(
+        torch.cat([torch.randn(1, 50), flat, torch.randn(1, 50)]),
+        Sampling(temperature=1.0, seed=3),
+        20,
+    )
+    assert torch.equal(
+        batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20)
+    )  # row i draws from seed + i
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
 def test_numbers_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ZipperError, match="temperature >= 0, top_k >= 0, 0 < top_p <= 1"):
         Sampling(**bad)

@@ -1,4 +1,5 @@
-"""Collation against tables written by hand: what each tower reads, what it must predict, and what counts."""
+"""Collation against tables written by hand: what each tower reads, what it must predict, and what
+counts."""
 
 from collections import deque
 from typing import Any
@@ -8,19 +9,35 @@ import pytest
 import torch
 
 from zipper.errors import ZipperError
-from zipper.sequence import Batch, Ends, Segment, collate, read_ids
+from zipper.strand import Batch, Ends, Segment, collate, read_ids
 
 ENDS = {"text": Ends(0, 1), "speech": Ends(90, 91)}
 ASR = [Segment("speech", [50, 51]), Segment("text", [5, 6, 7], weight=1.0)]
 TTS = [Segment("text", [5]), Segment("speech", [50, 51], weight=0.5)]
-THREE = [Segment("speech", [52], weight=1.0), Segment("text", []), Segment("speech", [53, 54], weight=2.0)]
+THREE = [
+    Segment("speech", [52], weight=1.0),
+    Segment("text", []),
+    Segment("speech", [53, 54], weight=2.0),
+]
 ALONE = [Segment("text", [8, 9], weight=1.0)]
 
 
 def table(batch: Batch, tower: str) -> dict[str, list[list[float]]]:
     strand = batch.strands[tower]
-    fields = (strand.ids, strand.position, strand.time, strand.document, batch.targets[tower], batch.weights[tower])
-    return {name: field.tolist() for name, field in zip("ids position time document targets weights".split(), fields, strict=True)}
+    fields = (
+        strand.ids,
+        strand.position,
+        strand.time,
+        strand.document,
+        batch.targets[tower],
+        batch.weights[tower],
+    )
+    return {
+        name: field.tolist()
+        for name, field in zip(
+            "ids position time document targets weights".split(), fields, strict=True
+        )
+    }
 
 
 def test_recognition_is_speech_that_is_given_then_text_that_counts() -> None:
@@ -112,14 +129,22 @@ def test_packed_documents_stand_side_by_side_and_each_counts_from_0() -> None:
 def test_types_are_those_of_indices_and_of_a_loss() -> None:
     batch = collate([ASR], ENDS)
     strand = batch.strands["text"]
-    for indices in (strand.ids, strand.position, strand.time, strand.document, batch.targets["text"]):
+    for indices in (
+        strand.ids,
+        strand.position,
+        strand.time,
+        strand.document,
+        batch.targets["text"],
+    ):
         assert indices.dtype == torch.long
     assert batch.weights["text"].dtype == torch.float32
     assert batch.to("cpu").strands["text"].ids.tolist() == strand.ids.tolist()
 
 
 def test_a_tower_without_begin_and_end_is_refused() -> None:
-    with pytest.raises(ZipperError, match=r"names the tower 'image'; this model has \['speech', 'text'\]"):
+    with pytest.raises(
+        ZipperError, match=r"names the tower 'image'; this model has \['speech', 'text'\]"
+    ):
         collate([[Segment("image", [1])]], ENDS)
 
 
@@ -143,13 +168,19 @@ def test_a_tower_without_begin_and_end_is_refused() -> None:
 def test_ids_may_come_in_anything_that_is_a_row_of_whole_numbers(content: Any) -> None:
     found = read_ids(content, "text", Ends(0, 1), 10)
     assert found == [5, 6] and {*map(type, found)} == {int}
-    assert read_ids(content[:0] if not isinstance(content, deque) else [], "text", Ends(0, 1), 10) == []
+    assert (
+        read_ids(content[:0] if not isinstance(content, deque) else [], "text", Ends(0, 1), 10)
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([0, 5, 1], "'text' holds the id 0, with which its segments begin.*Give the ids between them"),
+        (
+            [0, 5, 1],
+            "'text' holds the id 0, with which its segments begin.*Give the ids between them",
+        ),
         ([5, 1], "'text' holds the id 1, with which its segments end"),
         ([5, 0, 6], "the id 0, with which its segments begin"),
         (np.array([5, 1, 6]), "the id 1, with which its segments end"),

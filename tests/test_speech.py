@@ -1,4 +1,5 @@
-"""Speech units: the codes are the nearest centroids, loudness and rate do not matter, a foreign codebook is found out."""
+"""Speech units: the codes are the nearest centroids, loudness and rate do not matter, a foreign
+codebook is found out."""
 
 import hashlib
 import json
@@ -11,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 from scipy.spatial.distance import cdist
 
-from zipper import audio, disturbance, modality
-from zipper.audio import Audio, Front, Mel
-from zipper.disturbance import Disturbance
+from zipper import modality
+from zipper.audio import sound as audio, disturbance
+from zipper.audio.sound import Audio, Front, Mel
+from zipper.audio.disturbance import Disturbance
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality.speech import AHEAD, SpeechUnits, UnitsConfig, kmeans, nearest, stacked
@@ -33,12 +35,20 @@ def babble(seed: int, seconds: float = 2.0, rate_hz: int = 16_000) -> Audio:
 
 
 CONFIG = UnitsConfig(voices=("low", "high"), fitted_on="babble", front=None)
-UNITS = SpeechUnits.fit([Mel().picture(babble(seed)) for seed in range(8)], codes=24, config=CONFIG, steps=20)
+UNITS = SpeechUnits.fit(
+    [Mel().picture(babble(seed)) for seed in range(8)], codes=24, config=CONFIG, steps=20
+)
 
 
 def test_ids_are_codes_then_begin_end_and_the_voices() -> None:
     assert isinstance(UNITS, Modality)
-    assert (UNITS.begin, UNITS.end, UNITS.voice_id("low"), UNITS.voice_id("high"), UNITS.vocabulary) == (24, 25, 26, 27, 28)
+    assert (
+        UNITS.begin,
+        UNITS.end,
+        UNITS.voice_id("low"),
+        UNITS.voice_id("high"),
+        UNITS.vocabulary,
+    ) == (24, 25, 26, 27, 28)
     with pytest.raises(ZipperError, match=r"no voice 'alto'. Take one of low, high"):
         UNITS.voice_id("alto")
 
@@ -71,7 +81,9 @@ def test_loudness_and_rate_do_not_matter(tmp_path: Path) -> None:
 
 def test_codes_become_sound_that_has_those_codes() -> None:
     codes = UNITS.encode(babble(3))
-    sound = UNITS.decode([UNITS.voice_id("high"), UNITS.begin, *codes, UNITS.end])  # only the codes sound
+    sound = UNITS.decode(
+        [UNITS.voice_id("high"), UNITS.begin, *codes, UNITS.end]
+    )  # only the codes sound
     assert (sound.rate_hz, len(sound.samples)) == (16_000, 640 * len(codes))
     assert np.mean(np.array(UNITS.encode(sound)) == np.array(codes)) > 0.7
     assert len(UNITS.decode([]).samples) == 0
@@ -112,16 +124,24 @@ def test_the_first_part_of_a_stream_comes_before_the_last_code_is_known() -> Non
 def speech(seed: int, seconds: float = 2.0) -> Audio:
     """Babble with syllables in it: it swells and falls by 30 dB four times a second."""
     sound = babble(seed, seconds)
-    swell_db = 15 * np.sin(2 * np.pi * 4 * np.arange(len(sound.samples)) / sound.rate_hz + seed) - 15
+    swell_db = (
+        15 * np.sin(2 * np.pi * 4 * np.arange(len(sound.samples)) / sound.rate_hz + seed) - 15
+    )
     return Audio((sound.samples * 10 ** (swell_db / 20)).astype(np.float32), sound.rate_hz)
 
 
 FRONT = replace(CONFIG, front=Front())
-CUT = SpeechUnits.fit([Mel().picture(speech(seed)) for seed in range(8)], codes=24, config=FRONT, steps=20)
+CUT = SpeechUnits.fit(
+    [Mel().picture(speech(seed)) for seed in range(8)], codes=24, config=FRONT, steps=20
+)
 
 
 def alike(some: list[int], others: list[int]) -> float:
-    return float(np.mean([a == b for a, b in zip(some, others, strict=False)])) if abs(len(some) - len(others)) < 2 else 0.0
+    return (
+        float(np.mean([a == b for a, b in zip(some, others, strict=False)]))
+        if abs(len(some) - len(others)) < 2
+        else 0.0
+    )
 
 
 @pytest.mark.parametrize("before", [1, 37, 320, 641, 6_400])
@@ -158,11 +178,18 @@ def test_the_grid_lies_where_the_first_units_are_nearest_to_the_codebook() -> No
         start, stop = sound.centred().ends()
         level = sound.centred().between(start - 640, stop + 320).level(CUT.config.mel.loud).samples
         known = CUT.heard_in(picture)
-        heads = [CUT.config.mel.logs(level[640 - 40 * place :])[:16].reshape(4, 160) for place in range(16)]
+        heads = [
+            CUT.config.mel.logs(level[640 - 40 * place :])[:16].reshape(4, 160)
+            for place in range(16)
+        ]
         errors = [np.square(cdist(head, known).min(axis=1)).mean() for head in heads]
-        chosen = [n for n, head in enumerate(heads) if np.array_equal(head, picture[:16].reshape(4, 160))]
+        chosen = [
+            n for n, head in enumerate(heads) if np.array_equal(head, picture[:16].reshape(4, 160))
+        ]
         assert len(chosen) == 1
-        assert errors[chosen[0]] <= 1.05 * min(errors)  # they were compared by frames with a little more of the sound in them
+        assert errors[chosen[0]] <= 1.05 * min(
+            errors
+        )  # they were compared by frames with a little more of the sound in them
 
 
 def test_codes_are_compared_as_the_noise_and_the_band_of_a_sound_let_them_be_heard() -> None:
@@ -171,7 +198,9 @@ def test_codes_are_compared_as_the_noise_and_the_band_of_a_sound_let_them_be_hea
     picture[:, 30:] = np.log(CUT.config.mel.floor)
     noise = np.sort(picture, axis=0)[10]  # 5 % of 200 frames lie below
     heard = CUT.heard_in(picture).reshape(-1, 4, 40)
-    power = np.exp(CUT.codebook.astype(np.float64)).reshape(-1, 4, 40) + np.exp(noise.astype(np.float64))
+    power = np.exp(CUT.codebook.astype(np.float64)).reshape(-1, 4, 40) + np.exp(
+        noise.astype(np.float64)
+    )
     np.testing.assert_allclose(heard[..., :30], np.log(power)[..., :30], atol=0.1)
     assert (heard[..., 30:] == heard[0, 0, 30:]).all()
     units = SpeechUnits(CUT.codebook, CONFIG)
@@ -218,7 +247,10 @@ def test_where_nothing_is_said_nothing_swings(kind: str) -> None:
     found = [CUT.says_nothing(disturbance.nothing(seed, 2.0, kind=kind)) for seed in range(40)]
     assert all(found)
     assert CUT.says_nothing(Audio(np.zeros(0, np.float32), 16_000))
-    assert not any(CUT.says_nothing(Disturbance(snr_db=10.0, offset=0.2).apply(speech(seed), seed)) for seed in range(10))
+    assert not any(
+        CUT.says_nothing(Disturbance(snr_db=10.0, offset=0.2).apply(speech(seed), seed))
+        for seed in range(10)
+    )
 
 
 @pytest.mark.parametrize("length", [800, 6_400, 99_999])
@@ -226,7 +258,10 @@ def test_pauses_heard_in_parts_are_cut_as_in_the_whole(length: int) -> None:
     nearly = []
     for seed in range(30, 38):
         sound = Disturbance(lead_ms=500.0, trail_ms=700.0, room_db=-60.0).apply(speech(seed), seed)
-        parts = [Audio(sound.samples[start : start + length], 16_000) for start in range(0, len(sound.samples), length)]
+        parts = [
+            Audio(sound.samples[start : start + length], 16_000)
+            for start in range(0, len(sound.samples), length)
+        ]
         told = list(CUT.listen(parts))
         assert len(told) == len(parts) + 1
         assert not any(told[: 8_000 // length])  # the pause in front
@@ -239,7 +274,10 @@ def test_pauses_heard_in_parts_are_cut_as_in_the_whole(length: int) -> None:
 def test_codes_heard_in_parts_are_nearly_those_of_the_whole() -> None:
     sound = babble(4, seconds=3)
     for length in (1_000, 3_333, 48_000):
-        parts = [Audio(sound.samples[start : start + length], 16_000) for start in range(0, 48_000, length)]
+        parts = [
+            Audio(sound.samples[start : start + length], 16_000)
+            for start in range(0, 48_000, length)
+        ]
         heard = list(UNITS.listen(parts))
         assert len(heard) == len(parts) + 1
         assert sum(map(len, heard[:-1])) == len(UNITS.encode(sound)) - AHEAD
@@ -253,7 +291,9 @@ def test_codes_heard_in_parts_are_nearly_those_of_the_whole() -> None:
 def test_kmeans_finds_clusters_that_are_there() -> None:
     chance = np.random.default_rng(0)
     centres = chance.uniform(-10, 10, (7, 5)).astype(np.float32)
-    points = (np.repeat(centres, 200, axis=0) + 0.05 * chance.standard_normal((1400, 5))).astype(np.float32)
+    points = (np.repeat(centres, 200, axis=0) + 0.05 * chance.standard_normal((1400, 5))).astype(
+        np.float32
+    )
     found = kmeans(points, codes=7, seed=1, steps=10)
     distance = cdist(centres, found)
     assert sorted(distance.argmin(axis=1)) == list(range(7))

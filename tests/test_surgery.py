@@ -1,4 +1,5 @@
-"""Surgery: what is kept is kept to the bit, what is born again is silent, and what comes out keeps every promise of a zip."""
+"""Surgery: what is kept is kept to the bit, what is born again is silent, and what comes out keeps
+every promise of a zip."""
 
 import copy
 import json
@@ -13,14 +14,28 @@ from laws import ENDS, LAYERS, SEED, VOCABULARY, WIDTH, lay, number, zipped
 from tiny import World
 from torch import nn
 
-from zipper import cli, data
+from zipper import cli
+from zipper.data import manifests as data
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality.text import Text
 from zipper.model import Zipper, visible
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment, collate
-from zipper.surgery import Fate, SwapReport, activity, batches, costs, idle, inside, kinship, losses, prune, swap, swap_pipeline
+from zipper.strand import Segment, collate
+from zipper.surgery import (
+    Fate,
+    SwapReport,
+    activity,
+    batches,
+    costs,
+    idle,
+    inside,
+    kinship,
+    losses,
+    prune,
+    swap,
+    swap_pipeline,
+)
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
 from zipper.training import Objective
@@ -34,7 +49,10 @@ STRANGER = "is another tower"
 
 def bits(module: nn.Module) -> dict[str, bytes]:
     """Everything that a module holds, as bytes."""
-    return {name: t.detach().contiguous().view(torch.uint8).numpy().tobytes() for name, t in module.state_dict().items()}
+    return {
+        name: t.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, t in module.state_dict().items()
+    }
 
 
 def fates(report: SwapReport) -> dict[str, Fate]:
@@ -117,24 +135,35 @@ def test_of_a_wider_tower_what_its_width_shapes_is_born_again() -> None:
         elif fate.was.endswith("speech>text"):
             assert set(fate.kept) == {"source_norm"}
             assert "shape" in fate.reborn["projection"]
-    assert new.config.towers["text"].width == new.link(0, "speech", "text").norm.normalized_shape[0] == 40
+    assert (
+        new.config.towers["text"].width
+        == new.link(0, "speech", "text").norm.normalized_shape[0]
+        == 40
+    )
     assert new.config.towers["text"].vocabulary == 50
     assert new.config.link == old.config.link
 
 
 def test_without_a_projection_keys_and_values_face_the_source() -> None:
     old = zipped(TWO, link=LinkConfig(head_width=8, projection_depth=0))
-    _, report = swap(old, {"text": tiny_tower("llama", 99, WIDTH["text"], LAYERS["text"], VOCABULARY["text"])})
+    _, report = swap(
+        old, {"text": tiny_tower("llama", 99, WIDTH["text"], LAYERS["text"], VOCABULARY["text"])}
+    )
     assert set(fates(report)["0:text>speech"].reborn) == {"source_norm", "key", "value"}
 
 
 def test_between_two_strangers_nothing_is_kept() -> None:
     old = zipped(TWO, link=LinkConfig(head_width=8, whiten=True))
-    strangers = {n: tiny_tower("llama", 50 + i, WIDTH[n], LAYERS[n], VOCABULARY[n]) for i, n in enumerate(TWO)}
+    strangers = {
+        n: tiny_tower("llama", 50 + i, WIDTH[n], LAYERS[n], VOCABULARY[n])
+        for i, n in enumerate(TWO)
+    }
     new, report = swap(old, strangers)
     assert all(not fate.kept for fate in report.fates)
     assert set(fates(report)["0:text>speech"].reborn) == PARTS | {"whiten"}
-    assert torch.equal(new.link(0, "text", "speech").state_dict()["whiten.weight"], torch.eye(WIDTH["text"]))
+    assert torch.equal(
+        new.link(0, "text", "speech").state_dict()["whiten.weight"], torch.eye(WIDTH["text"])
+    )
 
 
 def test_links_of_towers_that_stay_keep_their_bits() -> None:
@@ -175,7 +204,10 @@ def test_links_born_again_are_silent_and_a_new_tower_says_what_it_says_alone() -
     row = [("speech", 3), ("text", 4), ("speech", 5), ("text", 6)]
     strands = lay([number(row)])
     with torch.no_grad():
-        said, alone = new(strands), {name: new.tower(name)(strands[name].ids).logits for name in TWO}
+        said, alone = (
+            new(strands),
+            {name: new.tower(name)(strands[name].ids).logits for name in TWO},
+        )
     for name in TWO:
         assert torch.allclose(said[name], alone[name], atol=1e-5)
     gates = {p.item() for name, p in new.named_parameters() if name.endswith("gate")}
@@ -185,7 +217,9 @@ def test_links_born_again_are_silent_and_a_new_tower_says_what_it_says_alone() -
 def test_a_gate_may_be_asked_for() -> None:
     new, report = swap(zipped(TWO), {"text": tiny_tower("gpt2")}, gate=0.5)
     assert all(fate.reborn for fate in report.fates)
-    assert {round(p.item(), 6) for name, p in new.named_parameters() if name.endswith("gate")} == {0.5}
+    assert {round(p.item(), 6) for name, p in new.named_parameters() if name.endswith("gate")} == {
+        0.5
+    }
 
 
 def test_a_closed_link_learns() -> None:
@@ -209,14 +243,25 @@ def test_a_closed_link_learns() -> None:
         (2, [2, 4], [1, None]),
     ],
 )
-def test_junctions_keep_their_share_of_the_depth(layers: int, junctions: list[int], places: list[int | None]) -> None:
+def test_junctions_keep_their_share_of_the_depth(
+    layers: int, junctions: list[int], places: list[int | None]
+) -> None:
     old = zipped({"text": "llama", "image": "gpt2", "speech": "llama"}, junctions=_three(junctions))
     new, report = swap(old, {"text": tiny_tower("llama", 3, layers=layers)})
     assert [after.get("text") if after else None for _, after in report.junctions] == places
-    assert all(before["text"] == block for (before, _), block in zip(report.junctions, junctions, strict=True))
+    assert all(
+        before["text"] == block
+        for (before, _), block in zip(report.junctions, junctions, strict=True)
+    )
     assert list(new.config.junctions) == [after for _, after in report.junctions if after]
-    others = [{name: block for name, block in before.items() if name != "text"} for before, _ in report.junctions]
-    assert all(after is None or others[n].items() <= after.items() for n, (_, after) in enumerate(report.junctions))
+    others = [
+        {name: block for name, block in before.items() if name != "text"}
+        for before, _ in report.junctions
+    ]
+    assert all(
+        after is None or others[n].items() <= after.items()
+        for n, (_, after) in enumerate(report.junctions)
+    )
 
 
 def _three(blocks: list[int]) -> list[dict[str, int]]:
@@ -227,12 +272,20 @@ def _three(blocks: list[int]) -> list[dict[str, int]]:
 
 
 def test_what_a_shallow_tower_has_no_place_for_is_dropped_and_told() -> None:
-    old = zipped(TWO, junctions=[{"text": 1, "speech": 1}, {"text": 2, "speech": 2}, {"text": 4, "speech": 3}])
+    old = zipped(
+        TWO,
+        junctions=[{"text": 1, "speech": 1}, {"text": 2, "speech": 2}, {"text": 4, "speech": 3}],
+    )
     old = prune(old, ["2:text>speech", "1:text>speech"])
-    new, report = swap(old, {"text": tiny_tower("llama", 3, layers=3, width=WIDTH["text"])}, tokens={"text": 2.0})
+    new, report = swap(
+        old, {"text": tiny_tower("llama", 3, layers=3, width=WIDTH["text"])}, tokens={"text": 2.0}
+    )
     assert new.config.junctions == ({"text": 1, "speech": 1}, {"text": 2, "speech": 3})
     assert new.config.dropped == ("1:text>speech",)
-    assert (fates(report)["1:speech>text"].name, fates(report)["2:speech>text"].name) == ("", "1:speech>text")
+    assert (fates(report)["1:speech>text"].name, fates(report)["2:speech>text"].name) == (
+        "",
+        "1:speech>text",
+    )
     assert set(new.links) == {"0:text>speech", "0:speech>text", "1:speech>text"}
     assert new.link(0, "text", "speech").position_scale == pytest.approx(2.0 / 10.0)
     table = report.table()
@@ -268,8 +321,15 @@ def operated(train: tuple[str, ...] = ("speech",)) -> dict[str, Zipper]:
     """One zip before and after each operation."""
     born = zipped(TWO, train=train)
     swapped, _ = swap(born, {"text": tiny_tower("gpt_neox", 4, width=24, layers=3, vocabulary=29)})
-    learning, _ = swap(born, {"speech": tiny_tower("llama", 4, width=16, layers=6)}, train=["speech"])
-    return {"born": born, "swapped": swapped, "learning": learning, "pruned": prune(born, ["1:text>speech", "0:speech>text"])}
+    learning, _ = swap(
+        born, {"speech": tiny_tower("llama", 4, width=16, layers=6)}, train=["speech"]
+    )
+    return {
+        "born": born,
+        "swapped": swapped,
+        "learning": learning,
+        "pruned": prune(born, ["1:text>speech", "0:speech>text"]),
+    }
 
 
 @pytest.mark.parametrize("name", ["swapped", "learning", "pruned"])
@@ -286,7 +346,9 @@ def test_freeze_sets_survive_the_disk(tmp_path: Path, train: tuple[str, ...]) ->
         assert {key: p.requires_grad for key, p in loaded.named_parameters()} == learns
         for tower, config in loaded.config.towers.items():
             assert config.train == model.config.towers[tower].train
-            assert {learns[key] for key in learns if key.startswith(f"towers.{tower}.")} == {config.train}
+            assert {learns[key] for key in learns if key.startswith(f"towers.{tower}.")} == {
+                config.train
+            }
             loaded.train()
             assert all(part.training == config.train for part in loaded.towers[tower].modules())
         assert bits(loaded) == bits(model)
@@ -297,8 +359,14 @@ def test_after_the_disk_trained_towers_learn_and_frozen_ones_do_not(tmp_path: Pa
         model.save_pretrained(tmp_path / name, include=["text"])
         loaded = Zipper.from_pretrained(tmp_path / name).train()
         before = {tower: bits(loaded.towers[tower]) for tower in TWO}
-        optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
-        sample = [Segment("speech", [3, 4], 1.0), Segment("text", [5, 6], 1.0), Segment("speech", [7], 1.0)]
+        optimizer = torch.optim.AdamW(
+            [p for p in loaded.parameters() if p.requires_grad], 1e-2, weight_decay=0.1
+        )
+        sample = [
+            Segment("speech", [3, 4], 1.0),
+            Segment("text", [5, 6], 1.0),
+            Segment("speech", [7], 1.0),
+        ]
         sum(Objective(loaded)([collate([sample], loaded.ends())]).values()).backward()
         optimizer.step()
         assert bits(loaded.towers["text"]) == before["text"]
@@ -317,7 +385,13 @@ def test_a_pruned_zip_is_the_whole_one_with_those_gates_closed() -> None:
             closed.links[name].gate.zero_()
             closed.links[name].feedforward_gate.zero_()
     new = prune(old, links)
-    strands = lay([number([("text", 3), ("speech", 4), ("image", 5), ("text", 6), ("speech", 7), ("text", 8)])])
+    strands = lay(
+        [
+            number(
+                [("text", 3), ("speech", 4), ("image", 5), ("text", 6), ("speech", 7), ("text", 8)]
+            )
+        ]
+    )
     with torch.no_grad():
         wanted, found = closed(strands), new(strands)
     for name in THREE:
@@ -354,7 +428,9 @@ def test_activity_is_what_links_add_relative_to_the_stream() -> None:
     link, mask = model.link(0, "text", "speech"), visible(strands["speech"], strands["text"])
     memory = link.read(taps["text"], strands["text"].position)
     added = link(taps["speech"], memory, mask, strands["speech"].position)
-    shares = [float(added[0, i].norm() / taps["speech"][0, i].norm()) for i in range(4)]  # the other row has no speech
+    shares = [
+        float(added[0, i].norm() / taps["speech"][0, i].norm()) for i in range(4)
+    ]  # the other row has no speech
     assert found["0:text>speech"].share == pytest.approx(sum(shares) / 4)
     assert found["0:text>speech"].seen == 8
     assert found["0:text>speech"].attention == pytest.approx(float(link.gate.tanh()))
@@ -367,7 +443,9 @@ def test_idle_is_what_was_seen_to_add_little() -> None:
     with torch.no_grad():
         model.link(1, "text", "speech").gate.zero_()
         model.link(1, "text", "speech").feedforward_gate.zero_()
-    found = activity(model, [collate([[Segment("text", [3]), Segment("speech", [4])]], model.ends())])
+    found = activity(
+        model, [collate([[Segment("text", [3]), Segment("speech", [4])]], model.ends())]
+    )
     assert found["1:text>speech"].share == 0
     assert idle(found, 1e-6) == ["1:text>speech"]
     assert idle(found, 0.0) == []
@@ -376,16 +454,24 @@ def test_idle_is_what_was_seen_to_add_little() -> None:
 
 def test_losses_and_costs_are_those_of_the_training_objective() -> None:
     model = zipped(TWO)
-    rows = [{"text": [3, 4], "speech": [5, 6, 7]}, {"text": [8], "speech": [9]}, {"text": [2, 3], "speech": [4]}]
+    rows = [
+        {"text": [3, 4], "speech": [5, 6, 7]},
+        {"text": [8], "speech": [9]},
+        {"text": [2, 3], "speech": [4]},
+    ]
     samples = batches(model, rows, size=2)
     assert sorted(samples) == ["speech -> text", "text -> speech"]
 
     def loss(model: Zipper, task: str) -> float:
         parts = [Objective(model)([batch]) for batch in samples[task]]
-        return float(sum(sum(part.values()) for part in parts)) / sum(len(row[task.split()[-1]]) + 1 for row in rows)
+        return float(sum(sum(part.values()) for part in parts)) / sum(
+            len(row[task.split()[-1]]) + 1 for row in rows
+        )
 
     with torch.no_grad():
-        assert losses(model, samples) == pytest.approx({task: loss(model, task) for task in samples}, rel=1e-5)
+        assert losses(model, samples) == pytest.approx(
+            {task: loss(model, task) for task in samples}, rel=1e-5
+        )
         without = prune(model, ["0:text>speech"])
         worth = sum(loss(without, task) - loss(model, task) for task in samples)
     assert costs(model, samples)["0:text>speech"] == pytest.approx(worth, abs=1e-5)
@@ -433,14 +519,26 @@ def test_swap_saves_another_tower_with_its_tokenizer(
     zipper: Callable[..., tuple[int, str, str]], world: World, other_text: Path, tmp_path: Path
 ) -> None:
     tower, out = f"text={other_text}", tmp_path / "out"
-    code, said, _ = zipper("swap", world.zip, tower, "--modality", f"text={other_text}", "--tokens", "text=6", "-o", out)
+    code, said, _ = zipper(
+        "swap",
+        world.zip,
+        tower,
+        "--modality",
+        f"text={other_text}",
+        "--tokens",
+        "text=6",
+        "-o",
+        out,
+    )
     assert (code, "text: 2 blocks of width 32" in said) == (0, True)
     pipe = Pipeline.from_pretrained(out)
     assert pipe.model.config.towers["text"].source == str(other_text)
     assert pipe.model.config.towers["text"].tokens == 6
     assert pipe.modalities["text"].fingerprint == Text.load(other_text).fingerprint
     assert keeps_its_promises(pipe.model)
-    assert isinstance(pipe.run([Segment("speech", [1, 2, 3])], ["text"], limits={"text": 4})[0].content, str)
+    assert isinstance(
+        pipe.run([Segment("speech", [1, 2, 3])], ["text"], limits={"text": 4})[0].content, str
+    )
     code, said, _ = zipper("swap", out, f"text={world.folder / 'text' / 'tower'}", "--modality", f"text={world.folder / 'text'}",
                            "--train", "text", "--json", "-o", tmp_path / "back")  # fmt: skip
     assert code == 0
@@ -456,12 +554,22 @@ def test_swap_refuses_what_does_not_fit(
         "the old modality would give them other meanings": (f"text={other_text}",),
         "is not NAME=VALUE": ("text",),
         "names the tower 'image'": (f"image={other_text}",),
-        "that tower stays": (f"text={other_text}", "--modality", f"text={other_text}", "--modality", f"speech={other_text}"),
+        "that tower stays": (
+            f"text={other_text}",
+            "--modality",
+            f"text={other_text}",
+            "--modality",
+            f"speech={other_text}",
+        ),
         "holds no modality": (f"text={other_text}", "--modality", f"text={world.folder}"),
         "--tokens": (f"text={other_text}", "--tokens", "text=many"),
         "has no config.json": (f"text={world.folder}",),
         "train names the tower 'speech'": (f"text={other_text}", "--train", "speech"),
-        "its tower knows": (f"text={world.folder / 'text' / 'tower'}", "--modality", f"text={other_text}"),
+        "its tower knows": (
+            f"text={world.folder / 'text' / 'tower'}",
+            "--modality",
+            f"text={other_text}",
+        ),
     }
     for why, arguments in wrong.items():
         code, said, complaint = zipper("swap", world.zip, *arguments, "-o", out)
@@ -472,7 +580,9 @@ def test_swap_refuses_what_does_not_fit(
     assert (code, "exists" in complaint) == (2, True)
 
 
-def test_a_tower_from_a_pipeline_brings_the_pin_of_its_modality(world: World, tmp_path: Path) -> None:
+def test_a_tower_from_a_pipeline_brings_the_pin_of_its_modality(
+    world: World, tmp_path: Path
+) -> None:
     modalities = {"text": tiny.text(), "speech": tiny.units(seed=1)}
     other = Pipeline(Pipeline.from_pretrained(world.zip).model, modalities)
     other.save_pretrained(tmp_path / "other")
@@ -489,17 +599,36 @@ def test_prune_saves_a_smaller_model_that_is_the_same_but_for_those_links(
     zipper: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path
 ) -> None:
     dev, out = world.folder / "dev.jsonl", tmp_path / "out"
-    code, said, _ = zipper("prune", world.zip, "--links", "0:text>speech", "--data", dev, "--rows", 6, "-o", out, "--json")
+    code, said, _ = zipper(
+        "prune",
+        world.zip,
+        "--links",
+        "0:text>speech",
+        "--data",
+        dev,
+        "--rows",
+        6,
+        "-o",
+        out,
+        "--json",
+    )
     assert code == 0
     found = json.loads(said)
     before, after = Pipeline.from_pretrained(world.zip), Pipeline.from_pretrained(out)
     assert after.model.config.dropped == ("0:text>speech",)
     assert found["links"]["0:text>speech"]["dropped"] is True
     for pipe, when in ((before, "before"), (after, "after")):
-        assert found["new_parameters"][when] == sum(p.numel() for p in pipe.model.new_parameters().values())
+        assert found["new_parameters"][when] == sum(
+            p.numel() for p in pipe.model.new_parameters().values()
+        )
         samples = batches(pipe.model, data.read(dev, pipe.modalities, limit=6))
-        assert {task: loss[when] for task, loss in found["nats_per_token"].items()} == pytest.approx(losses(pipe.model, samples))
-    assert found["nats_per_token"]["speech -> text"]["before"] == found["nats_per_token"]["speech -> text"]["after"]
+        assert {
+            task: loss[when] for task, loss in found["nats_per_token"].items()
+        } == pytest.approx(losses(pipe.model, samples))
+    assert (
+        found["nats_per_token"]["speech -> text"]["before"]
+        == found["nats_per_token"]["speech -> text"]["after"]
+    )
     assert found["wer"]["asr"]["before"] == found["wer"]["asr"]["after"]
     held = bits(before.model)
     assert all(held[name] == value for name, value in bits(after.model).items())
@@ -515,13 +644,20 @@ def test_prune_prints_what_links_add_and_refuses_what_is_not_there(
     assert "new parameters: " in said
     assert " -> 0\n" not in said  # input projections stay
     assert not Pipeline.from_pretrained(tmp_path / "none").model.links
-    for why, given in {"No link adds less than": ("--below", 1e-9), "no link '5:a>b'": ("--links", "5:a>b")}.items():
-        code, said, complaint = zipper("prune", world.zip, *given, *measured, "-o", tmp_path / "out")
+    for why, given in {
+        "No link adds less than": ("--below", 1e-9),
+        "no link '5:a>b'": ("--links", "5:a>b"),
+    }.items():
+        code, said, complaint = zipper(
+            "prune", world.zip, *given, *measured, "-o", tmp_path / "out"
+        )
         assert (code, said, why in complaint) == (2, "", True)
         assert not (tmp_path / "out").exists()
 
 
-def test_frozen_towers_inside_the_old_folder_go_with_the_new_one(world: World, tmp_path: Path) -> None:
+def test_frozen_towers_inside_the_old_folder_go_with_the_new_one(
+    world: World, tmp_path: Path
+) -> None:
     pipe = Pipeline.from_pretrained(world.zip)
     pipe.save_pretrained(tmp_path / "one", include=["text"])
     pipe = Pipeline.from_pretrained(tmp_path / "one")

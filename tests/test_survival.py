@@ -1,8 +1,9 @@
-"""Saves that are cut off: after every file operation, by every error of the disk, by a loss of power, by a disk that is full.
+"""Saves that are cut off: after every file operation, by every error of the disk, by a loss of
+power, by a disk that is full.
 
-Whatever happens, a reader finds the old state or the new one, the message says what is safe, and the next save leaves no trace.
-The operations are caught on their way to the system, in this process; nothing in zipper knows of it.
-"""
+Whatever happens, a reader finds the old state or the new one, the message says what is safe, and
+the next save leaves no trace. The operations are caught on their way to the system, in this
+process; nothing in zipper knows of it."""
 
 import builtins
 import ctypes
@@ -28,18 +29,35 @@ import torch
 from safetensors import SafetensorError
 from tiny import World
 
-from zipper import checkpoint, training
+from zipper.saving import checkpoint
+from zipper.training import loop as training
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 from zipper.training import train
 
 OLD, NEW = "What was saved before is as it was.", "It is whole and in its place"
-CHANGES = ("write", "close", "mkdir", "rmdir", "unlink", "rename", "replace", "chmod", "fsync", "exchange", "serialize")
+CHANGES = (
+    "write",
+    "close",
+    "mkdir",
+    "rmdir",
+    "unlink",
+    "rename",
+    "replace",
+    "chmod",
+    "fsync",
+    "exchange",
+    "serialize",
+)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- a disk that fails when it is told to
@@ -50,24 +68,35 @@ class Gone(BaseException):
 
 
 class Disk:
-    """Counts the file operations under a folder. The one numbered `at` is not done, or only half; and what follows depends on how:
+    """Counts the file operations under a folder. The one numbered `at` is not done, or only half;
+    and what follows depends on how:
 
-    "stop": an exception, once. "dead": no operation works any more, as if the process were no more. "exit": it is no more.
-    An errno: that error, once; EROFS: for every change from then on. None: nothing fails.
-    """
+    "stop": an exception, once. "dead": no operation works any more, as if the process were no more.
+    "exit": it is no more. An errno: that error, once; EROFS: for every change from then on. None:
+    nothing fails."""
 
-    def __init__(self, root: Path, how: str | int | None = None, at: int = -1, exchange: bool = True) -> None:
+    def __init__(
+        self, root: Path, how: str | int | None = None, at: int = -1, exchange: bool = True
+    ) -> None:
         self.root, self.how, self.at, self.exchanges = str(root), how, at, exchange
         self.done: list[str] = []
-        self.unsure: set[int] = set()  # inodes of files and folders that changed and were not flushed since
-        self.moved: list[Callable[[], Any]] = []  # undoes each rename of which the folder was not flushed since
+        self.unsure: set[int] = (
+            set()
+        )  # inodes of files and folders that changed and were not flushed since
+        self.moved: list[
+            Callable[[], Any]
+        ] = []  # undoes each rename of which the folder was not flushed since
         self.descriptors: dict[int, str] = {}
 
     def step(self, kind: str, half: Callable[[], Any] | None = None) -> None:
         """One operation; raises if it is its turn to fail."""
         self.done.append(kind)
         turn = len(self.done) - 1
-        if self.how is None or turn < self.at or (turn > self.at and self.how not in ("dead", errno.EROFS)):
+        if (
+            self.how is None
+            or turn < self.at
+            or (turn > self.at and self.how not in ("dead", errno.EROFS))
+        ):
             return
         if self.how == errno.EROFS and not kind.startswith((*CHANGES, "open w")):
             return
@@ -78,11 +107,14 @@ class Disk:
         if isinstance(self.how, str):
             raise Gone
         if kind == "serialize":  # a library of Rust
-            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(self.how)} (os error {self.how})")
+            raise SafetensorError(
+                f"Error while serializing: I/O error: {os.strerror(self.how)} (os error {self.how})"
+            )
         raise OSError(self.how, os.strerror(self.how))
 
     def cut(self, undo: bool) -> None:
-        """Power is lost: what was not flushed is not there; undo: neither is a rename of which the folder was not flushed."""
+        """Power is lost: what was not flushed is not there; undo: neither is a rename of which the
+        folder was not flushed."""
         for move in reversed(self.moved) if undo else ():
             move()
         for place, _, names in os.walk(self.root, topdown=False):
@@ -97,7 +129,17 @@ class Disk:
     def watching(self) -> Iterator["Disk"]:
         """Every operation inside goes through this disk."""
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("mkdir", "rmdir", "unlink", "remove", "chmod", "scandir", "listdir", "open", "fsync"):
+            for name in (
+                "mkdir",
+                "rmdir",
+                "unlink",
+                "remove",
+                "chmod",
+                "scandir",
+                "listdir",
+                "open",
+                "fsync",
+            ):
                 patch.setattr(os, name, self._plain(name, getattr(os, name)))
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._rename(name, getattr(os, name)))
@@ -110,7 +152,11 @@ class Disk:
             yield self
 
     def _here(self, path: Any, dir_fd: Any = None) -> bool:
-        return isinstance(path, int) or dir_fd is not None or os.path.abspath(path).startswith(self.root)
+        return (
+            isinstance(path, int)
+            or dir_fd is not None
+            or os.path.abspath(path).startswith(self.root)
+        )
 
     def _changed(self, *paths: Any) -> None:
         self.unsure |= {os.stat(path).st_ino for path in paths}
@@ -139,7 +185,9 @@ class Disk:
             if self._here(b):
                 self.step(name)
                 if Path(a).is_dir():
-                    self.moved.append(lambda: Path(b).exists() and not Path(a).exists() and real(b, a))
+                    self.moved.append(
+                        lambda: Path(b).exists() and not Path(a).exists() and real(b, a)
+                    )
             real(a, b)
             if self._here(b):
                 self._changed(Path(a).parent, Path(b).parent)
@@ -243,7 +291,9 @@ def new(changed: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 class Save:
     """A save that is tried again and again from the same old state."""
 
-    def __init__(self, place: Path, old: Path, new: dict[str, bytes], save: Callable[[], None]) -> None:
+    def __init__(
+        self, place: Path, old: Path, new: dict[str, bytes], save: Callable[[], None]
+    ) -> None:
         self.place, self.source, self.old, self.new, self.save = place, old, files(old), new, save
         self.folder = place / "model"
         self.reset()
@@ -277,7 +327,9 @@ class Save:
 
 
 @pytest.fixture(scope="module")
-def model(world: World, changed: Pipeline, new: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Save:
+def model(
+    world: World, changed: Pipeline, new: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Save:
     place = tmp_path_factory.mktemp("place")
     assert files(world.zip).keys() == new.keys()
     return Save(place, world.zip, new, lambda: changed.save_pretrained(place / "model"))
@@ -299,7 +351,8 @@ def named(how: str | int) -> str:
 
 
 def cut_off_anywhere(model: Save, how: str | int, every: int) -> None:
-    """Whatever operation fails, a reader finds the old model or the new one, and the message says which."""
+    """Whatever operation fails, a reader finds the old model or the new one, and the message says
+    which."""
     switch, states, told = model.operations.index("exchange"), [], set()
     for at in range(0, len(model.operations), every):
         error, operation = model.tried(Disk(model.place, how, at)), model.operations[at]
@@ -307,7 +360,9 @@ def cut_off_anywhere(model: Save, how: str | int, every: int) -> None:
         assert states[-1] == ("old" if error and at <= switch else "new"), f"{operation}: {error!r}"
         if isinstance(how, str):
             assert isinstance(error, Gone), operation
-        elif error is not None:  # a folder that could not be made because it was there already is no error
+        elif (
+            error is not None
+        ):  # a folder that could not be made because it was there already is no error
             assert isinstance(error, ZipperError), f"{operation}: {error!r}"
             assert str(error).startswith(f"{model.folder} could not be saved: {os.strerror(how)}")
             assert (OLD if states[-1] == "old" else NEW) in str(error)
@@ -318,13 +373,17 @@ def cut_off_anywhere(model: Save, how: str | int, every: int) -> None:
 
 
 @pytest.mark.parametrize("how", HOW, ids=named)
-def test_a_save_cut_off_at_any_operation_leaves_the_old_model_or_the_new_one(model: Save, how: str | int) -> None:
+def test_a_save_cut_off_at_any_operation_leaves_the_old_model_or_the_new_one(
+    model: Save, how: str | int
+) -> None:
     cut_off_anywhere(model, how, EVERY[how])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [*HOW, errno.EDQUOT], ids=named)
-def test_a_save_cut_off_at_every_operation_leaves_the_old_model_or_the_new_one(model: Save, how: str | int) -> None:
+def test_a_save_cut_off_at_every_operation_leaves_the_old_model_or_the_new_one(
+    model: Save, how: str | int
+) -> None:
     cut_off_anywhere(model, how, 1)
 
 
@@ -342,8 +401,13 @@ def test_a_process_that_ends_leaves_what_one_leaves_that_can_do_no_more(model: S
     def left() -> list[bytes]:
         return sorted(content for path in model.place.iterdir() for content in files(path).values())
 
-    # What Python holds back of a write is lost with the process, and not with the disk, where the file is closed.
-    places = [at for at, operation in enumerate(model.operations) if operation not in ("write", "close", "fsync")]
+    # What Python holds back of a write is lost with the process, and not with the disk, where the
+    # file is closed.
+    places = [
+        at
+        for at, operation in enumerate(model.operations)
+        if operation not in ("write", "close", "fsync")
+    ]
     for at in random.Random(0).sample(places, 6):
         model.tried(Disk(model.place, "dead", at))
         wanted = left()
@@ -359,7 +423,9 @@ def test_a_process_that_ends_leaves_what_one_leaves_that_can_do_no_more(model: S
 
 
 @pytest.mark.parametrize("undo", [False, True], ids=["as it was renamed", "renames undone"])
-def test_after_a_loss_of_power_a_reader_finds_the_old_model_or_the_new_one(model: Save, undo: bool) -> None:
+def test_after_a_loss_of_power_a_reader_finds_the_old_model_or_the_new_one(
+    model: Save, undo: bool
+) -> None:
     states = set()
     for at in range(int(undo), len(model.operations), 5):
         disk = Disk(model.place, "dead", at)
@@ -387,7 +453,9 @@ def test_a_file_that_was_not_flushed_is_lost_with_the_power(tmp_path: Path) -> N
     assert files(tmp_path) == {"a/file": b"content", "a/later": b"", "b/file": b""}
 
 
-def test_where_folders_cannot_change_places_the_next_save_puts_the_old_model_back(model: Save) -> None:
+def test_where_folders_cannot_change_places_the_next_save_puts_the_old_model_back(
+    model: Save,
+) -> None:
     between = 0
     model.reset()
     with Disk(model.place, exchange=False).watching() as disk:
@@ -412,11 +480,16 @@ def test_the_next_save_takes_away_what_dead_ones_left_but_nothing_else(model: Sa
     for at in range(3, model.operations.index("exchange"), 40):
         with Disk(model.place, "dead", at).watching(), pytest.raises(Gone):
             model.save()
-    mine = [model.place / f".model.{name}" for name in ("old", "zipper-old", "old.20261121", "zipper-new.2026-11-21")]
+    mine = [
+        model.place / f".model.{name}"
+        for name in ("old", "zipper-old", "old.20261121", "zipper-new.2026-11-21")
+    ]
     for path in mine:
         path.mkdir()
     assert len(os.listdir(model.place)) == len(mine) + 2
-    with checkpoint.whole(model.place / "other") as alive:  # a save that goes on while this one comes and goes
+    with checkpoint.whole(
+        model.place / "other"
+    ) as alive:  # a save that goes on while this one comes and goes
         (alive / "file").write_text("content")
         model.save()
         assert sorted(model.place.iterdir()) == sorted([model.folder, alive, *mine])
@@ -426,14 +499,18 @@ def test_the_next_save_takes_away_what_dead_ones_left_but_nothing_else(model: Sa
         shutil.rmtree(path)
 
 
-def test_a_link_to_a_model_stays_one(world: World, changed: Pipeline, new: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_link_to_a_model_stays_one(
+    world: World, changed: Pipeline, new: dict[str, bytes], tmp_path: Path
+) -> None:
     shutil.copytree(world.zip, tmp_path / "large" / "disk")
     (tmp_path / "model").symlink_to(tmp_path / "large" / "disk")
     changed.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model").is_symlink()
     placed = {"zipper.json", "manifest.json"}  # they say where towers lie, as seen from here
     found = files(tmp_path / "large" / "disk")
-    assert {name: found[name] for name in found.keys() - placed} == {name: new[name] for name in new.keys() - placed}
+    assert {name: found[name] for name in found.keys() - placed} == {
+        name: new[name] for name in new.keys() - placed
+    }
     checkpoint.check(tmp_path / "model")
     assert sorted(os.listdir(tmp_path)) == ["large", "model"]
 
@@ -456,7 +533,8 @@ def test_what_is_no_fault_of_the_disk_passes_unchanged(tmp_path: Path) -> None:
 
 @contextmanager
 def largest(size: int) -> Iterator[None]:
-    """No file grows beyond so many bytes; a write beyond it fails, also in libraries that are not Python's."""
+    """No file grows beyond so many bytes; a write beyond it fails, also in libraries that are not
+    Python's."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -471,13 +549,18 @@ def test_files_that_may_not_grow_leave_the_old_model(model: Save, size: int) -> 
     with largest(size), pytest.raises(ZipperError) as error:
         model.save()
     assert str(error.value).startswith(f"{model.folder} could not be saved: File too large")
-    assert str(error.value).endswith(f"{OLD} Raise the limit on the size of files (ulimit -f) and try again.")
+    assert str(error.value).endswith(
+        f"{OLD} Raise the limit on the size of files (ulimit -f) and try again."
+    )
     assert model.state() == "old"
     assert os.listdir(model.place) == ["model"]
 
 
-def on_a_small_disk(place: Path, kilobytes: int, work: Callable[[Callable[[str], None]], None]) -> None:
-    """Do the work while a disk of that size lies at a place, seen by this work alone; it may mount it again with other options.
+def on_a_small_disk(
+    place: Path, kilobytes: int, work: Callable[[Callable[[str], None]], None]
+) -> None:
+    """Do the work while a disk of that size lies at a place, seen by this work alone; it may mount
+    it again with other options.
 
     Skips where the system does not let its users have one. AssertionErrors inside are failures.
     """
@@ -491,12 +574,18 @@ def on_a_small_disk(place: Path, kilobytes: int, work: Callable[[Callable[[str],
         try:
             said = "not allowed"
             if libc.unshare(new_user | new_mounts) == 0:
-                for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+                for name, line in (
+                    ("setgroups", "deny"),
+                    ("uid_map", f"0 {user} 1"),
+                    ("gid_map", f"0 {group} 1"),
+                ):
                     Path("/proc/self", name).write_text(line)
 
                 def mount(options: str = "", flags: int = again) -> None:
                     read_only, options = int(options == "ro"), f"size={kilobytes}k"
-                    if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags | read_only, options.encode()):
+                    if libc.mount(
+                        b"tmpfs", os.fsencode(place), b"tmpfs", flags | read_only, options.encode()
+                    ):
                         raise PermissionError(os.strerror(ctypes.get_errno()))
 
                 mount(flags=0)
@@ -519,7 +608,9 @@ def on_a_small_disk(place: Path, kilobytes: int, work: Callable[[Callable[[str],
     assert said == "well"
 
 
-def test_a_full_disk_leaves_the_old_model_and_says_so(world: World, changed: Pipeline, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_model_and_says_so(
+    world: World, changed: Pipeline, tmp_path: Path
+) -> None:
     wanted, seen = files(world.zip), set()
     folder = tmp_path / "model"
 
@@ -614,7 +705,11 @@ def cut_off_anywhere_in_a_run(run: Run, how: str | int, every: int) -> None:
         found = steps(run.checkpoints)
         for step in found:
             checkpoint.check(run.checkpoints / f"step-{step:07d}")
-        visible = {name: content for name, content in files(run.checkpoints).items() if not name.startswith(".")}
+        visible = {
+            name: content
+            for name, content in files(run.checkpoints).items()
+            if not name.startswith(".")
+        }
         assert visible.items() <= known.items()
         assert 8 in found, disk.done[at]
         assert error or found[-1] == 12
@@ -631,13 +726,17 @@ def cut_off_anywhere_in_a_run(run: Run, how: str | int, every: int) -> None:
 
 
 @pytest.mark.parametrize("how", HOW, ids=named)
-def test_a_checkpoint_cut_off_at_any_operation_leaves_the_ones_before(run: Run, how: str | int) -> None:
+def test_a_checkpoint_cut_off_at_any_operation_leaves_the_ones_before(
+    run: Run, how: str | int
+) -> None:
     cut_off_anywhere_in_a_run(run, how, 1 if how in ("dead", errno.ENOSPC) else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW, ids=named)
-def test_a_checkpoint_cut_off_at_every_operation_leaves_the_ones_before(run: Run, how: str | int) -> None:
+def test_a_checkpoint_cut_off_at_every_operation_leaves_the_ones_before(
+    run: Run, how: str | int
+) -> None:
     cut_off_anywhere_in_a_run(run, how, 1)
 
 
@@ -646,7 +745,8 @@ def recipe(run: Run, output: Path, folder: Path) -> str:
     path = folder / "recipe.py"
     path.write_text(
         f"import tiny\nfrom pathlib import Path\n\n"
-        f"def config():\n    return tiny.World(Path({str(run.world.folder)!r})).config(Path({str(output)!r}), **{RUN!r})\n"
+        "def config():\n    return "
+        f"tiny.World(Path({str(run.world.folder)!r})).config(Path({str(output)!r}), **{RUN!r})\n"
     )
     return str(path)
 
@@ -659,7 +759,9 @@ def test_zipper_train_says_that_the_disk_is_full_and_goes_on_once_it_is_not(
     def full(tensors: Any, path: Any, **more: Any) -> None:
         if "step-0000008" in str(path):
             Path(path).write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         real(tensors, path, **more)
 
     with monkeypatch.context() as patch:
@@ -698,8 +800,12 @@ def test_zipper_train_says_that_a_folder_is_read_only_and_harms_nothing_in_it(
 # --- a run that is killed
 
 
-def test_training_that_is_killed_again_and_again_loses_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    spec = spec_from_file_location("kill_test", Path(__file__).parent.parent / "tools" / "kill_test.py")
+def test_training_that_is_killed_again_and_again_loses_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spec = spec_from_file_location(
+        "kill_test", Path(__file__).parent.parent / "tools" / "kill_test.py"
+    )
     assert spec is not None and spec.loader is not None
     tool = module_from_spec(spec)
     spec.loader.exec_module(tool)

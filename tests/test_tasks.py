@@ -3,7 +3,7 @@
 import pytest
 
 from zipper.errors import ZipperError
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.tasks import ASR, TTS, Task, tower_of
 
 ROW = {"speech": [50, 51], "text": [5, 6, 7], "question": [52]}
@@ -19,7 +19,9 @@ ROW = {"speech": [50, 51], "text": [5, 6, 7], "question": [52]}
         ("question:speech, text -> answer:speech", ("question:speech", "text"), ("answer:speech",)),
     ],
 )
-def test_a_task_is_read_from_its_line_and_written_back(text: str, given: tuple[str, ...], produced: tuple[str, ...]) -> None:
+def test_a_task_is_read_from_its_line_and_written_back(
+    text: str, given: tuple[str, ...], produced: tuple[str, ...]
+) -> None:
     task = Task.parse(text)
     assert task == Task(given, produced)
     assert Task.parse(str(task)) == task
@@ -31,7 +33,10 @@ def test_the_papers_tasks() -> None:
 
 
 def test_only_what_is_produced_counts_unless_asked() -> None:
-    assert ASR.segments(ROW) == [Segment("speech", [50, 51], weight=0.0), Segment("text", [5, 6, 7], weight=1.0)]
+    assert ASR.segments(ROW) == [
+        Segment("speech", [50, 51], weight=0.0),
+        Segment("text", [5, 6, 7], weight=1.0),
+    ]
     both = Task(("speech",), ("text",), train_given=0.25)
     assert [segment.weight for segment in both.segments(ROW)] == [0.25, 1.0]
 
@@ -57,5 +62,7 @@ def test_a_line_that_is_no_task_is_refused() -> None:
 
 
 def test_a_row_without_the_field_is_refused() -> None:
-    with pytest.raises(ZipperError, match=r"wants a field 'answer', the row has \['question', 'speech', 'text'\]"):
+    with pytest.raises(
+        ZipperError, match=r"wants a field 'answer', the row has \['question', 'speech', 'text'\]"
+    ):
         Task.parse("speech -> answer:text").segments(ROW)

@@ -15,7 +15,11 @@ from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality.text import Text
 
-LINES = ["send forty two oranges to vienna", "set an alarm for seven fifty six on friday", "call anna on five five three"] * 5
+LINES = [
+    "send forty two oranges to vienna",
+    "set an alarm for seven fifty six on friday",
+    "call anna on five five three",
+] * 5
 TEXT = Text.train(LINES, merges=40)
 
 
@@ -31,12 +35,16 @@ def test_the_vocabulary_is_alphabet_merges_begin_and_end() -> None:
     assert len({TEXT.begin, TEXT.end}) == 2
     longer = Text.train([*LINES, "7 times 8"], merges=0)
     assert longer.vocabulary == len("abcdefghijklmnopqrstuvwxyz' 78") + 2
-    assert len(longer.encode("7 times 8")) == len("7 times 8")  # without merges a token is a character
+    assert len(longer.encode("7 times 8")) == len(
+        "7 times 8"
+    )  # without merges a token is a character
 
 
 def test_frequent_words_become_few_tokens() -> None:
     line = LINES[0]
-    assert len(Text.train(LINES, merges=200).encode(line)) == len(line.split())  # a word and the space before it
+    assert len(Text.train(LINES, merges=200).encode(line)) == len(
+        line.split()
+    )  # a word and the space before it
     assert TEXT.decode([TEXT.begin, *TEXT.encode(line), TEXT.end]) == line
 
 
@@ -69,7 +77,21 @@ def test_punctuation_without_a_token_is_left_out_where_nobody_says_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", ["3.5", "at 9:30", "send 7", "x-5", "ten %", "a & b", "a@b", "half / half", "5 €", "ü", "a+b", "#a"]
+    "raw",
+    [
+        "3.5",
+        "at 9:30",
+        "send 7",
+        "x-5",
+        "ten %",
+        "a & b",
+        "a@b",
+        "half / half",
+        "5 €",
+        "ü",
+        "a+b",
+        "#a",
+    ],
 )
 def test_what_somebody_says_is_never_left_out(raw: str) -> None:
     with pytest.raises(ZipperError, match="cannot write"):
@@ -108,9 +130,7 @@ def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
 
 def test_a_folder_is_loaded_without_transformers(tmp_path: Path) -> None:
     TEXT.save(tmp_path)
-    program = (
-        f"import sys; from zipper.modality.text import Text; Text.load({str(tmp_path)!r}); sys.exit('transformers' in sys.modules)"
-    )
+    program = f"import sys; from zipper.modality.text import Text; Text.load({str(tmp_path)!r}); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -125,10 +145,18 @@ def word_level(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_a_tokenizer_of_others_ends_with_its_eos_and_begins_with_it_too_if_it_has_no_bos(tmp_path: Path) -> None:
-    text = Text.load(word_level(tmp_path, bos_token=None, eos_token={"content": "</s>", "lstrip": False}))
+def test_a_tokenizer_of_others_ends_with_its_eos_and_begins_with_it_too_if_it_has_no_bos(
+    tmp_path: Path,
+) -> None:
+    text = Text.load(
+        word_level(tmp_path, bos_token=None, eos_token={"content": "</s>", "lstrip": False})
+    )
     assert (text.begin, text.end, text.vocabulary) == (1, 1, 4)
-    assert text.encode("send forty send") == [2, 3, 2]  # its truncation is switched off: nothing is lost in silence
+    assert text.encode("send forty send") == [
+        2,
+        3,
+        2,
+    ]  # its truncation is switched off: nothing is lost in silence
     with pytest.raises(ZipperError, match="cannot write"):
         text.encode("send nine")
 
@@ -164,7 +192,8 @@ def test_transformers_reads_what_is_saved_and_is_read_in_turn(tmp_path: Path) ->
 
 
 def gpt2(folder: Path, **files: dict[str, object]) -> Path:
-    """A byte-level tokenizer, and the files beside it; what none of them says is said by the tokenizer's class or by nothing."""
+    """A byte-level tokenizer, and the files beside it; what none of them says is said by the
+    tokenizer's class or by nothing."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,19 +213,43 @@ def gpt2(folder: Path, **files: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     ("files", "begin", "end"),
     [
-        ({"tokenizer_config": {"model_max_length": 64}, "config": {"model_type": "gpt2", "vocab_size": 300}}, 0, 0),
-        ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, 0, 0),
-        ({"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}, "special_tokens_map": {"eos_token": "<go>"}}, 1, 1),
         (
             {
-                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"},
+                "tokenizer_config": {"model_max_length": 64},
+                "config": {"model_type": "gpt2", "vocab_size": 300},
+            },
+            0,
+            0,
+        ),
+        ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, 0, 0),
+        (
+            {
+                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"},
+                "special_tokens_map": {"eos_token": "<go>"},
+            },
+            1,
+            1,
+        ),
+        (
+            {
+                "tokenizer_config": {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "eos_token": "<|endoftext|>",
+                },
                 "special_tokens_map": {"bos_token": {"content": "<go>", "lstrip": False}},
             },
             1,
             0,
         ),
         ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<go>"}}, 0, 1),
-        ({"tokenizer_config": {"bos_token": None, "eos_token": "<go>"}, "config": {"model_type": "gpt2", "bos_token_id": 0}}, 1, 1),
+        (
+            {
+                "tokenizer_config": {"bos_token": None, "eos_token": "<go>"},
+                "config": {"model_type": "gpt2", "bos_token_id": 0},
+            },
+            1,
+            1,
+        ),
         ({"config": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 0}}, 1, 0),
         (
             {
@@ -225,9 +278,20 @@ def test_the_tokens_of_a_folder_are_found_wherever_they_may_stand(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}, "names no end token"),
+        (
+            {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}},
+            "names no end token",
+        ),
         ({"config": {"model_type": "bert", "eos_token_id": 10_000}}, "names no end token"),
-        ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Evil", None]}, "tokenizer_class": "Evil"}}, "names no end token"),
+        (
+            {
+                "tokenizer_config": {
+                    "auto_map": {"AutoTokenizer": ["x.Evil", None]},
+                    "tokenizer_class": "Evil",
+                }
+            },
+            "names no end token",
+        ),
         ({"tokenizer_config": {"eos_token": 3}}, "3 is no token"),
     ],
     ids=str,

@@ -1,4 +1,5 @@
-"""Towers against the models they drive: bit by bit where the kernel is the same, and every row against the row alone."""
+"""Towers against the models they drive: bit by bit where the kernel is the same, and every row
+against the row alone."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,25 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from zipper import families
+from zipper.towers import families
 from zipper.errors import ZipperError
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Past, Strand, Tower, UnsupportedTower
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-# Run by a recorded dry pass: alibi, per-layer inputs, positions that begin at the padding id, norms without a module ...
-RECORDED = {"bloom": "packed", "falcon": "packed", "gemma4_text": "packed", "nanochat": "packed", "roberta": "packed"}
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+# Run by a recorded dry pass: alibi, per-layer inputs, positions that begin at the padding id, norms
+# without a module ...
+RECORDED = {
+    "bloom": "packed",
+    "falcon": "packed",
+    "gemma4_text": "packed",
+    "nanochat": "packed",
+    "roberta": "packed",
+}
 FEWER = {"mpt": "padded", "bigbird_pegasus": "unpadded"}  # rows that they read
 every_recorded = pytest.mark.parametrize("family", RECORDED | FEWER)
 WINDOWED = ("mistral", "gemma3")  # with a window of 8 tokens
@@ -55,17 +65,27 @@ def own(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def part(strand: Strand, start: int, stop: int) -> Strand:
-    return Strand(*(field[:, start:stop] for field in (strand.ids, strand.position, strand.time, strand.document)))
+    return Strand(
+        *(
+            field[:, start:stop]
+            for field in (strand.ids, strand.position, strand.time, strand.document)
+        )
+    )
 
 
-def assert_rows_are_as_alone(model: nn.Module, strand: Strand, logits: Tensor, relative: float) -> None:
+def assert_rows_are_as_alone(
+    model: nn.Module, strand: Strand, logits: Tensor, relative: float
+) -> None:
     """Every document of every row has the logits that the bare model gives it alone."""
     for row in range(len(strand.ids)):
         for document in strand.document[row].unique():
             if document >= 0:
                 mine = strand.document[row] == document
                 alone = own(model, strand.ids[row, mine])
-                assert (logits[row, mine] - alone).abs().max() <= relative * alone.abs().max(), (row, int(document))
+                assert (logits[row, mine] - alone).abs().max() <= relative * alone.abs().max(), (
+                    row,
+                    int(document),
+                )
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +97,18 @@ def _no_gradients(request: pytest.FixtureRequest) -> Any:
 @every_family
 @every_kernel
 @every_dtype
-def test_a_tower_gives_its_models_own_logits_bit_for_bit(family: str, attention: Any, dtype: torch.dtype) -> None:
+def test_a_tower_gives_its_models_own_logits_bit_for_bit(
+    family: str, attention: Any, dtype: torch.dtype
+) -> None:
     model = tiny_tower(family, dtype=dtype, attention=attention)
     tower, tokens = Tower(model), ids(3, 21)
     assert torch.equal(tower(Strand.alone(tokens)), model(tokens, use_cache=False).logits)
 
     strand = Strand.alone(tokens, layout("0" * 21, "." * 5 + "0" * 16, "." * 20 + "0"))
     valid = strand.document >= 0
-    logits = model(tokens, attention_mask=valid.long(), position_ids=strand.position, use_cache=False).logits
+    logits = model(
+        tokens, attention_mask=valid.long(), position_ids=strand.position, use_cache=False
+    ).logits
     assert torch.equal(tower(strand)[valid], logits[valid])
 
 
@@ -110,13 +134,17 @@ def test_a_tower_gives_its_models_own_gradients(family: str) -> None:
     for logits in (model(strand.ids).logits, Tower(model)(strand)):
         model.zero_grad()
         logits.float().log_softmax(-1)[..., 3].sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames this switch; the old name works everywhere
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # transformers renames this switch; the old name works everywhere
 @pytest.mark.parametrize("family", ["llama", "nanochat"])
 def test_recomputing_blocks_keeps_the_gradient(family: str) -> None:
     model = families.tiny(family).train()
@@ -163,7 +191,14 @@ def test_reading_in_steps_is_reading_at_once(family: str, steps: tuple[int, ...]
 @every_kernel
 def test_padding_may_be_left_right_between_and_everywhere(family: str, attention: Any) -> None:
     model = tiny_tower(family, attention=attention)
-    rows = ["0" * 20, "." * 6 + "0" * 14, "0" * 14 + "." * 6, "." * 20, "00..0000.00000...000", ".0.0.0.0.0.0.0.0.0.0"]
+    rows = [
+        "0" * 20,
+        "." * 6 + "0" * 14,
+        "0" * 14 + "." * 6,
+        "." * 20,
+        "00..0000.00000...000",
+        ".0.0.0.0.0.0.0.0.0.0",
+    ]
     strand = Strand.alone(ids(len(rows), 20), layout(*rows))
     logits = Tower(model)(strand)
     assert logits.isfinite().all()
@@ -173,7 +208,9 @@ def test_padding_may_be_left_right_between_and_everywhere(family: str, attention
 @every_family
 def test_padding_gives_no_nan_in_the_gradient(family: str) -> None:
     model = tiny_tower(family)
-    Tower(model)(Strand.alone(ids(3, 8), layout("00000000", "........", "..0.0..."))).sum().backward()
+    Tower(model)(
+        Strand.alone(ids(3, 8), layout("00000000", "........", "..0.0..."))
+    ).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -181,7 +218,11 @@ def test_padding_gives_no_nan_in_the_gradient(family: str) -> None:
 @every_kernel
 def test_packed_documents_are_as_separate_rows(family: str, attention: Any) -> None:
     model = tiny_tower(family, attention=attention)
-    packed = layout("0" * 12 + "1" * 5 + "2" * 13, "7" * 20 + "." * 9 + "3", "." * 4 + "5" * 13 + "." * 3 + "4" * 10)
+    packed = layout(
+        "0" * 12 + "1" * 5 + "2" * 13,
+        "7" * 20 + "." * 9 + "3",
+        "." * 4 + "5" * 13 + "." * 3 + "4" * 10,
+    )
     strand = Strand.alone(ids(3, 30), packed)
     logits = Tower(model)(strand)
     assert_rows_are_as_alone(model, strand, logits, 2e-6)
@@ -197,7 +238,9 @@ def test_packed_documents_are_as_separate_rows(family: str, attention: Any) -> N
 
 @every_recorded
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_recorded_tower_gives_its_models_own_logits_and_states_and_leaves_it_as_it_was(family: str, dtype: torch.dtype) -> None:
+def test_a_recorded_tower_gives_its_models_own_logits_and_states_and_leaves_it_as_it_was(
+    family: str, dtype: torch.dtype
+) -> None:
     model = families.tiny(family, dtype=dtype)
     modules, strand = list(model.named_modules()), Strand.alone(ids(2, 13))
     tower = Tower(model)
@@ -206,7 +249,9 @@ def test_a_recorded_tower_gives_its_models_own_logits_and_states_and_leaves_it_a
     tower.check(seed=1)
     assert tower.recorded
     assert tower.digest() == digest
-    assert [(name, id(module)) for name, module in model.named_modules()] == [(name, id(module)) for name, module in modules]
+    assert [(name, id(module)) for name, module in model.named_modules()] == [
+        (name, id(module)) for name, module in modules
+    ]
     assert not any(module._forward_hooks or module._forward_pre_hooks for _, module in modules)
 
     truth = model(strand.ids, output_hidden_states=True, use_cache=False)
@@ -225,19 +270,32 @@ def test_a_recorded_tower_gives_its_models_own_gradients(family: str) -> None:
     for forward in (lambda: model(strand.ids).logits, lambda: Tower(model)(strand)):
         model.zero_grad()
         forward().log_softmax(-1)[..., 3].sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() <= gradients[1].keys()
     for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradient, gradients[0].get(name, torch.zeros_like(gradient)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            gradient, gradients[0].get(name, torch.zeros_like(gradient)), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", RECORDED)
 @every_kernel
-def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(family: str, attention: Any) -> None:
+def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(
+    family: str, attention: Any
+) -> None:
     kernel = None if family == "bloom" else attention  # it has one kernel only
     model = families.tiny(family, attention=kernel)
-    packed = layout("0" * 12 + "1" * 5 + "2" * 13, "7" * 20 + "." * 9 + "3", "." * 4 + "5" * 13 + "." * 3 + "4" * 10, "00..0." * 5)
-    strand = Strand.alone(3 + ids(4, 30) % 90, packed)  # ids below are special: RoBERTa counts positions by one
+    packed = layout(
+        "0" * 12 + "1" * 5 + "2" * 13,
+        "7" * 20 + "." * 9 + "3",
+        "." * 4 + "5" * 13 + "." * 3 + "4" * 10,
+        "00..0." * 5,
+    )
+    strand = Strand.alone(
+        3 + ids(4, 30) % 90, packed
+    )  # ids below are special: RoBERTa counts positions by one
     assert_rows_are_as_alone(model, strand, Tower(model)(strand), 1e-5)
 
 
@@ -245,14 +303,21 @@ def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(family
 def test_recorded_towers_go_on_with_a_ragged_batch_as_each_row_alone(family: str) -> None:
     model = families.tiny(family)
     tower, past, logits = Tower(model), Past(), []
-    strand = Strand.alone(3 + ids(3, 22) % 90, layout("0" * 22, "." * 9 + "0" * 13, "." * 3 + "0" * 19))
+    strand = Strand.alone(
+        3 + ids(3, 22) % 90, layout("0" * 22, "." * 9 + "0" * 13, "." * 3 + "0" * 19)
+    )
     for start, stop in ((0, 9), (9, 16), (16, 17), (17, 22)):
         logits.append(tower(part(strand, start, stop), past))
     assert_rows_are_as_alone(model, strand, torch.cat(logits, 1), 1e-5)
     past.select([2, 0])
     past.crop(20)
     chosen = Strand(*(field[[2, 0]] for field in vars(strand).values()))
-    assert_rows_are_as_alone(model, chosen, torch.cat([tower(part(chosen, 0, 20)), tower(part(chosen, 20, 22), past)], 1), 1e-5)
+    assert_rows_are_as_alone(
+        model,
+        chosen,
+        torch.cat([tower(part(chosen, 0, 20)), tower(part(chosen, 20, 22), past)], 1),
+        1e-5,
+    )
 
 
 def test_a_tower_that_counts_by_slots_reads_rows_from_the_first_slot_on() -> None:
@@ -260,7 +325,9 @@ def test_a_tower_that_counts_by_slots_reads_rows_from_the_first_slot_on() -> Non
     tower, past = Tower(model), Past()
     strand = Strand.alone(ids(2, 12), layout("0" * 12, "0" * 9 + "..."))
     assert_rows_are_as_alone(model, strand, tower(strand), 1e-5)
-    logits = torch.cat([tower(part(strand, start, stop), past) for start, stop in ((0, 7), (7, 8), (8, 12))], 1)
+    logits = torch.cat(
+        [tower(part(strand, start, stop), past) for start, stop in ((0, 7), (7, 8), (8, 12))], 1
+    )
     assert_rows_are_as_alone(model, strand, logits, 1e-5)
     with pytest.raises(ZipperError, match=r"needs its past"):
         tower.embed(part(strand, 7, 8))
@@ -279,8 +346,13 @@ def test_rows_that_a_tower_cannot_read_are_an_error(family: str, row: str) -> No
 
 def test_the_blocks_of_the_text_model_are_found_beside_as_many_of_an_image_encoder() -> None:
     model = families.tiny("gemma3")
-    assert model.config.vision_config.num_hidden_layers == model.config.text_config.num_hidden_layers
-    assert all("Vision" not in type(block).__name__ and "Siglip" not in type(block).__name__ for block in Tower(model).blocks)
+    assert (
+        model.config.vision_config.num_hidden_layers == model.config.text_config.num_hidden_layers
+    )
+    assert all(
+        "Vision" not in type(block).__name__ and "Siglip" not in type(block).__name__
+        for block in Tower(model).blocks
+    )
 
 
 def test_documents_stay_apart_whatever_their_positions() -> None:
@@ -304,7 +376,9 @@ def test_a_ragged_batch_goes_on_as_each_row_alone(family: str, compact: bool) ->
     """Rows end at different times, wait as padding, and go on: what generation does."""
     model = tiny_tower(family)
     tower, past = Tower(model), Past()
-    strand = Strand.alone(ids(3, 26), layout("0" * 12 + "." * 4 + "0" * 10, "." * 9 + "0" * 17, "00....." + "0" * 19))
+    strand = Strand.alone(
+        ids(3, 26), layout("0" * 12 + "." * 4 + "0" * 10, "." * 9 + "0" * 17, "00....." + "0" * 19)
+    )
     logits = []
     for start, stop in ((0, 9), (9, 16), (16, 17), (17, 26)):
         logits.append(tower(part(strand, start, stop), past))
@@ -328,13 +402,19 @@ def test_a_past_can_be_reordered_and_cropped(family: str) -> None:
     past.select([2, 0, 0])
     past.crop(12)
     assert past.length == 12
-    chosen = Strand(*(f[[2, 0, 0]] for f in (strand.ids, strand.position, strand.time, strand.document)))
+    chosen = Strand(
+        *(f[[2, 0, 0]] for f in (strand.ids, strand.position, strand.time, strand.document))
+    )
     logits = tower(part(chosen, 12, 18), past)
-    assert_rows_are_as_alone(model, chosen, torch.cat([tower(part(chosen, 0, 12)), logits], 1), 1e-5)
+    assert_rows_are_as_alone(
+        model, chosen, torch.cat([tower(part(chosen, 0, 12)), logits], 1), 1e-5
+    )
     past.select(torch.tensor([1]))
     past.crop(0)
     again = part(chosen, 0, 18)
-    assert torch.equal(tower(Strand(*(f[1:2] for f in vars(again).values())), past), tower(again)[1:2])
+    assert torch.equal(
+        tower(Strand(*(f[1:2] for f in vars(again).values())), past), tower(again)[1:2]
+    )
 
 
 def test_a_past_says_what_does_not_fit() -> None:
@@ -382,14 +462,30 @@ def test_check_accepts_the_families_and_leaves_no_trace(family: str, attention: 
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.5}),
+        (
+            "granite",
+            {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.5},
+        ),
         ("cohere", {"logit_scale": 0.3}),
         ("gemma2", {"sliding_window": 8, "head_dim": 8}),
     ],
 )
-def test_scales_around_the_blocks_are_found_by_their_attributes(model_type: str, settings: dict[str, Any]) -> None:
-    common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "bos_token_id": 0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": None}
+def test_scales_around_the_blocks_are_found_by_their_attributes(
+    model_type: str, settings: dict[str, Any]
+) -> None:
+    common = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "bos_token_id": 0,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
     config = AutoConfig.for_model(model_type, **(common | heads | settings))
     Tower(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).check()
 
@@ -402,8 +498,16 @@ BERT = BertConfig(**SMALL, num_attention_heads=4, intermediate_size=32)
     ("cls", "config", "reason"),
     [
         (BertForMaskedLM, BERT, "no causal language model"),
-        (MambaForCausalLM, MambaConfig(**SMALL), "keeps more than keys and values|keeps no keys and values"),
-        (T5ForConditionalGeneration, T5Config(vocab_size=97, d_model=32, d_ff=32), "no causal language model"),
+        (
+            MambaForCausalLM,
+            MambaConfig(**SMALL),
+            "keeps more than keys and values|keeps no keys and values",
+        ),
+        (
+            T5ForConditionalGeneration,
+            T5Config(vocab_size=97, d_model=32, d_ff=32),
+            "no causal language model",
+        ),
         (LlamaModel, tiny_tower("llama").config, "no causal language model"),
     ],
 )
@@ -456,7 +560,9 @@ class Tempering(LlamaForCausalLM):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, temperature=1.1, **kwargs)
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, temperature=1.1, **kwargs
+        )
 
 
 class Tempered(LlamaDecoderLayer):
@@ -470,7 +576,12 @@ class Tempered(LlamaDecoderLayer):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> Tensor:
-        return super().forward(hidden_states * temperature, attention_mask, position_embeddings=position_embeddings, **kwargs)
+        return super().forward(
+            hidden_states * temperature,
+            attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
 
 
 class Demanding(LlamaDecoderLayer):
@@ -498,7 +609,9 @@ class Forgetful(LlamaDecoderLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        return super().forward(hidden_states, attention_mask, position_embeddings=position_embeddings)
+        return super().forward(
+            hidden_states, attention_mask, position_embeddings=position_embeddings
+        )
 
 
 class Between(LlamaModel):
@@ -507,7 +620,10 @@ class Between(LlamaModel):
     def forward(self, input_ids: Any, attention_mask: Any = None, **given: Any) -> Any:  # type: ignore[override]
         h = self.embed_tokens(input_ids)
         rotary = self.rotary_emb(h, torch.arange(h.shape[1])[None])
-        cache = next((value for value in given.values() if isinstance(value, Cache)), DynamicCache(config=self.config))
+        cache = next(
+            (value for value in given.values() if isinstance(value, Cache)),
+            DynamicCache(config=self.config),
+        )
         for layer in self.layers:
             h = layer(h, None, None, cache, position_embeddings=rotary) * 1.01
         return BaseModelOutputWithPast(self.norm(h), cache)
@@ -546,13 +662,25 @@ class Shelved(LlamaDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         assert not kwargs
-        return super().forward(hidden_states, attention_mask, position_ids, shelf, position_embeddings=position_embeddings)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            position_ids,
+            shelf,
+            position_embeddings=position_embeddings,
+        )
 
 
 class Shelving(LlamaModel):
     """Gives its blocks a cache under their name, which is not its own."""
 
-    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, memories: Any = None) -> Any:  # type: ignore[override]
+    def forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        memories: Any = None,
+    ) -> Any:  # type: ignore[override]
         h = self.embed_tokens(input_ids)
         read = 0 if memories is None else memories.get_seq_length()
         if position_ids is None:
@@ -560,7 +688,13 @@ class Shelving(LlamaModel):
         mask = create_masks_for_generate(self.config, h, attention_mask, memories, position_ids)
         rotary = self.rotary_emb(h, position_ids)
         for layer in self.layers:
-            h = layer(h, attention_mask=mask, position_ids=position_ids, shelf=memories, position_embeddings=rotary)
+            h = layer(
+                h,
+                attention_mask=mask,
+                position_ids=position_ids,
+                shelf=memories,
+                position_embeddings=rotary,
+            )
         return self.norm(h)
 
 
@@ -568,9 +702,16 @@ class Remembering(LlamaForCausalLM):
     """Has a third name for it."""
 
     def forward(  # type: ignore[override]
-        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, souvenirs: Any = None, use_cache: Any = None
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        souvenirs: Any = None,
+        use_cache: Any = None,
     ) -> Any:
-        return CausalLMOutput(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids, souvenirs)))
+        return CausalLMOutput(
+            logits=self.lm_head(self.model(input_ids, attention_mask, position_ids, souvenirs))
+        )
 
 
 def test_a_cache_is_found_whatever_model_and_blocks_call_it() -> None:
@@ -599,7 +740,9 @@ def turned_into(cls: type[Any], path: str) -> Any:
     ("cls", "path"),
     [(Doubled, ""), (Tempering, ""), (Shifted, "model"), (Blind, "model.layers.2")],
 )
-def test_what_stands_around_the_blocks_is_run_by_the_models_own_code(cls: type[Any], path: str) -> None:
+def test_what_stands_around_the_blocks_is_run_by_the_models_own_code(
+    cls: type[Any], path: str
+) -> None:
     model = turned_into(cls, path)
     if cls is Tempering:
         model.model.layers[2].__class__ = Tempered
@@ -619,7 +762,9 @@ def test_what_stands_around_the_blocks_is_run_by_the_models_own_code(cls: type[A
         (Peeking, "model.layers.2", "a token sees what comes after it"),
     ],
 )
-def test_a_model_that_the_driver_cannot_repeat_is_refused(cls: type[Any], path: str, reason: str) -> None:
+def test_a_model_that_the_driver_cannot_repeat_is_refused(
+    cls: type[Any], path: str, reason: str
+) -> None:
     with pytest.raises(UnsupportedTower, match=reason):
         Tower(turned_into(cls, path)).check()
 
@@ -634,7 +779,13 @@ def test_a_nan_is_no_agreement() -> None:
 @every_family
 def test_a_tower_knows_its_sizes_and_its_ends(family: str) -> None:
     tower = Tower(tiny_tower(family, width=48, layers=3, vocabulary=65))
-    assert (tower.width, tower.layers, tower.vocabulary, tower.begin, tower.end) == (48, 3, 65, 0, 1)
+    assert (tower.width, tower.layers, tower.vocabulary, tower.begin, tower.end) == (
+        48,
+        3,
+        65,
+        0,
+        1,
+    )
     assert tower(Strand.alone(torch.zeros(1, 2, dtype=torch.long))).shape == (1, 2, 65)
     tower.config.bos_token_id, tower.config.eos_token_id = None, [7, 8]
     assert (tower.begin, tower.end) == (7, 7)
@@ -642,7 +793,9 @@ def test_a_tower_knows_its_sizes_and_its_ends(family: str) -> None:
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_digest_outlives_saving_and_loading(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_digest_outlives_saving_and_loading(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     tower = Tower(tiny_tower(family, dtype=dtype))
     tower.model.save_pretrained(tmp_path)
     loaded = Tower.load(tmp_path)
@@ -687,8 +840,12 @@ def test_a_pin_sees_what_a_checkpoint_holds() -> None:
     assert Tower(tiny_tower("gemma3", seed=1)).pin() != before
 
 
-def test_loading_says_what_is_missing_and_does_not_wait_for_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again"))
+def test_loading_says_what_is_missing_and_does_not_wait_for_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to try again")
+    )
     (tmp_path / "empty").mkdir()
     for source, reason in [
         (tmp_path / "nowhere", "does not exist"),
@@ -716,7 +873,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ZipperError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight \(1 in all\)"):
+    with pytest.raises(
+        ZipperError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight \(1 in all\)"
+    ):
         Tower.load(tmp_path)
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 32)
     save_file(tensors, path, metadata={"format": "pt"})

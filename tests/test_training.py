@@ -1,4 +1,5 @@
-"""Training: it learns, it harms no frozen tower, it can be killed anywhere, and every number in it is what its name says."""
+"""Training: it learns, it harms no frozen tower, it can be killed anywhere, and every number in it
+is what its name says."""
 
 import dataclasses
 import json
@@ -23,13 +24,15 @@ from tiny import World
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from zipper import checkpoint, data, training
+from zipper.data import manifests as data
+from zipper.saving import checkpoint
+from zipper.training import loop as training
 from zipper.errors import ZipperError
-from zipper.files import HELD
+from zipper.saving.files import HELD
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import FREE, Stopped, TrainConfig, train
@@ -61,7 +64,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- it learns
 
 
-def test_a_tower_learns_alone_and_a_zip_learns_what_no_tower_knows(world: World, tmp_path: Path) -> None:
+def test_a_tower_learns_alone_and_a_zip_learns_what_no_tower_knows(
+    world: World, tmp_path: Path
+) -> None:
     alone = world.config(
         tmp_path / "text",
         towers={"text": tiny.shape()},
@@ -93,17 +98,26 @@ def test_a_tower_learns_alone_and_a_zip_learns_what_no_tower_knows(world: World,
     pipeline = train(zipped)
     rows = [row for row in metrics(tmp_path / "zip") if "loss/speech" in row]
     assert rows[-1]["loss/speech"] < rows[0]["loss/speech"] - 1.5
-    # The text tower is frozen: only by reading the speech can the loss get below what it reaches alone.
+    # The text tower is frozen: only by reading the speech can the loss get below what it reaches
+    # alone.
     assert rows[-1][f"dev/{ASR}"] < metrics(tmp_path / "text")[-1]["dev/-> text"] - 0.1
 
-    towers = {name: tower for name, tower in pipeline.model.towers.items() if isinstance(tower, Tower)}
+    towers = {
+        name: tower for name, tower in pipeline.model.towers.items() if isinstance(tower, Tower)
+    }
     assert towers["text"].digest() == before == Tower.load(base).digest()
     assert towers["speech"].digest() != Tower.load(world.folder / "speech" / "tower").digest()
 
 
 def test_what_is_returned_and_saved_is_the_best_by_dev_loss(world: World, tmp_path: Path) -> None:
-    train(world.config(tmp_path, steps=8, eval_every=1, lr_new=0.3, lr_tower=0.3, warmup=4))  # far too fast: it gets worse
-    losses = {row["step"]: (row[f"dev/{ASR}"] + row[f"dev/{TTS}"]) / 2 for row in metrics(tmp_path) if f"dev/{ASR}" in row}
+    train(
+        world.config(tmp_path, steps=8, eval_every=1, lr_new=0.3, lr_tower=0.3, warmup=4)
+    )  # far too fast: it gets worse
+    losses = {
+        row["step"]: (row[f"dev/{ASR}"] + row[f"dev/{TTS}"]) / 2
+        for row in metrics(tmp_path)
+        if f"dev/{ASR}" in row
+    }
     best = min(losses, key=lambda step: losses[step])
     record = checkpoint.load(tmp_path / "model")[1]
     assert record["step"] == best < 8
@@ -112,9 +126,13 @@ def test_what_is_returned_and_saved_is_the_best_by_dev_loss(world: World, tmp_pa
 
 
 def test_early_stopping_stops_and_stays_stopped(world: World, tmp_path: Path) -> None:
-    config = world.config(tmp_path, steps=50, eval_every=2, patience=3, lr_new=0.0, lr_gate=0.0, lr_tower=0.0)
+    config = world.config(
+        tmp_path, steps=50, eval_every=2, patience=3, lr_new=0.0, lr_gate=0.0, lr_tower=0.0
+    )
     train(config)
-    assert metrics(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations that are no better
+    assert (
+        metrics(tmp_path)[-1]["step"] == 8
+    )  # the best at 2, then three evaluations that are no better
     before = metrics(tmp_path)
     train(config, resume=True)
     assert metrics(tmp_path) == before
@@ -145,7 +163,12 @@ def same(a: Path, b: Path) -> bool:
     """Two runs came to the same end, by the same way."""
     models = [load_file(f / "model" / "zip.safetensors") for f in (a, b)]
     towers = [load_file(f / "model" / "towers" / "speech" / "model.safetensors") for f in (a, b)]
-    return equal(state(a, 14), state(b, 14)) and equal(*models) and equal(*towers) and metrics(a) == metrics(b)
+    return (
+        equal(state(a, 14), state(b, 14))
+        and equal(*models)
+        and equal(*towers)
+        and metrics(a) == metrics(b)
+    )
 
 
 class Killed(Exception):
@@ -160,7 +183,8 @@ def killing(*steps: int) -> Callable[[dict[str, Any]], None]:
     return report
 
 
-# 3: before any checkpoint; 5: after an evaluation, between two rows of losses; 12: metrics written, checkpoint not.
+# 3: before any checkpoint; 5: after an evaluation, between two rows of losses; 12: metrics written,
+# checkpoint not.
 @pytest.mark.parametrize("kills", [(3,), (5,), (9, 10), (12,)])
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
     world: World, unbroken: Path, tmp_path: Path, kills: tuple[int, ...]
@@ -173,7 +197,9 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
     assert same(tmp_path, unbroken)
 
 
-def test_a_run_killed_while_it_wrote_metrics_or_a_checkpoint_goes_on(world: World, unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_it_wrote_metrics_or_a_checkpoint_goes_on(
+    world: World, unbroken: Path, tmp_path: Path
+) -> None:
     config = world.config(tmp_path, **RESUMED)
     with pytest.raises(Killed):
         train(config, report=killing(9))
@@ -193,7 +219,8 @@ def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
     train(world.config(tmp_path / "unbroken", **changes))
     with pytest.raises(Killed):
         train(world.config(tmp_path / "killed", **changes), report=killing(6))
-    # On another machine the whitening may come out otherwise (an eigenvector has two signs): the one of the checkpoint counts.
+    # On another machine the whitening may come out otherwise (an eigenvector has two signs): the
+    # one of the checkpoint counts.
     calibrate = Zipper.calibrate
 
     def otherwise(model: Zipper, strands: Any) -> None:
@@ -206,22 +233,35 @@ def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
     assert same(tmp_path / "killed", tmp_path / "unbroken")
 
 
-def test_a_run_on_takes_some_of_which_say_nothing_is_resumed_like_any_other(world: World, tmp_path: Path) -> None:
+def test_a_run_on_takes_some_of_which_say_nothing_is_resumed_like_any_other(
+    world: World, tmp_path: Path
+) -> None:
     for name in ("pairs", "dev"):
         rows = data.manifest(world.folder / f"{name}.jsonl")
         takes = [
-            row | {"heard:speech": row["speech"][n % 3 :] if n % 4 else [], "said:text": row["text"] if n % 4 else ""}
+            row
+            | {
+                "heard:speech": row["speech"][n % 3 :] if n % 4 else [],
+                "said:text": row["text"] if n % 4 else "",
+            }
             for n, row in enumerate(rows)
         ]
         data.write(tmp_path / f"{name}.jsonl", takes)
     tasks = {"heard:speech -> said:text": 0.5, TTS: 0.5}
-    changes = RESUMED | {"data": str(tmp_path / "pairs.jsonl"), "dev": str(tmp_path / "dev.jsonl"), "tasks": tasks}
+    changes = RESUMED | {
+        "data": str(tmp_path / "pairs.jsonl"),
+        "dev": str(tmp_path / "dev.jsonl"),
+        "tasks": tasks,
+    }
     train(world.config(tmp_path / "unbroken", **changes))
     with pytest.raises(Killed):
         train(world.config(tmp_path / "killed", **changes), report=killing(6))
     train(world.config(tmp_path / "killed", **changes), resume=True)
     assert same(tmp_path / "killed", tmp_path / "unbroken")
-    with pytest.raises(ZipperError, match=r"The task wants a field 'heard', the row has \['speech', 'text', 'voiced'\]"):
+    with pytest.raises(
+        ZipperError,
+        match=r"The task wants a field 'heard', the row has \['speech', 'text', 'voiced'\]",
+    ):
         train(world.config(tmp_path / "clean", tasks=tasks))
 
 
@@ -244,7 +284,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     if damage == "flip":
         flip(newest / "training.safetensors")
     elif damage == "cut":
-        (newest / "training.safetensors").write_bytes((newest / "training.safetensors").read_bytes()[:-100])
+        (newest / "training.safetensors").write_bytes(
+            (newest / "training.safetensors").read_bytes()[:-100]
+        )
     else:
         (newest / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="not whole.*step-0000008"):
@@ -253,19 +295,28 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     checkpoint.check(tmp_path / "checkpoints" / "step-0000014")
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(world: World, unbroken: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
+    world: World, unbroken: Path, tmp_path: Path
+) -> None:
     config = world.config(tmp_path, **RESUMED)
     before = signal.getsignal(signal.SIGTERM)
     for step in (3, 10):  # the second run of a process hears it as well
-        with pytest.raises(SystemExit) as stopped:  # nobody takes a half-trained model for a whole one
+        with pytest.raises(
+            SystemExit
+        ) as stopped:  # nobody takes a half-trained model for a whole one
             train(
                 config,
                 resume=step > 3,
-                report=lambda row, step=step: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == step else None,
+                report=lambda row, step=step: (
+                    os.kill(os.getpid(), signal.SIGTERM) if row["step"] == step else None
+                ),
             )
         assert isinstance(stopped.value, Stopped)
         assert stopped.value.code == 128 + signal.SIGTERM
-        assert sorted((tmp_path / "checkpoints").iterdir())[-1].name in (f"step-{step:07d}", f"step-{step + 1:07d}")
+        assert sorted((tmp_path / "checkpoints").iterdir())[-1].name in (
+            f"step-{step:07d}",
+            f"step-{step + 1:07d}",
+        )
         assert signal.getsignal(signal.SIGTERM) is before
     train(config, resume=True)
     assert same(tmp_path, unbroken)
@@ -297,7 +348,9 @@ def test_a_second_start_in_the_same_folder_is_refused(world: World, tmp_path: Pa
 def test_a_checkpoint_of_another_recipe_is_refused(world: World, tmp_path: Path) -> None:
     train(world.config(tmp_path, steps=1))
     wider = world.config(tmp_path, steps=1, link=LinkConfig(head_width=16, feedforward=2.0))
-    with pytest.raises(ZipperError, match=r"step-0000001 was made by another recipe: other link .link was"):
+    with pytest.raises(
+        ZipperError, match=r"step-0000001 was made by another recipe: other link .link was"
+    ):
         train(wider, resume=True)
 
 
@@ -317,7 +370,9 @@ def test_a_run_is_not_resumed_with_another_recipe(
 ) -> None:
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     before = metrics(tmp_path)
-    with pytest.raises(ZipperError, match=f"was made by another recipe: other {named}.*Resume with the old recipe"):
+    with pytest.raises(
+        ZipperError, match=f"was made by another recipe: other {named}.*Resume with the old recipe"
+    ):
         train(world.config(tmp_path, **{"steps": 2, **changes}), resume=True)
     assert metrics(tmp_path) == before
 
@@ -331,7 +386,9 @@ def one_step(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(world: World, one_step: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
     """So were they written before."""
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints" / "step-0000001"
@@ -344,7 +401,9 @@ def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(world:
     assert metrics(tmp_path)[-1]["step"] == 3
 
 
-def test_files_are_known_by_what_is_in_them_not_by_where_they_lie(world: World, one_step: Path, tmp_path: Path) -> None:
+def test_files_are_known_by_what_is_in_them_not_by_where_they_lie(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
     shutil.copytree(one_step, tmp_path / "run")
     shutil.copytree(world.folder, tmp_path / "moved")
     moved = World(tmp_path / "moved").config(tmp_path / "run", steps=2)
@@ -357,8 +416,18 @@ def test_files_are_known_by_what_is_in_them_not_by_where_they_lie(world: World, 
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
-def test_what_a_resumed_run_may_change_leaves_its_numbers_alone(world: World, tmp_path: Path) -> None:
-    other = {"log_every": 1, "save_every": 2, "keep": 1, "recompute": True, "shard": True, "save_dtype": "float16", "accumulate": 2}
+def test_what_a_resumed_run_may_change_leaves_its_numbers_alone(
+    world: World, tmp_path: Path
+) -> None:
+    other = {
+        "log_every": 1,
+        "save_every": 2,
+        "keep": 1,
+        "recompute": True,
+        "shard": True,
+        "save_dtype": "float16",
+        "accumulate": 2,
+    }
     assert {*other, "output", "trackers", "compile", "attention"} == {*FREE}
     train(world.config(tmp_path / "a", input_projection="residual"))
     train(world.config(tmp_path / "b", input_projection="residual", **other))
@@ -373,9 +442,15 @@ def test_a_run_may_go_on_from_a_saved_zip(world: World, tmp_path: Path) -> None:
     same_weights = train(world.config(tmp_path / "same", **still)).model.state_dict()
     assert all(torch.equal(same_weights[name], p) for name, p in before.state_dict().items())
     calibrated = train(world.config(tmp_path / "calibrated", **still, calibrate=20)).model
-    assert not torch.equal(calibrated.state_dict()["links.0:text>speech.whiten.weight"], torch.eye(32))
-    strands = collate([[Segment("text", [3, 4, 5]), Segment("speech", [6, 7, 8])]], before.ends()).strands
-    torch.testing.assert_close(calibrated(strands)["speech"], before(strands)["speech"], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(
+        calibrated.state_dict()["links.0:text>speech.whiten.weight"], torch.eye(32)
+    )
+    strands = collate(
+        [[Segment("text", [3, 4, 5]), Segment("speech", [6, 7, 8])]], before.ends()
+    ).strands
+    torch.testing.assert_close(
+        calibrated(strands)["speech"], before(strands)["speech"], atol=1e-4, rtol=1e-4
+    )
 
     one = {
         "towers": {"text": tiny.shape()},
@@ -383,11 +458,15 @@ def test_a_run_may_go_on_from_a_saved_zip(world: World, tmp_path: Path) -> None:
         "tasks": {"-> text": 1.0},
         "train": (),
     }
-    with pytest.raises(ZipperError, match=r"has the towers \['speech', 'text'\], this recipe \['text'\]"):
+    with pytest.raises(
+        ZipperError, match=r"has the towers \['speech', 'text'\], this recipe \['text'\]"
+    ):
         train(world.config(tmp_path / "one", start=str(world.zip), **one))
     tiny.units(seed=5).save(tmp_path / "speech")
     foreign = {"text": str(world.folder / "text"), "speech": str(tmp_path / "speech")}
-    with pytest.raises(ZipperError, match=r"'speech' from .* trained with another tokenizer or codebook"):
+    with pytest.raises(
+        ZipperError, match=r"'speech' from .* trained with another tokenizer or codebook"
+    ):
         train(world.config(tmp_path / "foreign", start=str(world.zip), modalities=foreign))
 
 
@@ -400,11 +479,15 @@ def zip_of(world: World, config: TrainConfig) -> tuple[Zipper, list[data.Row]]:
     return training.build(config, modalities, rows), rows
 
 
-def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(world: World, tmp_path: Path) -> None:
+def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(
+    world: World, tmp_path: Path
+) -> None:
     config = world.config(tmp_path, batch=8, steps=1, loss_weight={"text": 0.5})
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
-    (batches,), counts = training._batches([training.Part("", rows, 1.0)], tasks, config, 0, model, Accelerator())
+    (batches,), counts = training._batches(
+        [training.Part("", rows, 1.0)], tasks, config, 0, model, Accelerator()
+    )
     assert len(batches) == 2
     # One sample at a time: the tokens of all samples in one list per tower, then their mean.
     each: dict[str, list[Tensor]] = {"text": [], "speech": []}
@@ -412,7 +495,9 @@ def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(wor
         produced = "text" if (batch.weights["text"] > 0).any() else "speech"
         for n in range(len(batch.targets["text"])):
             sample = {
-                name: dataclasses.replace(s, **{f.name: getattr(s, f.name)[n : n + 1] for f in dataclasses.fields(s)})
+                name: dataclasses.replace(
+                    s, **{f.name: getattr(s, f.name)[n : n + 1] for f in dataclasses.fields(s)}
+                )
                 for name, s in batch.strands.items()
             }
             logits, ids = model(sample)[produced][0], sample[produced].ids[0]
@@ -420,13 +505,17 @@ def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(wor
                 each[produced].append(F.cross_entropy(logits[place], ids[place + 1]))
     assert {name: len(tokens) for name, tokens in each.items()} == counts
     text, speech = (torch.stack(each[name]).mean() for name in ("text", "speech"))
-    gradients = torch.autograd.grad(0.5 * text + speech, [p for p in model.parameters() if p.requires_grad])
+    gradients = torch.autograd.grad(
+        0.5 * text + speech, [p for p in model.parameters() if p.requires_grad]
+    )
 
     train(config)
     (row,) = metrics(tmp_path)
     assert row["loss/text"] == pytest.approx(float(text.detach()), rel=1e-5)
     assert row["loss/speech"] == pytest.approx(float(speech.detach()), rel=1e-5)
-    assert row["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(
+        float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4
+    )
 
 
 def test_micro_batches_are_the_batch_cut_into_pieces(world: World, tmp_path: Path) -> None:
@@ -435,22 +524,37 @@ def test_micro_batches_are_the_batch_cut_into_pieces(world: World, tmp_path: Pat
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
     train(config)
-    whole = {name: t for name, t in state(tmp_path / "1", 1).items() if name.startswith("optimizer/exp_avg/")}
+    whole = {
+        name: t
+        for name, t in state(tmp_path / "1", 1).items()
+        if name.startswith("optimizer/exp_avg/")
+    }
     assert len(whole) > 40
     for accumulate in (2, 4, 9):
-        cut = dataclasses.replace(config, accumulate=accumulate, output=str(tmp_path / str(accumulate)))
-        turns, counts = training._batches([training.Part("", rows, 1.0)], tasks, cut, 0, model, Accelerator())
+        cut = dataclasses.replace(
+            config, accumulate=accumulate, output=str(tmp_path / str(accumulate))
+        )
+        turns, counts = training._batches(
+            [training.Part("", rows, 1.0)], tasks, cut, 0, model, Accelerator()
+        )
         assert len(turns) == accumulate
         sizes = [sum(len(next(iter(batch.targets.values()))) for batch in turn) for turn in turns]
         assert sum(sizes) == 9
         assert max(sizes) - min(sizes) <= 1
-        told = {name: sum(float(b.weights[name].sum()) for turn in turns for b in turn) for name in counts}
+        told = {
+            name: sum(float(b.weights[name].sum()) for turn in turns for b in turn)
+            for name in counts
+        }
         assert told == counts
         train(cut)
-        assert metrics(tmp_path / str(accumulate))[0] == pytest.approx(metrics(tmp_path / "1")[0], rel=1e-5)
+        assert metrics(tmp_path / str(accumulate))[0] == pytest.approx(
+            metrics(tmp_path / "1")[0], rel=1e-5
+        )
         found = state(tmp_path / str(accumulate), 1)
         for name, gradient in whole.items():
-            assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name
+            assert float((found[name] - gradient).abs().max()) <= 1e-5 * float(
+                gradient.abs().max()
+            ), name
 
 
 def test_what_is_computed_again_in_the_backward_pass_is_the_same_to_the_last_bit(
@@ -466,10 +570,13 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same_to_the_last_bit
     monkeypatch.setattr(LlamaMLP, "forward", counted)
     train(world.config(tmp_path / "kept", **RESUMED))
     once = calls.copy()
-    train(world.config(tmp_path / "again", **(RESUMED | {"recompute": True})))  # with dropout and corruption
+    train(
+        world.config(tmp_path / "again", **(RESUMED | {"recompute": True}))
+    )  # with dropout and corruption
     assert same(tmp_path / "kept", unbroken)
     assert same(tmp_path / "again", unbroken)
-    # Only the trained tower is ever in training mode. Its blocks run twice a step, those of the frozen one where they have a graph.
+    # Only the trained tower is ever in training mode. Its blocks run twice a step, those of the
+    # frozen one where they have a graph.
     assert calls[True] - once[True] == 2 * once[True]
     assert calls[False] - once[False] > once[False]
 
@@ -479,11 +586,17 @@ def test_frozen_weights_may_be_kept_in_half_the_bytes(
 ) -> None:
     models: list[Zipper] = []
     build = training.build
-    monkeypatch.setattr(training, "build", lambda *given: models.append(build(*given)) or models[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        training, "build", lambda *given: models.append(build(*given)) or models[-1]
+    )  # type: ignore[func-returns-value]
     pipeline = train(world.config(tmp_path, **(RESUMED | {"steps": 3, "frozen_dtype": "bfloat16"})))
     kinds = {name: (p.requires_grad, p.dtype) for name, p in models[0].named_parameters()}
-    assert {kind for name, kind in kinds.items() if name.startswith("towers.text")} == {(False, torch.bfloat16)}
-    assert {kind for name, kind in kinds.items() if not name.startswith("towers.text")} == {(True, torch.float32)}
+    assert {kind for name, kind in kinds.items() if name.startswith("towers.text")} == {
+        (False, torch.bfloat16)
+    }
+    assert {kind for name, kind in kinds.items() if not name.startswith("towers.text")} == {
+        (True, torch.float32)
+    }
     assert {t.dtype for t in state(tmp_path, 3).values()} == {torch.float32}
     loss, exact = (metrics(output)[0]["loss/text"] for output in (tmp_path, unbroken))
     assert loss == pytest.approx(exact, rel=0.01)
@@ -519,23 +632,41 @@ def test_the_noise_of_a_step_depends_on_seed_and_step_alone(world: World, tmp_pa
 
 def test_the_first_step_moves_each_group_by_its_own_rate(world: World, tmp_path: Path) -> None:
     rates = {"lr_new": 3e-3, "lr_gate": 1e-2, "lr_tower": 1e-4}
-    config = world.config(tmp_path, steps=1, warmup=1, batch=16, weight_decay=0.0, clip=1e9, **rates)
+    config = world.config(
+        tmp_path, steps=1, warmup=1, batch=16, weight_decay=0.0, clip=1e9, **rates
+    )
     before, _ = zip_of(world, config)
     after = dict(train(config).model.named_parameters())
     for name, p in before.named_parameters():
-        group = "lr_gate" if name.endswith("gate") else "lr_new" if name.startswith("links") else "lr_tower"
+        group = (
+            "lr_gate"
+            if name.endswith("gate")
+            else "lr_new"
+            if name.startswith("links")
+            else "lr_tower"
+        )
         # Adam's first step is the rate itself, up or down, wherever the gradient is not tiny.
         wanted = rates[group] if p.requires_grad else 0.0
-        assert float((after[name] - p).detach().abs().max()) == pytest.approx(wanted, rel=0.01), name
+        assert float((after[name] - p).detach().abs().max()) == pytest.approx(wanted, rel=0.01), (
+            name
+        )
 
 
-def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(world: World, tmp_path: Path) -> None:
+def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(
+    world: World, tmp_path: Path
+) -> None:
     config = world.config(tmp_path, input_projection="residual")
     model, _ = zip_of(world, config)
-    found = [(p, group) for group in training._optimizer(model, config).param_groups for p in group["params"]]
+    found = [
+        (p, group)
+        for group in training._optimizer(model, config).param_groups
+        for p in group["params"]
+    ]
     trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
     train(config)
-    moments = {name.split("/", 2)[2] for name in state(tmp_path, 6) if name.startswith("optimizer/")}
+    moments = {
+        name.split("/", 2)[2] for name in state(tmp_path, 6) if name.startswith("optimizer/")
+    }
     assert moments == {*trained.values()}  # nothing is kept for what is frozen
     assert Counter(id(p) for p, _ in found) == Counter(id(p) for p in trained)
     for p, group in found:
@@ -546,11 +677,15 @@ def test_the_rate_rises_over_warmup_then_falls_on_a_cosine(world: World, tmp_pat
     train(world.config(tmp_path, steps=6, warmup=2, log_every=1, lr_tower=1e-3, lr_final=0.1))
     found = [row["lr"] / 1e-3 for row in metrics(tmp_path)]
     root = math.sqrt(0.5)
-    assert found == pytest.approx([0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + root), 0.55, 0.1 + 0.45 * (1 - root)])
+    assert found == pytest.approx(
+        [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + root), 0.55, 0.1 + 0.45 * (1 - root)]
+    )
 
 
 @pytest.mark.parametrize("chance", [1.0, 0.3])
-def test_corruption_changes_what_is_read_never_what_is_to_be_said(world: World, tmp_path: Path, chance: float) -> None:
+def test_corruption_changes_what_is_read_never_what_is_to_be_said(
+    world: World, tmp_path: Path, chance: float
+) -> None:
     config = world.config(tmp_path, corrupt={"speech": chance})
     model, rows = zip_of(world, config)
     task = Task(given=("text", "speech"), produced=("voiced:speech",))
@@ -561,7 +696,9 @@ def test_corruption_changes_what_is_read_never_what_is_to_be_said(world: World, 
         assert torch.equal(noisy.targets[name], clean.targets[name])
         assert torch.equal(noisy.weights[name], clean.weights[name])
         for field in ("position", "time", "document"):
-            assert torch.equal(getattr(noisy.strands[name], field), getattr(clean.strands[name], field))
+            assert torch.equal(
+                getattr(noisy.strands[name], field), getattr(clean.strands[name], field)
+            )
     assert torch.equal(noisy.strands["text"].ids, clean.strands["text"].ids)
     ids, weights = clean.strands["speech"].ids, clean.weights["speech"]
     changed = noisy.strands["speech"].ids != ids
@@ -578,33 +715,52 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
     found = {"text": 0, "speech": 0}
     accelerator = Accelerator()
     for step in range(50):
-        (batches,), _ = training._batches([training.Part("", rows, 1.0)], tasks, config, step, model, accelerator)
+        (batches,), _ = training._batches(
+            [training.Part("", rows, 1.0)], tasks, config, step, model, accelerator
+        )
         for batch in batches:
             assert set(batch.strands) == {"text", "speech"}  # never "-> text"
-            found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(batch.targets["text"])
+            found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(
+                batch.targets["text"]
+            )
     assert sum(found.values()) == 400
     assert found["text"] == pytest.approx(100, abs=4 * math.sqrt(400 * 0.25 * 0.75))
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(64, 4), (128, 4), (50, 4), (7, 3), (3, 5)])
-def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(rows: int, batch: int) -> None:
+def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(
+    rows: int, batch: int
+) -> None:
     samples = [{"text": [n] * (1 + n % 5)} for n in range(rows)]
     order = [
-        [samples.index(row) for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=3)]
+        [
+            samples.index(row)
+            for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=3)
+        ]
         for step in range(5 * training.POOL)
     ]
     assert all(len(step) == batch for step in order)
-    for pools in range(1, 6):  # after each pool every row was read equally often, give or take the epoch that is under way
+    for pools in range(
+        1, 6
+    ):  # after each pool every row was read equally often, give or take the epoch that is under way
         read = Counter(n for step in order[: pools * training.POOL] for n in step)
         often = pools * training.POOL * batch // rows
         assert set(read.values()) <= {often, often + 1}
         assert often == 0 or len(read) == rows
-    assert [samples.index(row) for row in training._order([training.Part("", samples, 1.0)], batch, 40, seed=3)] == order[40]
+    assert [
+        samples.index(row)
+        for row in training._order([training.Part("", samples, 1.0)], batch, 40, seed=3)
+    ] == order[40]
     if rows == 128:  # two pools are an epoch; the next one is another permutation
-        assert {n for step in order[:16] for n in step} != {n for step in order[32:48] for n in step}
+        assert {n for step in order[:16] for n in step} != {
+            n for step in order[32:48] for n in step
+        }
     if rows > 5:
         assert [
-            [samples.index(row) for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=4)]
+            [
+                samples.index(row)
+                for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=4)
+            ]
             for step in range(5)
         ] != order[:5]
         assert order[: training.POOL] != order[training.POOL : 2 * training.POOL]
@@ -613,7 +769,10 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(rows: int,
 def test_the_rows_of_a_batch_are_of_like_length() -> None:
     samples = [{"text": [0] * n} for n in range(64)]
     for step in range(16):
-        lengths = [len(row["text"]) for row in training._order([training.Part("", samples, 1.0)], 4, step, seed=0)]
+        lengths = [
+            len(row["text"])
+            for row in training._order([training.Part("", samples, 1.0)], 4, step, seed=0)
+        ]
         assert max(lengths) - min(lengths) == 3  # all 64 rows are one pool, sorted and cut
 
 
@@ -625,10 +784,14 @@ def bf16() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def test_a_step_in_bfloat16_keeps_weights_in_float32(world: World, unbroken: Path, tmp_path: Path, bf16: None) -> None:
+def test_a_step_in_bfloat16_keeps_weights_in_float32(
+    world: World, unbroken: Path, tmp_path: Path, bf16: None
+) -> None:
     train(world.config(tmp_path, **(RESUMED | {"steps": 3, "mixed_precision": "bf16"})))
     found, exact = state(tmp_path, 3), metrics(unbroken)[0]
-    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in found.values())
+    assert all(
+        tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in found.values()
+    )
     loss = metrics(tmp_path)[0]["loss/speech"]
     assert loss == pytest.approx(exact["loss/speech"], rel=0.02)
     assert loss != exact["loss/speech"]
@@ -636,14 +799,22 @@ def test_a_step_in_bfloat16_keeps_weights_in_float32(world: World, unbroken: Pat
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_on_a_gpu_is_that_of_the_cpu_and_goes_on(
-    world: World, tmp_path: Path, precision: str, gpu: torch.device, bf16: None, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    tmp_path: Path,
+    precision: str,
+    gpu: torch.device,
+    bf16: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Up to rounding: kernels of a GPU may add up in another order every time."""
     changes = RESUMED | {"corrupt": {}, "link": LinkConfig(head_width=16, gate_init=0.6)}
     train(world.config(tmp_path / "cpu", **changes))
     AcceleratorState._reset_state(True)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    changes |= {"mixed_precision": precision, "frozen_dtype": None if precision == "no" else "bfloat16"}
+    changes |= {
+        "mixed_precision": precision,
+        "frozen_dtype": None if precision == "no" else "bfloat16",
+    }
     assert Accelerator(mixed_precision=precision).device.type == gpu.type
     train(world.config(tmp_path / "gpu", **changes))
     with pytest.raises(Killed):
@@ -654,8 +825,13 @@ def test_a_run_on_a_gpu_is_that_of_the_cpu_and_goes_on(
     for cpu, one, other in zip(here, there, again, strict=True):
         losses = [key for key in cpu if key.startswith(("loss/", "dev/"))]
         assert [one[key] for key in losses] == pytest.approx([cpu[key] for key in losses], rel=near)
-        assert [other[key] for key in losses] == pytest.approx([one[key] for key in losses], rel=near)
-    assert pipeline.model.towers["text"].digest() == Tower.load(world.folder / "text" / "tower").digest()  # type: ignore[operator]
+        assert [other[key] for key in losses] == pytest.approx(
+            [one[key] for key in losses], rel=near
+        )
+    assert (
+        pipeline.model.towers["text"].digest()
+        == Tower.load(world.folder / "text" / "tower").digest()
+    )  # type: ignore[operator]
 
 
 def test_a_model_may_be_saved_in_half_precision(world: World, tmp_path: Path) -> None:
@@ -673,21 +849,36 @@ def test_a_model_may_be_saved_in_half_precision(world: World, tmp_path: Path) ->
 # --- what it leaves behind
 
 
-def test_a_run_leaves_its_recipe_its_metrics_and_its_checkpoints(world: World, tmp_path: Path) -> None:
+def test_a_run_leaves_its_recipe_its_metrics_and_its_checkpoints(
+    world: World, tmp_path: Path
+) -> None:
     config = world.config(tmp_path, steps=9, save_every=2, keep=2, trackers=("tensorboard",))
     reported: list[dict[str, Any]] = []
     train(config, report=reported.append)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(config))
+    )
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9] == [row["step"] for row in reported]
     for row in rows:
         assert (f"dev/{ASR}" in row) == (row["step"] % 3 == 0)
-        assert ("loss/speech" in row) == ("grad_norm" in row) == (row["step"] % 2 == 0 or row["step"] == 9)
+        assert (
+            ("loss/speech" in row)
+            == ("grad_norm" in row)
+            == (row["step"] % 2 == 0 or row["step"] == 9)
+        )
     gates = {name for row in rows for name in row if name.startswith("gate/")}
     assert gates == {"gate/0:text>speech", "gate/0:speech>text"}
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-0000008", "step-0000009"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-0000008",
+        "step-0000009",
+    ]
     assert list(tmp_path.rglob("events.out.tfevents.*"))
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+    assert not [
+        path
+        for path in tmp_path.rglob("*")
+        if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+    ]
 
 
 def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) -> None:
@@ -702,12 +893,15 @@ def test_metrics_are_means_since_the_row_before(world: World, tmp_path: Path) ->
 
 
 def test_a_run_is_held_by_who_writes_it(world: World, tmp_path: Path) -> None:
-    """A second start or resume is refused at once, and says by whom; it changes nothing of the run."""
+    """A second start or resume is refused at once, and says by whom; it changes nothing of the
+    run."""
     config, seen = world.config(tmp_path / "run", steps=3, log_every=1), []
 
     def second(row: dict[str, Any]) -> None:
         for resume in (True, False):
-            with pytest.raises(ZipperError, match=rf"run is in use: process {os.getpid()} on .* writes it"):
+            with pytest.raises(
+                ZipperError, match=rf"run is in use: process {os.getpid()} on .* writes it"
+            ):
                 train(config, resume=resume)
         seen.append(row["step"])
 
@@ -734,8 +928,12 @@ STILL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("how", ["all together", "the run alone", "the towers alone"])
-@pytest.mark.parametrize("changes", [{}, {"save_dtype": "bfloat16"}, {"frozen_dtype": "bfloat16"}], ids=str)
-def test_a_run_whose_parts_moved_goes_on_to_its_end(world: World, tmp_path: Path, how: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"save_dtype": "bfloat16"}, {"frozen_dtype": "bfloat16"}], ids=str
+)
+def test_a_run_whose_parts_moved_goes_on_to_its_end(
+    world: World, tmp_path: Path, how: str, changes: dict[str, Any]
+) -> None:
     """The best model is that of the first evaluation, saved before the move: no weight changes."""
     project = moved(world, tmp_path / "project")
     with pytest.raises(Killed):
@@ -757,13 +955,18 @@ def test_a_run_whose_parts_moved_goes_on_to_its_end(world: World, tmp_path: Path
         config = dataclasses.replace(config, towers=towers)
     ended = train(config, resume=True)
     assert [row["step"] for row in metrics(run)] == [2, 4, 6]
-    saved, ours = Pipeline.from_pretrained(run / "model").model.state_dict(), ended.model.state_dict()
+    saved, ours = (
+        Pipeline.from_pretrained(run / "model").model.state_dict(),
+        ended.model.state_dict(),
+    )
     assert all(torch.equal(saved[name], p) for name, p in ours.items())
     assert checkpoint.load(run / "model")[1]["step"] == 2
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged", "of another tower"])
-def test_what_the_end_needs_is_looked_at_before_the_first_step(world: World, tmp_path: Path, harm: str) -> None:
+def test_what_the_end_needs_is_looked_at_before_the_first_step(
+    world: World, tmp_path: Path, harm: str
+) -> None:
     project = moved(world, tmp_path / "project")
     config = project.config(tmp_path / "run", **STILL)
     with pytest.raises(Killed):
@@ -779,7 +982,9 @@ def test_what_the_end_needs_is_looked_at_before_the_first_step(world: World, tmp
         checkpoint.write_json(model / "zipper.json", saved)
         checkpoint.seal(model)
     steps: list[int] = []
-    with pytest.warns(UserWarning, match="The best model so far is lost, the next evaluation counts as the best"):
+    with pytest.warns(
+        UserWarning, match="The best model so far is lost, the next evaluation counts as the best"
+    ):
         train(config, resume=True, report=lambda row: steps.append(row["step"]))
     assert steps == [4, 6] and checkpoint.load(model)[1]["step"] == 4
     shutil.rmtree(model)
@@ -791,16 +996,22 @@ def test_what_the_end_needs_is_looked_at_before_the_first_step(world: World, tmp
 def test_a_run_that_could_not_be_saved_is_refused_before_its_first_step(
     world: World, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer that says far more than its vocabulary, which no file may; a folder that is none of ours."""
+    """A tokenizer that says far more than its vocabulary, which no file may; a folder that is none
+    of ours."""
     project = moved(world, tmp_path / "project")
     if place == "text":
         path = project.folder / "text" / "tokenizer.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}) + " " * 2_000_000)
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"normalizer": None}) + " " * 2_000_000
+        )
     else:
         (tmp_path / "run" / "model").mkdir(parents=True)
         (tmp_path / "run" / "model" / "thesis.tex").write_text("years of work")
     steps: list[int] = []
-    with pytest.raises(ZipperError, match=r"tokenizer.json has more than \d+ bytes|holds something else than a saved model"):
+    with pytest.raises(
+        ZipperError,
+        match=r"tokenizer.json has more than \d+ bytes|holds something else than a saved model",
+    ):
         train(project.config(tmp_path / "run"), report=lambda row: steps.append(row["step"]))
     assert not steps and not (tmp_path / "run" / "checkpoints").exists()
 
@@ -817,30 +1028,45 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_harms_anything(
         return nll(self, *given) * (value if sum(calls) > 6 else 1.0)
 
     monkeypatch.setattr(Zipper, "nll", broken)
-    with pytest.raises(ZipperError, match=r"The gradient of step [45] is not finite .*What .* holds is from before it.*start="):
+    with pytest.raises(
+        ZipperError,
+        match=r"The gradient of step [45] is not finite .*What .* holds is from before it.*start=",
+    ):
         train(config)
     monkeypatch.undo()
     for path in (tmp_path / "checkpoints").glob("step-*"):
-        assert all(tensor.isfinite().all() for tensor in load_file(path / "training.safetensors").values())
+        assert all(
+            tensor.isfinite().all() for tensor in load_file(path / "training.safetensors").values()
+        )
     assert Pipeline.from_pretrained(tmp_path / "model").model.config.junctions
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": ("text",)}, r"train is \['text'\], but in start=.* it is \['speech'\], and what learns stays as it was"),
+        (
+            {"train": ("text",)},
+            r"train is \['text'\], but in start=.* it is \['speech'\], and what learns stays as "
+            r"it was",
+        ),
         ({"lora": {"text": {"r": 2}}}, r"lora is .*, but in start=.* it is \{\}"),
     ],
 )
-def test_what_learns_is_not_changed_by_a_start(world: World, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_learns_is_not_changed_by_a_start(
+    world: World, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ZipperError, match=message):
         train(world.config(tmp_path / "run", start=str(world.zip), **changes))
-    train(world.config(tmp_path / "run", start=str(world.zip), train=(), steps=1))  # what the zip says
+    train(
+        world.config(tmp_path / "run", start=str(world.zip), train=(), steps=1)
+    )  # what the zip says
 
 
 def test_a_start_whose_base_moved_finds_it_by_the_recipe(world: World, tmp_path: Path) -> None:
     project = moved(world, tmp_path / "project")
-    Pipeline.from_pretrained(project.zip).save_pretrained(project.zip)  # pinned here, not to the world it is a copy of
+    Pipeline.from_pretrained(project.zip).save_pretrained(
+        project.zip
+    )  # pinned here, not to the world it is a copy of
     (project.folder / "text").rename(tmp_path / "text")
     shutil.move(project.zip, tmp_path / "deep" / "er" / "zip")
     config = project.config(tmp_path / "run", steps=1, start=str(tmp_path / "deep" / "er" / "zip"))
@@ -863,25 +1089,39 @@ def test_a_start_whose_base_moved_finds_it_by_the_recipe(world: World, tmp_path:
         ({"tasks": {ASR: -1.0}}, "needs at least one task"),
         ({"tasks": {ASR: 0.0}}, "needs at least one task"),
         ({"tasks": {"speech text": 1.0}}, "'speech text' is not a task. Write it as"),
-        ({"tasks": {"speech -> image": 1.0}}, "names the tower 'image'; this recipe has .'speech', 'text'.."),
+        (
+            {"tasks": {"speech -> image": 1.0}},
+            "names the tower 'image'; this recipe has .'speech', 'text'..",
+        ),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"batch": -3}, "batch is -3"),
         ({"rows": 0}, "rows is 0"),
         ({"accumulate": 0}, "accumulate is 0"),
-        ({"frozen_dtype": "float16"}, r"frozen_dtype is 'float16'; it must be one of .None, 'bfloat16'"),
+        (
+            {"frozen_dtype": "float16"},
+            r"frozen_dtype is 'float16'; it must be one of .None, 'bfloat16'",
+        ),
         ({"save_every": 0}, "save_every is 0"),
         ({"keep": 0}, "keep is 0"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"mixed_precision": "fp7"}, r"mixed_precision is 'fp7'; it must be one of .'no', 'bf16'"),
         ({"save_dtype": "half"}, "save_dtype is 'half'"),
-        ({"modalities": {"text": "x"}}, "The towers are .'speech', 'text'., the modalities .'text'.. Give one for each"),
+        (
+            {"modalities": {"text": "x"}},
+            "The towers are .'speech', 'text'., the modalities .'text'.. Give one for each",
+        ),
         ({"train": ("video",)}, "train names .'video'"),
         ({"corrupt": {"video": 0.1}}, "corrupt names .'video'"),
         ({"loss_weight": {"video": 1.0}}, "loss_weight names .'video'"),
-        ({"towers": {"text": {"model_type": "llama"}, "speech": "x"}}, "'text' is a fresh one that would never learn"),
+        (
+            {"towers": {"text": {"model_type": "llama"}, "speech": "x"}},
+            "'text' is a fresh one that would never learn",
+        ),
     ],
 )
-def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(world: World, changes: dict[str, Any], message: str) -> None:
+def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(
+    world: World, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ZipperError, match=message):
         world.config(Path("nowhere"), **changes)
 
@@ -889,8 +1129,14 @@ def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(world: World, chan
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "call anna"}, r"rows.jsonl, line 3: The task wants a field 'speech', the row has \['text'\]"),
-        ({"text": "call anna", "speech": [1] * 200}, "rows.jsonl, line 3: 'speech' would read 202 tokens"),
+        (
+            {"text": "call anna"},
+            r"rows.jsonl, line 3: The task wants a field 'speech', the row has \['text'\]",
+        ),
+        (
+            {"text": "call anna", "speech": [1] * 200},
+            "rows.jsonl, line 3: 'speech' would read 202 tokens",
+        ),
     ],
 )
 def test_data_that_do_not_fit_are_refused_before_the_first_step(
@@ -904,7 +1150,10 @@ def test_data_that_do_not_fit_are_refused_before_the_first_step(
 
 
 def test_more_micro_batches_than_samples_are_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ZipperError, match="batch is 4; 1 processes need at least one sample each, in each of 5 micro-batches"):
+    with pytest.raises(
+        ZipperError,
+        match="batch is 4; 1 processes need at least one sample each, in each of 5 micro-batches",
+    ):
         train(world.config(tmp_path / "run", batch=4, accumulate=5))
 
 
@@ -912,14 +1161,23 @@ def test_a_tower_of_another_codebook_or_tokenizer_is_refused(world: World, tmp_p
     tiny.units(seed=5).save(tmp_path / "speech")  # as many codes, other sounds
     config = world.config(
         tmp_path / "run",
-        towers={"text": str(world.folder / "text" / "tower"), "speech": str(world.zip / "towers" / "speech")},
+        towers={
+            "text": str(world.folder / "text" / "tower"),
+            "speech": str(world.zip / "towers" / "speech"),
+        },
     )
-    other = dataclasses.replace(config, modalities={**config.modalities, "speech": str(tmp_path / "speech")})
+    other = dataclasses.replace(
+        config, modalities={**config.modalities, "speech": str(tmp_path / "speech")}
+    )
     with pytest.raises(
-        ZipperError, match=r"'speech' from .* another tokenizer or codebook than the one given. Give .*zip/modalities"
+        ZipperError,
+        match=r"'speech' from .* another tokenizer or codebook than the one given. Give "
+        r".*zip/modalities",
     ):
         train(other)
     tiny.text(merges=40).save(tmp_path / "text")
-    more = dataclasses.replace(config, modalities={**config.modalities, "text": str(tmp_path / "text")})
+    more = dataclasses.replace(
+        config, modalities={**config.modalities, "text": str(tmp_path / "text")}
+    )
     with pytest.raises(ZipperError, match=r"'text' knows 42 ids, its modality in .* makes 70"):
         train(more)

@@ -1,8 +1,8 @@
 """`verify` holds a sound model to its promises, and calls out each fault that is put into one.
 
-Every fault is put into a model that was saved and loaded and whose gates are closed, as at birth: nothing of it shows until verify
-forces them open. Its two towers are of one shape, so that no mix-up is an error of shapes.
-"""
+Every fault is put into a model that was saved and loaded and whose gates are closed, as at birth:
+nothing of it shows until verify forces them open. Its two towers are of one shape, so that no
+mix-up is an error of shapes."""
 
 import copy
 import dataclasses
@@ -31,9 +31,14 @@ FAMILIES = {"text": "llama", "speech": "gpt2"}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A zip of two towers of one shape, as it is born; the frozen one lies inside."""
-    towers = {name: tiny_tower("llama", seed, 16, 3, ids) for name, seed, ids in (("text", 1, 31), ("speech", 2, 23))}
+    towers = {
+        name: tiny_tower("llama", seed, 16, 3, ids)
+        for name, seed, ids in (("text", 1, 31), ("speech", 2, 23))
+    }
     folder = tmp_path_factory.mktemp("verify") / "zip"
-    Zipper.from_towers(towers, train=["speech"], link=LinkConfig(head_width=8)).save_pretrained(folder, include=["text"])
+    Zipper.from_towers(towers, train=["speech"], link=LinkConfig(head_width=8)).save_pretrained(
+        folder, include=["text"]
+    )
     return folder
 
 
@@ -52,9 +57,14 @@ def broken(zipped: Zipper) -> list[str]:
 def test_a_sound_model_keeps_every_promise_at_birth_and_awake(saved: Path) -> None:
     checks = verify(Zipper.from_pretrained(saved))
     assert all(check.held for check in checks)
-    assert all(isinstance(value, str | bool) for check in checks for value in dataclasses.astuple(check))
+    assert all(
+        isinstance(value, str | bool) for check in checks for value in dataclasses.astuple(check)
+    )
     assert broken(laws.zipped(FAMILIES, train=("speech",))) == []
-    assert broken(laws.zipped(FAMILIES, preset="paper", link=replace(link.PAPER_LINK, head_width=8))) == []
+    assert (
+        broken(laws.zipped(FAMILIES, preset="paper", link=replace(link.PAPER_LINK, head_width=8)))
+        == []
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -88,9 +98,14 @@ def test_one_tower_is_tried_on_what_one_tower_promises() -> None:
 
 def test_towers_that_read_nine_tokens_or_begin_with_their_end_are_tried_too() -> None:
     towers = {name: tiny_tower("gpt2", positions=9) for name in FAMILIES}
-    assert broken(Zipper.from_towers(towers, link=laws.SMALL, ends={"text": (1, 1), "speech": (0, 0)})) == []
+    assert (
+        broken(Zipper.from_towers(towers, link=laws.SMALL, ends={"text": (1, 1), "speech": (0, 0)}))
+        == []
+    )
     with pytest.raises(ZipperError, match="a tower must be able to read 9"):
-        verify(Zipper.from_towers(towers | {"image": tiny_tower("gpt2", positions=8)}, link=laws.SMALL))
+        verify(
+            Zipper.from_towers(towers | {"image": tiny_tower("gpt2", positions=8)}, link=laws.SMALL)
+        )
 
 
 def test_what_no_link_reads_need_not_be_seen(saved: Path) -> None:
@@ -106,7 +121,9 @@ def test_what_no_link_reads_need_not_be_seen(saved: Path) -> None:
 def test_an_adapted_tower_is_tried_with_its_adapter() -> None:
     pytest.importorskip("peft")
     towers = {name: tiny_tower(family) for name, family in FAMILIES.items()}
-    zipped = Zipper.from_towers(towers, link=laws.SMALL, lora={"text": {"r": 2, "target_modules": ["q_proj"]}})
+    zipped = Zipper.from_towers(
+        towers, link=laws.SMALL, lora={"text": {"r": 2, "target_modules": ["q_proj"]}}
+    )
     for name, parameter in zipped.tower("text").named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -114,13 +131,23 @@ def test_an_adapted_tower_is_tried_with_its_adapter() -> None:
 
 
 def test_experts_may_round_by_what_others_ask_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }
     ids = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 64}
     torch.manual_seed(0)
-    experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes, **ids)).eval()
+    experts = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mixtral", **sizes, **ids)
+    ).eval()
     zipped = Zipper.from_towers({"text": experts, "speech": tiny_tower("gpt2")}, link=laws.SMALL)
     assert broken(zipped) == []
-    monkeypatch.setattr(model, "visible", mutated(model, "visible", ":] < target.time", ":] > target.time"))
+    monkeypatch.setattr(
+        model, "visible", mutated(model, "visible", ":] < target.time", ":] > target.time")
+    )
     assert any(promise.startswith("no leak") for promise in broken(zipped))
 
 
@@ -144,20 +171,33 @@ def flip(tensor: torch.Tensor) -> None:
     tensor.data.view(torch.int32).view(-1)[0] ^= 1
 
 
-def test_one_bit_of_a_frozen_weight_is_called_out_and_named_where_the_base_is_at_hand(saved: Path) -> None:
+def test_one_bit_of_a_frozen_weight_is_called_out_and_named_where_the_base_is_at_hand(
+    saved: Path,
+) -> None:
     zipped = Zipper.from_pretrained(saved)
     flip(zipped.tower("text").get_parameter("model.layers.1.mlp.up_proj.weight"))
     assert broken(zipped) == ["frozen text is its base"]
-    (found,) = [check for check in tried(zipped, {"text": saved / "towers" / "text"}) if not check.held]
-    assert "1 of 30 tensors differ from the base given: model.layers.1.mlp.up_proj.weight" in found.measured
+    (found,) = [
+        check for check in tried(zipped, {"text": saved / "towers" / "text"}) if not check.held
+    ]
+    assert (
+        "1 of 30 tensors differ from the base given: model.layers.1.mlp.up_proj.weight"
+        in found.measured
+    )
 
 
 def test_a_tower_in_fewer_bits_is_held_against_its_base(saved: Path) -> None:
     half = Zipper.from_pretrained(saved, dtype=torch.float16)
     base = saved / "towers" / "text"
-    assert [check.held for check in tried(half, {"text": base}) if check.promise == "frozen text is its base"] == [True]
+    assert [
+        check.held
+        for check in tried(half, {"text": base})
+        if check.promise == "frozen text is its base"
+    ] == [True]
     other = tiny_tower("llama", 9, 16, 3, 31)
-    assert [check.promise for check in tried(half, {"text": other}) if not check.held] == ["frozen text is its base"]
+    assert [check.promise for check in tried(half, {"text": other}) if not check.held] == [
+        "frozen text is its base"
+    ]
 
 
 def test_one_bit_of_a_buffer_that_no_checkpoint_holds_is_called_out(saved: Path) -> None:
@@ -166,13 +206,17 @@ def test_one_bit_of_a_buffer_that_no_checkpoint_holds_is_called_out(saved: Path)
     assert broken(zipped) == ["buffers of text are those of its configuration"]
 
 
-# --- faults in the code: (where, function, its source, what stands there instead), and the promise that breaks
+# --- faults in the code: (where, function, its source, what stands there instead), and the promise
+# that breaks
 
 Place = tuple[Any, str, str, str]
 READ = "state.past.get(name) or towers[name].new_past()"
 
 FAULTS: dict[str, tuple[list[Place], str]] = {
-    "a token sees the one after it": ([(model, "visible", ":] < target.time", ":] < 2 + target.time")], "no leak, order"),
+    "a token sees the one after it": (
+        [(model, "visible", ":] < target.time", ":] < 2 + target.time")],
+        "no leak, order",
+    ),
     "a token does not see the one before it": (
         [(model, "visible", ":] < target.time", ":] < -1 + target.time")],
         "rows of a batch are",
@@ -181,9 +225,18 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         [(model, "visible", "same & (source.time[:, None, :] < target.time[:, :, None])", "same")],
         "no leak, order",
     ),
-    "the link does not use the mask": ([(Link, "forward", "(mask | ~visible)[:, None]", "None")], "no leak, order"),
-    "documents are ignored": ([(model, "visible", "== source.document[:, None, :]", ">= 0")], "packed neighbours"),
-    "a link reads fused states": ([(Zipper, "_exchange", "new = dict(hidden)", "new = hidden")], "rows of a batch are"),
+    "the link does not use the mask": (
+        [(Link, "forward", "(mask | ~visible)[:, None]", "None")],
+        "no leak, order",
+    ),
+    "documents are ignored": (
+        [(model, "visible", "== source.document[:, None, :]", ">= 0")],
+        "packed neighbours",
+    ),
+    "a link reads fused states": (
+        [(Zipper, "_exchange", "new = dict(hidden)", "new = hidden")],
+        "rows of a batch are",
+    ),
     "who sees something is asked per batch": (
         [(Link, "forward", "mask.any(-1, keepdim=True)", "mask.any().view(1, 1, 1)")],
         "rows of a batch are",
@@ -191,7 +244,12 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
     "a unimodal plan is projected": (
         [
             (model, "_shared", "torch.zeros_like", "torch.ones_like"),
-            (Zipper, "_advance", "name in self.inputs and len(state.towers) > 1", "name in self.inputs"),
+            (
+                Zipper,
+                "_advance",
+                "name in self.inputs and len(state.towers) > 1",
+                "name in self.inputs",
+            ),
         ],
         "unimodal text is the bare tower",
     ),
@@ -202,7 +260,8 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
                 Zipper,
                 "_exchange",
                 "if source == target",
-                "if source == target and target in new: new[target] = new[target] * 1.001\n            if source == target",
+                "if source == target and target in new: new[target] = new[target] * 1.001\n       "
+                "     if source == target",
             ),
         ],
         "unimodal text is the bare tower",
@@ -211,9 +270,18 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         [(Zipper, "_advance", READ, f"next(iter(state.past.values()), None) or {READ}")],
         "cached is full",
     ),
-    "the cache is cut at the wrong end": ([(tower.Past, "compact", "self.length - width :", ": width")], "cached is full"),
-    "what was read is read again": ([(Zipper, "_exchange", "state.unread.pop(", "state.unread.get(")], "cached is full"),
-    "an end is not read": ([(generation, "_segment", "next_ids, alive)}", "next_ids, going)}")], "every produced"),
+    "the cache is cut at the wrong end": (
+        [(tower.Past, "compact", "self.length - width :", ": width")],
+        "cached is full",
+    ),
+    "what was read is read again": (
+        [(Zipper, "_exchange", "state.unread.pop(", "state.unread.get(")],
+        "cached is full",
+    ),
+    "an end is not read": (
+        [(generation, "_segment", "next_ids, alive)}", "next_ids, going)}")],
+        "every produced",
+    ),
     "the end of a segment that was cut is not read": (
         [(generation, "_segment", "token[row] = end", "token[row] = end; alive[row] = False")],
         "every produced",
@@ -225,27 +293,61 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
 }
 
 MORE: dict[str, tuple[list[Place], str]] = {
-    "the mask is inverted": ([(model, "visible", ":] < target.time", ":] > target.time")], "no leak, order"),
-    "ranks are compared, not times": ([(model, "visible", ".time[", ".position[")], "no leak, order"),
-    "nothing is seen": ([(model, "visible", "same & (", "same & False & (")], "speech sees text, order"),
-    "padding is seen": ([(model, "visible", "& (source.document >= 0)", "| (source.document < 0)")], "no leak, order"),
-    "rows of a batch see each other": ([(Link, "forward", "added = torch", "added = 1e-3 * x.mean(0) + torch")], "no leak, order"),
-    "one direction is missing": ([(Zipper, "_exchange", "if source == target", "if source >= target")], "speech sees text"),
-    "a link replaces the state": ([(Zipper, "_exchange", "new[target] + link", "link")], "rows of a batch are"),
+    "the mask is inverted": (
+        [(model, "visible", ":] < target.time", ":] > target.time")],
+        "no leak, order",
+    ),
+    "ranks are compared, not times": (
+        [(model, "visible", ".time[", ".position[")],
+        "no leak, order",
+    ),
+    "nothing is seen": (
+        [(model, "visible", "same & (", "same & False & (")],
+        "speech sees text, order",
+    ),
+    "padding is seen": (
+        [(model, "visible", "& (source.document >= 0)", "| (source.document < 0)")],
+        "no leak, order",
+    ),
+    "rows of a batch see each other": (
+        [(Link, "forward", "added = torch", "added = 1e-3 * x.mean(0) + torch")],
+        "no leak, order",
+    ),
+    "one direction is missing": (
+        [(Zipper, "_exchange", "if source == target", "if source >= target")],
+        "speech sees text",
+    ),
+    "a link replaces the state": (
+        [(Zipper, "_exchange", "new[target] + link", "link")],
+        "rows of a batch are",
+    ),
     "the exchange comes before the block": (
         [(Zipper, "_advance", "junction[name]", "(junction[name] - 1)")],
         "rows of a batch are",
     ),
-    "rotary positions are times": ([(Zipper, "_exchange", "strand.position", "strand.time")], "rows of a batch are"),
+    "rotary positions are times": (
+        [(Zipper, "_exchange", "strand.position", "strand.time")],
+        "rows of a batch are",
+    ),
     "a token that sees nothing is changed": (
         [(Link, "forward", "torch.where(visible, added, torch.zeros_like(added))", "added")],
         "rows of a batch are",
     ),
     "a unimodal plan is projected when it generates": (
-        [(Zipper, "_advance", "name in self.inputs and len(state.towers) > 1", "name in self.inputs")],
+        [
+            (
+                Zipper,
+                "_advance",
+                "name in self.inputs and len(state.towers) > 1",
+                "name in self.inputs",
+            )
+        ],
         "text alone writes",
     ),
-    "a unimodal row is projected": ([(model, "_shared", "torch.zeros_like", "torch.ones_like")], "rows of a batch are"),
+    "a unimodal row is projected": (
+        [(model, "_shared", "torch.zeros_like", "torch.ones_like")],
+        "rows of a batch are",
+    ),
     "the memory of a link starts anew": (
         [(model, "_read", "fresh if memory is None else", "fresh if True else")],
         "cached is full",
@@ -262,17 +364,28 @@ MORE: dict[str, tuple[list[Place], str]] = {
         [(generation, "_segment", "[[begin, *forced.content]]", "[forced.content or [end]]")],
         "every produced",
     ),
-    "a given segment has no end": ([(generation, "collate", "*segment.content, end]", "*segment.content]")], "every produced"),
-    "the clock stands still": ([(generation.Clock, "say", "self.time + alive * ids.shape[1]", "self.time")], "every produced"),
+    "a given segment has no end": (
+        [(generation, "collate", "*segment.content, end]", "*segment.content]")],
+        "every produced",
+    ),
+    "the clock stands still": (
+        [(generation.Clock, "say", "self.time + alive * ids.shape[1]", "self.time")],
+        "every produced",
+    ),
     "positions go on for rows that have ended": (
         [(generation.Clock, "say", "position + alive * ids.shape[1]", "position + ids.shape[1]")],
         "every produced",
     ),
-    "a segment is longer than its cap": ([(generation, "_segment", ">= caps[row]", "> caps[row]")], "every produced"),
+    "a segment is longer than its cap": (
+        [(generation, "_segment", ">= caps[row]", "> caps[row]")],
+        "every produced",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *(pytest.param(fault, marks=pytest.mark.slow) for fault in MORE)])
+@pytest.mark.parametrize(
+    "fault", [*FAULTS, *(pytest.param(fault, marks=pytest.mark.slow) for fault in MORE)]
+)
 def test_a_fault_is_called_out(fault: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zipped = Zipper.from_pretrained(saved)
     places, promise = (FAULTS | MORE)[fault]
@@ -282,11 +395,15 @@ def test_a_fault_is_called_out(fault: str, saved: Path, monkeypatch: pytest.Monk
 
 
 def sees_neighbours(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, strand, h, past=None: right(self, replace(strand, document=strand.document.clamp(max=0)), h, past)
+    return lambda self, strand, h, past=None: right(
+        self, replace(strand, document=strand.document.clamp(max=0)), h, past
+    )
 
 
 def looks_ahead(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, h, layers, run: (h := right(self, h, layers, run)) + 1e-3 * h.roll(-1, dims=1)
+    return lambda self, h, layers, run: (
+        (h := right(self, h, layers, run)) + 1e-3 * h.roll(-1, dims=1)
+    )
 
 
 def scales(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -314,7 +431,9 @@ def test_a_tower_that_is_run_otherwise_is_called_out(
 
 
 @pytest.mark.parametrize("rows", ["padded", "unpadded"])
-def test_towers_that_read_no_packed_or_no_left_padded_rows_are_tried_on_what_they_read(saved: Path, rows: Any) -> None:
+def test_towers_that_read_no_packed_or_no_left_padded_rows_are_tried_on_what_they_read(
+    saved: Path, rows: Any
+) -> None:
     zipped = Zipper.from_pretrained(saved)
     for name in FAMILIES:
         zipped._tower(name).rows = rows

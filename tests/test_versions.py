@@ -1,4 +1,5 @@
-"""tools/versions.py: what is asked of pip and what is made of its answer; pip itself and the gate are stand-ins here."""
+"""tools/versions.py: what is asked of pip and what is made of its answer; pip itself and the gate
+are stand-ins here."""
 
 import importlib.util
 import json
@@ -24,8 +25,12 @@ def versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (tmp_path / "constraints.txt").write_text("# head\nhere==1.0\nold==2.0\ntorch==2.13.0\ntransformers==5.24.0\n")
-    (tmp_path / "tried.json").write_text(json.dumps({"python": ["3.11"], "torch": ["2.13.0"], "transformers": ["5.5.0", "5.24.0"]}))
+    (tmp_path / "constraints.txt").write_text(
+        "# head\nhere==1.0\nold==2.0\ntorch==2.13.0\ntransformers==5.24.0\n"
+    )
+    (tmp_path / "tried.json").write_text(
+        json.dumps({"python": ["3.11"], "torch": ["2.13.0"], "transformers": ["5.5.0", "5.24.0"]})
+    )
     monkeypatch.setattr(module, "CONSTRAINTS", tmp_path / "constraints.txt")
     monkeypatch.setattr(environment, "TRIED", tmp_path / "tried.json")
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -36,18 +41,37 @@ def versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def report(**packages: str) -> str:
     """What `pip install --report` writes of these."""
-    named = {"zipper-lm": "0.1.0", "nvidia-cublas": "13.1", "triton": "3.6", "setuptools": "81.0"} | packages
-    return json.dumps({"install": [{"metadata": {"name": name, "version": version}} for name, version in named.items()]})
+    named = {
+        "zipper-lm": "0.1.0",
+        "nvidia-cublas": "13.1",
+        "triton": "3.6",
+        "setuptools": "81.0",
+    } | packages
+    return json.dumps(
+        {
+            "install": [
+                {"metadata": {"name": name, "version": version}} for name, version in named.items()
+            ]
+        }
+    )
 
 
-def test_the_lowest_of_every_direct_dependency_is_the_bound_itself(monkeypatch: pytest.MonkeyPatch, versions: Any) -> None:
+def test_the_lowest_of_every_direct_dependency_is_the_bound_itself(
+    monkeypatch: pytest.MonkeyPatch, versions: Any
+) -> None:
     monkeypatch.setattr(versions, "ROOT", ROOT)
     wanted = {requirement.name: requirement for requirement in map(Requirement, versions.lowest())}
-    ranges = [Requirement(name + bound) for part in versions.ranges().values() for name, bound in part.items()]
+    ranges = [
+        Requirement(name + bound)
+        for part in versions.ranges().values()
+        for name, bound in part.items()
+    ]
     assert {r.name for r in ranges} - wanted.keys() == {"ruff"}  # pinned to a minor version
     for allowed in ranges:
         for bound in allowed.specifier if allowed.name != "ruff" else ():
-            assert bound.operator == ">=", f"{allowed}: an upper bound stands only where a failure is known"
+            assert bound.operator == ">=", (
+                f"{allowed}: an upper bound stands only where a failure is known"
+            )
             (lowest,) = wanted[allowed.name].specifier
             assert Version(lowest.version) == Version(bound.version)
 
@@ -71,11 +95,17 @@ def test_an_upgrade_writes_pins_without_builds_and_says_what_moved(
     pins = versions.pins(versions.CONSTRAINTS.read_text())
     assert pins == {"here": "1.0", "new-one": "0.1", "torch": "2.13.0", "transformers": "5.25.0"}
     moved = [re.split(r" +(?:-> )?", line) for line in capsys.readouterr().out.splitlines()]
-    assert moved == [["new-one", "-", "0.1"], ["old", "2.0", "-"], ["transformers", "5.24.0", "5.25.0"]] * 2
+    assert (
+        moved
+        == [["new-one", "-", "0.1"], ["old", "2.0", "-"], ["transformers", "5.24.0", "5.25.0"]] * 2
+    )
     assert environment.tried()["transformers"] == ("5.5.0", "5.24.0", "5.25.0")
     assert versions.upgrade(None) == 0 and capsys.readouterr().out == "Nothing moved.\n"
     new, code = report(here="1.1", torch="2.13.0", transformers="5.25.0"), 2
-    assert versions.upgrade(None) == 2 and "The gate is red. Repair it, or go back: git checkout" in capsys.readouterr().out
+    assert (
+        versions.upgrade(None) == 2
+        and "The gate is red. Repair it, or go back: git checkout" in capsys.readouterr().out
+    )
 
 
 def test_a_row_that_fails_is_not_recorded(

@@ -8,9 +8,10 @@ import torch
 from laws import LLAMAS, zipped
 from tiny import text
 
-from zipper.engine import Engine, Request, Written
+from zipper.fast import engine as Engine
+from zipper.generation import Request, Written
 from zipper.errors import ZipperError
-from zipper.sequence import Segment
+from zipper.strand import Segment
 from zipper.words import Word, align, spans, words
 
 
@@ -22,7 +23,9 @@ def test_a_word_is_as_sure_as_its_tokens_together() -> None:
     found = words(text(), Written("text", ids, 0, [*logprobs, -9.0], "end"))
     assert [word.text for word in found] == ["send", "two", "lamps"]
     assert math.prod(word.confidence for word in found) == pytest.approx(math.exp(sum(logprobs)))
-    first = next(n for n in range(1, len(ids)) if text().decode(ids[: n + 1]).startswith("send "))  # a space is its word's
+    first = next(
+        n for n in range(1, len(ids)) if text().decode(ids[: n + 1]).startswith("send ")
+    )  # a space is its word's
     assert found[0].confidence == pytest.approx(math.exp(sum(logprobs[:first])))
 
 
@@ -46,7 +49,9 @@ def test_a_path_follows_what_is_looked_at_and_never_goes_back() -> None:
 
 
 def test_more_words_than_sound_still_have_times() -> None:
-    assert align(torch.eye(5)[:, :2]) == align(torch.eye(5)[:, :2]) and all(b > a for a, b in align(torch.eye(5)[:, :2]))
+    assert align(torch.eye(5)[:, :2]) == align(torch.eye(5)[:, :2]) and all(
+        b > a for a, b in align(torch.eye(5)[:, :2])
+    )
     assert align(torch.ones(1, 4)) == [(0, 4)]
 
 

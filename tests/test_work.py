@@ -1,4 +1,5 @@
-"""Only the work that matters is done: no graph where nothing learns, no logits that nobody asked for, and never many at once."""
+"""Only the work that matters is done: no graph where nothing learns, no logits that nobody asked
+for, and never many at once."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zipper import loss
-from zipper.baseline import Baseline
+from zipper_lab.baseline import Baseline
 from zipper.model import Zipper
-from zipper.sequence import Batch, Ends, Segment, collate
+from zipper.strand import Batch, Ends, Segment, collate
 from zipper.testing import tiny_tower
 from zipper.training import Objective
 
@@ -52,7 +53,9 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.columns, self.rows = columns, 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         made = isinstance(output, Tensor) and output.ndim > 1 and output.shape[-1] == self.columns
         if made and not function.is_view:
@@ -73,19 +76,27 @@ def most(logits: int) -> Iterator[None]:
 def test_a_frozen_source_has_no_graph_also_where_links_into_it_learn() -> None:
     taps = zip_of().taps(collate([ASR, ASR[:1]], IDS).strands)
     assert [tap["speech"].requires_grad for tap in taps] == [False, False]
-    assert [tap["text"].requires_grad for tap in taps] == [False, True]  # nothing learns below the first junction
+    assert [tap["text"].requires_grad for tap in taps] == [
+        False,
+        True,
+    ]  # nothing learns below the first junction
 
 
 def test_a_source_has_a_graph_where_something_upstream_learns() -> None:
     strands = collate([ASR], IDS).strands
     for model in (zip_of(train=("speech",)), zip_of(projection="residual")):
         assert all(tap["speech"].requires_grad for tap in model.taps(strands))
-    both = collate([[*ASR, *TTS[1:]]], IDS).strands  # speech comes back after the text: it reads, and is read
+    both = collate(
+        [[*ASR, *TTS[1:]]], IDS
+    ).strands  # speech comes back after the text: it reads, and is read
     assert [tap["speech"].requires_grad for tap in zip_of().taps(both)] == [False, True]
 
 
-def test_what_is_kept_for_the_backward_does_not_grow_with_a_frozen_source_but_by_what_links_read() -> None:
-    """Twice the speech: a frozen source keeps what its links keep; one that learns keeps all of its blocks as well."""
+def test_what_is_kept_for_the_backward_does_not_grow_with_a_frozen_source_but_by_what_links_read() -> (
+    None
+):
+    """Twice the speech: a frozen source keeps what its links keep; one that learns keeps all of its
+    blocks as well."""
     short, long = ([Segment("speech", [3] * n), ASR[1]] for n in (38, 78))
     grows = {}
     for train in ((), ("speech",)):
@@ -99,19 +110,30 @@ def test_another_task_in_the_same_step_adds_its_own_work_and_no_more() -> None:
     model = zip_of()
     batches = {"asr": collate([ASR], IDS), "tts": collate([TTS], IDS)}
     found = {name: Objective(model)([batch]) for name, batch in batches.items()}
-    assert {name: list(losses) for name, losses in found.items()} == {"asr": ["text"], "tts": ["speech"]}
+    assert {name: list(losses) for name, losses in found.items()} == {
+        "asr": ["text"],
+        "tts": ["speech"],
+    }
     found["asr"]["text"].backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert learned == {name for name, _ in model.named_parameters() if name.startswith("links") and ">text" in name}
+    assert learned == {
+        name for name, _ in model.named_parameters() if name.startswith("links") and ">text" in name
+    }
     both = Objective(model)([*batches.values()])
-    assert both["text"].item() == found["asr"]["text"].item() and both["speech"].item() == found["tts"]["speech"].item()
+    assert (
+        both["text"].item() == found["asr"]["text"].item()
+        and both["speech"].item() == found["tts"]["speech"].item()
+    )
 
 
 def test_what_comes_after_the_last_junction_of_a_given_tower_is_not_run() -> None:
     model = zip_of()
     before = Objective(model)([collate([ASR], IDS)])["text"]
     with torch.no_grad():
-        for part in (*model._tower("speech").blocks[2:], model.tower("speech").get_output_embeddings()):
+        for part in (
+            *model._tower("speech").blocks[2:],
+            model.tower("speech").get_output_embeddings(),
+        ):
             for p in part.parameters():
                 p.fill_(torch.nan)
     assert Objective(model)([collate([ASR], IDS)])["text"].item() == before.item()
@@ -123,27 +145,46 @@ def test_logits_are_made_only_where_there_is_something_to_predict() -> None:
     assert seen.rows == 4 + 2
 
 
-def pieces(model: Any, name: str, hidden: Tensor, targets: Tensor, logits: int) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Losses made of so many logits at once, the gradients of a weighted sum of them, and the most rows of logits in one tensor."""
+def pieces(
+    model: Any, name: str, hidden: Tensor, targets: Tensor, logits: int
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Losses made of so many logits at once, the gradients of a weighted sum of them, and the most
+    rows of logits in one tensor."""
     leaf = hidden.clone().requires_grad_()
     learn = {"hidden": leaf, **{n: p for n, p in model.named_parameters() if p.requires_grad}}
-    with most(logits), Largest(model._tower(name).vocabulary if isinstance(model, Zipper) else 31 + 23) as seen:
+    with (
+        most(logits),
+        Largest(model._tower(name).vocabulary if isinstance(model, Zipper) else 31 + 23) as seen,
+    ):
         found = model.nll(name, leaf, targets)
         weights = torch.linspace(-1, 2, targets.numel()).view_as(targets)
-        gradients = torch.autograd.grad((found * weights).sum(), [*learn.values()], allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            (found * weights).sum(), [*learn.values()], allow_unused=True, materialize_grads=True
+        )
     return found, dict(zip(learn, gradients, strict=True)), seen.rows
 
 
 def baseline() -> Baseline:
     tower = tiny_tower("llama", 1, 16, 3, 31)
-    return Baseline.from_tower({"text": tower}, {"speech": 23}, {"text": (0, 19), "speech": (0, 14)})
+    return Baseline.from_tower(
+        {"text": tower}, {"speech": 23}, {"text": (0, 19), "speech": (0, 14)}
+    )
 
 
-@pytest.mark.parametrize("made", [zip_of, lambda: zip_of(train=("text",)), baseline], ids="frozen trained baseline".split())
-def test_a_loss_in_pieces_is_the_loss_and_never_has_more_logits_than_a_piece(made: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(
+    "made",
+    [zip_of, lambda: zip_of(train=("text",)), baseline],
+    ids="frozen trained baseline".split(),
+)
+def test_a_loss_in_pieces_is_the_loss_and_never_has_more_logits_than_a_piece(
+    made: Callable[[], Any],
+) -> None:
     model = made()
     numbers = torch.Generator().manual_seed(0)
-    hidden, targets = torch.randn(3, 11, 16, generator=numbers), torch.randint(23, (3, 11), generator=numbers)
+    hidden, targets = (
+        torch.randn(3, 11, 16, generator=numbers),
+        torch.randint(23, (3, 11), generator=numbers),
+    )
     wanted, true, rows = pieces(model, "text", hidden, targets, loss.MOST)
     assert rows == 33
     for piece in (1, 4, 32):
@@ -152,7 +193,9 @@ def test_a_loss_in_pieces_is_the_loss_and_never_has_more_logits_than_a_piece(mad
         assert rows == piece
         assert (found - wanted).abs().max() < 1e-6
         for name, gradient in gradients.items():
-            assert (gradient - true[name]).abs().max() < 1e-6 * max(1.0, float(true[name].abs().max())), name
+            assert (gradient - true[name]).abs().max() < 1e-6 * max(
+                1.0, float(true[name].abs().max())
+            ), name
         with torch.no_grad(), most(piece * columns):
             assert (model.nll("text", hidden, targets) - wanted).abs().max() < 1e-6
 
@@ -171,7 +214,9 @@ def test_of_a_large_vocabulary_nothing_is_kept_for_the_backward() -> None:
             kept.clear()
             with most(logits), saved_tensors_hooks(note, lambda tensor: tensor):
                 found = model.nll(
-                    "text", torch.randn(2, 20, WIDTH["text"], requires_grad=True), torch.zeros(2, 20, dtype=torch.long)
+                    "text",
+                    torch.randn(2, 20, WIDTH["text"], requires_grad=True),
+                    torch.zeros(2, 20, dtype=torch.long),
                 )
             assert found.requires_grad
             assert any(reference() is not None for reference in kept) == alive

@@ -1,4 +1,5 @@
-"""Workers: the same results as one process gives, and no process that nobody asked for, whatever the script looks like."""
+"""Workers: the same results as one process gives, and no process that nobody asked for, whatever
+the script looks like."""
 
 import multiprocessing
 import os
@@ -32,7 +33,10 @@ def test_results_come_in_order_from_other_processes_of_one_thread() -> None:
     before = os.environ.get("OMP_NUM_THREADS")
     found = list(spread(where, range(20), workers=2, chunk=3))
     assert [number for number, _ in found] == [*range(20)]
-    assert os.getpid() not in {process for _, process in found} and len({process for _, process in found}) <= 2
+    assert (
+        os.getpid() not in {process for _, process in found}
+        and len({process for _, process in found}) <= 2
+    )
     assert {*spread(threads, range(4), 2)} == {"1"} and os.environ.get("OMP_NUM_THREADS") == before
 
 
@@ -74,7 +78,11 @@ def run(folder: Path, program: str, name: str = "mine.py") -> subprocess.Complet
     """A user's script; it and all that it starts are ended after a minute."""
     (folder / name).write_text(program)
     process = subprocess.Popen(
-        [sys.executable, str(folder / name)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(folder / name)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=60)
@@ -95,13 +103,20 @@ def test_a_script_without_a_guard_works_in_one_process_and_is_told_why(tmp_path:
 
 
 def test_a_script_with_a_guard_works_in_several(tmp_path: Path) -> None:
-    done = run(tmp_path, CALL + "if __name__ == '__main__':\n    print(list(spread(math.sqrt, [1, 4, 9], 2)))\n")
+    done = run(
+        tmp_path,
+        CALL + "if __name__ == '__main__':\n    print(list(spread(math.sqrt, [1, 4, 9], 2)))\n",
+    )
     assert (done.returncode, done.stdout) == (0, "[1.0, 2.0, 3.0]\n")
     assert done.stderr.count("begun") > 1 and "has no" not in done.stderr
 
 
 def test_a_call_outside_of_the_guard_is_told_at_once(tmp_path: Path) -> None:
-    done = run(tmp_path, CALL + "print(list(spread(math.sqrt, [1, 4, 9], 2)))\nif __name__ == '__main__':\n    print('done')\n")
+    done = run(
+        tmp_path,
+        CALL + "print(list(spread(math.sqrt, [1, 4, 9], 2)))\nif __name__ == '__main__':\n    "
+        "print('done')\n",
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert 1 < done.stderr.count("begun") <= 3
     assert "A worker process ended before its work was done" in done.stderr.splitlines()[-1]
@@ -130,13 +145,19 @@ if __name__ == "__main__":
         ("", False),
     ],
 )
-def test_a_guard_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, guarded: bool) -> None:
+def test_a_guard_is_known_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, guarded: bool
+) -> None:
     (tmp_path / "mine.py").write_text(program)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "mine.py"), raising=False)
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", str(tmp_path / "mine.py"), raising=False
+    )
     assert workers._unguarded() == (None if guarded else tmp_path / "mine.py")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gone.pyc"))
-    assert workers._unguarded() is None  # nothing is known: a call that is not fit is told by its death
+    assert (
+        workers._unguarded() is None
+    )  # nothing is known: a call that is not fit is told by its death
     monkeypatch.delattr(sys.modules["__main__"], "__file__")
     assert workers._unguarded() is None  # a prompt
 
@@ -152,9 +173,13 @@ if __name__ == "__main__":
 
 def test_workers_do_not_outlive_a_script_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PARENT)
-    with subprocess.Popen([sys.executable, str(tmp_path / "mine.py")], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "mine.py")], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "one\n"
-        found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
+        found = subprocess.run(
+            ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+        ).stdout.split()
         process.send_signal(signal.SIGKILL)
     assert len(found) >= 2
     deadline = time.monotonic() + 20

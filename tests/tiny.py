@@ -1,7 +1,8 @@
-"""A world so small that a run takes seconds: a tokenizer, a codebook, two towers, and pairs that follow a rule.
+"""A world so small that a run takes seconds: a tokenizer, a codebook, two towers, and pairs that
+follow a rule.
 
-Its "speech" is no recording of its text: every token of text is two codes, by a rule that a zip can learn.
-"""
+Its "speech" is no recording of its text: every token of text is two codes, by a rule that a zip can
+learn."""
 
 import dataclasses
 import random
@@ -14,7 +15,7 @@ import numpy as np
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from zipper import data
+from zipper.data import manifests as data
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.modality.text import Text
@@ -59,7 +60,11 @@ def shape(layers: int = 2) -> dict[str, Any]:
 
 def tower(modality: Text | SpeechUnits, layers: int = 2) -> Tower:
     """A random tower with the ids of a modality."""
-    ids = {"vocab_size": modality.vocabulary, "bos_token_id": modality.begin, "eos_token_id": modality.end}
+    ids = {
+        "vocab_size": modality.vocabulary,
+        "bos_token_id": modality.begin,
+        "eos_token_id": modality.end,
+    }
     return Tower(AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape(layers), **ids)))
 
 
@@ -70,7 +75,9 @@ def pairs(n: int, seed: int = 0) -> list[dict[str, Any]]:
     for number in range(n):
         said = " ".join(chance.choices(WORDS, k=chance.randrange(2, 5)))
         codes = [code for t in text().encode(said) for code in (7 * t % CODES, (5 * t + 1) % CODES)]
-        rows.append({"id": str(number), "text": said, "speech": codes, "voice": ("low", "high")[number % 2]})
+        rows.append(
+            {"id": str(number), "text": said, "speech": codes, "voice": ("low", "high")[number % 2]}
+        )
     return rows
 
 
@@ -86,7 +93,8 @@ def sound(path: Path, seconds: float = 1.0, rate_hz: int = 16_000, seed: int = 0
 
 @dataclass(frozen=True)
 class World:
-    """A folder with everything a run needs, and a saved zip with its gates open: text frozen, speech trained."""
+    """A folder with everything a run needs, and a saved zip with its gates open: text frozen,
+    speech trained."""
 
     folder: Path
 

@@ -1,12 +1,15 @@
-"""Ten minutes of a GPU: `python tools/gpu.py`, or `make gpu`. Sections in order of worth, each in a process with a cap of its own.
+"""Ten minutes of a GPU: `python tools/gpu.py`, or `make gpu`. Sections in order of worth, each in a
+process with a cap of its own.
 
-Needs torch with CUDA and transformers; what a section needs beyond that it names, and it is left out where that is missing. What is
-found is written as it comes: gpu_<hardware>_<yyyymm>.json and .md in --output (the variable OUT, or benchmarks/results), whole at
-every moment. A section that fails leaves its traceback there, one that goes on too long is ended, and the next one begins. With
---size tiny all of it runs on a CPU, so that the first real run finds no typing errors.
+Needs torch with CUDA and transformers; what a section needs beyond that it names, and it is left
+out where that is missing. What is
+found is written as it comes: gpu_<hardware>_<yyyymm>.json and .md in --output (the variable OUT, or
+benchmarks/results), whole at every moment. A section that fails leaves its traceback there, one
+that goes on too long is ended, and the next one begins. With --size tiny all of it runs on a CPU,
+so that the first real run finds no typing errors.
 
-The last section goes on where an earlier call left it, if its folder (--state, runs/gpu) is still there.
-"""
+The last section goes on where an earlier call left it, if its folder (--state, runs/gpu) is still
+there."""
 
 import argparse
 import contextlib
@@ -42,7 +45,8 @@ LEAST_S = 15.0  # less is not worth a start
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. models: of the benchmarks. steps: of each tower and of alignment, as a share of the preset's."""
+    """How much is done. models: of the benchmarks. steps: of each tower and of alignment, as a
+    share of the preset's."""
 
     device: str
     precision: str
@@ -60,10 +64,26 @@ class Size:
 
 #: Test files, the most telling first; of each the tests that use the device.
 TESTS = ("graphs", "fused", "packing", "link", "engine", "training", "bench_decode")
-#: The vocabulary of 152 thousand decides how many pairs there is room for: stock transformers makes logits of all tokens at once.
+#: The vocabulary of 152 thousand decides how many pairs there is room for: stock transformers makes
+#: logits of all tokens at once.
 SIZES = {
-    "gpu": Size("cuda", "bfloat16", ("0.5b", "1.5b"), (1, 8, 64), 30, 3, 16, 128, {"0.5b": 32, "1.5b": 16}, TESTS, 0.2, 540.0),
-    "tiny": Size("cpu", "float32", ("tiny",), (1, 3), 2, 1, 3, 12, {"tiny": 2}, ("link",), 0.0, 540.0),
+    "gpu": Size(
+        "cuda",
+        "bfloat16",
+        ("0.5b", "1.5b"),
+        (1, 8, 64),
+        30,
+        3,
+        16,
+        128,
+        {"0.5b": 32, "1.5b": 16},
+        TESTS,
+        0.2,
+        540.0,
+    ),
+    "tiny": Size(
+        "cpu", "float32", ("tiny",), (1, 3), 2, 1, 3, 12, {"tiny": 2}, ("link",), 0.0, 540.0
+    ),
 }
 PEERS = ("zip", "bare", "stock", "expanded", "mllama", "int8", "blind")
 STEPS = ("bare", "frozen", "trained", "expanded", "padded", "packed", "flex")
@@ -71,7 +91,8 @@ STEPS = ("bare", "frozen", "trained", "expanded", "padded", "packed", "flex")
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the run. cap_s: its most seconds; the last one gets what is left. needs: packages."""
+    """A part of the run. cap_s: its most seconds; the last one gets what is left. needs:
+    packages."""
 
     name: str
     cap_s: float
@@ -95,13 +116,14 @@ class Told:
 
 def limits(told: Told) -> Found:
     """The device's name, its peaks by name and as measured."""
-    from zipper import bench
+    from zipper_lab import bench
 
     return {"limits": bench.limits(told.size.device)}
 
 
 def tests(told: Told) -> Found:
-    """The tests that use the device, a process a file, all at once: they are small, and wait for their kernels to be launched."""
+    """The tests that use the device, a process a file, all at once: they are small, and wait for
+    their kernels to be launched."""
     folder = told.state / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
@@ -110,11 +132,16 @@ def tests(told: Told) -> Found:
         said.unlink(missing_ok=True)
         code = "import sys; sys.path.insert(0, 'tools'); import gpu; gpu.test_file(*sys.argv[1:])"
         with (folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen([sys.executable, "-c", code, name, str(said)], cwd=ROOT, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, name, str(said)], cwd=ROOT, stdout=log, stderr=log
+            )
         running[name] = process, said
     while True:
         over = all(process.poll() is not None for process, _ in running.values())
-        found = {name: _read(said) | {"code": process.returncode} for name, (process, said) in running.items()}
+        found = {
+            name: _read(said) | {"code": process.returncode}
+            for name, (process, said) in running.items()
+        }
         for name, file in found.items():
             if file["code"] not in (None, 0) and not file.get("failed"):
                 file["said"] = (folder / f"{name}.log").read_text(errors="replace")[-4000:]
@@ -146,64 +173,104 @@ def test_file(name: str, output: str) -> None:
 
 def decode(told: Told) -> Found:
     """Decoding by a zip and its peers, at every batch."""
-    from zipper import bench
-    from zipper.bench import decode as benchmark
+    from zipper_lab import bench
+    from zipper_lab.bench import decode as benchmark
 
     size, found = told.size, dict[str, Any]()
     until = time.monotonic() + told.seconds - 8
     for number, batch in enumerate(size.batches):
         share = (until - time.monotonic()) / (len(size.batches) - number)
         tell = partial(_nested, told.tell, found, f"batch {batch}", benchmark.table)
-        given = {"source": size.source, "tokens": size.tokens, "precision": size.precision, "device": size.device, "batch": batch}
+        given = {
+            "source": size.source,
+            "tokens": size.tokens,
+            "precision": size.precision,
+            "device": size.device,
+            "batch": batch,
+        }
         here = bench.Here(seconds=share, told=tell)
-        tell(benchmark.bench(told.model, size.rounds, size.warm, PEERS, hardware=hardware(), here=here, **given))
+        tell(
+            benchmark.bench(
+                told.model, size.rounds, size.warm, PEERS, hardware=hardware(), here=here, **given
+            )
+        )
     return found
 
 
 def compiled(told: Told) -> Found:
     """Decoding where torch.compile makes the step, ours and stock transformers'."""
     if told.size.device == "cpu":
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # a compiler of C++ would take the minutes that tiny has not
-    from zipper import bench
-    from zipper.bench import decode as benchmark
+        os.environ["TORCH_COMPILE_DISABLE"] = (
+            "1"  # a compiler of C++ would take the minutes that tiny has not
+        )
+    from zipper_lab import bench
+    from zipper_lab.bench import decode as benchmark
 
     size, found = told.size, dict[str, Any]()
     arms = ("zip", "stock", "static", *(["whole"] if size.device == "cuda" else []))
     tell = partial(_nested, told.tell, found, "batch 1", benchmark.table)
-    given = {"source": size.source, "tokens": size.tokens, "precision": size.precision, "device": size.device}
+    given = {
+        "source": size.source,
+        "tokens": size.tokens,
+        "precision": size.precision,
+        "device": size.device,
+    }
     here = bench.Here(seconds=told.seconds - 8, told=tell)
-    tell(benchmark.bench(size.models[0], size.rounds, size.warm, arms, hardware=hardware(), here=here, **given))
+    tell(
+        benchmark.bench(
+            size.models[0], size.rounds, size.warm, arms, hardware=hardware(), here=here, **given
+        )
+    )
     return found
 
 
 def steps(told: Told) -> Found:
     """Training steps."""
-    from zipper import bench
-    from zipper.bench import train as benchmark
+    from zipper_lab import bench
+    from zipper_lab.bench import train as benchmark
 
     size, found = told.size, dict[str, Any]()
     arms = [arm for arm in STEPS if size.device.startswith(benchmark.ONLY.get(arm, ""))]
     tell = partial(_nested, told.tell, found, "steps", benchmark.table)
     here = bench.Here(apart=True, seconds=told.seconds - 8, told=tell)
     given = {"pairs": size.pairs[told.model], "device": size.device, "precision": "bf16"}
-    tell(benchmark.bench(told.model, size.rounds, size.warm, arms, hardware=hardware(), here=here, **given))
+    tell(
+        benchmark.bench(
+            told.model, size.rounds, size.warm, arms, hardware=hardware(), here=here, **given
+        )
+    )
     return found
 
 
 def align(told: Told) -> Found:
-    """Both towers of the preset `gpu` pre-trained, zipped, aligned and tried: a share of the preset's steps, resumable."""
-    from zipper import experiments
-    from zipper.training import Stopped, train
+    """Both towers of the preset `gpu` pre-trained, zipped, aligned and tried: a share of the
+    preset's steps, resumable."""
+    from zipper_lab import experiments
+    from zipper.training.loop import Stopped, train
 
     size, budget = told.size, experiments.BUDGETS["gpu"]
     tiny = size.share == 0
     shapes = {name: budget.shapes[name] for name in ("text-S", "speech")}
     if tiny:
-        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         shapes = {name: shape | small for name, shape in shapes.items()}
-    ground = corpus(told.state / "data", *((200, 200, 20) if tiny else (budget.pairs, budget.unpaired, budget.dev)))
-    tower_steps, zip_steps = (4, 4) if tiny else (round(size.share * n) for n in (budget.tower_steps, budget.steps))
-    common = {"batch": 4 if tiny else budget.batch, "mixed_precision": budget.mixed_precision, "dev": budget.dev}
+    ground = corpus(
+        told.state / "data",
+        *((200, 200, 20) if tiny else (budget.pairs, budget.unpaired, budget.dev)),
+    )
+    tower_steps, zip_steps = (
+        (4, 4) if tiny else (round(size.share * n) for n in (budget.tower_steps, budget.steps))
+    )
+    common = {
+        "batch": 4 if tiny else budget.batch,
+        "mixed_precision": budget.mixed_precision,
+        "dev": budget.dev,
+    }
     found: Found = {"data": ground["about"], "share": size.share}
 
     def stage(name: str, config: Any) -> Path:
@@ -211,13 +278,25 @@ def align(told: Told) -> Found:
         folder, began = Path(config.output), time.monotonic()
 
         def tell(row: Mapping[str, Any]) -> None:
-            kept = {key: value for key, value in row.items() if not key.startswith(("grad/", "gate/", "branch/"))}
-            found[name] = {"steps": config.steps, "last": kept, "rows": [*found.get(name, {}).get("rows", []), kept][-40:]}
+            kept = {
+                key: value
+                for key, value in row.items()
+                if not key.startswith(("grad/", "gate/", "branch/"))
+            }
+            found[name] = {
+                "steps": config.steps,
+                "last": kept,
+                "rows": [*found.get(name, {}).get("rows", []), kept][-40:],
+            }
             told.tell(found)
 
         if not _done(folder, config.steps):
             train(config, resume=True, report=tell)
-        found[name] = found.get(name, {}) | {"done": True, "seconds_now": time.monotonic() - began, "best": _best(folder)}
+        found[name] = found.get(name, {}) | {
+            "done": True,
+            "seconds_now": time.monotonic() - began,
+            "best": _best(folder),
+        }
         told.tell(found)
         return folder / "model"
 
@@ -225,12 +304,21 @@ def align(told: Told) -> Found:
         towers = {}
         for name, shape in shapes.items():
             spec = {"tower": name, "shape": shape, "steps": tower_steps, **common}
-            config = experiments.tower_recipe(spec, {"corpus": ground["ground"]}, told.state / f"{name}-{tower_steps}")
+            config = experiments.tower_recipe(
+                spec, {"corpus": ground["ground"]}, told.state / f"{name}-{tower_steps}"
+            )
             towers[name] = str(stage(f"tower {name}", config) / "towers" / name.partition("-")[0])
-        cell = experiments.Cell("", (), experiments.ZIP, "S", "prose", budget.pairs, 0, {"steps": zip_steps})
+        cell = experiments.Cell(
+            "", (), experiments.ZIP, "S", "prose", budget.pairs, 0, {"steps": zip_steps}
+        )
         spec = {"cell": asdict(cell), **common}
-        needs, rates = {"corpus": ground["ground"], "tower": towers}, experiments.TRIED[experiments.ZIP][0]
-        config = experiments.configure(spec, needs, told.state / f"zip-{zip_steps}-of-{tower_steps}", rates)
+        needs, rates = (
+            {"corpus": ground["ground"], "tower": towers},
+            experiments.TRIED[experiments.ZIP][0],
+        )
+        config = experiments.configure(
+            spec, needs, told.state / f"zip-{zip_steps}-of-{tower_steps}", rates
+        )
         model = stage("zip", config)
         found["asr"] = recognised(model, ground, size.device, 8 if tiny else 200)
     except Stopped:
@@ -239,9 +327,10 @@ def align(told: Told) -> Found:
 
 
 def recognised(model: Path, ground: Found, device: str, most: int) -> Found:
-    """Word errors of speech to text on test sentences, greedy, beside those of another sentence of the test."""
-    from zipper import data
-    from zipper.demo import transcribe
+    """Word errors of speech to text on test sentences, greedy, beside those of another sentence of
+    the test."""
+    from zipper.data import manifests as data
+    from zipper_lab.demo import transcribe
     from zipper.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(model)
@@ -252,7 +341,12 @@ def recognised(model: Path, ground: Found, device: str, most: int) -> Found:
     words = sum(len(text.split()) for text in texts)
 
     def rate(said: Sequence[str]) -> float:
-        return sum(_edits(text.split(), other.split()) for text, other in zip(texts, said, strict=True)) / words
+        return (
+            sum(
+                _edits(text.split(), other.split()) for text, other in zip(texts, said, strict=True)
+            )
+            / words
+        )
 
     return {
         "wer": rate(heard),
@@ -276,13 +370,16 @@ PARTS = ("text", "speech", "pairs", "dev")
 
 
 def corpus(folder: Path, pairs: int, unpaired: int, tests: int) -> Found:
-    """What the towers and the zip are trained on: what `--prepare` has left in the folder, or else sentences of the novels in units
-    by a rule, for nothing here can speak. Made once."""
-    from zipper import prose
+    """What the towers and the zip are trained on: what `--prepare` has left in the folder, or else
+    sentences of the novels in units by a rule, for nothing here can speak. Made once."""
+    from zipper_lab.corpora import prose
 
     if not (folder / "about.json").is_file():
         _synthetic(folder, pairs, unpaired, tests)
-    at = {name: str(folder / name if (folder / name).is_dir() else folder / f"{name}.jsonl") for name in (*PARTS, "test_clean")}
+    at = {
+        name: str(folder / name if (folder / name).is_dir() else folder / f"{name}.jsonl")
+        for name in (*PARTS, "test_clean")
+    }
     ground = {
         "modalities": {name: str(folder / "modalities" / name) for name in ("text", "speech")},
         "towers": {},
@@ -293,24 +390,31 @@ def corpus(folder: Path, pairs: int, unpaired: int, tests: int) -> Found:
         "sentences": at["text"],
         "judge": None,
     }
-    return {"about": json.loads((folder / "about.json").read_text()) | {"voices": list(prose.VOICES)}, "ground": ground}
+    return {
+        "about": json.loads((folder / "about.json").read_text()) | {"voices": list(prose.VOICES)},
+        "ground": ground,
+    }
 
 
 def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
-    """The sentences, parts and voices of `zipper.prose`; every letter is one to three units by itself, its neighbour and the voice,
-    a twentieth of them at random."""
+    """The sentences, parts and voices of `zipper_lab.corpora.prose`; every letter is one to three
+    units by itself, its neighbour and the voice, a twentieth of them at random."""
     import numpy as np
 
-    from zipper import data, prose
+    from zipper.data import manifests as data
+    from zipper_lab.corpora import prose
     from zipper.modality.speech import SpeechUnits, UnitsConfig
     from zipper.modality.text import Text
 
-    codes, settings = 512, UnitsConfig(voices=tuple(prose.VOICES), fitted_on="nothing: units by a rule")
+    codes, settings = (
+        512,
+        UnitsConfig(voices=tuple(prose.VOICES), fitted_on="nothing: units by a rule"),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     width = settings.stack * settings.mel.bins
-    SpeechUnits(np.random.default_rng(0).normal(-4, 2, (codes, width)).astype(np.float32), settings).save(
-        folder / "modalities" / "speech"
-    )
+    SpeechUnits(
+        np.random.default_rng(0).normal(-4, 2, (codes, width)).astype(np.float32), settings
+    ).save(folder / "modalities" / "speech")
 
     @cache
     def rule(letter: str, then: str, voice: str) -> list[int]:
@@ -320,12 +424,26 @@ def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
     def row(utterance: Any) -> Found:
         dice, units = random.Random(f"{utterance.id} {utterance.text}"), list[int]()
         for letter, then in zip(utterance.text, utterance.text[1:] + " ", strict=True):
-            near = rule(letter, then if dice.random() < 0.5 else "", utterance.voice if dice.random() < 0.3 else "")
-            units += [dice.randrange(codes) if dice.random() < 0.05 else near[n] for n in range(dice.randint(1, 3))]
-        return {"id": utterance.id, "text": utterance.text, "voice": utterance.voice, "speech": units}
+            near = rule(
+                letter,
+                then if dice.random() < 0.5 else "",
+                utterance.voice if dice.random() < 0.3 else "",
+            )
+            units += [
+                dice.randrange(codes) if dice.random() < 0.05 else near[n]
+                for n in range(dice.randint(1, 3))
+            ]
+        return {
+            "id": utterance.id,
+            "text": utterance.text,
+            "voice": utterance.voice,
+            "speech": units,
+        }
 
     lines = prose.sentences("text", None if unpaired > 1000 else unpaired)
-    Text.train([line.text for line in lines], 1000 if unpaired > 1000 else 40).save(folder / "modalities" / "text")
+    Text.train([line.text for line in lines], 1000 if unpaired > 1000 else 40).save(
+        folder / "modalities" / "text"
+    )
     data.write(folder / "text.jsonl", [{"id": line.id, "text": line.text} for line in lines])
     for name, part, n in (
         ("speech", "speech", unpaired),
@@ -334,14 +452,25 @@ def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
         ("test_clean", "test", tests),
     ):
         made = [row(utterance) for utterance in prose.sentences(part, n)]
-        data.write(folder / f"{name}.jsonl", [{k: r[k] for k in r if name != "speech" or k != "text"} for r in made])
-    _write(folder / "about.json", {"kind": "synthetic: units of letters by a rule, no sound", "pairs": pairs, "speech": unpaired})
+        data.write(
+            folder / f"{name}.jsonl",
+            [{k: r[k] for k in r if name != "speech" or k != "text"} for r in made],
+        )
+    _write(
+        folder / "about.json",
+        {
+            "kind": "synthetic: units of letters by a rule, no sound",
+            "pairs": pairs,
+            "speech": unpaired,
+        },
+    )
 
 
 def prepare(folder: Path, pairs: int, speech: int, tests: int, **more: int) -> None:
-    """The corpus of the preset `gpu`, said by eSpeak NG, as unit files: for a machine that cannot speak. Half an hour of a core."""
-    from zipper import prose
-    from zipper.extraction import extract
+    """The corpus of the preset `gpu`, said by eSpeak NG, as unit files: for a machine that cannot
+    speak. Half an hour of a core."""
+    from zipper_lab.corpora import prose
+    from zipper.data.extraction import extract
     from zipper.modality import load
 
     said = folder.parent / "said"
@@ -353,7 +482,11 @@ def prepare(folder: Path, pairs: int, speech: int, tests: int, **more: int) -> N
         fields = {name: modalities[name]} if name in modalities else modalities
         extract(str(said / f"{name}.jsonl"), folder / name, fields, shard=1 << 14)
     shutil.copy(said / "test_clean.jsonl", folder / "test_clean.jsonl")
-    about = {"kind": "the prose corpus, said by eSpeak NG, in fitted units", "pairs": pairs, "speech": speech}
+    about = {
+        "kind": "the prose corpus, said by eSpeak NG, in fitted units",
+        "pairs": pairs,
+        "speech": speech,
+    }
     _write(folder / "about.json", about)
 
 
@@ -380,17 +513,47 @@ def planned(size: Size, sections: Sequence[Section] = SECTIONS) -> list[tuple[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the sections; 0 where all that were not left out came to their end, by themselves or at their cap."""
+    """Runs the sections; 0 where all that were not left out came to their end, by themselves or at
+    their cap."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", choices=[*SIZES], default=os.environ.get("SIZE") or "gpu", help="gpu, or tiny on a CPU")
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"))
-    parser.add_argument("--state", type=Path, default=ROOT / "runs" / "gpu", help="where the last section keeps its runs")
-    parser.add_argument("--only", default=os.environ.get("ONLY") or "", help="sections, separated by commas (default all)")
-    parser.add_argument("--limit", type=float, default=float(os.environ.get("LIMIT") or 0), help="seconds in all, 540 at most")
-    parser.add_argument("--prepare", action="store_true", help="say the corpus of the last section with eSpeak NG, and end")
+    parser.add_argument(
+        "--size",
+        choices=[*SIZES],
+        default=os.environ.get("SIZE") or "gpu",
+        help="gpu, or tiny on a CPU",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results"),
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=ROOT / "runs" / "gpu",
+        help="where the last section keeps its runs",
+    )
+    parser.add_argument(
+        "--only",
+        default=os.environ.get("ONLY") or "",
+        help="sections, separated by commas (default all)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=float(os.environ.get("LIMIT") or 0),
+        help="seconds in all, 540 at most",
+    )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="say the corpus of the last section with eSpeak NG, and end",
+    )
     parser.add_argument("--section", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    sys.path[:0] = [path for path in (str(ROOT / "src"), str(ROOT / "tests")) if path not in sys.path]
+    sys.path[:0] = [
+        path for path in (str(ROOT / "src"), str(ROOT / "tests")) if path not in sys.path
+    ]
     size = SIZES[given.size]
     state = given.state.absolute() / given.size
     if given.prepare:
@@ -403,7 +566,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _section(given.section, size, state, given.limit)
     if size.device == "cuda" and not _cuda():
         print(
-            "There is no torch with a CUDA device in this Python. Give another (PYTHON=python3 make gpu), or SIZE=tiny.",
+            "There is no torch with a CUDA device in this Python. Give another (PYTHON=python3 "
+            "make gpu), or SIZE=tiny.",
             file=sys.stderr,
         )
         return 2
@@ -411,18 +575,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only = [name for name in given.only.split(",") if name]
     wanted = [part for part in planned(size) if not only or part[0] in only or part[2].name in only]
     if not wanted:
-        parser.error(f"there is no section in {given.only!r}; there are {', '.join(section.name for section in SECTIONS)}")
-    command = [sys.executable, str(Path(__file__)), "--size", given.size, "--state", str(given.state.absolute())]
+        parser.error(
+            f"there is no section in {given.only!r}; there are "
+            f"{', '.join(section.name for section in SECTIONS)}"
+        )
+    command = [
+        sys.executable,
+        str(Path(__file__)),
+        "--size",
+        given.size,
+        "--state",
+        str(given.state.absolute()),
+    ]
     if given.size == "tiny":  # a busy machine may take its time, but for the limit
-        wanted = [(name, model, replace(section, cap_s=8 * section.cap_s)) for name, model, section in wanted]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the section that runs, too
+        wanted = [
+            (name, model, replace(section, cap_s=8 * section.cap_s))
+            for name, model, section in wanted
+        ]
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # which ends the section that runs, too
     found = Run(given.output.absolute(), state, given.size, limit, command).run(wanted)
     return int(any(section["how"] == "failed" for section in found["sections"].values()))
 
 
 def _section(name: str, size: Size, state: Path, seconds: float) -> int:
-    """In a section's process: what it finds goes into its file, at the latest with its traceback."""
-    (model, section) = next((model, section) for known, model, section in planned(size) if known == name)
+    """In a section's process: what it finds goes into its file, at the latest with its
+    traceback."""
+    (model, section) = next(
+        (model, section) for known, model, section in planned(size) if known == name
+    )
     file, latest = state / "sections" / f"{name}.json", dict[str, Any]()
 
     def tell(found: Found) -> None:
@@ -440,7 +622,8 @@ def _section(name: str, size: Size, state: Path, seconds: float) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """A section whose runner was killed must not write beside the next runner's: all of its group is asked to end."""
+    """A section whose runner was killed must not write beside the next runner's: all of its group
+    is asked to end."""
     while os.getppid() == parent:
         time.sleep(EVERY_S)
     os.killpg(0, signal.SIGTERM)
@@ -451,7 +634,9 @@ def _end_with(parent: int) -> None:
 class Run:
     """The sections one after the other, and what they found in one file."""
 
-    def __init__(self, output: Path, state: Path, size: str, limit: float, command: Sequence[str]) -> None:
+    def __init__(
+        self, output: Path, state: Path, size: str, limit: float, command: Sequence[str]
+    ) -> None:
         self.state, self.command = state, list(command)
         self.began, self.until = time.monotonic(), time.monotonic() + limit
         month = time.strftime("%Y%m")
@@ -464,22 +649,37 @@ class Run:
         for number, (name, _, section) in enumerate(wanted):
             left = self.until - time.monotonic()
             cap = min(section.cap_s, left - ENDING_S if number == len(wanted) - 1 else left)
-            self.found["sections"][name] = entry = {"how": "running", "cap_s": round(cap, 1), "found": {}}
-            if missing := [package for package in ("torch", "jaxtyping", "transformers", *section.needs) if not _there(package)]:
-                entry |= {"how": "left out", "why": f"it needs {', '.join(missing)}. Install them: pip install {' '.join(missing)}"}
+            self.found["sections"][name] = entry = {
+                "how": "running",
+                "cap_s": round(cap, 1),
+                "found": {},
+            }
+            if missing := [
+                package
+                for package in ("torch", "jaxtyping", "transformers", *section.needs)
+                if not _there(package)
+            ]:
+                entry |= {
+                    "how": "left out",
+                    "why": f"it needs {', '.join(missing)}. Install them: pip install "
+                    f"{' '.join(missing)}",
+                }
             elif cap < LEAST_S:
                 entry |= {"how": "left out", "why": "no time was left for it"}
             else:
                 self.write()
                 self.one(name, cap, entry)
-            print(f"{name}: {entry['how']}{', ' * ('why' in entry)}{entry.get('why', '')}", flush=True)
+            print(
+                f"{name}: {entry['how']}{', ' * ('why' in entry)}{entry.get('why', '')}", flush=True
+            )
             self.write()
         self.found["seconds"] = round(time.monotonic() - self.began, 1)
         self.write()
         return self.found
 
     def one(self, name: str, cap: float, entry: Found) -> None:
-        """A section in a process group of its own; at its cap it is asked to end, and soon after that it is ended."""
+        """A section in a process group of its own; at its cap it is asked to end, and soon after
+        that it is ended."""
         file = self.state / "sections" / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
@@ -492,7 +692,9 @@ class Run:
                 "GOMP_SPINCOUNT": "3000",
                 "HF_HUB_OFFLINE": "1",
             } | os.environ  # as in the Makefile
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=calm)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=calm
+            )
             try:
                 while (code := process.poll()) is None:
                     past = time.monotonic() - began
@@ -517,7 +719,11 @@ class Run:
             entry |= {"how": "ended at its cap", "why": f"{cap:.0f} s were over"}
         else:
             lines = entry["found"].get("traceback", said).strip().splitlines()
-            entry |= {"how": "failed", "why": f"code {code}: {lines[-1] if lines else ''}", "said": said[-4000:]}
+            entry |= {
+                "how": "failed",
+                "why": f"code {code}: {lines[-1] if lines else ''}",
+                "said": said[-4000:],
+            }
 
     def write(self) -> None:
         """Both files, each whole at every moment."""
@@ -529,11 +735,23 @@ def table(found: Found) -> str:
     """The results in markdown."""
     about = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    lines = [f"# Ten minutes of {about['device']}", "", f"`make gpu`, size {found['size']}. {versions}. Commit {about['commit']},"]
-    lines += [f"sources {about['source'][:12]}.", "", "| section | | s | of at most |", "|---|---|---|---|"]
+    lines = [
+        f"# Ten minutes of {about['device']}",
+        "",
+        f"`make gpu`, size {found['size']}. {versions}. Commit {about['commit']},",
+    ]
+    lines += [
+        f"sources {about['source'][:12]}.",
+        "",
+        "| section | | s | of at most |",
+        "|---|---|---|---|",
+    ]
     for name, part in found["sections"].items():
         why = f": {part['why']}" if "why" in part else ""
-        lines.append(f"| {name} | {part['how']}{why.replace('|', '/')} | {part.get('seconds', '')} | {part['cap_s']} |")
+        lines.append(
+            f"| {name} | {part['how']}{why.replace('|', '/')} | {part.get('seconds', '')} | "
+            f"{part['cap_s']} |"
+        )
     for name, part in found["sections"].items():
         lines += ["", f"## {name}", ""] if part["found"] else []
         for key, value in part["found"].items():
@@ -546,7 +764,10 @@ def table(found: Found) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping) and {"passed", "failed"} <= value.keys():
-        failed = "".join(f"; FAILED {test}: {why.strip().splitlines()[-1]}" for test, why in value["failed"].items())
+        failed = "".join(
+            f"; FAILED {test}: {why.strip().splitlines()[-1]}"
+            for test, why in value["failed"].items()
+        )
         return f"{value['passed']} passed, {value['skipped']} skipped, {len(value['failed'])} failed{failed}"
     if isinstance(value, Mapping):
         return "; ".join(f"{key} {_short(item)}" for key, item in value.items() if key != "rows")
@@ -556,7 +777,8 @@ def _short(value: Any) -> str:
 
 
 def machine() -> Found:
-    """What this is run on. source: SHA-256 of the package's files, for a copy that is no checkout."""
+    """What this is run on. source: SHA-256 of the package's files, for a copy that is no
+    checkout."""
     content = hashlib.sha256()
     for path in sorted((ROOT / "src").rglob("*.py")):
         content.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
@@ -565,7 +787,17 @@ def machine() -> Found:
     with contextlib.suppress(OSError):
         commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "accelerate", "peft", "jaxtyping", "beartype", "pytest", "hypothesis"):
+    for name in (
+        "torch",
+        "triton",
+        "transformers",
+        "accelerate",
+        "peft",
+        "jaxtyping",
+        "beartype",
+        "pytest",
+        "hypothesis",
+    ):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -582,10 +814,12 @@ def machine() -> Found:
 
 @cache
 def hardware() -> str:
-    """The GPU's name, as the driver says it; else how many cores there are. Asked in a process of its own, which leaves the GPU
-    alone again when it ends."""
+    """The GPU's name, as the driver says it; else how many cores there are. Asked in a process of
+    its own, which leaves the GPU alone again when it ends."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     return asked.stdout.strip() or f"{os.cpu_count()} cores"
 
 
@@ -598,7 +832,9 @@ def _there(package: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower().removeprefix("nvidia ")).strip("-")
+    return "".join(c if c.isalnum() else "-" for c in name.lower().removeprefix("nvidia ")).strip(
+        "-"
+    )
 
 
 def _nested(tell: Tell, found: Found, name: str, shown: Callable[[Found], str], one: Found) -> None:
@@ -609,7 +845,11 @@ def _nested(tell: Tell, found: Found, name: str, shown: Callable[[Found], str], 
 def _done(folder: Path, steps: int) -> bool:
     """Whether a run came to its end."""
     rows = folder / "metrics.jsonl"
-    return (folder / "model").is_dir() and rows.is_file() and json.loads(rows.read_text().splitlines()[-1])["step"] >= steps
+    return (
+        (folder / "model").is_dir()
+        and rows.is_file()
+        and json.loads(rows.read_text().splitlines()[-1])["step"] >= steps
+    )
 
 
 def _best(folder: Path) -> Found:

@@ -1,13 +1,15 @@
-"""Kills training again and again, starts it again, and sees whether it lost anything: `python tools/kill_test.py --kills 100`.
+"""Kills training again and again, starts it again, and sees whether it lost anything: `python
+tools/kill_test.py --kills 100`.
 
-Half of the SIGKILLs fall inside saves (the folder that is being written is there, before and after), the rest anywhere. After each
-one every checkpoint that can be seen must be whole, none older than before may be the newest, and the next start must go on from
-it; a run that came to its end must hold, byte for byte, what an undisturbed one holds. Then the next run begins.
+Half of the SIGKILLs fall inside saves (the folder that is being written is there, before and
+after), the rest anywhere. After each one every checkpoint that can be seen must be whole, none
+older than before may be the newest, and the next start must go on from it; a run that came to its
+end must hold, byte for byte, what an undisturbed one holds. Then the next run begins.
 
-So that a start does not cost the import of torch, a process that has imported it, and has computed nothing, forks the training
-processes; each of them builds everything anew from the disk, and it is they who are killed. With --ranks 2 each start forks two,
-with the variables that torchrun gives to its workers (gloo). One of them or both are killed, and the rest then, as torchrun does.
-"""
+So that a start does not cost the import of torch, a process that has imported it, and has computed
+nothing, forks the training processes; each of them builds everything anew from the disk, and it is
+they who are killed. With --ranks 2 each start forks two, with the variables that torchrun gives to
+its workers (gloo). One of them or both are killed, and the rest then, as torchrun does."""
 
 import argparse
 import hashlib
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny
 import torch
 
-from zipper import checkpoint
+from zipper.saving import checkpoint
 from zipper.errors import ZipperError
 from zipper.training import CLOCK, train
 
@@ -39,10 +41,13 @@ SLOWEST_S = 300.0  # for one start; longer is a hang
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a line for every kill, a summary and the result as JSON; returns 1 if anything was lost."""
+    """Prints a line for every kill, a summary and the result as JSON; returns 1 if anything was
+    lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="how many, at least (default 100)")
-    parser.add_argument("--ranks", type=int, default=1, choices=[1, 2], help="processes of a run (default 1)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, choices=[1, 2], help="processes of a run (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--output", type=Path, help="write the result to this JSON file as well")
     given = parser.parse_args(arguments)
@@ -50,9 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
         found = KillTest(Path(folder), given.kills, given.ranks, given.seed).run()
     lost = found["failures"]
     print(
-        f"{found['kills']} kills (seed {given.seed}, {given.ranks} rank{'s' * (given.ranks > 1)}), {found['inside']} inside saves; "
-        f"{found['resumed']} of {found['starts']} starts did a step, the one after the newest checkpoint; "
-        f"{found['runs']} runs ended, {found['same']} like the undisturbed one; {len(lost)} failures; {found['seconds']:.0f} s"
+        f"{found['kills']} kills (seed {given.seed}, {given.ranks} "
+        f"rank{'s' * (given.ranks > 1)}), {found['inside']} inside saves; "
+        f"{found['resumed']} of {found['starts']} starts did a step, the one after the newest "
+        "checkpoint; "
+        f"{found['runs']} runs ended, {found['same']} like the undisturbed one; {len(lost)} "
+        f"failures; {found['seconds']:.0f} s"
     )
     print(json.dumps(found))
     if given.output:
@@ -87,8 +95,13 @@ class KillTest:
                 self.count["same"] += 1
             else:
                 differs = [part for part in truth if found.get(part) != truth[part]]
-                self.failures.append(f"{name} ended with other {', '.join(differs)} than the undisturbed run")
-        counts = {name: self.count[name] for name in ("kills", "inside", "starts", "resumed", "runs", "same")}
+                self.failures.append(
+                    f"{name} ended with other {', '.join(differs)} than the undisturbed run"
+                )
+        counts = {
+            name: self.count[name]
+            for name in ("kills", "inside", "starts", "resumed", "runs", "same")
+        }
         return {
             **counts,
             "where": dict(sorted(self.where.items())),
@@ -106,7 +119,8 @@ class KillTest:
         return self.count["kills"] >= self.kills and 2 * self.count["inside"] >= self.kills
 
     def undisturbed(self) -> dict[str, str]:
-        """A run that nobody kills: what it comes to, and how long a start, a step and a save take."""
+        """A run that nobody kills: what it comes to, and how long a start, a step and a save
+        take."""
         output, began = self.folder / "undisturbed", time.monotonic()
         start = Start(self, output)
         seen: list[float] = []
@@ -130,24 +144,33 @@ class KillTest:
         while True:
             start = Start(self, output)
             self.count["starts"] += 1
-            inside = 2 * self.count["inside"] < self.kills and 2 * self.count["inside"] <= self.count["kills"]
+            inside = (
+                2 * self.count["inside"] < self.kills
+                and 2 * self.count["inside"] <= self.count["kills"]
+            )
             killed = not self.enough() and self.kill(start, inside)
             ended = start.wait()
             if (first := start.first_step()) is not None:
                 self.count["resumed"] += first == newest + 1
                 if first != newest + 1:
                     self.failures.append(
-                        f"{output.name}: the newest checkpoint was {newest}, the next start went on with step {first}"
+                        f"{output.name}: the newest checkpoint was {newest}, the next start went "
+                        f"on with step {first}"
                     )
             if not killed:
                 if ended != [0] * self.ranks:
-                    self.failures.append(f"{output.name}: a start that nobody killed ended with {ended}")
+                    self.failures.append(
+                        f"{output.name}: a start that nobody killed ended with {ended}"
+                    )
                     if len(self.failures) > 5:
                         raise RuntimeError("; ".join(self.failures))
                     continue
                 return
             found = self.look(output, newest)
-            print(f"kill {self.count['kills']}: {self.last}; newest checkpoint {newest} -> {found}", flush=True)
+            print(
+                f"kill {self.count['kills']}: {self.last}; newest checkpoint {newest} -> {found}",
+                flush=True,
+            )
             newest = found
 
     def kill(self, start: "Start", inside: bool) -> bool:
@@ -178,7 +201,8 @@ class KillTest:
         return True
 
     def look(self, output: Path, before: int) -> int:
-        """What the killed run left: every checkpoint that can be seen is whole, and so is the model; the newest step."""
+        """What the killed run left: every checkpoint that can be seen is whole, and so is the
+        model; the newest step."""
         seen = sorted((output / "checkpoints").glob("step-*"))
         for path in [*seen, *output.glob("model")]:
             try:
@@ -187,7 +211,10 @@ class KillTest:
                 self.failures.append(f"{output.name}, killed {self.last}: {error}")
         newest = int(seen[-1].name.removeprefix("step-")) if seen else 0
         if newest < before:
-            self.failures.append(f"{output.name}, killed {self.last}: the newest checkpoint was {before}, now it is {newest}")
+            self.failures.append(
+                f"{output.name}, killed {self.last}: the newest checkpoint was {before}, now it "
+                f"is {newest}"
+            )
         return newest
 
 
@@ -199,7 +226,8 @@ class Start:
         self.output, self.before = output, _beside(output)
         port = _free_port() if test.ranks > 1 else 0
         self.processes = [
-            _fork(lambda rank=rank: _train(test.world, output, self.said, rank, test.ranks, port)) for rank in range(test.ranks)
+            _fork(lambda rank=rank: _train(test.world, output, self.said, rank, test.ranks, port))
+            for rank in range(test.ranks)
         ]
         self.ended: dict[int, int] = {}
 
@@ -253,8 +281,17 @@ class Start:
 def _train(world: tiny.World, output: Path, said: Path, rank: int, ranks: int, port: int) -> None:
     """What a training process does."""
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
     first = True
 
     def report(row: dict[str, Any]) -> None:
@@ -263,7 +300,11 @@ def _train(world: tiny.World, output: Path, said: Path, rank: int, ranks: int, p
             first = False
             said.write_text(f"{row['step']}\n")
 
-    train(world.config(output, steps=STEPS, save_every=EVERY, log_every=1, eval_every=5), resume=True, report=report)
+    train(
+        world.config(output, steps=STEPS, save_every=EVERY, log_every=1, eval_every=5),
+        resume=True,
+        report=report,
+    )
 
 
 def _make_world(folder: Path) -> None:
@@ -289,7 +330,9 @@ def _fork(work: Callable[[], None]) -> int:
 
 
 def _beside(output: Path) -> set[Path]:
-    return {path for place in (output, output / "checkpoints") for path in place.glob(".*.zipper-*")}
+    return {
+        path for place in (output, output / "checkpoints") for path in place.glob(".*.zipper-*")
+    }
 
 
 def _stage(left: Path) -> str:
@@ -297,18 +340,24 @@ def _stage(left: Path) -> str:
     name = "a checkpoint" if left.name.startswith(".step") else "the model"
     if ".zipper-gone." in left.name:
         return "while an old checkpoint was taken away"
-    if (left.parent / left.name[1:].partition(".zipper-")[0]).exists() and not (left / checkpoint.MANIFEST).exists():
+    if (left.parent / left.name[1:].partition(".zipper-")[0]).exists() and not (
+        left / checkpoint.MANIFEST
+    ).exists():
         return f"in a save of {name} over an older one"
     return f"in a save of {name}, manifest {'written' if (left / checkpoint.MANIFEST).exists() else 'not yet there'}"
 
 
 def _digest(output: Path) -> dict[str, str]:
-    """What a run came to, by hash: its last checkpoint, its best model, its metrics without how fast it went."""
+    """What a run came to, by hash: its last checkpoint, its best model, its metrics without how
+    fast it went."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
     found = {"metrics": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     last = output / "checkpoints" / f"step-{STEPS:07d}"
-    for path in [*sorted(last.glob("*.safetensors")), *sorted((output / "model").rglob("*.safetensors"))]:
+    for path in [
+        *sorted(last.glob("*.safetensors")),
+        *sorted((output / "model").rglob("*.safetensors")),
+    ]:
         found[str(path.relative_to(output))] = checkpoint.sha256(path)
     left = [str(path.relative_to(output)) for path in output.rglob(".*")]
     return found | {"leftovers": " ".join(left)}

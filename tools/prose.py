@@ -1,8 +1,8 @@
 """Writes the text of the prose corpus from the novels: `python tools/prose.py Rdata.rdb`.
 
-Rdata.rdb is data/Rdata.rdb of the R package janeaustenr 1.0.0 (MIT; the six novels, in the public domain, as Project Gutenberg has
-them). It lies in Debian's r-cran-janeaustenr: `apt-get download r-cran-janeaustenr`, then `dpkg-deb -x` unpacks it.
-"""
+Rdata.rdb is data/Rdata.rdb of the R package janeaustenr 1.0.0 (MIT; the six novels, in the public
+domain, as Project Gutenberg has them). It lies in Debian's r-cran-janeaustenr: `apt-get download
+r-cran-janeaustenr`, then `dpkg-deb -x` unpacks it."""
 
 import gzip
 import hashlib
@@ -16,14 +16,35 @@ from pathlib import Path
 
 import pocketsphinx
 
-from zipper.prose import TEXT
+from zipper_lab.corpora.prose import TEXT
 
-BOOKS = ("emma", "mansfield", "northanger", "persuasion", "pride", "sense")  # as they lie in the file
+BOOKS = (
+    "emma",
+    "mansfield",
+    "northanger",
+    "persuasion",
+    "pride",
+    "sense",
+)  # as they lie in the file
 CHAPTERS = (55, 48, 31, 24, 61, 50)
 SHORTEST, LONGEST = 4, 20  # words in a sentence
-SHARES = {"test": 0.04, "dev": 0.02, "pairs": 0.20, "speech": 0.22, "text": 1.0}  # of all words, whole chapters; text has the rest
+SHARES = {
+    "test": 0.04,
+    "dev": 0.02,
+    "pairs": 0.20,
+    "speech": 0.22,
+    "text": 1.0,
+}  # of all words, whole chapters; text has the rest
 SEEN = 3  # times that a word stands in the part "text", at least, to be said in another part
-TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint", "esq": "esquire", "hon": "honourable", "rev": "reverend"}
+TITLES = {
+    "mr": "mister",
+    "mrs": "missus",
+    "dr": "doctor",
+    "st": "saint",
+    "esq": "esquire",
+    "hon": "honourable",
+    "rev": "reverend",
+}
 
 
 def books(database: bytes) -> Iterator[str]:
@@ -32,7 +53,9 @@ def books(database: bytes) -> Iterator[str]:
         stream = zlib.decompressobj()
         content = stream.decompress(database[4:])  # behind its length
         database = stream.unused_data
-        if not (content.startswith(b"X\n") and content[18:27] == b"UTF-8\0\0\0\x10"):  # XDR, format 3; STRSXP without attributes
+        if not (
+            content.startswith(b"X\n") and content[18:27] == b"UTF-8\0\0\0\x10"
+        ):  # XDR, format 3; STRSXP without attributes
             raise SystemExit("this is not the Rdata.rdb of janeaustenr 1.0.0")
         (count,) = struct.unpack_from(">I", content, 27)
         at, lines = 31, []
@@ -51,10 +74,14 @@ def chapters(book: str) -> list[str]:
 
 
 def pieces(chapter: str) -> Iterator[list[str]]:
-    """Its sentences in words: cut at every mark but the comma, and at commas where they are too long."""
+    """Its sentences in words: cut at every mark but the comma, and at commas where they are too
+    long."""
     for paragraph in re.split(r"\n\s*\n", chapter):
         flat = re.sub(
-            rf"\b({'|'.join(TITLES)})\b\.?", lambda m: TITLES[m[1].lower()], " ".join(paragraph.split()), flags=re.IGNORECASE
+            rf"\b({'|'.join(TITLES)})\b\.?",
+            lambda m: TITLES[m[1].lower()],
+            " ".join(paragraph.split()),
+            flags=re.IGNORECASE,
         )
         for sentence in re.split(r'[.!?;:"()\[\]]|--', flat.replace("_", "").lower()):
             phrases = [phrase.replace("-", " ").split() for phrase in sentence.split(",")]
@@ -71,18 +98,22 @@ def pieces(chapter: str) -> Iterator[list[str]]:
 
 def plain(words: list[str]) -> bool:
     """Of the right length, of letters and inner apostrophes only; initials are no words."""
-    return SHORTEST <= len(words) <= LONGEST and all(re.fullmatch(r"[a-z]{2,}(?:'[a-z]+)*|[aio]|o'clock", word) for word in words)
+    return SHORTEST <= len(words) <= LONGEST and all(
+        re.fullmatch(r"[a-z]{2,}(?:'[a-z]+)*|[aio]|o'clock", word) for word in words
+    )
 
 
 def near(words: list[str]) -> set[tuple[str, ...]]:
-    """Marks that two sentences share if one word at most was put in, left out or changed between them."""
+    """Marks that two sentences share if one word at most was put in, left out or changed between
+    them."""
     gone = {tuple(words[:i] + words[i + 1 :]) for i in range(len(words))}
     changed = {(*words[:i], "*", *words[i + 1 :]) for i in range(len(words))}
     return {tuple(words)} | gone | changed
 
 
 def main() -> None:
-    """Chapters to parts by their hash, near-duplicates out (the earlier part keeps them), rare words out of what is said."""
+    """Chapters to parts by their hash, near-duplicates out (the earlier part keeps them), rare
+    words out of what is said."""
     found = {
         (book, number): [words for words in pieces(chapter) if plain(words)]
         for book, text in zip(BOOKS, books(Path(sys.argv[1]).read_bytes()), strict=True)
@@ -104,19 +135,28 @@ def main() -> None:
                 if not (marks := near(words)) & seen:
                     seen |= marks
                     kept[part][chapter].append(words)
-    dictionary = Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text(encoding="utf-8")
+    dictionary = Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text(
+        encoding="utf-8"
+    )
     pronounced = {re.sub(r"\(\d+\)$", "", line.split()[0]) for line in dictionary.splitlines()}
-    count = Counter(word for sentences in kept["text"].values() for words in sentences for word in words)
+    count = Counter(
+        word for sentences in kept["text"].values() for words in sentences for word in words
+    )
     known = {word for word in pronounced if count[word] >= SEEN}
     lines = []
     for part in reversed(SHARES):
         for (book, number), sentences in sorted(kept[part].items()):
             lines.append(f"# {part} {book} {number}")
-            lines += [" ".join(words) for words in sentences if part == "text" or known.issuperset(words)]
+            lines += [
+                " ".join(words) for words in sentences if part == "text" or known.issuperset(words)
+            ]
     lines += ["# words", *sorted(known)]
     TEXT.parent.mkdir(parents=True, exist_ok=True)
     TEXT.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
-    print(f"{TEXT.name}: {len(lines)} lines, {TEXT.stat().st_size / 1e6:.2f} MB; {len(known)} words may be said")
+    print(
+        f"{TEXT.name}: {len(lines)} lines, {TEXT.stat().st_size / 1e6:.2f} MB; {len(known)} words "
+        "may be said"
+    )
 
 
 if __name__ == "__main__":

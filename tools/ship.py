@@ -1,16 +1,16 @@
-"""Puts the trained model into the package: `python tools/ship.py` after the three recipes of README.md have run.
+"""Puts the trained model into the package: `python tools/ship.py` after the three recipes of
+README.md have run.
 
-The zip goes in half precision with its frozen text tower; beside it the speech tower as it was before alignment, for
-`zipper demo` to start from.
-"""
+The zip goes in half precision with its frozen text tower; beside it the speech tower as it was
+before alignment, for `zipper demo` to start from."""
 
 import shutil
 from pathlib import Path
 
 import torch
 
-from zipper import checkpoint
-from zipper.demo import TOWERS
+from zipper.saving import checkpoint
+from zipper_lab.demo import TOWERS
 from zipper.pipeline import SHIPPED, Pipeline
 
 RUN = Path("runs/spoken-commands-2/model")

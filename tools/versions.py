@@ -1,8 +1,9 @@
-"""Versions of what zipper stands on: resolve them anew (`make upgrade`), try the oldest and the newest (`make matrix`).
+"""Versions of what zipper stands on: resolve them anew (`make upgrade`), try the oldest and the
+newest (`make matrix`).
 
-constraints.txt pins all that `make setup` and the extras install; src/zipper/tried.json names the versions of python, torch and
-transformers with which tests were green. Only these two are written, by this file alone.
-"""
+constraints.txt pins all that `make setup` and the extras install; src/zipper/tried.json names the
+versions of python, torch and transformers with which tests were green. Only these two are written,
+by this file alone."""
 
 import argparse
 import json
@@ -19,8 +20,9 @@ from zipper import environment
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS, ENVIRONMENTS = ROOT / "constraints.txt", ROOT / ".cache" / "matrix"
 HEAD = """\
-# Every package that `make setup` and the extras install, in the version that the gate was green with. `make upgrade` writes it.
-# torch without a local part takes the CPU build where one is at hand and the CUDA build on a GPU machine, whose pins say the rest.
+# Every package that `make setup` and the extras install, in the version that the gate was green
+# with. `make upgrade` writes it. torch without a local part takes the CPU build where one is at
+# hand and the CUDA build on a GPU machine, whose pins say the rest.
 """
 #: Comes with torch's CUDA build, or with Python's own tools.
 LEFT_OUT = re.compile(r"(nvidia|cuda)-.*|triton|pip|setuptools|wheel")
@@ -40,22 +42,41 @@ def pins(text: str) -> dict[str, str]:
 
 
 def ranges() -> dict[str, dict[str, str]]:
-    """Of pyproject.toml: extra ("" is the core, `all` left out) -> package as it is asked for, with its extras -> versions."""
+    """Of pyproject.toml: extra ("" is the core, `all` left out) -> package as it is asked for, with
+    its extras -> versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = {"": project["dependencies"], **project["optional-dependencies"]}
-    split = {name: [re.fullmatch(r"([\w.-]+(?:\[\w+\])?)(.*)", line) for line in lines] for name, lines in lists.items()}
-    return {name: {match[1]: match[2] for match in found if match} for name, found in split.items() if name != "all"}
+    split = {
+        name: [re.fullmatch(r"([\w.-]+(?:\[\w+\])?)(.*)", line) for line in lines]
+        for name, lines in lists.items()
+    }
+    return {
+        name: {match[1]: match[2] for match in found if match}
+        for name, found in split.items()
+        if name != "all"
+    }
 
 
 def lowest() -> list[str]:
     """Every direct dependency in the lowest version that pyproject.toml allows."""
     every = [item for part in ranges().values() for item in part.items()]
-    return [f"{package}=={bound[1]}" for package, versions in every if (bound := re.match(r">=([\w.]+)", versions))]
+    return [
+        f"{package}=={bound[1]}"
+        for package, versions in every
+        if (bound := re.match(r">=([\w.]+)", versions))
+    ]
 
 
 def pip(python: str | Path, *arguments: str, quiet: bool = True) -> str:
     """What pip prints; raises CalledProcessError where it fails, which it has said why."""
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *(["--quiet"] if quiet else []), *arguments]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        *(["--quiet"] if quiet else []),
+        *arguments,
+    ]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
 
 
@@ -66,9 +87,25 @@ def here() -> str:
 
 def resolved(torch: str) -> dict[str, str]:
     """What pip would install into an empty environment."""
-    report = pip(sys.executable, "install", "--dry-run", "--ignore-installed", "--report", "-", here(), f"torch=={torch}")
-    found = {canonical(item["metadata"]["name"]): item["metadata"]["version"] for item in json.loads(report)["install"]}
-    wanted = [name for name in sorted(found) if name != environment.PACKAGE and not LEFT_OUT.fullmatch(name)]
+    report = pip(
+        sys.executable,
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        "-",
+        here(),
+        f"torch=={torch}",
+    )
+    found = {
+        canonical(item["metadata"]["name"]): item["metadata"]["version"]
+        for item in json.loads(report)["install"]
+    }
+    wanted = [
+        name
+        for name in sorted(found)
+        if name != environment.PACKAGE and not LEFT_OUT.fullmatch(name)
+    ]
     return {name: found[name].partition("+")[0] for name in wanted}
 
 
@@ -80,7 +117,10 @@ def moved(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 def record(versions: dict[str, str]) -> None:
     """Add to tried.json what is not in it yet."""
-    found = {name: {*environment.tried()[name], versions[name].partition("+")[0]} for name in environment.tried()}
+    found = {
+        name: {*environment.tried()[name], versions[name].partition("+")[0]}
+        for name in environment.tried()
+    }
     lines = {name: sorted(known, key=environment.numbers) for name, known in found.items()}
     environment.TRIED.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     environment.tried.cache_clear()
@@ -90,7 +130,9 @@ def upgrade(torch: str | None) -> int:
     """Write constraints.txt anew, run the gate on it, say what moved."""
     old = pins(CONSTRAINTS.read_text(encoding="utf-8"))
     new = resolved(torch or old["torch"])
-    CONSTRAINTS.write_text(HEAD + "".join(f"{name}=={version}\n" for name, version in new.items()), encoding="utf-8")
+    CONSTRAINTS.write_text(
+        HEAD + "".join(f"{name}=={version}\n" for name, version in new.items()), encoding="utf-8"
+    )
     if not (changes := moved(old, new)):
         print("Nothing moved.")
         return 0
@@ -99,12 +141,16 @@ def upgrade(torch: str | None) -> int:
     code = subprocess.run(["make", "check"], cwd=ROOT).returncode
     print("\n".join(changes))
     if code:
-        print(f"The gate is red. Repair it, or go back: git checkout {CONSTRAINTS.name} {environment.TRIED.relative_to(ROOT)}")
+        print(
+            f"The gate is red. Repair it, or go back: git checkout {CONSTRAINTS.name} "
+            f"{environment.TRIED.relative_to(ROOT)}"
+        )
     return code
 
 
 def rows(torch: str) -> dict[str, list[str]]:
-    """Name -> what is asked for beside the package itself. torch: the pin of the rows that are about something else."""
+    """Name -> what is asked for beside the package itself. torch: the pin of the rows that are
+    about something else."""
     about = {
         f"transformers-{version}": [f"transformers=={version}", f"torch=={torch}"]
         for version in environment.tried()["transformers"]
@@ -112,8 +158,11 @@ def rows(torch: str) -> dict[str, list[str]]:
     return {"lowest": lowest(), "newest": [], **about}
 
 
-def tried(row: str, wanted: Sequence[str], tests: Sequence[str], workers: int) -> tuple[dict[str, str], str]:
-    """Make the environment of a row and run tests in it: the versions that are in it, and what came of it ("passed" is good)."""
+def tried(
+    row: str, wanted: Sequence[str], tests: Sequence[str], workers: int
+) -> tuple[dict[str, str], str]:
+    """Make the environment of a row and run tests in it: the versions that are in it, and what came
+    of it ("passed" is good)."""
     home = ENVIRONMENTS / row
     venv.create(home, clear=True, with_pip=True)
     python = home / "bin" / "python"
@@ -122,7 +171,9 @@ def tried(row: str, wanted: Sequence[str], tests: Sequence[str], workers: int) -
     except subprocess.CalledProcessError:
         return {}, "does not install"
     lines = pip(python, "list", "--format", "freeze").splitlines()
-    versions = {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
+    versions = {
+        canonical(name): version for name, _, version in (line.partition("==") for line in lines)
+    }
     with open(home / "tests.log", "w", encoding="utf-8") as log:
         command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *tests]
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -139,26 +190,51 @@ def matrix(only: Sequence[str], tests: Sequence[str], workers: int) -> int:
         versions, result = tried(row, table[row], tests, workers)
         if result == "passed":
             record(versions)
-        named = ", ".join(f"{name} {versions[name]}" for name in environment.tried() if name in versions)
-        said.append((result, f"{row:24} {result:16} {named}; {(ENVIRONMENTS / row / 'tests.log').relative_to(ROOT)}"))
+        named = ", ".join(
+            f"{name} {versions[name]}" for name in environment.tried() if name in versions
+        )
+        said.append(
+            (
+                result,
+                f"{row:24} {result:16} {named}; "
+                f"{(ENVIRONMENTS / row / 'tests.log').relative_to(ROOT)}",
+            )
+        )
         print(said[-1][1], flush=True)
     return int(any(result != "passed" for result, _ in said))
 
 
 def main() -> int:
     """The two commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("upgrade", help="write constraints.txt anew, run the gate, say what moved")
+    sub = commands.add_parser(
+        "upgrade", help="write constraints.txt anew, run the gate, say what moved"
+    )
     sub.add_argument("--torch", help="another pin of torch (default: it stays)")
-    sub = commands.add_parser("matrix", help="run tests on the lowest and newest versions and every transformers that was tried")
-    sub.add_argument("row", nargs="*", help="only these rows: lowest, newest, transformers-5.5.0 ... (default all)")
+    sub = commands.add_parser(
+        "matrix",
+        help="run tests on the lowest and newest versions and every transformers that was tried",
+    )
     sub.add_argument(
-        "--tests", default=TESTS, help="what pytest is given; `tests` is the whole suite (default: what is close to others)"
+        "row",
+        nargs="*",
+        help="only these rows: lowest, newest, transformers-5.5.0 ... (default all)",
+    )
+    sub.add_argument(
+        "--tests",
+        default=TESTS,
+        help="what pytest is given; `tests` is the whole suite (default: what is close to others)",
     )
     sub.add_argument("--workers", type=int, default=2, help="test processes (default 2)")
     given = parser.parse_args()
-    return upgrade(given.torch) if given.command == "upgrade" else matrix(given.row, given.tests.split(), given.workers)
+    return (
+        upgrade(given.torch)
+        if given.command == "upgrade"
+        else matrix(given.row, given.tests.split(), given.workers)
+    )
 
 
 if __name__ == "__main__":

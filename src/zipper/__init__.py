@@ -1,22 +1,23 @@
-"""Zipper: pre-trained decoders of single modalities, fused by gated cross-attention (arXiv:2405.18669).
+"""Zipper: pre-trained decoders of single modalities, fused by gated cross-attention
+(arXiv:2405.18669).
 
-The public names are loaded when they are first used, so that `import zipper` and `zipper --help` answer at once.
-"""
+The public names are loaded when they are first used, so that `import zipper` and `zipper --help`
+answer at once."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zipper.audio import Audio
+    from zipper.audio.sound import Audio
     from zipper.errors import ZipperError
     from zipper.link import LinkConfig
     from zipper.model import Zipper, ZipperConfig
     from zipper.pipeline import Pipeline
     from zipper.sampling import Sampling
-    from zipper.sequence import Segment
+    from zipper.strand import Segment
     from zipper.tasks import Task
     from zipper.tower import Strand, Tower
-    from zipper.training import TrainConfig
+    from zipper.training.loop import TrainConfig
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,5 @@
-"""`python -m zipper`, which `torchrun -m zipper train ...` and `accelerate launch -m zipper train ...` need."""
+"""`python -m zipper`, which `torchrun -m zipper train ...` and `accelerate launch -m zipper train
+...` need."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""What zipper stands on, on this machine, and a self-check of some seconds: is it there, was it tried, does it work?
+"""What zipper stands on, on this machine, and a self-check of some seconds: is it there, was it
+tried, does it work?
 
-A missing extra, compiler or GPU is no fault; what is installed and does not work is. torch and transformers are imported only
-where they are examined, since they may be what is broken.
-"""
+A missing extra, compiler or GPU is no fault; what is installed and does not work is. torch and
+transformers are imported only where they are examined, since they may be what is broken."""
 
 import dataclasses
 import os
@@ -17,7 +17,15 @@ from platform import python_version
 from typing import Any, Literal, final
 
 from zipper import environment
-from zipper.environment import BrokenExtra, MissingExtra, extra, importable, installed, numbers, tried
+from zipper.environment import (
+    BrokenExtra,
+    MissingExtra,
+    extra,
+    importable,
+    installed,
+    numbers,
+    tried,
+)
 
 SENTENCE = "send forty two oranges to vienna"  # what the shipped model has to say, and to hear
 
@@ -25,7 +33,8 @@ SENTENCE = "send forty two oranges to vienna"  # what the shipped model has to s
 @final
 @dataclass(frozen=True)
 class Finding:
-    """One thing: what of it was found, and what to do. versions: of its packages, None where one is not there."""
+    """One thing: what of it was found, and what to do. versions: of its packages, None where one is
+    not there."""
 
     name: str
     state: Literal["ok", "missing", "untried", "broken"]
@@ -40,7 +49,12 @@ def examine() -> list[Finding]:
     there = [_extra(name, packages) for name, packages in environment.extras().items()]
     if any(finding.state == "broken" for finding in ground):
         return [*ground, *there]
-    checks = {"compiler": _compiler, "cuda": _cuda, "tiny zip": _tiny_zip, "shipped model": _shipped}
+    checks = {
+        "compiler": _compiler,
+        "cuda": _cuda,
+        "tiny zip": _tiny_zip,
+        "shipped model": _shipped,
+    }
     return [*ground, *there, *(_checked(name, check) for name, check in checks.items())]
 
 
@@ -52,7 +66,10 @@ def works(findings: Sequence[Finding]) -> bool:
 def record(findings: Sequence[Finding]) -> dict[str, Any]:
     """For a program: {"works": ..., "findings": {name: ...}}."""
     found = {
-        finding.name: {key: value for key, value in dataclasses.asdict(finding).items() if key != "name"} for finding in findings
+        finding.name: {
+            key: value for key, value in dataclasses.asdict(finding).items() if key != "name"
+        }
+        for finding in findings
     }
     return {"works": works(findings), "findings": found}
 
@@ -76,15 +93,33 @@ def _ground(name: str) -> Finding:
         try:
             extra(name)
         except MissingExtra as error:
-            return Finding(name, "broken", f"{here}: {error.__cause__}", environment.known_ground(), {name: here})
+            return Finding(
+                name,
+                "broken",
+                f"{here}: {error.__cause__}",
+                environment.known_ground(),
+                {name: here},
+            )
     known, versions = ", ".join(tried()[name]), {name: here}
-    same = [version for version in tried()[name] if numbers(here)[: len(numbers(version))] == numbers(version)]
+    same = [
+        version
+        for version in tried()[name]
+        if numbers(here)[: len(numbers(version))] == numbers(version)
+    ]
     if same:
         return Finding(name, "ok", f"{here}, tried", "", versions)
     if environment.newer(name, here):
-        todo = f"Where it does not work: {environment.known_ground()}" if name in environment.MOVING else ""
-        return Finding(name, "untried", f"{here} is newer than any that was tried ({known})", todo, versions)
-    return Finding(name, "untried", f"{here} is none of those that were tried ({known})", "", versions)
+        todo = (
+            f"Where it does not work: {environment.known_ground()}"
+            if name in environment.MOVING
+            else ""
+        )
+        return Finding(
+            name, "untried", f"{here} is newer than any that was tried ({known})", todo, versions
+        )
+    return Finding(
+        name, "untried", f"{here} is none of those that were tried ({known})", "", versions
+    )
 
 
 def _extra(name: str, packages: Sequence[str]) -> Finding:
@@ -105,7 +140,13 @@ def _extra(name: str, packages: Sequence[str]) -> Finding:
         return Finding(named, "broken", f"does not load: {'; '.join(broken)}", todo, versions)
     if absent:
         return Finding(named, "missing", f"without {', '.join(absent)}", todo, versions)
-    return Finding(named, "ok", ", ".join(f"{package} {version}" for package, version in versions.items()), "", versions)
+    return Finding(
+        named,
+        "ok",
+        ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "",
+        versions,
+    )
 
 
 def _checked(name: str, check: Callable[[], tuple[str, str, str]]) -> Finding:
@@ -114,13 +155,17 @@ def _checked(name: str, check: Callable[[], tuple[str, str, str]]) -> Finding:
         state, said, todo = check()
     except Exception as error:
         state, said = "broken", " ".join(f"{type(error).__name__}: {error}".split())
-        todo = environment.known_ground() if environment.untried() else "ZIPPER_DEBUG=1 zipper show says where, if it is the model."
+        todo = (
+            environment.known_ground()
+            if environment.untried()
+            else "ZIPPER_DEBUG=1 zipper show says where, if it is the model."
+        )
     return Finding(name, state, said, todo)  # type: ignore[arg-type]
 
 
 def _compiler() -> tuple[str, str, str]:
     """Whether the step that decoding takes on a CPU is compiled."""
-    from zipper import native
+    from zipper.fast import native
 
     name = shlex.split(os.environ.get("CXX", "c++"))[0]
     with warnings.catch_warnings(record=True) as said:
@@ -132,15 +177,27 @@ def _compiler() -> tuple[str, str, str]:
         return "ok", "not wanted (ZIPPER_NATIVE=0): decoding goes by torch's kernels", ""
     if shutil.which(name) is None:
         todo = "Install g++ or clang++ with OpenMP, or name yours in CXX."
-        return "missing", f"there is no {name}: decoding goes by torch's kernels and takes about twice as long", todo
-    return "broken", " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step", ""
+        return (
+            "missing",
+            f"there is no {name}: decoding goes by torch's kernels and takes about twice as long",
+            todo,
+        )
+    return (
+        "broken",
+        " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step",
+        "",
+    )
 
 
 def _cuda() -> tuple[str, str, str]:
     """Whether there is a GPU that computes."""
     import torch
 
-    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
+    built = (
+        f"torch is built for CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "torch is built for the CPU"
+    )
     if not torch.cuda.is_available():
         return "missing", f"{built}, no GPU is seen: everything runs on the CPU", ""
     found = []
@@ -154,9 +211,9 @@ def _cuda() -> tuple[str, str, str]:
 
 def _tiny_zip() -> tuple[str, str, str]:
     """A random zip of two families: forward, cached, packed and generated, against one another."""
-    from zipper import families
     from zipper.model import Zipper
-    from zipper.sequence import Ends, Segment
+    from zipper.strand import Ends, Segment
+    from zipper.towers import families
     from zipper.verify import verify
 
     ends = {"text": Ends(0, 1), "speech": Ends(0, 1)}
@@ -165,14 +222,22 @@ def _tiny_zip() -> tuple[str, str, str]:
     checks = verify(model)
     if broken := [f"{check.promise} ({check.measured})" for check in checks if not check.held]:
         return "broken", "; ".join(broken), environment.moved()
-    said = model.generate([Segment("text", [5, 6, 7])], outputs=["speech", "text"], limits={"text": 4, "speech": 4})
+    said = model.generate(
+        [Segment("text", [5, 6, 7])], outputs=["speech", "text"], limits={"text": 4, "speech": 4}
+    )
     written = ", ".join(f"{len(segment.content)} of {segment.tower}" for segment in said)
-    return "ok", f"{len(checks)} promises hold (no leaks, cached = full, packed = separate); generates {written}", ""
+    return (
+        "ok",
+        f"{len(checks)} promises hold (no leaks, cached = full, packed = separate); generates "
+        f"{written}",
+        "",
+    )
 
 
 def _shipped() -> tuple[str, str, str]:
-    """The model that comes with the package says something and understands it, by way of a file where one can be written."""
-    from zipper import audio
+    """The model that comes with the package says something and understands it, by way of a file
+    where one can be written."""
+    from zipper.audio import sound as audio
     from zipper.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained()

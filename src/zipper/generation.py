@@ -1,87 +1,354 @@
-"""Generation: read what is given, then produce segment after segment in a given order (paper, sec. 3.2).
+"""Generation: many requests at once, each at its own place in its own plan, joining and leaving at
+any step.
 
-One tower runs at a time; the others wait in the state. A batch may be ragged: rows that have ended are padding until the rest has.
-Nothing here knows how the model works inside, only `start`, `step` and `unembed`.
-"""
+A request reads what is given, then produces segment after segment in a given order (paper, sec.
+3.2). It is written as
+if it were alone: a generator that says what it wants to read and is sent the logits behind it. The
+engine collects what all of them want, has it read in one step, and hands out the answers
+(continuous batching: Orca, OSDI 2022). Nothing here knows how a model reads."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Literal, NamedTuple, SupportsInt, final
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from zipper.errors import ZipperError
-from zipper.sampling import Sampling, choose
-from zipper.sequence import PADDING, Ends, Segment, collate
-from zipper.tower import Strand
+from zipper.reading import Logits, Model, Piece, Reader, Stepwise
+from zipper.sampling import Rules, Sampling, Search, choose
+from zipper.strand import Produced, Segment
 
 #: {tower: most tokens of a segment, without begin and end}.
 Limits = Mapping[str, int]
 
-
-@runtime_checkable
-class Model(Protocol):
-    """What generation needs of a model."""
-
-    def start(self, towers: Sequence[str], outputs: Sequence[str]) -> Any:
-        """An empty state for a plan."""
-
-    def step(self, strands: Mapping[str, Strand], state: Any) -> tuple[dict[str, Tensor], Any]:
-        """Read tokens: states before the head, and the new state (which offers `compact(tower)`)."""
-
-    def unembed(self, tower: str, hidden: Tensor) -> Tensor:
-        """Logits."""
-
-    def ends(self) -> Mapping[str, Ends]:
-        """Begin and end ids of each tower."""
-
-    def limit(self, tower: str, given: Mapping[str, int], wanted: int | None = None) -> int:
-        """Most tokens of a segment of `tower`, from the number of tokens of each tower so far and what the user wants."""
-
-    def check(self, segments: Sequence[Segment]) -> None:
-        """Raise a ZipperError for unknown towers, ids out of range, or more than a tower can read."""
+# tokens of a prompt that are read at a time, so that nobody waits long for a neighbour's prompt
+CHUNK = 512
 
 
-@torch.inference_mode()
+class NoRoom(ZipperError):
+    """A tower has no room for another segment."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody wants.
+
+    segments: given, contents are ids without begin and end.
+    outputs: towers in order; a Segment instead of a name forces its ids as the beginning.
+    sampling: its seed is the request's. search: by beams instead; None = sample.
+    limits: {tower: most tokens of a segment}. rules: {tower: Rules}.
+    more: the last given segment is not whole yet, `Answer.feed` brings the rest.
+    """
+
+    segments: Sequence[Segment]
+    outputs: Sequence[str | Segment]
+    sampling: Sampling = field(default_factory=Sampling)
+    limits: Limits | None = None
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    search: Search | None = None
+    more: bool = False
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One way to write a segment. logprobs: in nats, of every token that was produced, the end
+    token last if it was."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ended: bool
+    score: float
+
+
+@dataclass
+class Written:
+    """A segment while it is produced, and after.
+
+    ids: the forced ones first, without begin and end. forced: how many these are.
+    logprobs: in nats, of every id that was produced and of the end token, by the model's own
+    distribution.
+    stop: why it ended: by itself, at its limit, in a loop; "" while it goes on.
+    best: the best hypotheses of a search, best first.
+    """
+
+    tower: str
+    ids: list[int]
+    forced: int
+    logprobs: list[float] = field(default_factory=list)
+    stop: Literal["", "end", "limit", "loop"] = ""
+    best: list[Hypothesis] = field(default_factory=list)
+
+    @property
+    def segment(self) -> Produced:
+        """As `generate` returns it."""
+        return Produced(
+            self.tower, list(self.ids), ended=self.stop == "end", score=sum(self.logprobs)
+        )
+
+
+class Token(NamedTuple):
+    """A token as it is produced: of which produced segment, its tower, id and log-probability in
+    nats."""
+
+    segment: int
+    tower: str
+    id: int
+    logprob: float
+
+
+@final
+class Answer:
+    """What becomes of a request.
+
+    written: segments so far. done: nothing more will come. error: why it ended early, if it did.
+    """
+
+    def __init__(self, request: Request, model: Model) -> None:
+        self.request = request
+        self.written: list[Written] = []
+        self.done = False
+        self.error: Exception | None = None
+        self.complete = not request.more
+        self.fed: deque[int] = deque()
+        self._model = model
+        self._given = list(request.segments[-1].content) if request.more else []
+
+    def feed(self, ids: Iterable[SupportsInt]) -> None:
+        """More of the last given segment: a list, an array or a tensor of ids.
+
+        Raises a ZipperError for ids that the model cannot read.
+        """
+        if self.complete or self.done:
+            raise ZipperError(
+                f"This request is {'complete' if self.complete else 'done'}. Make it with "
+                "more=True to feed it, and "
+                "feed it before finish()."
+            )
+        *before, last = self.request.segments
+        (whole,) = _own(self._model, [Segment(last.tower, [*self._given, *ids])], before)
+        self.fed.extend(whole.content[len(self._given) :])
+        self._given = whole.content
+
+    def finish(self) -> None:
+        """The last given segment is whole."""
+        self.complete = True
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to read before it is fed or finished."""
+        return not self.fed and not self.complete
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; the engine forgets it at its next step."""
+        self.done = True
+
+    def segments(self) -> list[Produced]:
+        """What was produced. Raises what went wrong, and a ZipperError where it is not done."""
+        if self.error is not None:
+            raise self.error
+        if not self.done:
+            raise ZipperError("This request is still running. Call Engine.step() until it is done.")
+        return [written.segment for written in self.written]
+
+    @property
+    def tokens(self) -> list[Token]:
+        """What was produced so far, token by token."""
+        found = []
+        for number, written in enumerate(self.written):
+            said = zip(written.ids[written.forced :], written.logprobs, strict=False)
+            found += [Token(number, written.tower, id, logprob) for id, logprob in said]
+        return found
+
+
+#: A piece that a request wants to be read: the session that reads, the tower, the ids.
+Wanted = tuple[Any, str, Sequence[int]]
+#: Says what it wants to be read next, and is sent the logits behind each piece.
+Course = Generator[list[Wanted], list[Any], None]
+
+
+@dataclass
+class _Row:
+    """A request in the engine: its course, whether that was begun, and what it wants to read
+    next."""
+
+    answer: Answer
+    course: Course
+    turn: int  # how many were submitted before it
+    begun: bool = False
+    wanted: list[Wanted] = field(default_factory=list)
+    logits: list[Any] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has something to read; one that is new reads its begin token."""
+        return not self.begun or not self.answer.waits
+
+    def go_on(self) -> None:
+        """Hands over the logits and notes what is wanted next. What goes wrong in a request is its
+        own affair."""
+        begun, self.begun = self.begun, True
+        try:
+            self.wanted = self.course.send(self.logits) if begun else next(self.course)
+        except StopIteration:
+            self.answer.done, self.wanted = True, []
+        except Exception as error:
+            self.answer.done, self.answer.error, self.wanted = True, error, []
+
+
+@final
+class Engine:
+    """Runs requests. Not thread-safe: one thread calls `submit` and `step`.
+
+    A request holds a row while it has something to read. One that waits to be fed (`Request.more`)
+    gives its row to others and keeps what it has read; once it is fed, it takes the next row that
+    is free, before all that were submitted after it. So whoever does nothing keeps nobody waiting,
+    and nobody waits for ever: what came before reads no more than its towers have room for."""
+
+    def __init__(self, model: Model, reader: Reader, rows: int = 8) -> None:
+        """reader: how to read the model (`zipper.fast.engine` takes the fastest that knows it).
+        rows: requests that read at once, others wait their turn."""
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ZipperError(f"An engine for {rows} requests was asked for; it runs at least 1.")
+        self.model, self.reader, self.rows = model, reader, rows
+        self._waiting: list[_Row] = []  # in the order in which they were submitted
+        self._running: list[_Row] = []
+        self._turns = count()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that hold a row, and all others that are not done: new ones, and those that wait
+        to be fed, which hold in memory what they have read."""
+        return len(self._running), len(self._waiting)
+
+    def submit(self, request: Request) -> Answer:
+        """Takes a request; nothing is read yet. Raises a ZipperError for one that the model cannot
+        read or write."""
+        return self._take(_checked(self.model, request))
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Every request with a row reads once; those that end, or wait to be fed, make room for
+        others. Returns
+        whether anything was read: False while all wait to be fed."""
+        self._running = [row for row in self._running if not row.answer.done]
+        self._waiting = [row for row in self._waiting if not row.answer.done]
+        ready = [row for row in self._waiting if row.ready]
+        for row in ready[: self.rows - len(self._running)]:
+            self._waiting.remove(row)
+            self._running.append(row)
+            row.go_on()
+        something = self._read()
+        for row in self._running:
+            if not row.answer.done:
+                row.go_on()
+        parked = [row for row in self._running if not row.answer.done and not row.wanted]
+        if parked:
+            self._running = [row for row in self._running if row.answer.done or row.wanted]
+            self._waiting = sorted([*self._waiting, *parked], key=lambda row: row.turn)
+        return something
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """Submits requests, all or none, and steps until they are done, in good or in bad."""
+        checked = [_checked(self.model, request) for request in requests]
+        answers = [self._take(request) for request in checked]
+        while not all(answer.done for answer in answers) and self.step():
+            pass
+        return answers
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling,
+        limits: Limits | None = None,
+    ) -> list[list[Produced]]:
+        """Produce one segment per item of `outputs` for every prompt.
+
+        prompts: given segments, contents are ids without begin and end. outputs: tower names in
+        order; a Segment instead of a name forces its ids as the beginning of what is produced.
+        sampling: prompt i draws from its seed + i. limits: most tokens per segment, default
+        `model.limit`.
+
+        A segment that hits its limit is closed and returned with ended=False. A prompt behind which
+        a tower has no room for a segment gets it and those after it empty, with ended=False; a
+        ZipperError where that is so for all."""
+        plan = planned(outputs)
+        if not plan or not prompts:
+            raise ZipperError(
+                f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at "
+                "least one of each."
+            )
+        seeds = (replace(sampling, seed=sampling.seed + row) for row in range(len(prompts)))
+        requests = [
+            Request(prompt, outputs, own, limits)
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        answers = self.run(requests)
+        crowded = all(answer.error for answer in answers)
+        for answer in answers:
+            if answer.error is not None and (crowded or not isinstance(answer.error, NoRoom)):
+                raise answer.error
+        found = []
+        for answer in answers:
+            written = [part.segment for part in answer.written]
+            missing = plan[len(written) :]
+            found.append(
+                [*written, *(Produced(segment.tower, [], ended=False) for segment in missing)]
+            )
+        return found
+
+    def stream(self, answer: Answer) -> Iterator[Token]:
+        """Tokens of one request as they are produced, stepping all of them; ends when it is done or
+        waits to be fed. Raises what went wrong."""
+        told = 0
+        while True:
+            tokens = answer.tokens
+            yield from tokens[told:]
+            told = len(tokens)
+            if answer.error is not None:
+                raise answer.error
+            if answer.done or not self.step():
+                return
+
+    def _take(self, request: Request) -> Answer:
+        answer = Answer(request, self.model)
+        self._waiting.append(
+            _Row(answer, _course(self.model, self.reader, answer), next(self._turns))
+        )
+        return answer
+
+    def _read(self) -> bool:
+        """Reads what all requests with a row want, in one step; whether there was anything."""
+        pieces: dict[str, list[Piece]] = {}
+        places: dict[str, list[tuple[_Row, int]]] = {}
+        for row in self._running:
+            row.logits = [None] * len(row.wanted)
+            for index, (session, tower, ids) in enumerate(row.wanted):
+                pieces.setdefault(tower, []).append((session, ids))
+                places.setdefault(tower, []).append((row, index))
+        if pieces:
+            for tower, logits in self.reader.read(pieces).items():
+                for (row, index), found in zip(places[tower], _here(logits), strict=True):
+                    row.logits[index] = found
+        return bool(pieces)
+
+
 def generate(
     model: Model,
     prompts: Sequence[Sequence[Segment]],
     outputs: Sequence[str | Segment],
     sampling: Sampling,
     limits: Limits | None = None,
-) -> list[list[Segment]]:
-    """Produce one segment per item of `outputs` for every prompt of a batch.
-
-    prompts: given segments, contents are ids without begin and end; all rows of a batch follow the same plan. outputs: tower
-    names in order; a Segment instead of a name forces its ids as the beginning of what is produced. limits: most tokens per
-    segment, default `model.limit`. A segment that hits its limit is closed and returned with ended=False. A row in which a tower
-    has no room for a segment gets it and those after it empty, with ended=False; a ZipperError where that is so in every row.
-    """
-    plan = check(model, prompts, outputs, limits)
-    shape, produced = [segment.tower for segment in prompts[0]], [segment.tower for segment in plan]
-    state = model.start(tuple(dict.fromkeys(shape + produced)), tuple(dict.fromkeys(produced)))
-    clock = Clock(len(prompts), model.ends())
-    if shape:
-        _, state = model.step(clock.read(prompts), state)
-
-    towers = {*shape, *produced}
-    alone = {t: _Alone(model, t, prompts) for t in {*produced} if sampling.guidance != 1 and len(towers) > 1}
-    generators = sampling.generators(len(prompts))
-    results: list[list[Segment]] = [[] for _ in prompts]
-    room = torch.ones(len(prompts), dtype=torch.bool)
-    for number, forced in enumerate(plan):
-        tower, last = forced.tower, number == len(plan) - 1
-        caps = _caps(model, tower, clock.seen(), (limits or {}).get(tower), room)
-        state = state.compact(tower)
-        if tower in alone:
-            alone[tower].state = alone[tower].state.compact(tower)
-        ids, scores, ended, state = _segment(model, state, clock, forced, caps, sampling, generators, last, alone.get(tower))
-        for row, result in enumerate(results):
-            result.append(Segment(tower, ids[row], ended=ended[row], score=scores[row]))
-    return results
+) -> list[list[Produced]]:
+    """`Engine.generate` by the model's own steps, all prompts side by side."""
+    return Engine(model, Stepwise(model), max(1, len(prompts))).generate(
+        prompts, outputs, sampling, limits
+    )
 
 
 def planned(outputs: Sequence[str | Segment]) -> list[Segment]:
@@ -89,145 +356,264 @@ def planned(outputs: Sequence[str | Segment]) -> list[Segment]:
     return [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
 
 
-def check(
-    model: Model, prompts: Sequence[Sequence[Segment]], outputs: Sequence[str | Segment], limits: Limits | None
-) -> list[Segment]:
-    """The plan that `outputs` name. Raises a ZipperError for what `generate` cannot do."""
-    plan = planned(outputs)
-    if not plan or not prompts:
-        raise ZipperError(f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at least one of each.")
-    shape = [segment.tower for segment in prompts[0]]
-    for prompt in prompts:
-        if [segment.tower for segment in prompt] != shape:
-            raise ZipperError("The prompts of one batch must name the same towers in the same order; call generate once per order.")
-        model.check([*prompt, *plan])
-    model.check([Segment(tower, []) for tower in check_limits(limits)])
-    return plan
-
-
 def check_limits(limits: Limits | None) -> dict[str, int]:
-    """Limits of the caller's own that will not change. Raises a ZipperError for one that is no number of tokens."""
+    """Limits of the caller's own that will not change. Raises a ZipperError for one that is no
+    number of tokens."""
     own = dict(limits or {})
     for tower, limit in own.items():
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ZipperError(f"limits[{tower!r}] is {limit!r}; a limit is a number of tokens, at least 1.")
+            raise ZipperError(
+                f"limits[{tower!r}] is {limit!r}; a limit is a number of tokens, at least 1."
+            )
     return own
 
 
-def _segment(
-    model: Model,
-    state: Any,
-    clock: "Clock",
-    forced: Segment,
-    caps: Int[Tensor, " batch"],
-    sampling: Sampling,
-    generators: list[torch.Generator],
-    last: bool,
-    alone: "_Alone | None",
-) -> tuple[list[list[int]], list[float], list[bool], Any]:
-    """One segment for every row: (ids without begin and end, log-probability, ended by itself, state). A cap of 0: no segment."""
-    tower, (begin, end) = forced.tower, model.ends()[forced.tower]
-    rows, alive = len(caps), caps > 0
-    going = alive  # rows that are alive after what is read next: those that end still read their end, for the segments after them
-    ids: list[list[int]] = [list(forced.content) if here else [] for here in alive]
-    scores, ended = [0.0] * rows, [False] * rows
-    next_ids = torch.tensor([[begin, *forced.content]] * rows)
-    while True:
-        hidden, state = model.step({tower: clock.say(tower, next_ids, alive)}, state)
-        blind = alone.read(next_ids, alive) if alone else None
-        alive = going
-        if not alive.any():
-            break
-        logits = model.unembed(tower, hidden[tower][:, -1:])[:, 0].float()
-        if begin != end:
-            logits[:, begin] = -torch.inf  # a segment begins once
-        weighed = logits if blind is None else sampling.guide(logits, blind)
-        # Only rows that are alive draw: the stream of one that has ended must not depend on how long its neighbours go on.
-        token, streams = torch.full((rows,), end), [g for g, a in zip(generators, alive, strict=True) if a]
-        token[alive] = choose(weighed[alive.to(logits.device)], sampling, streams).cpu()
-        logprob = logits.log_softmax(-1).cpu().gather(-1, token[:, None])[:, 0]
-        for row in alive.nonzero().flatten().tolist():
-            ended[row] = bool(token[row] == end)
-            if not ended[row] and len(ids[row]) >= caps[row]:
-                token[row] = end  # closed by force: not produced, so not in the score
-                continue
-            if not ended[row]:
-                ids[row].append(int(token[row]))
-            scores[row] += float(logprob[row])
-        going = alive & (token != end)
-        if last and not going.any():
-            break
-        next_ids = token[:, None]
-    return ids, scores, ended, state
+def _checked(model: Model, request: Request) -> Request:
+    """A request that is nobody else's, for it is read later. Raises a ZipperError for one that
+    cannot be done."""
+    plan = planned(request.outputs)
+    if not plan:
+        raise ZipperError("A request without outputs; name at least one tower.")
+    if request.more and not request.segments:
+        raise ZipperError(
+            "A request with more=True has no given segment to feed. Give one, its content may be "
+            "empty."
+        )
+    for option in (request.limits or {}), request.rules:
+        model.check([Segment(tower, []) for tower in option])
+    for name, plain in ("guidance", 1.0), ("temperature", 0.0):
+        if request.search is not None and getattr(request.sampling, name) != plain:
+            raise ZipperError(
+                f"A request with a search and with {name} was made; {name} is for sampling. Leave "
+                "one of them out."
+            )
+    limits = check_limits(request.limits)
+    own = _own(model, [*request.segments, *plan])
+    given = len(request.segments)
+    return replace(
+        request, segments=own[:given], outputs=own[given:], limits=limits, rules=dict(request.rules)
+    )
 
 
-class _Alone:
-    """A tower that has read its own segments only: what guidance leads away from."""
-
-    def __init__(self, model: Model, tower: str, prompts: Sequence[Sequence[Segment]]) -> None:
-        self.model, self.tower = model, tower
-        self.state, self.clock = model.start((tower,), (tower,)), Clock(len(prompts), model.ends())
-        own = [[segment for segment in prompt if segment.tower == tower] for prompt in prompts]
-        if own[0]:
-            _, self.state = model.step(self.clock.read(own), self.state)
-
-    def read(self, ids: Int[Tensor, "batch length"], alive: Bool[Tensor, " batch"]) -> Float[Tensor, "batch vocabulary"]:
-        """Logits behind these ids, where a row is alive."""
-        hidden, self.state = self.model.step({self.tower: self.clock.say(self.tower, ids, alive)}, self.state)
-        return self.model.unembed(self.tower, hidden[self.tower][:, -1:])[:, 0].float()
+def _own(
+    model: Model, segments: Sequence[Segment], before: Sequence[Segment] = ()
+) -> list[Segment]:
+    """Segments with contents of their own, which no one else will change. Raises a ZipperError for
+    what the model cannot read behind those before."""
+    model.check([*before, *segments])
+    return [Segment(segment.tower, np.asarray(segment.content).tolist()) for segment in segments]
 
 
-def _caps(
-    model: Model, tower: str, seen: Sequence[Mapping[str, int]], wanted: int | None, room: Bool[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
-    """The limit of the next segment in every row, 0 where there is no room for it; such a row leaves `room`, in place."""
-    caps = torch.zeros(len(seen), dtype=torch.long)
-    for row in room.nonzero().flatten().tolist():
+def _here(rows: Logits) -> Logits:
+    """Logits on the CPU, in one transfer: what requests do with them is many small things, each of
+    which would wait for a GPU."""
+    some = [row for row in rows if row is not None]
+    if not some or some[0].device.type == "cpu":
+        return rows
+    moved = iter(torch.stack(some).cpu())
+    return [None if row is None else next(moved) for row in rows]
+
+
+def _course(model: Model, reader: Reader, answer: Answer) -> Course:
+    """A request from its first token to its last."""
+    request, plan, ends = answer.request, planned(answer.request.outputs), model.ends()
+    outputs = tuple(dict.fromkeys(segment.tower for segment in plan))
+    towers = tuple(dict.fromkeys([*(segment.tower for segment in request.segments), *outputs]))
+    session = reader.open(towers, outputs)
+    # For guidance: sessions that read the segments of their own tower only.
+    guided = request.sampling.guidance != 1 and len(towers) > 1
+    alone = {tower: reader.open((tower,), (tower,)) for tower in outputs if guided}
+    seen: dict[str, int] = {}
+
+    def readers(tower: str) -> list[Any]:
+        """The sessions that read a segment of a tower."""
+        return [session, alone[tower]] if tower in alone else [session]
+
+    for segment, ids in _given(answer, ends):
+        yield [(one, segment.tower, ids) for one in readers(segment.tower)] if ids else []
+        seen[segment.tower] = seen.get(segment.tower, 0) + len(ids)
+
+    generator = request.sampling.generators(1)
+    for number, forced in enumerate(plan):
+        tower, last = forced.tower, number == len(plan) - 1
         try:
-            caps[row] = model.limit(tower, seen[row], wanted)
-        except ZipperError:
-            room[row] = False
-            if not room.any():
-                raise
-    return caps
+            cap = model.limit(tower, seen, (request.limits or {}).get(tower))
+        except ZipperError as error:
+            raise NoRoom(str(error)) from error
+        written = Written(tower, list(forced.content), len(forced.content))
+        answer.written.append(written)
+        writing = _Writing(written, *ends[tower], cap, request.rules.get(tower, Rules()))
+        if request.search is None:
+            yield from _sampled(readers(tower), writing, request.sampling, generator, last)
+        else:
+            yield from _searched(reader, session, writing, request.search, last)
+        seen[tower] = seen.get(tower, 0) + len(written.ids) + 2
 
 
-class Clock:
-    """Positions and times of every row: how many tokens each tower, and the whole sequence, has had."""
-
-    def __init__(self, rows: int, ends: Mapping[str, Ends]) -> None:
-        self.ends = ends
-        self.time = torch.zeros(rows, dtype=torch.long)
-        self.position: dict[str, Int[Tensor, " batch"]] = {}
-
-    def read(self, prompts: Sequence[Sequence[Segment]]) -> dict[str, Strand]:
-        """The given segments as left-padded strands."""
-        strands = collate([[replace(s, weight=0.0) for s in prompt] for prompt in prompts], self.ends, left=True).strands
-        for tower, strand in strands.items():
-            self.position[tower] = (strand.document >= 0).sum(1)
-            self.time += self.position[tower]
-        return strands
-
-    def say(self, tower: str, ids: Int[Tensor, "batch length"], alive: Tensor) -> Strand:
-        """The next tokens of `tower` in the rows that are alive, padding in the others."""
-        step = torch.arange(ids.shape[1])
-        position = self.position.setdefault(tower, torch.zeros_like(self.time))
-        document = torch.where(alive, 0, PADDING)[:, None].expand_as(ids)
-        strand = Strand(ids, position[:, None] + step, self.time[:, None] + step, document)
-        self.position[tower] = position + alive * ids.shape[1]
-        self.time = self.time + alive * ids.shape[1]
-        return strand
-
-    def seen(self) -> list[dict[str, int]]:
-        """Per row, the number of tokens of each tower so far."""
-        return [{tower: int(n[row]) for tower, n in self.position.items()} for row in range(len(self.time))]
+def _given(answer: Answer, ends: Mapping[str, Any]) -> Iterator[tuple[Segment, Sequence[int]]]:
+    """The given segments in pieces, begin and end included; an empty piece where it has to be fed
+    first."""
+    request = answer.request
+    for number, segment in enumerate(request.segments):
+        waits = request.more and number == len(request.segments) - 1
+        begin, end = ends[segment.tower]
+        ids = [begin, *segment.content]
+        while True:
+            whole = (
+                not waits or answer.complete
+            )  # looked at first: what is fed after it is in the next round
+            while answer.fed and waits:
+                ids.append(answer.fed.popleft())
+            if whole:
+                ids.append(end)
+            for start in range(0, len(ids), CHUNK):
+                yield segment, ids[start : start + CHUNK]
+            if whole:
+                break
+            if not ids:
+                yield segment, []
+            ids = []
 
 
-def default_limit(own: float, given: Mapping[str, tuple[int, float]], room: int) -> int:
-    """A cap for a segment from what was given: three times the length that the usual token rates make likely, plus 16.
+class _Writing(NamedTuple):
+    """What both ways to write a segment go by."""
 
-    own: usual tokens of a segment of this tower. given: {tower: (tokens so far, usual tokens of its segment)}; 0 = unknown.
-    room: what the tower can still read.
-    """
-    ratios = [tokens * own / usual if own and usual else tokens for tokens, usual in given.values()]
-    return max(1, min(math.ceil(3 * max(ratios, default=own or 64)) + 16, room))
+    written: Written
+    begin: int
+    end: int
+    cap: int
+    rules: Rules
+
+    def logprobs(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
+        """Log-probabilities by the model's own distribution; a segment begins once."""
+        logits = logits.float()
+        if self.begin != self.end:
+            logits[self.begin] = -torch.inf
+        return logits.log_softmax(-1)
+
+
+def _sampled(
+    sessions: Sequence[Any],
+    writing: _Writing,
+    sampling: Sampling,
+    generator: list[torch.Generator],
+    last: bool,
+) -> Course:
+    """One segment, token by token. sessions: one that sees all, and where guidance is wanted one
+    that sees its own tower only."""
+    written, begin, end, cap, rules = writing
+    next_ids = [begin, *written.ids]
+    while not written.stop:
+        logits, *blind = yield [(session, written.tower, next_ids) for session in sessions]
+        logprobs = writing.logprobs(logits)
+        guided = sampling.guide(logprobs, blind[0].float()) if blind else logprobs
+        token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
+        if token == end:
+            written.logprobs.append(float(logprobs[token]))
+            written.stop = "end"
+        elif len(written.ids) >= cap:
+            written.stop = "limit"  # closed by force: not produced, so not in the score
+        else:
+            written.ids.append(token)
+            written.logprobs.append(float(logprobs[token]))
+            if rules.loops(written.ids):
+                written.stop = "loop"
+        next_ids = [token]
+    if not last:
+        unread = written.ids[-1:] if written.stop == "loop" else []
+        yield [(session, written.tower, [*unread, end]) for session in sessions]
+
+
+class _Beam(NamedTuple):
+    """A hypothesis that goes on: what it has read, and said."""
+
+    session: Any
+    ids: list[int]
+    logprobs: list[float]
+    rank: float  # log-probability under the rules
+
+
+class _Candidate(NamedTuple):
+    """How a beam may go on: by which token. logprob: of the token by the model's own
+    distribution."""
+
+    rank: float
+    beam: _Beam
+    token: int
+    logprob: float
+
+
+def _searched(
+    reader: Reader, session: Any, writing: _Writing, search: Search, last: bool
+) -> Course:
+    """One segment, by beam search. `session` reads only the winner, at the end."""
+    written, begin, end, cap, rules = writing
+    beams = [_Beam(reader.fork(session), written.ids, [], 0.0)]
+    logits = yield [(beams[0].session, written.tower, [begin, *written.ids])]
+    found: list[Hypothesis] = []
+    while beams:
+        candidates, closed = _candidates(beams, logits, writing, search)
+        beams, ended = _heirs(reader, candidates, end, search)
+        ranked = sorted([*found, *closed, *ended], key=lambda hypothesis: -hypothesis.score)
+        found = ranked[: search.width]
+        hope = max((search.score(beam.rank, cap + 1) for beam in beams), default=-torch.inf)
+        if len(found) == search.width and hope <= found[-1].score:
+            break
+        if beams:
+            logits = yield [(beam.session, written.tower, beam.ids[-1:]) for beam in beams]
+    best = found[0]
+    written.ids, written.logprobs, written.best = (
+        list(best.ids),
+        list(best.logprobs),
+        found[: search.best],
+    )
+    written.stop = "end" if best.ended else "loop" if rules.loops(best.ids) else "limit"
+    if not last:
+        yield [(session, written.tower, [begin, *best.ids, end])]
+
+
+def _candidates(
+    beams: Sequence[_Beam], logits: Sequence[Tensor], writing: _Writing, search: Search
+) -> tuple[list[_Candidate], list[Hypothesis]]:
+    """How beams may go on, likeliest first, and those that are closed as they stand: at the cap, or
+    in a loop."""
+    candidates, closed = [], []
+    for beam, row in zip(beams, logits, strict=True):
+        logprobs = writing.logprobs(row)
+        ranks = writing.rules.weigh(logprobs, beam.ids)
+        if len(beam.ids) >= writing.cap or writing.rules.loops(
+            beam.ids
+        ):  # it may end, or is closed as it stands
+            score = search.score(beam.rank, max(1, len(beam.logprobs)))
+            closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), False, score))
+            only_end = torch.full_like(ranks, -torch.inf)
+            only_end[writing.end] = ranks[writing.end]
+            ranks = only_end
+        values, tokens = ranks.topk(min(search.width + 1, len(ranks)))
+        for rank, token in zip(values.tolist(), tokens.tolist(), strict=True):
+            if rank > -torch.inf:
+                candidates.append(_Candidate(beam.rank + rank, beam, token, float(logprobs[token])))
+    return sorted(candidates, key=lambda candidate: -candidate.rank), closed
+
+
+def _heirs(
+    reader: Reader, candidates: Sequence[_Candidate], end: int, search: Search
+) -> tuple[list[_Beam], list[Hypothesis]]:
+    """The beams that go on, at most as many as the search is wide, and the hypotheses that have
+    ended."""
+    beams: list[_Beam] = []
+    ended: list[Hypothesis] = []
+    taken: set[int] = set()
+    for place, (rank, beam, token, logprob) in enumerate(candidates):
+        said = [*beam.logprobs, logprob]
+        if token != end:
+            heir = reader.fork(beam.session) if id(beam) in taken else beam.session
+            taken.add(id(beam))
+            beams.append(_Beam(heir, [*beam.ids, token], said, rank))
+        elif place < search.width:
+            ended.append(
+                Hypothesis(tuple(beam.ids), tuple(said), True, search.score(rank, len(said)))
+            )
+        if len(beams) == search.width:
+            break
+    return beams, ended

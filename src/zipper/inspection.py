@@ -1,4 +1,5 @@
-"""Inspection: what a model is made of and what its parts do, for `zipper show`, for the rows of metrics and for people.
+"""Inspection: what a model is made of and what its parts do, for `zipper show`, for the rows of
+metrics and for people.
 
 It looks and changes nothing; it knows nothing of optimizers, steps or files of a run.
 """
@@ -12,15 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zipper.audio import Audio
-from zipper.baseline import Baseline
-from zipper.link import Link
+from zipper.audio.sound import Audio
 from zipper.modality.speech import SpeechUnits
-from zipper.model import Zipper, link_name, visible
+from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.sequence import Batch
+from zipper.strand import Batch, Strand, visible
 from zipper.tasks import Task
-from zipper.tower import Strand
 
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
@@ -30,11 +28,16 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
         "junctions": [dict(junction) for junction in model.config.junctions],
         "links": {
-            name: {"attention": _gate(link.gate), "feedforward": _gate(link.feedforward_gate) if link.feedforward else None}
+            name: {
+                "attention": _gate(link.gate),
+                "feedforward": _gate(link.feedforward_gate) if link.feedforward else None,
+            }
             for name, link in model.links.items()
         },
         "new_parameters": sum(p.numel() for p in model.new_parameters().values()),
-        "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if p.requires_grad),
+        "trained_parameters": sum(
+            p.numel() for name, p in model.named_parameters() if p.requires_grad
+        ),
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_on_disk": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
         "folder": str(folder),
@@ -42,25 +45,27 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def attention(model: Zipper, strands: Mapping[str, Strand], source: str, target: str) -> Float[Tensor, "target source"]:
-    """How much each token of `target` looks at each token of `source` in the first row of a batch: mean over heads and junctions.
-    Rows are 0 where nothing is visible."""
+def attention(
+    model: Zipper, strands: Mapping[str, Strand], source: str, target: str
+) -> Float[Tensor, "target source"]:
+    """How much each token of `target` looks at each token of `source` in the first row of a batch:
+    mean over heads and junctions. Rows are 0 where nothing is visible."""
     read, reading = strands[source], strands[target]
     mask = visible(reading, read)
     found = []
-    for n, hidden in enumerate(model.taps(strands)):
-        name = f"{n}:{source}>{target}"
-        if name in model.links:
-            link = model.links[name]
-            assert isinstance(link, Link)
-            found.append(link.attention(hidden[target], link.read(hidden[source], read.position), mask, reading.position)[0])
+    for key, tap in model.taps(strands).items():
+        if (key.source, key.target) == (source, target):
+            link = model.link(*key)
+            memory = link.read(tap.source, read.position)
+            found.append(link.attention(tap.target, memory, mask, reading.position)[0])
     return torch.stack(found).mean(0)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """How much one link adds. attention, feedforward: gates after the tanh. share: |added| / |state|, the mean over the tokens of
-    the target that see something. seen: how many those were; where there were none the share says nothing."""
+    """How much one link adds. attention, feedforward: gates after the tanh. share: |added| /
+    |state|, the mean over the tokens of the target that see something. seen: how many those were;
+    where there were none the share says nothing."""
 
     attention: float
     feedforward: float | None
@@ -70,28 +75,30 @@ class Activity:
 
 @torch.inference_mode()
 def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
-    """What each link adds to the states of its target on these samples, as the model is; nothing is changed."""
-    names = {link_name(*link): link for link in model.config.link_names()}
-    total, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    """What each link adds to the states of its target on these samples, as the model is; nothing is
+    changed."""
+    links = model.config.links
+    total, seen = dict.fromkeys(links, 0.0), dict.fromkeys(links, 0)
     for strands in (batch.strands for batch in samples):
-        taps = model.taps(strands)
-        for name, (n, source, target) in names.items():
-            if {source, target} <= strands.keys():
-                read, reading, x, link = strands[source], strands[target], taps[n][target], model.link(n, source, target)
-                mask = visible(reading, read)
-                added = link(x, link.read(taps[n][source], read.position), mask, reading.position)
-                share = (added.float().norm(dim=-1) / x.float().norm(dim=-1).clamp(min=1e-30))[mask.any(-1)]
-                total[name], seen[name] = total[name] + float(share.sum()), seen[name] + share.numel()
+        for key, tap in model.taps(strands).items():
+            read, reading, link = strands[key.source], strands[key.target], model.link(*key)
+            mask = visible(reading, read)
+            added = link(tap.target, link.read(tap.source, read.position), mask, reading.position)
+            size = tap.target.float().norm(dim=-1).clamp(min=1e-30)
+            share = (added.float().norm(dim=-1) / size)[mask.any(-1)]
+            total[key], seen[key] = total[key] + float(share.sum()), seen[key] + share.numel()
     found = {}
-    for name, where in names.items():
-        link = model.link(*where)
+    for key in links:
+        link = model.link(*key)
         ffw = None if link.feedforward is None else float(link.feedforward_gate.float().tanh())
-        found[name] = Activity(float(link.gate.float().tanh()), ffw, total[name] / max(1, seen[name]), seen[name])
+        share = total[key] / max(1, seen[key])
+        found[str(key)] = Activity(float(link.gate.float().tanh()), ffw, share, seen[key])
     return found
 
 
-def parts(model: Zipper | Baseline) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by part: "tower NAME", "adapter NAME", "input NAME", "links SOURCE>TARGET", "gates"."""
+def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, by part: "tower NAME", "adapter NAME", "input NAME", "links
+    SOURCE>TARGET", "gates"."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kind, owner, _ = name.split(".", 2)
@@ -106,33 +113,49 @@ def parts(model: Zipper | Baseline) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def gradient_norms(model: Zipper | Baseline) -> dict[str, float]:
-    """Norm of the gradient of each of `parts`, as it is now; 0 where a part has none. Their squares add up to the whole's."""
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Norm of the gradient of each of `parts`, as it is now; 0 where a part has none. Their squares
+    add up to the whole's."""
     from torch.distributed.tensor import DTensor  # half a second
 
     found = {}
     for part, parameters in parts(model).items():
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        found[part] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded over processes
+        found[part] = float(
+            norm.full_tensor() if isinstance(norm, DTensor) else norm
+        )  # sharded over processes
     return found
 
 
-def samples(pipeline: Pipeline, tasks: Sequence[Task], rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, str | Audio]:
-    """What a model, in eval mode, makes of encoded rows: {"TASK/ROW/given TOWER", ".../wanted TOWER", ".../made TOWER": text or
-    sound}. Greedy, so it repeats. Raises ZipperError for rows that lack what a task wants."""
+def samples(
+    pipeline: Pipeline, tasks: Sequence[Task], rows: Sequence[Mapping[str, Sequence[int]]]
+) -> dict[str, str | Audio]:
+    """What a model, in eval mode, makes of encoded rows: {"TASK/ROW/given TOWER", ".../wanted
+    TOWER", ".../made TOWER": text or sound}. Greedy, so it repeats. Raises ZipperError for rows
+    that lack what a task wants."""
     found: dict[str, str | Audio] = {}
     for task in tasks:
         produced = pipeline.run_batch([task.prompt(row) for row in rows], task.outputs)
         for n, row in enumerate(rows):
-            true = [replace(s, content=pipeline.modalities[s.tower].decode(list(s.content))) for s in task.segments(row)]
+            true = [
+                replace(s, content=pipeline.modalities[s.tower].decode(list(s.content)))
+                for s in task.segments(row)
+            ]
             split = len(task.given)
-            for what, segments in (("given", true[:split]), ("wanted", true[split:]), ("made", produced[n])):
-                found |= {f"{task}/{n}/{what} {segment.tower}": segment.content for segment in segments}
+            for what, segments in (
+                ("given", true[:split]),
+                ("wanted", true[split:]),
+                ("made", produced[n]),
+            ):
+                found |= {
+                    f"{task}/{n}/{what} {segment.tower}": segment.content for segment in segments
+                }
     return found
 
 
 def log_samples(trackers: Iterable[Any], found: Mapping[str, str | Audio], step: int) -> None:
-    """Give `samples` to trackers of accelerate: text to every one of them, sound to TensorBoard, which can play it."""
+    """Give `samples` to trackers of accelerate: text to every one of them, sound to TensorBoard,
+    which can play it."""
     texts = {f"sample/{name}": sample for name, sample in found.items() if isinstance(sample, str)}
     for tracker in trackers:
         tracker.log(texts, step=step)
@@ -140,17 +163,26 @@ def log_samples(trackers: Iterable[Any], found: Mapping[str, str | Audio], step:
             for name, sound in found.items():
                 if isinstance(sound, Audio) and len(sound.samples):
                     heard = torch.from_numpy(sound.samples).clamp(-1, 1)[None]
-                    tracker.writer.add_audio(f"sample/{name}", heard, step, sample_rate=sound.rate_hz)
+                    tracker.writer.add_audio(
+                        f"sample/{name}", heard, step, sample_rate=sound.rate_hz
+                    )
 
 
 def table(found: dict[str, Any]) -> str:
     """`describe` as text."""
-    lines = [f"{found['folder']}: {found['parameters']:,} parameters, {found['bytes_on_disk'] / 1e6:.1f} MB on disk", "", "towers"]
+    lines = [
+        f"{found['folder']}: {found['parameters']:,} parameters, "
+        f"{found['bytes_on_disk'] / 1e6:.1f} MB on disk",
+        "",
+        "towers",
+    ]
     for name, tower in found["towers"].items():
         state = "trained" if tower["trained"] else "frozen"
         lines.append(
-            f"  {name:10} {tower['family']}, {tower['blocks']} blocks of width {tower['width']}, {tower['vocabulary']} ids, "
-            f"{tower['parameters']:,} parameters, {state}, input projection {tower['input_projection']}, "
+            f"  {name:10} {tower['family']}, {tower['blocks']} blocks of width {tower['width']}, "
+            f"{tower['vocabulary']} ids, "
+            f"{tower['parameters']:,} parameters, {state}, input projection "
+            f"{tower['input_projection']}, "
             f"hash {tower['digest'][:12]}"
         )
         if tower["voices"]:
@@ -161,14 +193,19 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"  {n}: {after}")
         for link, gate in found["links"].items():
             if link.startswith(f"{n}:"):
-                ffw = "" if gate["feedforward"] is None else f", feed-forward {gate['feedforward']:+.3f}"
+                ffw = (
+                    ""
+                    if gate["feedforward"] is None
+                    else f", feed-forward {gate['feedforward']:+.3f}"
+                )
                 lines.append(
-                    f"     {link.partition(':')[2].replace('>', ' -> '):24} gates: attention {gate['attention']:+.3f}{ffw}"
+                    f"     {link.partition(':')[2].replace('>', ' -> '):24} gates: attention "
+                    f"{gate['attention']:+.3f}{ffw}"
                 )
     return "\n".join(lines)
 
 
-def _tower(model: Zipper | Baseline, pipeline: Pipeline, name: str) -> dict[str, Any]:
+def _tower(model: Any, pipeline: Pipeline, name: str) -> dict[str, Any]:
     tower, modality = model.config.towers[name], pipeline.modalities[name]
     held: Any = model.towers[name]
     return {

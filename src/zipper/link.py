@@ -1,9 +1,8 @@
 """Links: how one tower reads another, and the projections that stand before them.
 
-A link is gated cross-attention from a source tower's hidden states into a target tower's stream, then a gated feed-forward
-(Zipper, arXiv:2405.18669, sec. 3; the gates are Flamingo's, arXiv:2204.14198). It sees tensors and a mask; it knows nothing of
-modalities, tokens or time.
-"""
+A link is gated cross-attention from a source tower's hidden states into a target tower's stream,
+then a gated feed-forward (Zipper, arXiv:2405.18669, sec. 3; the gates are Flamingo's,
+arXiv:2204.14198). It sees tensors and a mask; it knows nothing of modalities, tokens or time."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from zipper.errors import ZipperError
-from zipper.files import settle
+from zipper.saving.files import settle
 
 #: What a link may ask for, in a program as in a file: (least, most).
 LIMITS = {
@@ -33,18 +32,25 @@ InputKind = Literal["residual", "paper", "none"]
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """What every link of a zip looks like. By default a new zip is exactly its towers; recipes open the gates (docs/log.md).
+    """What every link of a zip looks like. By default a new zip is exactly its towers; recipes open
+    the gates (docs/log.md).
 
     width: attention width of a link; None = the target tower's width.
     head_width: width of one attention head; the number of heads is width // head_width.
-    feedforward: width of the gated feed-forward as a multiple of the target's width; 0 leaves it out.
-    projection_depth: linear layers of the cross projection (source width -> target width); 0 = none, keys and values read the
-        source directly. The paper's text says a linear map, its appendix a 3-layer MLP (sec. 3 against A.3).
-    projection_relu: a ReLU after the cross projection, as in the paper's formula h = ReLU(g(m)); without it the source is
+    feedforward: width of the gated feed-forward as a multiple of the target's width; 0 leaves it
+    out.
+    projection_depth: linear layers of the cross projection (source width -> target width); 0 =
+    none, keys and values read the
+        source directly. The paper's text says a linear map, its appendix a 3-layer MLP (sec. 3
+        against A.3).
+    projection_relu: a ReLU after the cross projection, as in the paper's formula h = ReLU(g(m));
+    without it the source is
         layer-normalised before the projection.
-    rotary: rotary positions on queries and keys, the target's positions scaled to the source's rate. A diagonal prior that is
+    rotary: rotary positions on queries and keys, the target's positions scaled to the source's
+    rate. A diagonal prior that is
         ours, not the paper's (Flamingo has no positions here).
-    gate_init: both gates at birth, before the tanh. 0 = the new model is exactly its towers (Flamingo).
+    gate_init: both gates at birth, before the tanh. 0 = the new model is exactly its towers
+    (Flamingo).
     dropout: on both branches, in training.
     whiten: a fixed affine map before the projection; `calibrate` adds and sets it.
     """
@@ -63,8 +69,16 @@ class LinkConfig:
         settle(self, LIMITS)
 
 
-#: The paper to the letter: 3-layer projections with a final ReLU (A.3), no positions, Flamingo's feed-forward of factor 4.
-PAPER_LINK = LinkConfig(head_width=64, feedforward=4.0, projection_depth=3, projection_relu=True, rotary=False, gate_init=0.0)
+#: The paper to the letter: 3-layer projections with a final ReLU (A.3), no positions, Flamingo's
+#: feed-forward of factor 4.
+PAPER_LINK = LinkConfig(
+    head_width=64,
+    feedforward=4.0,
+    projection_depth=3,
+    projection_relu=True,
+    rotary=False,
+    gate_init=0.0,
+)
 
 
 class Memory(NamedTuple):
@@ -75,15 +89,19 @@ class Memory(NamedTuple):
 
 
 def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
-    """A mask as FlexAttention wants it: blocks in which nothing is visible are passed over. Made once for all links of a pair."""
+    """A mask as FlexAttention wants it: blocks in which nothing is visible are passed over. Made
+    once for all links of a pair."""
     size = (mask.shape[0], None, mask.shape[1], mask.shape[2])
-    return create_block_mask(lambda batch, head, target, source: mask[batch, target, source], *size, device=mask.device)
+    return create_block_mask(
+        lambda batch, head, target, source: mask[batch, target, source], *size, device=mask.device
+    )
 
 
 @cache
 def _flex(compiled: bool) -> Any:
-    """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with. Compiled for any lengths: batches
-    differ in all of them, and torch.compile gives a function up for good after eight versions."""
+    """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with.
+    Compiled for any lengths: batches differ in all of them, and torch.compile gives a function up
+    for good after eight versions."""
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
@@ -97,16 +115,18 @@ def mlp(width_in: int, width_out: int, depth: int, hidden: int) -> nn.Sequential
 
 
 class InputProjection(nn.Module):
-    """Stands between a tower's embeddings and its first block, on multi-modal input only (sec. 3, h^0 = ReLU(MLP(embed))).
+    """Stands between a tower's embeddings and its first block, on multi-modal input only (sec. 3,
+    h^0 = ReLU(MLP(embed))).
 
-    `paper` is that formula, which replaces the embeddings; `residual` is h + MLP(h) with a last layer of zeros, so that the
-    model starts as its towers.
-    """
+    `paper` is that formula, which replaces the embeddings; `residual` is h + MLP(h) with a last
+    layer of zeros, so that the model starts as its towers."""
 
     def __init__(self, width: int, kind: InputKind, depth: int = 3) -> None:
         super().__init__()
         if kind not in ("residual", "paper"):
-            raise ZipperError(f"Input projection {kind!r} is unknown; it must be 'residual', 'paper' or 'none'.")
+            raise ZipperError(
+                f"Input projection {kind!r} is unknown; it must be 'residual', 'paper' or 'none'."
+            )
         self.kind = kind
         self.mlp = mlp(width, width, depth, width)
         if kind == "residual":
@@ -115,7 +135,9 @@ class InputProjection(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, h: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
+    def forward(
+        self, h: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length width"]:
         """Project embeddings; same shape out. Runs in its own dtype, returns the input's."""
         out = self.mlp(h.to(next(self.mlp.parameters()).dtype)).to(h.dtype)
         return h + out if self.kind == "residual" else F.relu(out)
@@ -124,7 +146,8 @@ class InputProjection(nn.Module):
 def rotate(
     x: Float[Tensor, "batch heads length head_width"], position: Float[Tensor, "batch length"]
 ) -> Float[Tensor, "batch heads length head_width"]:
-    """Rotary embedding (RoFormer, arXiv:2104.09864) at real-valued positions, base 10,000, halves paired."""
+    """Rotary embedding (RoFormer, arXiv:2104.09864) at real-valued positions, base 10,000, halves
+    paired."""
     half = x.shape[-1] // 2
     inverse = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = position[:, None, :, None].float() * inverse
@@ -143,25 +166,32 @@ def _identity(width: int) -> nn.Linear:
 
 
 class Link(nn.Module):
-    """One direction of one junction: `target` reads `source`. Both gates are `gate_init` at birth; only they may be zero,
-    for two zeros in series pass no gradient.
-    """
+    """One direction of one junction: `target` reads `source`. Both gates are `gate_init` at birth;
+    only they may be zero, for two zeros in series pass no gradient."""
 
-    def __init__(self, width: int, source_width: int, config: LinkConfig, position_scale: float = 1.0) -> None:
-        """`position_scale`: source tokens per target token, the rate that rotary positions of the target are scaled to."""
+    def __init__(
+        self, width: int, source_width: int, config: LinkConfig, position_scale: float = 1.0
+    ) -> None:
+        """`position_scale`: source tokens per target token, the rate that rotary positions of the
+        target are scaled to."""
         super().__init__()
         inner = config.width or width
         if inner % config.head_width or (config.rotary and config.head_width % 2):
             raise ZipperError(
                 f"A link of width {inner} cannot be cut into heads of {config.head_width}"
-                f"{' (rotary needs an even width)' if config.rotary else ''}. Set LinkConfig(head_width=...) to a divisor."
+                f"{' (rotary needs an even width)' if config.rotary else ''}. Set "
+                "LinkConfig(head_width=...) to a divisor."
             )
         self.config = config
         self.heads = inner // config.head_width
         self.position_scale = position_scale
         projected = width if config.projection_depth else source_width
         self.source_norm = nn.Identity() if config.projection_relu else nn.LayerNorm(source_width)
-        self.projection = mlp(source_width, width, config.projection_depth, width) if config.projection_depth else nn.Identity()
+        self.projection = (
+            mlp(source_width, width, config.projection_depth, width)
+            if config.projection_depth
+            else nn.Identity()
+        )
         self.whiten = _identity(source_width) if config.whiten else None
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, inner, bias=False)
@@ -174,7 +204,8 @@ class Link(nn.Module):
             hidden = round(config.feedforward * width)
             if hidden < 1:
                 raise ZipperError(
-                    f"feedforward is {config.feedforward}: of a width of {width} that leaves no neuron. Set it to 0 or larger."
+                    f"feedforward is {config.feedforward}: of a width of {width} that leaves no "
+                    "neuron. Set it to 0 or larger."
                 )
             self.feedforward = nn.Sequential(
                 nn.LayerNorm(width),
@@ -186,17 +217,24 @@ class Link(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, source: Float[Tensor, "tokens source_width"]) -> None:
-        """Whiten what the projection reads, from typical source states; the link goes on computing the same function.
+        """Whiten what the projection reads, from typical source states; the link goes on computing
+        the same function.
 
-        A frozen LM keeps words that mean the same to it (the digits, say) close together; along those directions a link learns many
-        times slower than along others (docs/log.md). A fixed affine map gives every direction the same variance, and the projection
-        is multiplied by its inverse.
-        """
+        A frozen LM keeps words that mean the same to it (the digits, say) close together; along
+        those directions a link learns many times slower than along others (docs/log.md). A fixed
+        affine map gives every direction the same variance, and the projection is multiplied by its
+        inverse."""
         first = self.projection[0] if isinstance(self.projection, nn.Sequential) else None
         if not isinstance(first, nn.Linear):
-            raise ZipperError("A link without a projection cannot be calibrated. Set LinkConfig(projection_depth=1) or more.")
+            raise ZipperError(
+                "A link without a projection cannot be calibrated. Set "
+                "LinkConfig(projection_depth=1) or more."
+            )
         if self.whiten is None:
-            self.config, self.whiten = replace(self.config, whiten=True), _identity(first.in_features).to(first.weight)
+            self.config, self.whiten = (
+                replace(self.config, whiten=True),
+                _identity(first.in_features).to(first.weight),
+            )
         x = self.source_norm(source.to(self.key.weight)).double()
         variance, directions = torch.linalg.eigh(torch.cov(x.T))
         deviation = (variance.clamp(min=0) + 1e-3 * variance.mean()).sqrt()
@@ -208,8 +246,13 @@ class Link(nn.Module):
         self.whiten.weight.copy_((directions / deviation).T)
         self.whiten.bias.copy_(-(directions / deviation).T @ x.mean(0))
 
-    def read(self, source: Float[Tensor, "batch source source_width"], position: Int[Tensor, "batch source"]) -> Memory:
-        """Keys and values of source states; computed once per source token (sec. 3: h = ReLU(g(m)), K = V = h)."""
+    def read(
+        self,
+        source: Float[Tensor, "batch source source_width"],
+        position: Int[Tensor, "batch source"],
+    ) -> Memory:
+        """Keys and values of source states; computed once per source token (sec. 3: h = ReLU(g(m)),
+        K = V = h)."""
         h = self.source_norm(source.to(self.key.weight.device, self.key.weight.dtype))
         h = self.projection(h if self.whiten is None else self.whiten(h))
         if self.config.projection_relu:
@@ -227,20 +270,26 @@ class Link(nn.Module):
         position: Int[Tensor, "batch target"],
         blocks: BlockMask | None = None,
     ) -> Float[Tensor, "batch target width"]:
-        """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of the mask with nothing
-        visible gets exactly 0 from both, forwards and backwards. blocks: `block_mask(mask)`, to attend by FlexAttention."""
+        """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of
+        the mask with nothing visible gets exactly 0 from both, forwards and backwards. blocks:
+        `block_mask(mask)`, to attend by FlexAttention."""
         visible = mask.any(-1, keepdim=True)
         x_in = x.to(self.query.weight.dtype)
         query = self._query(x_in, position)
-        # An empty row attends to everything and is then discarded: finite on every kernel, where a fully masked softmax may be
-        # NaN and poison the gradients of the whole batch (pytorch #103963).
+        # An empty row attends to everything and is then discarded: finite on every kernel, where a
+        # fully masked softmax may be NaN and poison the gradients of the whole batch (pytorch
+        # #103963).
         if blocks is None:
-            attended = F.scaled_dot_product_attention(query, memory.keys, memory.values, (mask | ~visible)[:, None])
+            attended = F.scaled_dot_product_attention(
+                query, memory.keys, memory.values, (mask | ~visible)[:, None]
+            )
         else:
             attended = _flex(query.is_cuda)(query, *memory, block_mask=blocks)
         added = torch.tanh(self.gate) * self._drop(self.out(attended.transpose(1, 2).flatten(2)))
         if self.feedforward is not None:
-            added = added + torch.tanh(self.feedforward_gate) * self._drop(self.feedforward(x_in + added))
+            added = added + torch.tanh(self.feedforward_gate) * self._drop(
+                self.feedforward(x_in + added)
+            )
         return torch.where(visible, added, torch.zeros_like(added)).to(x.dtype)
 
     def attention(
@@ -250,7 +299,8 @@ class Link(nn.Module):
         mask: Bool[Tensor, "batch target source"],
         position: Int[Tensor, "batch target"],
     ) -> Float[Tensor, "batch target source"]:
-        """The attention weights that `forward` uses, averaged over heads; rows with nothing visible are 0. For looking at."""
+        """The attention weights that `forward` uses, averaged over heads; rows with nothing visible
+        are 0. For looking at."""
         query = self._query(x.to(self.query.weight.dtype), position)
         scores = query @ memory.keys.transpose(-1, -2) / query.shape[-1] ** 0.5
         weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
@@ -258,7 +308,9 @@ class Link(nn.Module):
 
     def _query(self, x: Tensor, position: Tensor) -> Tensor:
         query = self._heads(self.query(self.norm(x)))
-        return rotate(query, position.float() * self.position_scale) if self.config.rotary else query
+        return (
+            rotate(query, position.float() * self.position_scale) if self.config.rotary else query
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,5 +1,5 @@
-"""-log p(target) over a large vocabulary, a few logits at a time. It sees states, targets and a function from one to logits of the
-other; it knows nothing of towers."""
+"""-log p(target) over a large vocabulary, a few logits at a time. It sees states, targets and a
+function from one to logits of the other; it knows nothing of towers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +18,26 @@ Head = Callable[[Tensor], Tensor]
 
 
 def nll(
-    head: Head, hidden: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens"], vocabulary: int
+    head: Head,
+    hidden: Float[Tensor, "tokens width"],
+    targets: Int[Tensor, " tokens"],
+    vocabulary: int,
 ) -> Float[Tensor, " tokens"]:
     """-log softmax(head(hidden))[target] of every token, in nats and float32.
 
-    head: states [tokens, width] -> logits [tokens, vocabulary], of each token by its own state alone. Where these would be more
-    than MOST, they are made in pieces that do not outlive one another. A frozen head costs no more for it: each piece is turned
-    into the gradient of its states at once. A head that learns makes its logits a second time in the backward.
-    """
+    head: states [tokens, width] -> logits [tokens, vocabulary], of each token by its own state
+    alone. Where these would be more than MOST, they are made in pieces that do not outlive one
+    another. A frozen head costs no more for it: each piece is turned into the gradient of its
+    states at once. A head that learns makes its logits a second time in the backward."""
     rows = max(1, MOST // vocabulary)
     if len(targets) <= rows:
         return _whole(head, hidden, targets)
     pieces = list(zip(hidden.split(rows), targets.split(rows), strict=True))
     if torch.is_grad_enabled() and head(hidden[:1].detach()).requires_grad:
-        parts = [checkpoint(_whole, head, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pieces]
+        parts = [
+            checkpoint(_whole, head, h, t, use_reentrant=False, preserve_rng_state=False)
+            for h, t in pieces
+        ]
     elif torch.is_grad_enabled() and hidden.requires_grad:
         parts = [_Frozen.apply(head, h, t) for h, t in pieces]
     else:
@@ -44,8 +50,9 @@ def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Frozen(torch.autograd.Function):
-    """`_whole` by a head that does not learn. A token's loss depends on its own state alone, so its gradient for any loss on top
-    is this one's times a number: no logits need to be kept or made again."""
+    """`_whole` by a head that does not learn. A token's loss depends on its own state alone, so its
+    gradient for any loss on top is this one's times a number: no logits need to be kept or made
+    again."""
 
     @staticmethod
     def forward(ctx: Any, head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Pipeline: model and modalities, raw in, raw out. The only object that most users, the command line, the server and the evaluation
-touch."""
+"""Pipeline: model and modalities, raw in, raw out. The only object that most users, the command
+line, the server and the evaluation touch."""
 
 import math
 import tempfile
@@ -7,26 +7,26 @@ import threading
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zipper import checkpoint, hub, proofs
-from zipper.audio import Audio, read
-from zipper.baseline import KIND, Baseline
-from zipper.card import card
-from zipper.engine import Engine
+from zipper.audio.sound import Audio, read
 from zipper.errors import ZipperError
-from zipper.fused import Fused
-from zipper.generation import Limits, generate
+from zipper.fast import fastest
+from zipper.fast import recall as proofs
+from zipper.generation import Engine, Limits, planned
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.modality.speech import SpeechUnits
 from zipper.model import TowerSource, Zipper
+from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
-from zipper.sequence import Segment
-from zipper.tower import UnsupportedTower
+from zipper.saving import checkpoint, hub
+from zipper.saving.card import card
+from zipper.strand import Produced, Segment
 
 PINS = "modalities.json"
 FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for
@@ -68,7 +68,10 @@ class Later:
         except OSError:
             same = False
         if not same:
-            raise ZipperError(f"{self.folder} holds another model than when it was loaded, or none. Load the pipeline anew.")
+            raise ZipperError(
+                f"{self.folder} holds another model than when it was loaded, or none. Load the "
+                "pipeline anew."
+            )
         return Zipper.from_pretrained(self.folder, None, self.dtype, self.allow_mismatch)
 
 
@@ -79,27 +82,42 @@ class Pipeline:
     (`plain.Proved`) until `model` is asked for.
     """
 
-    def __init__(self, model: Zipper | Baseline, modalities: Mapping[str, Modality]) -> None:
+    def __init__(self, model: Any, modalities: Mapping[str, Modality]) -> None:
         if set(modalities) != set(model.towers):
-            raise ZipperError(f"The model has the towers {sorted(model.towers)}, the modalities given are {sorted(modalities)}.")
+            raise ZipperError(
+                f"The model has the towers {sorted(model.towers)}, the modalities given are "
+                f"{sorted(modalities)}."
+            )
         for name, modality in modalities.items():
             known = model.config.towers[name].vocabulary
             if modality.vocabulary > known:
-                raise ZipperError(f"The modality {name!r} makes {modality.vocabulary} ids, its tower knows {known}.")
+                raise ZipperError(
+                    f"The modality {name!r} makes {modality.vocabulary} ids, its tower knows "
+                    f"{known}."
+                )
             if (modality.begin, modality.end) != (ends := model.ends()[name]):
                 raise ZipperError(
-                    f"A segment of the modality {name!r} begins and ends with {modality.begin} and {modality.end}, one of its "
-                    f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or zip with the right ends=..."
+                    f"A segment of the modality {name!r} begins and ends with {modality.begin} "
+                    f"and {modality.end}, one of its "
+                    f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or "
+                    "zip with the right ends=..."
                 )
         self.held = model
         self.modalities = dict(modalities)
         self._later: Later | None = None
-        self._reader: Fused | None = None
+        self._reader: Reader | None = None
         self._weights: list[tuple[int, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: not the reader, which points into this process's memory."""
-        return {**self.__dict__, "held": self.model, "_later": None, "_reader": None, "_weights": []}
+        """What a copy or a pickle takes along: not the reader, which points into this process's
+        memory."""
+        return {
+            **self.__dict__,
+            "held": self.model,
+            "_later": None,
+            "_reader": None,
+            "_weights": [],
+        }
 
     def inside(self, folder: Path) -> list[str]:
         """Frozen towers that lie in a folder; see `Zipper.inside`."""
@@ -114,41 +132,49 @@ class Pipeline:
         allow_mismatch: bool = False,
         revision: str | None = None,
     ) -> "Pipeline":
-        """Load what `save_pretrained` wrote, from a folder or a repository of the hub (revision: a branch, tag or commit of it);
-        None loads the model that comes with the package.
+        """Load what `save_pretrained` wrote, from a folder or a repository of the hub (revision: a
+        branch, tag or commit of it); None loads the model that comes with the package.
 
-        towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises ZipperError for a damaged file, a
-        foreign base, tokenizer or codebook; allow_mismatch makes a foreign one a warning.
-        """
+        towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises
+        ZipperError for a damaged file, a foreign base, tokenizer or codebook; allow_mismatch makes
+        a foreign one a warning."""
         local = hub.fetch(SHIPPED if source is None else source, revision)
         folder, recalled, quick = local.folder, None, not towers and proofs.wanted()
-        model: Zipper | Baseline
-        if _is_baseline(folder):
+        model: Any
+        if kind := _kind(folder):
             if towers:
-                raise ZipperError(f"{folder} is a baseline: it holds all its weights, so it takes no towers={sorted(towers)}.")
-            model = Baseline.from_pretrained(folder, dtype)
+                raise ZipperError(
+                    f"{folder} is a {kind}: it holds all its weights, so it takes no "
+                    f"towers={sorted(towers)}."
+                )
+            model = _other(kind, folder, dtype)
         elif (recalled := proofs.recall(local, dtype) if quick else None) is not None:
             model = recalled.model
         else:
-            model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)  # the snapshot in the hub's cache is a folder too
+            model = Zipper.from_pretrained(
+                folder, towers, dtype, allow_mismatch
+            )  # the snapshot in the hub's cache is a folder too
             if quick and sum(p.nbytes for p in model.parameters()) <= FAST_BYTES:
                 proofs.remember(local, model, dtype)
         if not (folder / PINS).is_file():
             raise ZipperError(
-                f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, or add them and save."
+                f"{folder} holds a model without modalities. Load it with Zipper.from_pretrained, "
+                "or add them and save."
             )
         modalities = _modalities(folder, allow_mismatch)
         try:
             pipeline = cls(model, modalities)
         except ZipperError as error:
-            raise ZipperError(f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}") from error
+            raise ZipperError(
+                f"{folder / checkpoint.CONFIG} does not fit the modalities beside it. {error}"
+            ) from error
         if recalled is not None:
             pipeline._reader = recalled.reader
             pipeline._later = Later(folder.absolute(), recalled.manifest, dtype, allow_mismatch)
         return pipeline
 
     @property
-    def model(self) -> Zipper | Baseline:
+    def model(self) -> Any:
         """The model, to run, change and train; where it was recalled, its towers are loaded and
         proved when this is first asked for."""
         with _LOADING:
@@ -157,31 +183,52 @@ class Pipeline:
                 self._later, self._reader = None, None
         return self.held
 
-    def save_pretrained(self, folder: str | Path, include: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> None:
-        """Save model and modalities in one folder, such as can be loaded, whole or not at all; see `Zipper.save_pretrained`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        include: Sequence[str] = (),
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save model and modalities in one folder, such as can be loaded, whole or not at all; see
+        `Zipper.save_pretrained`."""
         with checkpoint.whole(Path(folder), self.prove) as temporary:
             self._write(temporary, {*include, *self.model.inside(Path(folder))}, record)
 
     def rehearse(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
-        """Raises what `save_pretrained` would, for a disk that is full or files that could not be loaded, and leaves nothing."""
+        """Raises what `save_pretrained` would, for a disk that is full or files that could not be
+        loaded, and leaves nothing."""
         with checkpoint.rehearsal(Path(folder), self.prove) as temporary:
             self._write(temporary, self.model.inside(Path(folder)), record)
 
     def prove(self, folder: Path) -> None:
-        """Raises the ZipperError in which loading what was written would end; takes no memory for the model's tensors."""
+        """Raises the ZipperError in which loading what was written would end; takes no memory for
+        the model's tensors."""
         self.model.prove(folder)
         _modalities(folder)
 
-    def _write(self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None) -> None:
+    def _write(
+        self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None
+    ) -> None:
         self.model.write(folder, include, record)
         for name, modality in self.modalities.items():
             modality.save(folder / "modalities" / name)
-        checkpoint.write_json(folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()})
+        checkpoint.write_json(
+            folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()}
+        )
         if isinstance(self.model, Zipper):
-            (folder / checkpoint.CARD).write_text(card(folder, self.model.sizes()), encoding="utf-8")
+            (folder / checkpoint.CARD).write_text(
+                card(folder, self.model.sizes()), encoding="utf-8"
+            )
 
-    def push_to_hub(self, repo: str, private: bool = False, revision: str | None = None, include: Sequence[str] = ()) -> str:
-        """Save model and modalities and upload them to a repository of the hub, in one commit; returns the commit's URL."""
+    def push_to_hub(
+        self,
+        repo: str,
+        private: bool = False,
+        revision: str | None = None,
+        include: Sequence[str] = (),
+    ) -> str:
+        """Save model and modalities and upload them to a repository of the hub, in one commit;
+        returns the commit's URL."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "zip", include)
             return hub.push(Path(folder) / "zip", repo, private, revision)
@@ -192,12 +239,12 @@ class Pipeline:
         outputs: Sequence[str | Segment],
         sampling: Sampling | None = None,
         limits: Limits | None = None,
-    ) -> list[Segment]:
-        """Read raw segments (text as str; speech as Audio, path or the bytes of a file), produce one raw segment per item of
-        `outputs`, in that order.
+    ) -> list[Produced]:
+        """Read raw segments (text as str; speech as Audio, path or the bytes of a file), produce
+        one raw segment per item of `outputs`, in that order.
 
-        A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default derived from the input.
-        """
+        A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default
+        derived from the input."""
         return self.run_batch([segments], outputs, sampling, limits)[0]
 
     def run_batch(
@@ -206,21 +253,21 @@ class Pipeline:
         outputs: Sequence[str | Segment],
         sampling: Sampling | None = None,
         limits: Limits | None = None,
-    ) -> list[list[Segment]]:
-        """`run` for many inputs of one plan at once. Contents that are lists of ids are taken as they are.
+    ) -> list[list[Produced]]:
+        """`run` for many inputs. Contents that are lists of ids are taken as they are.
 
         Where all that is given is sound in which nothing is said, what comes out is empty.
 
-        On a CPU a zip of up to `FAST_BYTES` of weights goes by the engine, which holds them twice more, laid out for speed.
-        """
-        batch = [[self._read(segment) for segment in segments] for segments in batch]
-        silent = [bool(segments) and all(map(self._says_nothing, segments)) for segments in batch]
-        prompts = [[self._encode(segment) for segment in segments] for segments, no in zip(batch, silent, strict=True) if not no]
-        plan = [self._encode(item) if isinstance(item, Segment) else item for item in outputs]
-        produced = iter(self.generate(prompts, plan, sampling or Sampling(), limits) if prompts else ())
-        nothing = [Segment(item.tower if isinstance(item, Segment) else item, []) for item in plan]
-        rows = [nothing if no else next(produced) for no in silent]
-        return [[replace(s, content=self._modality(s.tower).decode(s.content)) for s in row] for row in rows]
+        On a CPU a zip of up to `FAST_BYTES` of weights is laid out for speed, which holds them
+        twice more."""
+        prompts = [self._prompt(segments) for segments in batch]
+        plan = [self._encoded(item) if isinstance(item, Segment) else item for item in outputs]
+        spoken = [prompt for prompt in prompts if prompt is not None]
+        produced = iter(
+            self.generate(spoken, plan, sampling or Sampling(), limits) if spoken else ()
+        )
+        nothing = [Produced(segment.tower, []) for segment in planned(plan)]
+        return [self._decoded(nothing if prompt is None else next(produced)) for prompt in prompts]
 
     def generate(
         self,
@@ -228,51 +275,52 @@ class Pipeline:
         outputs: Sequence[str | Segment],
         sampling: Sampling,
         limits: Limits | None = None,
-    ) -> list[list[Segment]]:
-        """`generation.generate` with this model, ids in and ids out, by the fastest way that knows it."""
-        reader = self._fast()
-        if reader is None:
-            return generate(self.model, prompts, outputs, sampling, limits)
-        return Engine(self.held, ROWS, reader).generate(prompts, outputs, sampling, limits)
-
-    def _fast(self) -> Fused | None:
-        """A reader with the weights as they are now; None for what is not a zip of known towers on a CPU."""
-        if self._later is not None:  # nobody was given the model to change it
-            return self._reader
-        parameters = list(self.model.parameters())
-        if any(p.device.type != "cpu" or p.is_inference() for p in parameters) or not isinstance(self.model, Zipper):
-            return None
-        if sum(p.nbytes for p in parameters) > FAST_BYTES:
-            return None
-        weights = [(p.data_ptr(), p._version) for p in parameters]  # a change in place raises the version
-        if weights != self._weights:
-            try:
-                self._reader = Fused(self.model)
-            except UnsupportedTower:
-                self._reader = None
-            self._weights = weights
-        return self._reader
+    ) -> list[list[Produced]]:
+        """`Engine.generate` with this model, ids in and ids out, by the fastest way that knows
+        it."""
+        return self.engine(ROWS).generate(prompts, outputs, sampling, limits)
 
     def engine(self, rows: int = 8) -> Engine:
-        """Runs many requests at once, `rows` of them side by side, with the weights as they are now; contents are ids."""
-        return Engine(self.held, rows)
+        """Runs many requests at once, `rows` of them side by side, with the weights as they are
+        now; contents are ids. All engines of a pipeline share one set of laid-out weights."""
+        return Engine(self.held, self._current_reader(), rows)
+
+    def _current_reader(self) -> Reader:
+        """A reader with the weights as they are now."""
+        if (
+            self._later is not None and self._reader is not None
+        ):  # nobody was given the model to change it
+            return self._reader
+        parameters = list(self.model.parameters())
+        small = sum(p.nbytes for p in parameters) <= FAST_BYTES
+        if not small or any(p.device.type != "cpu" or p.is_inference() for p in parameters):
+            return Stepwise(self.model)
+        weights = [(p.data_ptr(), _sum_of_bits(p)) for p in parameters]
+        if self._reader is None or weights != self._weights:
+            self._reader, self._weights = fastest(self.model), weights
+        return self._reader
 
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
-        """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where nothing is said. Raises
-        ZipperError for what is no sound, of no length, or not of one channel; see `Audio` and `audio.read`."""
+        """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where
+        nothing is said. Raises ZipperError for what is no sound, of no length, or not of one
+        channel; see `Audio` and `audio.read`."""
         return self.hear(speech).text
 
     def hear(self, speech: Audio | str | Path | bytes) -> Transcript:
         """`transcribe`, and how sure the model is of it."""
-        given, text = self._read(Segment("speech", speech)), self._modality("text")
-        if self._says_nothing(given):
+        prompt, text = self._prompt([Segment("speech", speech)]), self._modality("text")
+        if prompt is None:
             return Transcript("", 1.0)
-        written = self.generate([[self._encode(given)]], ["text"], Sampling())[0][0]
-        return Transcript(text.decode(written.content), math.exp(written.score / max(1, len(written.content) + written.ended)))
+        ((written,),) = self.generate([prompt], ["text"], Sampling())
+        produced = max(1, len(written.content) + written.ended)
+        return Transcript(text.decode(written.content), math.exp(written.score / produced))
 
     def speak(self, text: str, voice: str | None = None, sampling: Sampling | None = None) -> Audio:
-        """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose."""
-        speech = self.run([Segment("text", text)], outputs=[self.voice(voice)], sampling=sampling)[0].content
+        """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model
+        choose."""
+        speech = self.run([Segment("text", text)], outputs=[self.voice(voice)], sampling=sampling)[
+            0
+        ].content
         assert isinstance(speech, Audio)
         return speech
 
@@ -282,10 +330,14 @@ class Pipeline:
 
     @property
     def zip(self) -> Zipper:
-        """The model, where it is a zip; a ZipperError where it is a single decoder, which has no links and no towers of its own."""
+        """The model, where it is a zip; a ZipperError where it is a single decoder, which has no
+        links and no towers of its own."""
         model = self.model
         if not isinstance(model, Zipper):
-            raise ZipperError("This model is a single decoder, the baseline: it has no towers and links. Give a zip.")
+            raise ZipperError(
+                "This model is a single decoder, the baseline: it has no towers and links. Give a "
+                "zip."
+            )
         return model
 
     @property
@@ -293,52 +345,103 @@ class Pipeline:
         """The modality "speech"; a ZipperError where this model has none."""
         speech = self._modality("speech")
         if not isinstance(speech, SpeechUnits):
-            raise ZipperError("The modality 'speech' of this model is not made of units; there are no voices and no sound.")
+            raise ZipperError(
+                "The modality 'speech' of this model is not made of units; there are no voices "
+                "and no sound."
+            )
         return speech
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:
-            raise ZipperError(f"This model has no modality {name!r}; it has {sorted(self.modalities)}.")
+            raise ZipperError(
+                f"This model has no modality {name!r}; it has {sorted(self.modalities)}."
+            )
         return self.modalities[name]
 
-    def _read(self, segment: Segment) -> Segment:
+    def _prompt(self, segments: Sequence[Segment]) -> list[Segment] | None:
+        """Raw segments as ids; None where all of them are sound in which nothing is said."""
+        raw = [self._opened(segment) for segment in segments]
+        if raw and all(
+            isinstance(s.content, Audio) and SpeechUnits.says_nothing(s.content) for s in raw
+        ):
+            return None
+        return [self._encoded(segment) for segment in raw]
+
+    def _opened(self, segment: Segment) -> Segment:
         """With the sound in place of its file; a sound without samples is an error."""
         content = segment.content
-        if isinstance(self._modality(segment.tower), SpeechUnits) and isinstance(content, str | Path | bytes):
-            return replace(segment, content=read(content))
+        if isinstance(self._modality(segment.tower), SpeechUnits) and isinstance(
+            content, str | Path | bytes
+        ):
+            return Segment(segment.tower, read(content))
         if isinstance(content, Audio) and not len(content.samples):
             raise ZipperError("The sound given has no samples. Give one with something in it.")
         return segment
 
-    def _says_nothing(self, segment: Segment) -> bool:
-        return isinstance(segment.content, Audio) and SpeechUnits.says_nothing(segment.content)
-
-    def _encode(self, segment: Segment) -> Segment:
+    def _encoded(self, segment: Segment) -> Segment:
         modality, content = self._modality(segment.tower), segment.content
-        return segment if isinstance(content, list) else replace(segment, content=modality.encode(content))
+        return (
+            segment
+            if isinstance(content, list)
+            else Segment(segment.tower, modality.encode(content))
+        )
+
+    def _decoded(self, produced: Sequence[Produced]) -> list[Produced]:
+        return [
+            replace(part, content=self._modality(part.tower).decode(part.content))
+            for part in produced
+        ]
 
 
 def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modality]:
-    """The modalities of a saved pipeline. Raises a ZipperError where one is not what its model was trained with."""
+    """The modalities of a saved pipeline. Raises a ZipperError where one is not what its model was
+    trained with."""
     modalities = {}
     for name, pin in checkpoint.read_json(folder / PINS).items():
         modality = load_modality(folder / "modalities" / name)
         if modality.fingerprint != pin:
             mismatch = (
-                f"{folder / 'modalities' / name} is not what this model was trained with: its hash is "
+                f"{folder / 'modalities' / name} is not what this model was trained with: its "
+                "hash is "
                 f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
             )
             if not allow_mismatch:
-                raise ZipperError(f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, --allow-mismatch).")
-            warnings.warn(f"{mismatch} It was allowed: its ids may mean something else to the model.", stacklevel=3)
+                raise ZipperError(
+                    f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, "
+                    "--allow-mismatch)."
+                )
+            warnings.warn(
+                f"{mismatch} It was allowed: its ids may mean something else to the model.",
+                stacklevel=3,
+            )
         modalities[name] = modality
     return modalities
 
 
-def _is_baseline(folder: Path) -> bool:
-    """What its configuration says it is; whoever loads it checks the file."""
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """Tells weights that were changed from those that were laid out, for no more than a token
+    costs."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(whole).sum())
+
+
+def _kind(folder: Path) -> str:
+    """What kind of model a folder says it holds, "" for a zip; whoever loads it checks the file."""
     try:
         config = checkpoint.read_json(folder / checkpoint.CONFIG).get("config")
     except ZipperError:
-        return False
-    return isinstance(config, dict) and config.get("kind") == KIND
+        return ""
+    kind = config.get("kind", "") if isinstance(config, dict) else ""
+    return kind if isinstance(kind, str) else ""
+
+
+def _other(kind: str, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A model of a kind that another package brings, by its entry point in the group
+    `zipper.models`; a folder names no code. Raises a ZipperError where no package has it."""
+    for entry in entry_points(group="zipper.models", name=kind):
+        return entry.load().from_pretrained(folder, dtype)
+    raise ZipperError(
+        f"{folder} holds a model of the kind {kind!a:.40}, which nothing installed here can load. "
+        "Install the package "
+        "that made it (it declares the entry point group zipper.models)."
+    )

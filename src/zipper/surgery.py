@@ -1,8 +1,9 @@
-"""Surgery: another tower in a zip that was trained already, or fewer links. The zip that is operated on is not changed.
+"""Surgery: another tower in a zip that was trained already, or fewer links. The zip that is
+operated on is not changed.
 
-What is kept is kept bit for bit; what has to be born again starts closed (gates 0): until it is trained, a new tower that hears
-only such links says what it says alone. Frozen towers are shared by the old zip and the new one, all that learns is copied.
-"""
+What is kept is kept bit for bit; what has to be born again starts closed (gates 0): until it is
+trained, a new tower that hears only such links says what it says alone. Frozen towers are shared by
+the old zip and the new one, all that learns is copied."""
 
 import copy
 import dataclasses
@@ -15,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipper import checkpoint, hub
-from zipper.data import Row
+from zipper.config import Junction, LinkKey, TowerConfig, ZipperConfig
+from zipper.data.manifests import Row
 from zipper.errors import ZipperError
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
-from zipper.model import Junction, TowerConfig, TowerSource, Zipper, ZipperConfig, link_name
+from zipper.model import Zipper
 from zipper.pipeline import PINS, Pipeline
 from zipper.sampling import check_seed
-from zipper.sequence import Batch, collate
+from zipper.saving import checkpoint, hub
+from zipper.saving.zips import TowerSource
+from zipper.strand import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 
-KIN = 0.5  # `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it was before alignment
+# `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it
+# was before alignment
+KIN = 0.5
 
 # What the parts of a link work with: the states of a tower, or what stands on either side of them.
 FACE_SOURCE = ("source_norm", "whiten", "projection")
@@ -38,7 +43,8 @@ BETWEEN = {"key": ("projection", "query"), "value": ("projection", "out")}
 
 @dataclass(frozen=True)
 class Change:
-    """One tower that was swapped. kinship: see `kinship`; a relative is the old tower trained on, or what it was before."""
+    """One tower that was swapped. kinship: see `kinship`; a relative is the old tower trained on,
+    or what it was before."""
 
     before: TowerConfig
     after: TowerConfig
@@ -52,8 +58,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a link or an input projection that touches a swapped tower. was, name: in the old zip and in the new one, ""
-    where its junction is gone. kept: parts as they were. reborn: part -> why; if there are any, the gates are closed."""
+    """What became of a link or an input projection that touches a swapped tower. was, name: in the
+    old zip and in the new one, "" where its junction is gone. kept: parts as they were. reborn:
+    part -> why; if there are any, the gates are closed."""
 
     was: str
     name: str
@@ -63,8 +70,9 @@ class Fate:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap` did. junctions: (before, after), None for one that is gone. fates: of all that touches a swapped tower; every
-    other link is as it was, only the number of its junction may be another."""
+    """What `swap` did. junctions: (before, after), None for one that is gone. fates: of all that
+    touches a swapped tower; every other link is as it was, only the number of its junction may be
+    another."""
 
     towers: Mapping[str, Change]
     junctions: tuple[tuple[Junction, Junction | None], ...]
@@ -76,20 +84,35 @@ class SwapReport:
         for name, change in self.towers.items():
             a, b = change.before, change.after
             kind = "a relative of the old one" if change.related else "another tower"
-            lines.append(f"{name}: {_shape(a)} -> {_shape(b)}, {kind} (kinship {change.kinship:.2f})")
+            lines.append(
+                f"{name}: {_shape(a)} -> {_shape(b)}, {kind} (kinship {change.kinship:.2f})"
+            )
             if a.vocabulary != b.vocabulary and a.tokens == b.tokens:
-                lines.append(f"  {a.tokens:g} mean tokens per segment were counted with the old vocabulary; tokens= sets them")
+                lines.append(
+                    f"  {a.tokens:g} mean tokens per segment were counted with the old "
+                    "vocabulary; tokens= sets them"
+                )
             if a.lora:
                 lines.append("  the adapter of the old tower is gone with it")
         lines.append("junctions")
-        lines += [f"  {before} -> {after or 'gone: no block is left for it'}" for before, after in self.junctions]
+        lines += [
+            f"  {before} -> {after or 'gone: no block is left for it'}"
+            for before, after in self.junctions
+        ]
         lines.append("links and input projections")
         for fate in self.fates:
-            lines.append(f"  {fate.was}" + ("" if fate.name == fate.was else f" -> {fate.name or 'gone'}"))
+            lines.append(
+                f"  {fate.was}" + ("" if fate.name == fate.was else f" -> {fate.name or 'gone'}")
+            )
             if fate.name:
-                lines.append(f"    kept: {', '.join(fate.kept) or 'nothing'}{'' if fate.reborn else ', and its gates'}")
+                lines.append(
+                    f"    kept: {', '.join(fate.kept) or 'nothing'}{'' if fate.reborn else ', and its gates'}"
+                )
             for why in dict.fromkeys(fate.reborn.values()):
-                lines.append(f"    born again, {why}: {', '.join(part for part, w in fate.reborn.items() if w == why)}")
+                lines.append(
+                    f"    born again, {why}: "
+                    f"{', '.join(part for part, w in fate.reborn.items() if w == why)}"
+                )
         return "\n".join(lines)
 
 
@@ -102,23 +125,31 @@ def swap(
     gate: float = 0.0,
     seed: int = 0,
 ) -> tuple[Zipper, SwapReport]:
-    """The zip with other towers in the place of those named: of another width, depth, family or vocabulary.
+    """The zip with other towers in the place of those named: of another width, depth, family or
+    vocabulary.
 
-    A junction moves to the same share of the new depth. A part of a link stays if its shapes fit and what it was trained beside is
-    still there; a relative of the old tower leaves everything as it is. A link with a part born again gets the gates `gate` (before
-    the tanh), and calibration (`TrainConfig.calibrate`) whitens it anew. train: swapped towers that learn, the others of `towers`
-    are frozen; towers that stay keep what they have. ends, tokens: as in `Zipper.from_towers`; by default mean tokens stay the old
-    tower's, and so do the ends for a relative with as many ids. seed: of what is born again.
+    A junction moves to the same share of the new depth. A part of a link stays if its shapes fit
+    and what it was trained beside is still there; a relative of the old tower leaves everything as
+    it is. A link with a part born again gets the gates `gate` (before the tanh), and calibration
+    (`TrainConfig.calibrate`) whitens it anew. train: swapped towers that learn, the others of
+    `towers` are frozen; towers that stay keep what they have. ends, tokens: as in
+    `Zipper.from_towers`; by default mean tokens stay the old tower's, and so do the ends for a
+    relative with as many ids. seed: of what is born again.
 
-    Raises ZipperError: unknown names, a tower that cannot be run part way or has no room for a junction.
-    """
+    Raises ZipperError: unknown names, a tower that cannot be run part way or has no room for a
+    junction."""
     check_seed(seed)
     for option, names, known in (
         ("swap", towers, model.config.towers),
-        *((option, given or (), towers) for option, given in (("train", train), ("ends", ends), ("tokens", tokens))),
+        *(
+            (option, given or (), towers)
+            for option, given in (("train", train), ("ends", ends), ("tokens", tokens))
+        ),
     ):
         if unknown := sorted({*names} - {*known}):
-            raise ZipperError(f"{option} names the tower {unknown[0]!r}; it may name {sorted(known)}.")
+            raise ZipperError(
+                f"{option} names the tower {unknown[0]!r}; it may name {sorted(known)}."
+            )
     alone: dict[str, Tower] = {}
     changes: dict[str, Change] = {}
     for name, source in towers.items():
@@ -130,48 +161,77 @@ def swap(
         if own is None and kin > KIN and tower.vocabulary == before.vocabulary:
             own = (before.begin, before.end)
         learns = [name] if name in train else []
-        born = Zipper.from_towers({name: tower}, train=learns, ends={name: own} if own else None).config.towers[name]
+        born = Zipper.from_towers(
+            {name: tower}, train=learns, ends={name: own} if own else None
+        ).config.towers[name]
         after = dataclasses.replace(
             born,
             source=hub.absolute(source) if isinstance(source, str | Path) else "",
             input_projection=before.input_projection,
             tokens=(tokens or {}).get(name, before.tokens),
         )
-        alone[name], changes[name] = tower.to(next(old.parameters()).device), Change(before, after, kin)
+        alone[name], changes[name] = (
+            tower.to(next(old.parameters()).device),
+            Change(before, after, kin),
+        )
     junctions = _moved(model.config.junctions, changes)
-    places = [n for n, junction in enumerate(junctions) if junction]  # old number of each new junction
+    places = [
+        n for n, junction in enumerate(junctions) if junction
+    ]  # old number of each new junction
     if model.config.junctions and not places:
         raise ZipperError(
-            f"No junction fits inside {', '.join(sorted(towers))} of so few blocks. Give towers of at least 2 blocks."
+            f"No junction fits inside {', '.join(sorted(towers))} of so few blocks. Give towers "
+            "of at least 2 blocks."
         )
 
-    def moved(n: int, source: str, target: str) -> str:
-        stays = {source, target} <= (junctions[n] or {}).keys()
-        return link_name(places.index(n), source, target) if stays else ""
+    def moved(key: LinkKey) -> str:
+        """What a link is called in the new zip, "" where its junction is gone."""
+        stays = {key.source, key.target} <= (junctions[key.junction] or {}).keys()
+        return str(key._replace(junction=places.index(key.junction))) if stays else ""
 
-    absent = [(n, s, t) for n, s, t in _all_links(model.config) if link_name(n, s, t) in model.config.dropped]
+    absent = [
+        key
+        for key in dataclasses.replace(model.config, dropped=()).links
+        if str(key) in model.config.dropped
+    ]
     config = dataclasses.replace(
         model.config,
-        towers={name: changes[name].after if name in changes else t for name, t in model.config.towers.items()},
+        towers={
+            name: changes[name].after if name in changes else t
+            for name, t in model.config.towers.items()
+        },
         junctions=tuple(junction for junction in junctions if junction),
-        dropped=tuple(name for link in absent if (name := moved(*link))),
+        dropped=tuple(name for key in absent if (name := moved(key))),
     )
     new = _born(_towers(model, without=alone) | alone, config, seed)
-    strangers = {name: f"{name} is another tower" for name, change in changes.items() if not change.related}
+    strangers = {
+        name: f"{name} is another tower" for name, change in changes.items() if not change.related
+    }
     fates = []
     for name, projection in model.inputs.items():
-        reborn = _graft(projection, new.inputs[name], {"mlp": strangers[name]} if name in strangers else {}, gate)
+        reborn = _graft(
+            projection,
+            new.inputs[name],
+            {"mlp": strangers[name]} if name in strangers else {},
+            gate,
+        )
         if name in changes:
             fates.append(_fate(f"inputs.{name}", f"inputs.{name}", projection, reborn))
-    for n, source_name, target in model.config.link_names():
-        link, was, name = model.link(n, source_name, target), link_name(n, source_name, target), moved(n, source_name, target)
-        faces = {part: source_name for part in _facing_source(link)} | dict.fromkeys(FACE_TARGET, target)
-        meaningless = {part: strangers[tower] for part, tower in faces.items() if tower in strangers}
+    for key in model.config.links:
+        link, was, name = model.link(*key), str(key), moved(key)
+        faces = dict.fromkeys(_facing_source(link), key.source) | dict.fromkeys(
+            FACE_TARGET, key.target
+        )
+        meaningless = {
+            part: strangers[tower] for part, tower in faces.items() if tower in strangers
+        }
         reborn = _graft(link, new.links[name], meaningless, gate) if name else {}
-        if {source_name, target} & changes.keys():
+        if {key.source, key.target} & changes.keys():
             fates.append(_fate(was, name, link, reborn) if name else Fate(was, ""))
     new.train(model.training)
-    return new, SwapReport(changes, tuple(zip(model.config.junctions, junctions, strict=True)), tuple(fates))
+    return new, SwapReport(
+        changes, tuple(zip(model.config.junctions, junctions, strict=True)), tuple(fates)
+    )
 
 
 def swap_pipeline(
@@ -183,25 +243,39 @@ def swap_pipeline(
     gate: float = 0.0,
     seed: int = 0,
 ) -> tuple[Pipeline, SwapReport]:
-    """`swap` with the modalities of the new towers, which say how segments begin and end. A tower that `modalities` does not name
-    keeps the old one, which must be its own too: a ZipperError where ids, ends or pins say that it is not."""
+    """`swap` with the modalities of the new towers, which say how segments begin and end. A tower
+    that `modalities` does not name
+    keeps the old one, which must be its own too: a ZipperError where ids, ends or pins say that it
+    is not."""
     given = dict(modalities or {})
     if unknown := sorted({*given} - {*towers}):
-        raise ZipperError(f"The modality {unknown[0]!r} is given, but that tower stays. Give modalities of {sorted(towers)} only.")
+        raise ZipperError(
+            f"The modality {unknown[0]!r} is given, but that tower stays. Give modalities of "
+            f"{sorted(towers)} only."
+        )
     ends = {name: (modality.begin, modality.end) for name, modality in given.items()}
     model, report = swap(pipeline.zip, towers, train, ends, tokens, gate, seed)
     new = pipeline.modalities | given
     for name, change in report.towers.items():
         if name not in given and change.before.vocabulary != change.after.vocabulary:
             raise ZipperError(
-                f"The new {name!r} knows {change.after.vocabulary} ids, the old one {change.before.vocabulary}: the old modality "
-                f"would give them other meanings. Give the new tower's own tokenizer or codebook (--modality {name}=FOLDER)."
+                f"The new {name!r} knows {change.after.vocabulary} ids, the old one "
+                f"{change.before.vocabulary}: the old modality "
+                "would give them other meanings. Give the new tower's own tokenizer or codebook "
+                f"(--modality {name}=FOLDER)."
             )
         source = Path(change.after.source)
-        pins = source.parent.parent / PINS  # a tower inside a saved pipeline was trained with the modality that is pinned there
-        if pins.is_file() and checkpoint.read_json(pins).get(source.name, new[name].fingerprint) != new[name].fingerprint:
+        pins = (
+            source.parent.parent / PINS
+        )  # a tower inside a saved pipeline was trained with the modality that is pinned there
+        if (
+            pins.is_file()
+            and checkpoint.read_json(pins).get(source.name, new[name].fingerprint)
+            != new[name].fingerprint
+        ):
             raise ZipperError(
-                f"{source} was trained with another tokenizer or codebook than the one it would have here. "
+                f"{source} was trained with another tokenizer or codebook than the one it would "
+                "have here. "
                 f"Give {pins.parent / 'modalities' / source.name} (--modality {name}=FOLDER)."
             )
     return Pipeline(model, new), report
@@ -209,10 +283,11 @@ def swap_pipeline(
 
 @torch.inference_mode()
 def kinship(old: Tower, new: Tower) -> float:
-    """Cosine between all matrices of two towers, but those whose shapes differ; 0 where they differ in width, depth or family.
+    """Cosine between all matrices of two towers, but those whose shapes differ; 0 where they differ
+    in width, depth or family.
 
-    Towers that were trained apart are orthogonal, however alike their shapes; one that was trained on stays close to what it was.
-    """
+    Towers that were trained apart are orthogonal, however alike their shapes; one that was trained
+    on stays close to what it was."""
     before, after = old.base(), new.base()
     if old.width != new.width or before.keys() != after.keys():
         return 0.0
@@ -227,19 +302,30 @@ def kinship(old: Tower, new: Tower) -> float:
 
 
 def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, list[Batch]]:
-    """Rows of `zipper.data` as samples of every ordered pair of towers that they have fields for: {"speech -> text": batches}."""
+    """Rows of `zipper.data.manifests` as samples of every ordered pair of towers that they have
+    fields for: {"speech -> text": batches}."""
     named = [name for name in model.config.towers if all(name in row for row in rows)]
-    produced = {name: "voiced:speech" if name == "speech" and all("voiced" in row for row in rows) else name for name in named}
+    produced = {
+        name: "voiced:speech" if name == "speech" and all("voiced" in row for row in rows) else name
+        for name in named
+    }
     tasks = [Task((source,), (produced[target],)) for source, target in permutations(named, 2)]
     if not rows or not tasks:
-        raise ZipperError(f"The rows have no two of the fields {sorted(model.config.towers)} in common. Give rows of pairs.")
+        raise ZipperError(
+            f"The rows have no two of the fields {sorted(model.config.towers)} in common. Give "
+            "rows of pairs."
+        )
     ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
     parts = [ranked[start : start + size] for start in range(0, len(ranked), size)]
-    return {str(task): [collate([task.segments(row) for row in part], model.ends()) for part in parts] for task in tasks}
+    return {
+        str(task): [collate([task.segments(row) for row in part], model.ends()) for part in parts]
+        for task in tasks
+    }
 
 
 def idle(found: Mapping[str, Activity], below: float) -> list[str]:
-    """Names of the links whose share is less than `below`; one that saw nothing was not measured and is not idle."""
+    """Names of the links whose share is less than `below`; one that saw nothing was not measured
+    and is not idle."""
     return [name for name, link in found.items() if link.seen and link.share < below]
 
 
@@ -253,39 +339,54 @@ def losses(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, f
             (name,) = (name for name, weight in batch.weights.items() if weight.any())
             where = batch.weights[name] > 0
             logits = model(batch.strands, outputs=[name])[name][where]
-            total += float(F.cross_entropy(logits.float(), batch.targets[name][where], reduction="sum"))
+            total += float(
+                F.cross_entropy(logits.float(), batch.targets[name][where], reduction="sum")
+            )
             count += int(where.sum())
         found[task] = total / count
     return found
 
 
 def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
-    """What each link is worth: how much `losses`, summed over tasks, grow if that link alone is not there. Look at it before you
+    """What each link is worth: how much `losses`, summed over tasks, grow if that link alone is not
+    there. Look at it before you
     prune: a link with a small share may be worth much (docs/log.md)."""
-    trial, whole = copy.copy(model), sum(losses(model, samples).values())  # the same modules under another configuration
+    trial, whole = (
+        copy.copy(model),
+        sum(losses(model, samples).values()),
+    )  # the same modules under another configuration
     found = {}
-    for link in model.config.link_names():
-        trial.config = dataclasses.replace(model.config, dropped=(*model.config.dropped, link_name(*link)))
-        found[link_name(*link)] = sum(losses(trial, samples).values()) - whole
+    for name in map(str, model.config.links):
+        trial.config = dataclasses.replace(model.config, dropped=(*model.config.dropped, name))
+        found[name] = sum(losses(trial, samples).values()) - whole
     return found
 
 
-def table(found: Mapping[str, Activity], cost: Mapping[str, float], dropped: Container[str] = ()) -> str:
+def table(
+    found: Mapping[str, Activity], cost: Mapping[str, float], dropped: Container[str] = ()
+) -> str:
     """`activity` and `costs` as text."""
-    lines = [f"{'link':24} {'attention':>9} {'feed-forward':>12} {'share':>7} {'seen':>7} {'cost':>7}"]
+    lines = [
+        f"{'link':24} {'attention':>9} {'feed-forward':>12} {'share':>7} {'seen':>7} {'cost':>7}"
+    ]
     for name, link in found.items():
         ffw = "" if link.feedforward is None else f"{link.feedforward:+.3f}"
         gone = "  dropped" if name in dropped else ""
-        lines.append(f"{name:24} {link.attention:+9.3f} {ffw:>12} {link.share:7.4f} {link.seen:7d} {cost[name]:+7.3f}{gone}")
+        lines.append(
+            f"{name:24} {link.attention:+9.3f} {ffw:>12} {link.share:7.4f} {link.seen:7d} "
+            f"{cost[name]:+7.3f}{gone}"
+        )
     return "\n".join(lines)
 
 
 def prune(model: Zipper, links: Sequence[str]) -> Zipper:
     """The zip without these links ("0:text>speech"); everything else is as it was, to the bit."""
-    there = [link_name(*link) for link in model.config.link_names()]
+    there = [str(key) for key in model.config.links]
     if unknown := sorted({*links} - {*there}):
         raise ZipperError(f"This model has no link {unknown[0]!r}; it has {', '.join(there)}.")
-    config = dataclasses.replace(model.config, dropped=tuple(sorted({*model.config.dropped, *links})))
+    config = dataclasses.replace(
+        model.config, dropped=tuple(sorted({*model.config.dropped, *links}))
+    )
     new = _born(_towers(model), config)
     for parts, made in ((model.inputs, new.inputs), (model.links, new.links)):
         for name, part in made.items():
@@ -294,7 +395,8 @@ def prune(model: Zipper, links: Sequence[str]) -> Zipper:
 
 
 def inside(model: Zipper, folder: Path) -> list[str]:
-    """Frozen towers that lie in the folder that this model was loaded from: another folder must hold them too."""
+    """Frozen towers that lie in the folder that this model was loaded from: another folder must
+    hold them too."""
     return model.inside(folder)
 
 
@@ -314,13 +416,10 @@ def _towers(model: Zipper, without: Container[str] = ()) -> dict[str, Tower]:
     return found
 
 
-def _all_links(config: ZipperConfig) -> list[tuple[int, str, str]]:
-    return dataclasses.replace(config, dropped=()).link_names()
-
-
 def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction | None]:
-    """Junctions at the same share of each new depth: rising, distinct, never after the last block. Where a tower has too few blocks
-    it leaves some junctions, evenly; a junction of fewer than two towers is None."""
+    """Junctions at the same share of each new depth: rising, distinct, never after the last block.
+    Where a tower has too few blocks it leaves some junctions, evenly; a junction of fewer than two
+    towers is None."""
     moved = [dict(junction) for junction in junctions]
     for name, change in changes.items():
         mine = [junction for junction in moved if name in junction]
@@ -334,23 +433,34 @@ def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list
                 continue
             left -= 1
             share = junction[name] / change.before.layers
-            junction[name] = block = min(max(round(share * change.after.layers), block + 1), room - left)
+            junction[name] = block = min(
+                max(round(share * change.after.layers), block + 1), room - left
+            )
     return [junction if len(junction) > 1 else None for junction in moved]
 
 
 def _facing_source(link: nn.Module) -> tuple[str, ...]:
-    """Parts that work with the source's states; without a projection, keys and values read them directly."""
-    return FACE_SOURCE if any(name.startswith("projection.") for name, _ in link.named_parameters()) else (*FACE_SOURCE, *BETWEEN)
+    """Parts that work with the source's states; without a projection, keys and values read them
+    directly."""
+    return (
+        FACE_SOURCE
+        if any(name.startswith("projection.") for name, _ in link.named_parameters())
+        else (*FACE_SOURCE, *BETWEEN)
+    )
 
 
-def _graft(old: nn.Module, new: nn.Module, meaningless: Mapping[str, str], gate: float) -> dict[str, str]:
-    """Give a newly born module the parts of an old one that fit; returns those that do not: part -> why.
+def _graft(
+    old: nn.Module, new: nn.Module, meaningless: Mapping[str, str], gate: float
+) -> dict[str, str]:
+    """Give a newly born module the parts of an old one that fit; returns those that do not: part ->
+    why.
 
-    A part stays or is born again as a whole. It is born again if a shape is another, if `meaningless` names it (it faces a tower
-    whose states have other coordinates now), or if it stands between two that are born again. If only one of the two is, it stays:
-    a new projection can learn to land where the old keys read, as a new query can learn to ask what they answer. Both gates get
-    `gate` if anything is born again, also that of a feed-forward that stays, for it reads what attention adds.
-    """
+    A part stays or is born again as a whole. It is born again if a shape is another, if
+    `meaningless` names it (it faces a tower whose states have other coordinates now), or if it
+    stands between two that are born again. If only one of the two is, it stays: a new projection
+    can learn to land where the old keys read, as a new query can learn to ask what they answer.
+    Both gates get `gate` if anything is born again, also that of a feed-forward that stays, for it
+    reads what attention adds."""
     held, made = old.state_dict(), new.state_dict()
     why = {}
     for key, tensor in made.items():
@@ -360,7 +470,11 @@ def _graft(old: nn.Module, new: nn.Module, meaningless: Mapping[str, str], gate:
         elif part in meaningless:
             why.setdefault(part, meaningless[part])
     for part, neighbours in BETWEEN.items():
-        if part in _parts(new) and part not in why and all(neighbour in why for neighbour in neighbours):
+        if (
+            part in _parts(new)
+            and part not in why
+            and all(neighbour in why for neighbour in neighbours)
+        ):
             why[part] = "nothing that it works with is kept"
     for key, tensor in made.items():
         reborn = torch.full_like(tensor, gate) if key.endswith("gate") and why else tensor
@@ -372,7 +486,9 @@ def _graft(old: nn.Module, new: nn.Module, meaningless: Mapping[str, str], gate:
 
 def _parts(module: nn.Module) -> list[str]:
     """Names of the parts that have parameters, without the gates."""
-    return [name for name, part in module.named_children() if next(part.parameters(), None) is not None]
+    return [
+        name for name, part in module.named_children() if next(part.parameters(), None) is not None
+    ]
 
 
 def _fate(was: str, name: str, old: nn.Module, reborn: Mapping[str, str]) -> Fate:

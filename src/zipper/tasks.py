@@ -1,19 +1,20 @@
 """Tasks: which segments of a row are given and which are produced, in which order.
 
-The same object drives training weights, decoding order and evaluation (paper, sec. 3.2: the order of output modalities is
-given). A task knows names of fields and towers; it knows nothing of tokens.
+The same object drives training weights, decoding order and evaluation (paper, sec. 3.2: the order
+of output modalities is given). A task knows names of fields and towers; it knows nothing of tokens.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zipper.errors import ZipperError
-from zipper.sequence import Segment
+from zipper.strand import Segment
 
 
 @dataclass(frozen=True)
 class Task:
-    """`given` then `produced`: each item is a tower's name, or "field:tower" where a row has several fields for one tower.
+    """`given` then `produced`: each item is a tower's name, or "field:tower" where a row has
+    several fields for one tower.
 
     train_given: loss weight of given segments (0 = loss on produced segments only, the default).
     """
@@ -31,8 +32,14 @@ class Task:
         """Read "speech -> text", "text -> speech", "-> text" or "speech -> text, speech"."""
         left, arrow, right = text.partition("->")
         if not arrow:
-            raise ZipperError(f"{text!r} is not a task. Write it as 'given, ... -> produced, ...', e.g. 'speech -> text'.")
-        given, produced = (tuple(item.strip() for item in side.split(",") if item.strip()) for side in (left, right))
+            raise ZipperError(
+                f"{text!r} is not a task. Write it as 'given, ... -> produced, ...', e.g. 'speech "
+                "-> text'."
+            )
+        given, produced = (
+            tuple(item.strip() for item in side.split(",") if item.strip())
+            for side in (left, right)
+        )
         return cls(given, produced)
 
     def __str__(self) -> str:
@@ -52,7 +59,10 @@ class Task:
         """The training sample of one row: {field: ids} -> segments with their loss weights."""
         weights = [self.train_given] * len(self.given) + [1.0] * len(self.produced)
         items = self.given + self.produced
-        return [Segment(tower_of(i), _field(row, i), weight=w) for i, w in zip(items, weights, strict=True)]
+        return [
+            Segment(tower_of(i), _field(row, i), weight=w)
+            for i, w in zip(items, weights, strict=True)
+        ]
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""
@@ -67,7 +77,10 @@ def tower_of(item: str) -> str:
 def _field(row: Mapping[str, Sequence[int]], item: str) -> Sequence[int]:
     field = item.partition(":")[0]
     if field not in row:
-        raise ZipperError(f"The task wants a field {field!r}, the row has {sorted(row)}. Add the field or change the task.")
+        raise ZipperError(
+            f"The task wants a field {field!r}, the row has {sorted(row)}. Add the field or "
+            "change the task."
+        )
     return row[field]
 
 

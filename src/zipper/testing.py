@@ -8,14 +8,18 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from zipper.families import drawn
+from zipper.towers.families import drawn
 
-# family -> model type of transformers, and what makes the tiny one take the paths that the large ones take.
+# family -> model type of transformers, and what makes the tiny one take the paths that the large
+# ones take.
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {}),
-    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),  # projects in and out, norms after
+    "opt-350m": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),  # projects in and out, norms after
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "mistral": ("mistral", {}),
@@ -38,14 +42,20 @@ def tiny_tower(
     dtype: torch.dtype = torch.float32,
     attention: Literal["sdpa", "eager"] = "sdpa",
 ) -> PreTrainedModel:
-    """A random causal LM of one of FAMILIES in eval mode, the same for the same arguments; id 0 begins, id 1 ends.
+    """A random causal LM of one of FAMILIES in eval mode, the same for the same arguments; id 0
+    begins, id 1 ends.
 
-    width: of its hidden states, a multiple of 8. window: tokens that sliding-window layers see (mistral: all layers,
-    gemma3: all but every third). positions: longest row. Every parameter is moved off its initial value, so that no norm
-    is the identity and no bias 0.
-    """
+    width: of its hidden states, a multiple of 8. window: tokens that sliding-window layers see
+    (mistral: all layers,
+    gemma3: all but every third). positions: longest row. Every parameter is moved off its initial
+    value, so that no norm is the identity and no bias 0."""
     model_type, special = _FAMILIES[family]
-    settings: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
     if model_type == "gpt2":
         settings |= {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": positions}
     else:
@@ -61,4 +71,9 @@ def tiny_tower(
         kinds = ("sliding_attention", "sliding_attention", "full_attention")
         settings |= {"layer_types": [kinds[layer % 3] for layer in range(layers)]}
     config = AutoConfig.for_model(model_type, **(settings | special))
-    return drawn(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), seed)
+    return drawn(
+        lambda: AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        ),
+        seed,
+    )

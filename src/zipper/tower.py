@@ -1,79 +1,40 @@
 """Towers: pre-trained causal language models that can be run part way.
 
-How a model is run part way is the driver's business. This file says what a tower reads and what it has read, and compares
-with the model's own logits: what cannot be run bit for bit is refused, never guessed. It knows nothing of modalities, links
-or other towers.
-"""
+How a model is run part way is the driver's business. This file says what a tower reads and what it
+has read, and compares with the model's own logits: what cannot be run bit for bit is refused, never
+guessed. It knows nothing of modalities, links or other towers."""
 
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, final
+from typing import Any, TypeGuard, final
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zipper import checkpoint, hub
-from zipper.driver import FAILURES, Attributes, Pass, Reading, Recorded, Way, block_lists, refusal
-from zipper.driver import PreTrainedModel as PreTrainedModel
-from zipper.driver import UnsupportedTower as UnsupportedTower
 from zipper.environment import extra
 from zipper.errors import ZipperError as ZipperError
-from zipper.files import place
-
-WINDOWS = ("sliding_window", "attention_chunk_size")
-OTHER_WINDOWS = ("window_size", "sliding_window_size", "attention_window_size")  # inside the blocks
-LONGEST_CHECKED_WINDOW = 256  # tokens; check() reads past windows of up to this, so that it stays cheap for real models
-CASES = {"unpadded rows": 0, "left-padded rows": 3}  # what is compared bit by bit, tokens of padding
-
-# What a tower can read, each with what stands before it: one document from the first slot on (there may be padding on its
-# right), padding on the left, several documents in a row or padding inside one.
-Rows = Literal["unpadded", "padded", "packed"]
-ROWS: tuple[Rows, ...] = ("unpadded", "padded", "packed")
-
-
-@final
-@dataclass(frozen=True)
-class Strand:
-    """What one tower reads. Slots (columns) of document -1 are padding, their other values mean nothing.
-
-    ids: tokens, within the vocabulary also in padding. position: rank among this tower's own tokens of the document, its
-    rotary or learned position. time: rank in the document's interleaved sequence of all towers. document: which sample
-    of a packed row. Within a tower a slot reads itself and those before it of the same document.
-    """
-
-    ids: Int[Tensor, "batch length"]
-    position: Int[Tensor, "batch length"]
-    time: Int[Tensor, "batch length"]
-    document: Int[Tensor, "batch length"]
-
-    @classmethod
-    def alone(cls, ids: Int[Tensor, "batch length"], document: Int[Tensor, "batch length"] | None = None) -> "Strand":
-        """A strand of unimodal documents: time is position. Without `document` each row is one, without padding."""
-        if document is None:
-            document = torch.zeros_like(ids)
-        slot = torch.arange(ids.shape[1], device=ids.device)
-        earlier = (document[:, :, None] == document[:, None, :]) & (slot[None, :] < slot[:, None])
-        rank = torch.where(document >= 0, earlier.sum(-1), 0)
-        return cls(ids, rank, rank, document)
-
-    def to(self, device: torch.device | str) -> "Strand":
-        """The same strand on another device."""
-        return Strand(self.ids.to(device), self.position.to(device), self.time.to(device), self.document.to(device))
+from zipper.saving import checkpoint, hub
+from zipper.saving.files import place
+from zipper.strand import Strand as Strand
+from zipper.towers.driver import Pass, Reading, Recorded, Way
+from zipper.towers.driver import PreTrainedModel as PreTrainedModel
+from zipper.towers.driver import UnsupportedTower as UnsupportedTower
+from zipper.towers.proof import ROWS as ROWS
+from zipper.towers.proof import Proof, Rows, evaluating
 
 
 @final
 class Past:
     """The keys and values of what a tower has read, one slot (column) per token, padding included.
 
-    A forward with a past appends to it: `Tower.start` replaces `document` and `position`, then each block appends to
-    `cache` in place. Sliding-window layers keep every slot too, so that slots can be gathered alike in every layer.
-    """
+    A forward with a past appends to it: `Tower.start` replaces `document` and `position`, then each
+    block appends to `cache` in place. Sliding-window layers keep every slot too, so that slots can
+    be gathered alike in every layer."""
 
     def __init__(self) -> None:
         from transformers import DynamicCache
@@ -90,27 +51,39 @@ class Past:
     def extended(
         self, document: Int[Tensor, "batch new"], position: Int[Tensor, "batch new"]
     ) -> tuple[Int[Tensor, "batch slots"], Int[Tensor, "batch slots"]]:
-        """Documents and positions of the slots held and of these behind them. Raises ZipperError for other rows."""
+        """Documents and positions of the slots held and of these behind them. Raises ZipperError
+        for other rows."""
         if self.document is None or self.position is None:
             return document, position
         if len(self.document) != len(document):
             given, held = len(document), len(self.document)
-            raise ZipperError(f"The strand has {given} rows, the past {held}. Use Past.select to bring it to {given}.")
+            raise ZipperError(
+                f"The strand has {given} rows, the past {held}. Use Past.select to bring it to "
+                f"{given}."
+            )
         return torch.cat([self.document, document], 1), torch.cat([self.position, position], 1)
 
     def compact(self) -> None:
-        """Moves every row's valid slots to the right end, in order; drops the columns that are padding in all rows."""
+        """Moves every row's valid slots to the right end, in order; drops the columns that are
+        padding in all rows."""
         if self.document is None or self.position is None:
             return
         valid = self.document >= 0
         if valid.all():
             return
         width = int(valid.sum(1).max())
-        slots = torch.sort(valid, dim=1, stable=True).indices[:, self.length - width :]  # padding sorts first
-        self.document, self.position = self.document.gather(1, slots), self.position.gather(1, slots)
+        slots = torch.sort(valid, dim=1, stable=True).indices[
+            :, self.length - width :
+        ]  # padding sorts first
+        self.document, self.position = (
+            self.document.gather(1, slots),
+            self.position.gather(1, slots),
+        )
         for layer in self._written():
             index = slots[:, None, :, None].to(layer.keys.device)
-            layer.keys, layer.values = (torch.take_along_dim(held, index, 2) for held in (layer.keys, layer.values))
+            layer.keys, layer.values = (
+                torch.take_along_dim(held, index, 2) for held in (layer.keys, layer.values)
+            )
 
     def select(self, rows: Sequence[int] | Int[Tensor, " chosen"]) -> None:
         """Keeps these rows in this order; a row may come several times."""
@@ -122,31 +95,24 @@ class Past:
             there = index.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[there], layer.values[there]
 
-    def crop(self, length: int) -> None:
-        """Forgets all but the first `length` slots."""
-        if not 0 <= length <= self.length:
-            raise ZipperError(f"A past of {self.length} slots cannot be cropped to {length}. Give 0 to {self.length}.")
-        if self.document is None or self.position is None:
-            return
-        self.document, self.position = self.document[:, :length], self.position[:, :length]
-        for layer in self._written():
-            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-
     def _written(self) -> list[Any]:
-        """The layers of the cache that hold something: a block that reads another block's keys has none of its own."""
+        """The layers of the cache that hold something: a block that reads another block's keys has
+        none of its own."""
         return [layer for layer in self.cache.layers if layer.is_initialized]
 
 
 @final
 class Tower(nn.Module):
-    """A Hugging Face causal LM, run part way: `embed`, `start`, `run` some blocks, `run` the rest, `unembed`.
+    """A Hugging Face causal LM, run part way: `embed`, `start`, `run` some blocks, `run` the rest,
+    `unembed`.
 
-    The model is used as it is: not copied, not changed, no hooks. A few tokens decide which way it is run, the same way every
-    time. Raises UnsupportedTower where neither way repeats the model's own logits; `check` looks closer.
+    The model is used as it is: not copied, not changed, no hooks. A few tokens decide which way it
+    is run, the same way every time. Raises UnsupportedTower where neither way repeats the model's
+    own logits; `check` looks closer.
 
-    layers: number of blocks. width: of the hidden states between them. vocabulary: number of ids. rows: the most that it can read
-    of ROWS, else there is a ZipperError. revision: the commit of the hub that it was loaded from, "" where it came from elsewhere.
-    """
+    layers: number of blocks. width: of the hidden states between them. vocabulary: number of ids.
+    rows: the most that it can read of ROWS, else there is a ZipperError. revision: the commit of
+    the hub that it was loaded from, "" where it came from elsewhere."""
 
     def __init__(self, model: PreTrainedModel, revision: str = "") -> None:
         super().__init__()
@@ -154,41 +120,61 @@ class Tower(nn.Module):
         self.revision = revision
         config = model.config.get_text_config()
         if config.is_encoder_decoder or not model.can_generate():
-            raise UnsupportedTower(f"{self.name} is no causal language model. Give a decoder-only model such as GPT-2 or Llama.")
+            raise UnsupportedTower(
+                f"{self.name} is no causal language model. Give a decoder-only model such as "
+                "GPT-2 or Llama."
+            )
         if not isinstance(model.get_output_embeddings(), nn.Module):
-            raise UnsupportedTower(f"{self.name} has no output head. Give the causal language model, not its bare body.")
-        with self._refusing("its configuration is of no known kind"):
+            raise UnsupportedTower(
+                f"{self.name} has no output head. Give the causal language model, not its bare "
+                "body."
+            )
+        with Proof(self).refusing("its configuration is of no known kind"):
             self.layers: int = config.num_hidden_layers
             self.width: int = config.hidden_size
             self.vocabulary: int = config.vocab_size
+        self.way: Way
         self.rows: Rows = "packed"
-        with _evaluating(self), torch.no_grad():
-            self._way, self.rows = self._found(self._sample(0))
+        with evaluating(self), torch.no_grad():
+            Proof(self).find()
 
     @classmethod
-    def load(cls, source: str | Path | PreTrainedModel, dtype: torch.dtype | None = None, revision: str | None = None) -> "Tower":
-        """A tower from a local folder, a hub id or a loaded model; dtype None keeps the checkpoint's. revision: branch, tag or
-        commit of a hub id, None = main; a folder or a model has none, and it is not looked at.
+    def load(
+        cls,
+        source: str | Path | PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "Tower":
+        """A tower from a local folder, a hub id or a loaded model; dtype None keeps the
+        checkpoint's. revision: branch, tag or commit of a hub id, None = main; a folder or a model
+        has none, and it is not looked at.
 
-        Runs no remote code and reads no pickle. Raises ZipperError where there is no such model, UnsupportedTower where
-        there is one that the driver cannot run.
-        """
+        Runs no remote code and reads no pickle. Raises ZipperError where there is no such model,
+        UnsupportedTower where there is one that the driver cannot run."""
         if in_memory(source):
             if dtype not in (None, source.dtype):
-                raise ZipperError(f"The loaded model is {source.dtype}, not {dtype}. Convert it first, or give its folder.")
+                raise ZipperError(
+                    f"The loaded model is {source.dtype}, not {dtype}. Convert it first, or give "
+                    "its folder."
+                )
             return cls(source)
         if not isinstance(source, str | Path):
             raise ZipperError(
-                f"A tower was given as a {type(source).__name__}; a folder, a hub id or a transformers model was wanted. "
+                f"A tower was given as a {type(source).__name__}; a folder, a hub id or a "
+                "transformers model was wanted. "
                 "For adapters give the base, and their settings as lora=..."
             )
         folder = place(source)
         local = folder.is_dir() or isinstance(source, Path) or hub.names_a_path(source)
         if local and not (folder / "config.json").is_file():
             problem = "has no config.json" if folder.is_dir() else "does not exist"
-            raise ZipperError(f"The folder {folder} {problem}. Give one written by save_pretrained, or a hub id like gpt2.")
+            raise ZipperError(
+                f"The folder {folder} {problem}. Give one written by save_pretrained, or a hub id "
+                "like gpt2."
+            )
         where = f"the folder {folder}" if local else f"the hub id {source}"
-        # Resolved once, so that all files are of one commit; transformers no longer says which one it took.
+        # Resolved once, so that all files are of one commit; transformers no longer says which one
+        # it took.
         commit = "" if local else hub.commit(str(source), revision)
         from transformers import AutoModelForCausalLM  # seconds
 
@@ -204,10 +190,23 @@ class Tower(nn.Module):
                     trust_remote_code=False,
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, LookupError, RuntimeError, TypeError, SafetensorError) as error:
-            raise ZipperError(f"Cannot load a causal language model from {where}: {error}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would go on with random weights
-            raise ZipperError(f"The checkpoint in {where} lacks {', '.join(missing[:3])} ({len(missing)} in all).")
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            SafetensorError,
+        ) as error:
+            raise ZipperError(
+                f"Cannot load a causal language model from {where}: {error}"
+            ) from error
+        if missing := sorted(
+            report["missing_keys"]
+        ):  # transformers would go on with random weights
+            raise ZipperError(
+                f"The checkpoint in {where} lacks {', '.join(missing[:3])} ({len(missing)} in all)."
+            )
         return cls(model, commit)
 
     @property
@@ -218,17 +217,18 @@ class Tower(nn.Module):
     @property
     def recorded(self) -> bool:
         """Whether its own forward says what its blocks are given; else attributes do."""
-        return isinstance(self._way, Recorded)
+        return isinstance(self.way, Recorded)
 
     @property
     def blocks(self) -> Any:
         """The model's decoder layers, in order."""
-        return self._way.blocks
+        return self.way.blocks
 
     @property
     def cache_argument(self) -> str:
-        """The name by which the model's own forward takes a cache (transformers renamed it more than once)."""
-        return self._way.cache_argument
+        """The name by which the model's own forward takes a cache (transformers renamed it more
+        than once)."""
+        return self.way.cache_argument
 
     @property
     def config(self) -> Any:
@@ -244,6 +244,11 @@ class Tower(nn.Module):
     def room(self) -> int:
         """Positions that it was made for; models without a limit have a large number."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def dtype(self) -> str:
+        """Of its parameters, e.g. "float32"."""
+        return str(next(self.parameters()).dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
@@ -265,27 +270,38 @@ class Tower(nn.Module):
         """An empty past."""
         return Past()
 
-    def forward(self, strand: Strand, past: Past | None = None) -> Float[Tensor, "batch length vocabulary"]:
+    def forward(
+        self, strand: Strand, past: Past | None = None
+    ) -> Float[Tensor, "batch length vocabulary"]:
         """The tower alone: the model's own logits."""
         h = self.embed(strand, past)
         return self.unembed(self.run(h, range(self.layers), self.start(strand, h, past)))
 
-    def embed(self, strand: Strand, past: Past | None = None) -> Float[Tensor, "batch length width"]:
-        """Everything before the first block: token embedding, its scale and norm, learned positions, dropout.
+    def embed(
+        self, strand: Strand, past: Past | None = None
+    ) -> Float[Tensor, "batch length width"]:
+        """Everything before the first block: token embedding, its scale and norm, learned
+        positions, dropout.
 
-        Towers that read no left padding need the past of rows that go on; to others it makes no difference.
-        """
-        return self._way.embed(self._reading(strand, past))
+        Towers that read no left padding need the past of rows that go on; to others it makes no
+        difference."""
+        return self.way.embed(self._reading(strand, past))
 
-    def start(self, strand: Strand, h: Float[Tensor, "batch length width"], past: Past | None = None) -> Pass:
-        """What the blocks of this forward need. With a past, adds the strand's slots to it (`run` adds the rest)."""
+    def start(
+        self, strand: Strand, h: Float[Tensor, "batch length width"], past: Past | None = None
+    ) -> Pass:
+        """What the blocks of this forward need. With a past, adds the strand's slots to it (`run`
+        adds the rest)."""
         reading = self._reading(strand, past)
         if past is not None:
             past.document, past.position = reading.document, reading.slot_position
-        return self._way.start(reading, h)
+        return self.way.start(reading, h)
 
-    def run(self, h: Float[Tensor, "batch length width"], layers: range, run: Pass) -> Float[Tensor, "batch length width"]:
-        """Blocks layers.start .. layers.stop - 1. With a past, each appends its keys and values to the cache."""
+    def run(
+        self, h: Float[Tensor, "batch length width"], layers: range, run: Pass
+    ) -> Float[Tensor, "batch length width"]:
+        """Blocks layers.start .. layers.stop - 1. With a past, each appends its keys and values to
+        the cache."""
         blocks = self.blocks
         for index in layers:
             given, named = run.calls[index]
@@ -293,28 +309,34 @@ class Tower(nn.Module):
             h = output[0] if isinstance(output, tuple) else output
         return h
 
-    def unembed(self, h: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length vocabulary"]:
-        """Everything after the last block: final norm, head, and the scale or soft-cap of the logits."""
-        return self._way.unembed(h)
+    def unembed(
+        self, h: Float[Tensor, "batch length width"]
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """Everything after the last block: final norm, head, and the scale or soft-cap of the
+        logits."""
+        return self.way.unembed(h)
 
     def check(self, seed: int = 0) -> None:
-        """Compares with the model's own logits on random ids: unpadded and left-padded rows, at once and in steps with a past.
+        """Compares with the model's own logits on random ids: unpadded and left-padded rows, at
+        once and in steps with a past.
 
-        There every bit must agree. Rows in steps must be close to rows at once, and documents in padded and packed rows to
-        those documents alone: the matrices have other shapes there. Runs in eval mode, restores the training mode of every
-        module, and leaves the global random state alone. Windows of more than 256 tokens are not reached. Raises
-        UnsupportedTower.
-        """
-        with _evaluating(self), torch.no_grad():
-            self._prove(self._sample(seed))
+        There every bit must agree. Rows in steps must be close to rows at once, and documents in
+        padded and packed rows to
+        those documents alone: the matrices have other shapes there. Runs in eval mode, restores the
+        training mode of every module, and leaves the global random state alone. Windows of more
+        than 256 tokens are not reached. Raises UnsupportedTower."""
+        with evaluating(self), torch.no_grad():
+            proof = Proof(self)
+            proof.prove(proof.sample(seed))
 
     def adapt(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds a LoRA adapter (arXiv:2106.09685) to the model in place, by peft: the base is frozen, the adapter learns.
+        """Adds a LoRA adapter (arXiv:2106.09685) to the model in place, by peft: the base is
+        frozen, the adapter learns.
 
-        settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The function does not change at
-        birth. An adapted tower keeps the adapter that it has; settings other than that one's are a ZipperError, as unknown ones.
-        Returns the settings, with a word such as "all-linear" as the modules that it stands for here.
-        """
+        settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The
+        function does not change at birth. An adapted tower keeps the adapter that it has; settings
+        other than that one's are a ZipperError, as unknown ones. Returns the settings, with a word
+        such as "all-linear" as the modules that it stands for here."""
         peft = extra("peft")
         adapted = getattr(self.model, "peft_config", None)
         try:
@@ -327,9 +349,16 @@ class Tower(nn.Module):
             if adapted is None:
                 peft.inject_adapter_in_model(peft.LoraConfig(**settings), self.model)
         except (TypeError, ValueError) as error:
-            raise ZipperError(f"{self.name} cannot be adapted by lora={dict(settings)}: {error}") from error
-        if adapted is not None and any(adapted["default"].to_dict()[key] != config.to_dict()[key] for key in settings):
-            raise ZipperError(f"{self.name} has an adapter with other settings than lora={dict(settings)}. Load its base anew.")
+            raise ZipperError(
+                f"{self.name} cannot be adapted by lora={dict(settings)}: {error}"
+            ) from error
+        if adapted is not None and any(
+            adapted["default"].to_dict()[key] != config.to_dict()[key] for key in settings
+        ):
+            raise ZipperError(
+                f"{self.name} has an adapter with other settings than lora={dict(settings)}. Load "
+                "its base anew."
+            )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         modules = config.target_modules
@@ -337,7 +366,8 @@ class Tower(nn.Module):
         return {key: named.get(key, value) for key, value in settings.items()}
 
     def save(self, folder: Path) -> None:
-        """Writes the model, without its adapter, as transformers does, and such that it can be loaded (`checkpoint.save_tower`)."""
+        """Writes the model, without its adapter, as transformers does, and such that it can be
+        loaded (`checkpoint.save_tower`)."""
         checkpoint.save_tower(folder, self.model, self.base())
 
     def check_saving(self) -> None:
@@ -345,180 +375,59 @@ class Tower(nn.Module):
         checkpoint.check_tower(self.model, self.base())
 
     def digest(self) -> str:
-        """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold: did this tower change?"""
+        """SHA-256 over every parameter and buffer, also buffers that a checkpoint does not hold:
+        did this tower change?"""
         return fingerprint(
-            dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers(remove_duplicate=False))
+            dict(self.model.named_parameters(remove_duplicate=False))
+            | dict(self.model.named_buffers(remove_duplicate=False))
         )
 
     def pin(self, dtype: torch.dtype | None = None) -> str:
-        """SHA-256 over what a checkpoint of this tower holds, its parameters in `dtype`: is this the same tower?
+        """SHA-256 over what a checkpoint of this tower holds, its parameters in `dtype`: is this
+        the same tower?
 
-        Unlike `digest` it leaves out what transformers computes when it loads a model: rotary frequencies may differ in
-        their last bits from machine to machine, and some grow with the longest row that was read. Adapters (LoRA) are left out.
-        """
+        Unlike `digest` it leaves out what transformers computes when it loads a model: rotary
+        frequencies may differ in their last bits from machine to machine, and some grow with the
+        longest row that was read. Adapters (LoRA) are left out."""
         return fingerprint(self.base(), dtype)
 
     def base(self) -> dict[str, Tensor]:
-        """What a checkpoint of this tower holds, under the names it has without adapters (peft wraps what it adapts)."""
+        """What a checkpoint of this tower holds, under the names it has without adapters (peft
+        wraps what it adapts)."""
         held = self.model.state_dict(keep_vars=True)
-        return {name.replace(".base_layer.", "."): tensor for name, tensor in held.items() if ".lora_" not in name}
-
-    def _found(self, ids: Int[Tensor, "batch length"]) -> tuple[Way, Rows]:
-        """The first way that repeats the model's own logits, and what it can read."""
-        reason = self._refusal(f"it has no list of {self.layers} blocks")
-        for path in block_lists(self.model, self.layers):
-            for way in (Attributes, Recorded):
-                self.rows = "packed"
-                try:
-                    with self._refusing("its own forward fails"):
-                        self._way = way(self.model, path)
-                    for case, padding in CASES.items():
-                        self._compare(case, self._padded(ids, padding), (ids.shape[1],))
-                    self.rows = self._readable(ids)
-                    if self.recorded:  # the unusual ones pay for a closer look
-                        self._prove(ids)
-                    return self._way, self.rows
-                except UnsupportedTower as error:
-                    reason = error
-        raise reason
+        return {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in held.items()
+            if ".lora_" not in name
+        }
 
     def _reading(self, strand: Strand, past: Past | None) -> Reading:
-        """The strand with the past before it. Raises ZipperError for rows that the model cannot read."""
+        """The strand with the past before it. Raises ZipperError for rows that the model cannot
+        read."""
         position = strand.position.clamp(min=0)
-        slots = (strand.document, position) if past is None else past.extended(strand.document, position)
+        slots = (
+            (strand.document, position)
+            if past is None
+            else past.extended(strand.document, position)
+        )
         reading = Reading(strand.ids, position, *slots, None if past is None else past.cache)
         if self.rows != "packed" and not reading.plain:
-            raise ZipperError(f"{self.name} reads no packed rows and no padding inside a row. Give each document its own row.")
+            raise ZipperError(
+                f"{self.name} reads no packed rows and no padding inside a row. Give each "
+                "document its own row."
+            )
         if self.rows == "unpadded" and not reading.by_slots:
             raise ZipperError(
-                f"{self.name} counts positions by slots: it reads no padding on the left, and to go on with a row it needs "
+                f"{self.name} counts positions by slots: it reads no padding on the left, and to "
+                "go on with a row it needs "
                 "its past. Pad rows on the right."
             )
         return reading
 
-    def _sample(self, seed: int) -> Int[Tensor, "batch length"]:
-        """Two rows of random ids, longer than the window if that is no longer than LONGEST_CHECKED_WINDOW."""
-        windows = [self._size(name) for name in (*WINDOWS, *OTHER_WINDOWS)]
-        window = max((size for size in windows if size <= LONGEST_CHECKED_WINDOW), default=0)
-        length = min(window + 13, self._size("max_position_embeddings") or window + 13)
-        return torch.randint(self.vocabulary, (2, length), generator=torch.Generator().manual_seed(seed)).to(self.device)
-
-    def _size(self, name: str) -> int:
-        """A number of the configuration, 0 where there is none."""
-        size = getattr(self.config, name, None)
-        return size if isinstance(size, int) and size > 0 else 0
-
-    def _padded(self, ids: Int[Tensor, "batch length"], padding: int) -> Strand:
-        """Rows, the last one with so much padding on the left; positions as the model itself would count them there."""
-        document = torch.zeros_like(ids)
-        document[-1, :padding] = -1
-        if self.rows != "unpadded" and "position_ids" in self._way.takes:
-            return Strand.alone(ids, document)
-        slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return Strand(ids, slots, slots, document)
-
-    def _own(self, ids: Tensor, valid: Tensor, position: Tensor, cache: Any) -> Tensor:
-        """The model's own logits; without padding they are asked for as simply as possible."""
-        given = {self.cache_argument: cache, "use_cache": cache is not None}
-        if not valid.all():
-            given |= {"attention_mask": valid.long(), "position_ids": position + self._way.offset}
-        model: Any = self.model
-        logits: Tensor = model(ids, **{name: value for name, value in given.items() if name in self._way.takes}).logits
-        return logits
-
-    def _compare(self, case: str, strand: Strand, steps: tuple[int, ...], past: Past | None = None) -> list[Tensor]:
-        """Logits of a strand read in steps of so many tokens. Raises UnsupportedTower where the model's own are others."""
-        from transformers import DynamicCache
-
-        cache = None if past is None else DynamicCache()
-        found, stop = [], 0
-        for length in steps:
-            start, stop = stop, stop + length
-            part = Strand(*(getattr(strand, field.name)[:, start:stop] for field in fields(Strand)))
-            valid = strand.document[:, :stop] >= 0
-            with self._refusing(f"on {case} its own forward fails"):
-                own = self._own(part.ids, valid, part.position, cache)
-            with self._refusing(f"on {case} its blocks fail"):
-                found.append(self(part, past))
-            here = valid[:, start:]
-            if found[-1].shape != own.shape or not torch.equal(found[-1][here], own[here]):
-                gap = f"{(found[-1] - own)[here].abs().max():.3g}" if found[-1].shape == own.shape else "their shape"
-                raise self._refusal(f"on {case} its own logits differ by {gap} from those of its parts run one by one")
-            if past is not None and _lengths(past.cache) != _lengths(cache):
-                raise self._refusal(f"on {case} its blocks write other keys and values to the cache than in its own forward")
-        return found
-
-    def _prove(self, ids: Int[Tensor, "batch length"]) -> None:
-        """What `check` says, on these ids."""
-        for case, padding in CASES.items():
-            strand, length = self._padded(ids, padding), ids.shape[1]
-            (whole,) = self._compare(case, strand, (length,))
-            steps = torch.cat(self._compare(f"{case} in steps", strand, (length - 3, 1, 2), self.new_past()), 1)
-            valid = strand.document >= 0
-            if not self._close(steps[:, :-3][valid[:, :-3]], whole[:, :-3][valid[:, :-3]]):
-                raise self._refusal(f"on {case} a token sees what comes after it")
-            if not self._close(steps[:, -3:].flatten(0, 1), whole[:, -3:].flatten(0, 1)):
-                raise self._refusal(f"on {case} in steps a token does not see all that came before it")
-        for rows in ROWS:
-            if not self._reads(rows, ids):
-                raise self._refusal(f"the documents in {rows} rows are not read as alone")
-            if rows == self.rows:
-                break
-
-    def _readable(self, ids: Int[Tensor, "batch length"]) -> Rows:
-        """The most that it can read of ROWS."""
-        # In half precision the error of a model that counts positions or windows by itself may be as small as rounding.
-        sure = self.model.dtype == torch.float32 or (self._way.told and not any(map(self._size, OTHER_WINDOWS)))
-        for rows in reversed(ROWS if sure else ROWS[:1]):
-            if self._reads(rows, ids):
-                return rows
-        raise self._refusal("a row with padding on its right is not read as without")
-
-    def _reads(self, rows: Rows, ids: Int[Tensor, "batch length"]) -> bool:
-        """Whether the documents in such rows have the logits that the model gives them alone, up to rounding."""
-        padding, document = [-1] * 3, [1] * (ids.shape[1] - 3)
-        layouts: dict[Rows, list[list[int]]] = {
-            "unpadded": [document + padding],
-            "padded": [padding + document],
-            "packed": [[0] * 3 + document, document[:2] + padding + document[2:]],
-        }
-        layout = torch.tensor(layouts[rows], device=ids.device)
-        strand = Strand.alone(ids[: len(layout)], layout)
-        try:
-            logits = self(strand)
-        except FAILURES:
-            return False
-        alone = strand.ids[layout == 1].view(len(layout), -1)
-        own = self._own(alone, torch.ones_like(alone, dtype=torch.bool), alone, None)
-        return bool(logits.isfinite().all()) and self._close(logits[layout == 1], own.flatten(0, 1))
-
-    def _close(self, found: Float[Tensor, "tokens vocabulary"], truth: Float[Tensor, "tokens vocabulary"]) -> bool:
-        """Whether logits are the same up to rounding: relative to their spread, which the softmax sees, 1e-3 for every token.
-
-        In half precision 0.1 for most: rounding adds up over the blocks, and a token may go to another expert.
-        """
-        truth = truth.float()
-        error = (found.float() - truth).norm(dim=-1) / (truth - truth.mean(-1, keepdim=True)).norm(dim=-1)
-        if self.model.dtype == torch.float32:
-            return bool((error <= 1e-3).all())
-        return bool(error.median() <= 0.1)
-
-    @contextmanager
-    def _refusing(self, what: str) -> Iterator[None]:
-        """Turns what goes wrong in transformers' code into UnsupportedTower."""
-        try:
-            yield
-        except ZipperError:
-            raise
-        except FAILURES as error:
-            raise self._refusal(f"{what}: {type(error).__name__}: {str(error).strip().rstrip('.')}") from error
-
-    def _refusal(self, reason: str) -> UnsupportedTower:
-        return refusal(f"{self.name} cannot be a tower: {reason}.")
-
 
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """Over name, dtype, shape and bytes of each tensor, in the order of their names; parameters are turned into `dtype` first."""
+    """Over name, dtype, shape and bytes of each tensor, in the order of their names; parameters are
+    turned into `dtype` first."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, nn.Parameter):
@@ -537,14 +446,10 @@ def in_memory(source: object) -> TypeGuard[PreTrainedModel]:
     return isinstance(source, Model)
 
 
-def _lengths(cache: Any) -> list[int]:
-    """Slots that each layer of a cache holds."""
-    return [layer.get_seq_length() for layer in cache.layers]
-
-
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set holds again afterwards."""
+    """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set
+    holds again afterwards."""
     from transformers.utils.logging import set_tqdm_hook
 
     before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
@@ -552,15 +457,3 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         set_tqdm_hook(before)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards each module has its own mode back (a half-frozen tower has both)."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

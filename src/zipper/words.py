@@ -1,8 +1,7 @@
 """Words of a transcript: how sure the model was of each, and when it was said.
 
-Times come from the cross-attention: the path through it that both modalities walk forwards, as Whisper's word times
-(arXiv:2212.04356) do. Nothing here knows how ids become sound.
-"""
+Times come from the cross-attention: the path through it that both modalities walk forwards, as
+Whisper's word times (arXiv:2212.04356) do. Nothing here knows how ids become sound."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zipper.engine import Written
 from zipper.errors import ZipperError
+from zipper.generation import Written
 from zipper.inspection import attention
 from zipper.modality.text import Text
 from zipper.model import Zipper
-from zipper.sequence import Segment, collate
+from zipper.strand import Segment, collate
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word. confidence: the probability that the model gave to its tokens together, given what came before. start, stop: tokens
-    of the source between which it was said, None where nobody asked."""
+    """A word. confidence: the probability that the model gave to its tokens together, given what
+    came before. start, stop: tokens of the source between which it was said, None where nobody
+    asked."""
 
     text: str
     confidence: float
@@ -32,8 +32,11 @@ class Word:
     stop: int | None = None
 
 
-def words(modality: Text, written: Written, source: Sequence[tuple[int, int]] | None = None) -> list[Word]:
-    """The words of a produced segment of text. A forced token counts as sure. source: what `spans` found for the same segment."""
+def words(
+    modality: Text, written: Written, source: Sequence[tuple[int, int]] | None = None
+) -> list[Word]:
+    """The words of a produced segment of text. A forced token counts as sure. source: what `spans`
+    found for the same segment."""
     sure = [0.0] * written.forced + list(written.logprobs)
     groups: list[tuple[str, list[int]]] = []  # a word as it is written, and its tokens
     before = ""
@@ -52,26 +55,37 @@ def words(modality: Text, written: Written, source: Sequence[tuple[int, int]] | 
 
 @torch.inference_mode()
 def spans(model: Zipper, given: Segment, produced: Segment) -> list[tuple[int, int]]:
-    """For every id of `produced` the ids start .. stop - 1 of `given` that it was read from, by the links of the zip.
+    """For every id of `produced` the ids start .. stop - 1 of `given` that it was read from, by the
+    links of the zip.
 
     Raises a ZipperError where no link leads from one to the other, or one of them is empty.
     """
     if not given.content or not produced.content:
-        raise ZipperError("Words have times where there is sound and text; one of the two segments is empty.")
-    if not any(name.endswith(f":{given.tower}>{produced.tower}") for name in model.links):
-        raise ZipperError(f"No link leads from {given.tower!r} to {produced.tower!r} in this zip, so there are no times.")
+        raise ZipperError(
+            "Words have times where there is sound and text; one of the two segments is empty."
+        )
+    pair = given.tower, produced.tower
+    if pair not in {(key.source, key.target) for key in model.config.links}:
+        raise ZipperError(
+            f"No link leads from {given.tower!r} to {produced.tower!r} in this zip, so there are "
+            "no times."
+        )
     strands = collate([[given, produced]], model.ends()).strands
     looks = attention(model, strands, given.tower, produced.tower).float().cpu()
-    # Row i is what the token before id i saw when it said it; begin and end of the source are no sound.
+    # Row i is what the token before id i saw when it said it; begin and end of the source are no
+    # sound.
     return align(looks[: len(produced.content), 1:-1])
 
 
 def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
-    """Dynamic time warping: the forward path on which the targets look most; per target the sources [start, stop) on it.
+    """Dynamic time warping: the forward path on which the targets look most; per target the sources
+    [start, stop) on it.
 
-    A source that all targets look at (a pause, the end) says nothing, so that each is measured by its own mean and spread.
-    """
-    gain = np.asarray((looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64)
+    A source that all targets look at (a pause, the end) says nothing, so that each is measured by
+    its own mean and spread."""
+    gain = np.asarray(
+        (looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64
+    )
     targets, sources = gain.shape
     best = np.full((targets + 1, sources + 1), -np.inf)
     best[0, 0] = 0.0

@@ -1,16 +1,18 @@
-"""What a modality is to the rest of zipper: raw data to ids and back. It knows nothing of towers."""
+"""What a modality is to the rest of zipper: raw data to ids and back. It knows nothing of
+towers."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from zipper.errors import ZipperError
-from zipper.files import place
+from zipper.saving.files import place
 
 
 @runtime_checkable
 class Modality(Protocol):
-    """Raw <-> ids. `begin` and `end` are the ids around a segment, `vocabulary` counts all ids, `fingerprint` is a sha256 of what
+    """Raw <-> ids. `begin` and `end` are the ids around a segment, `vocabulary` counts all ids,
+    `fingerprint` is a sha256 of what
     defines the mapping: two modalities with the same fingerprint give the same ids."""
 
     name: str
@@ -47,5 +49,6 @@ def load(folder: str | Path) -> Modality:
     if (folder / Text.DEFINITION).is_file():
         return Text.load(folder)
     raise ZipperError(
-        f"{folder} holds no modality: neither {SpeechUnits.CONFIG} nor {Text.DEFINITION} is there. Give the folder of one."
+        f"{folder} holds no modality: neither {SpeechUnits.CONFIG} nor {Text.DEFINITION} is "
+        "there. Give the folder of one."
     )

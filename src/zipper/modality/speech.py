@@ -1,8 +1,8 @@
 """Speech as units: sound to a row of codes and back.
 
-A code names the nearest of K centroids of stacked log-mel frames (25 codes a second), found by k-means. Back, the centroids are the
-frames of a log-mel picture. The codebook is the whole definition; nothing here knows of towers or text.
-"""
+A code names the nearest of K centroids of stacked log-mel frames (25 codes a second), found by
+k-means. Back, the centroids are the frames of a log-mel picture. The codebook is the whole
+definition; nothing here knows of towers or text."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from zipper.audio import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
+from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
-from zipper.files import header, parse, read_json
+from zipper.saving.files import header, parse, read_json
 
 #: What a file may ask for: (least, most).
 LIMITS = {
@@ -43,19 +43,26 @@ LIMITS = {
     "floor_share": (0.0, 1.0),
     "empty_nats": (0.0, 100.0),
 }
-SWING_DB = 4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
+SWING_DB = (
+    4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
+)
 BATCH = 8_192  # points per step of the k-means
-AHEAD = 2  # units that must be known behind those that are made into sound, or heard behind those that are told
-SURE = 12  # units that must be heard before the grid is laid: then one in twelve is laid elsewhere, after six one in six
+# units that must be known behind those that are made into sound, or heard behind those that are
+# told
+AHEAD = 2
+# units that must be heard before the grid is laid: then one in twelve is laid elsewhere, after six
+# one in six
+SURE = 12
 BEHIND = 3  # units of finished sound that the next part of a stream goes on from
 
 
 @dataclass(frozen=True)
 class UnitsConfig:
-    """What the codes are made of. `stack` mel frames make one unit: 4 frames of 10 ms are 25 units a second.
+    """What the codes are made of. `stack` mel frames make one unit: 4 frames of 10 ms are 25 units
+    a second.
 
-    front: how sound is cut first; None takes it as it is, from its first sample, as all units were made before there was one.
-    """
+    front: how sound is cut first; None takes it as it is, from its first sample, as all units were
+    made before there was one."""
 
     mel: Mel = field(default_factory=Mel)
     stack: int = 4
@@ -70,16 +77,20 @@ class UnitsConfig:
 
 
 class SpeechUnits:
-    """Sound <-> codes. Ids 0 .. K-1 are codes, K begins and K+1 ends a segment, K+2 .. name the voices in `voices`."""
+    """Sound <-> codes. Ids 0 .. K-1 are codes, K begins and K+1 ends a segment, K+2 .. name the
+    voices in `voices`."""
 
     name = "speech"
     CODEBOOK, CONFIG = "codebook.safetensors", "units.json"
 
-    def __init__(self, codebook: Float32[np.ndarray, "codes stacked_bins"], config: UnitsConfig) -> None:
+    def __init__(
+        self, codebook: Float32[np.ndarray, "codes stacked_bins"], config: UnitsConfig
+    ) -> None:
         width = config.stack * config.mel.bins
         if codebook.ndim != 2 or codebook.shape[1] != width or not np.isfinite(codebook).all():
             raise ZipperError(
-                f"a codebook of shape {codebook.shape} was given, (codes, {width}) and finite was wanted. Fit the units anew."
+                f"a codebook of shape {codebook.shape} was given, (codes, {width}) and finite was "
+                "wanted. Fit the units anew."
             )
         self.codebook, self.config, self.voices = codebook.copy(), config, config.voices
         self.codes = len(codebook)
@@ -95,7 +106,8 @@ class SpeechUnits:
         seed: int = 0,
         steps: int = 150,
     ) -> "SpeechUnits":
-        """Units for sound like this: `pictures` are log-mels by `config.mel`. Raises ZipperError if they are too few."""
+        """Units for sound like this: `pictures` are log-mels by `config.mel`. Raises ZipperError if
+        they are too few."""
         config = config or UnitsConfig()
         points = (
             np.concatenate([stacked(picture, config.stack) for picture in pictures])
@@ -110,7 +122,9 @@ class SpeechUnits:
         described = asdict(self.config)
         if self.config.front is None:  # as it was before there was one
             del described["front"]
-        return hashlib.sha256(self.codebook.tobytes() + json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            self.codebook.tobytes() + json.dumps(described, sort_keys=True).encode()
+        ).hexdigest()
 
     def log_mel(self, audio: Audio) -> Float32[np.ndarray, "frames bins"]:
         """The picture that these units are codes of; sound of any rate and loudness.
@@ -124,18 +138,28 @@ class SpeechUnits:
         return self._laid(audio)[0]
 
     def start_s(self, audio: Audio) -> float:
-        """Where in a sound its first code begins, for the times of words; below 0 if that lies before it."""
+        """Where in a sound its first code begins, for the times of words; below 0 if that lies
+        before it."""
         return self._laid(audio)[1] / self.config.mel.rate_hz
 
-    def _laid(self, audio: Audio, begin: int | None = None) -> tuple[Float32[np.ndarray, "frames bins"], int]:
-        """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was found to begin before."""
-        mel, front, unit = self.config.mel, self.config.front, self.config.stack * self.config.mel.hop
+    def _laid(
+        self, audio: Audio, begin: int | None = None
+    ) -> tuple[Float32[np.ndarray, "frames bins"], int]:
+        """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was
+        found to begin before."""
+        mel, front, unit = (
+            self.config.mel,
+            self.config.front,
+            self.config.stack * self.config.mel.hop,
+        )
         if front is None or not audio.samples.any():
             return mel.picture(audio), 0
         sound = audio.resample(mel.rate_hz).centred()
         start, stop = sound.ends(front)
         first = start - unit if begin is None else begin
-        sound = sound.between(first, max(first, stop + round(front.margin_ms / 1000 * mel.rate_hz))).level(mel.loud)
+        sound = sound.between(
+            first, max(first, stop + round(front.margin_ms / 1000 * mel.rate_hz))
+        ).level(mel.loud)
         place = self._place(sound, front) if begin is None else 0
         return mel.logs(sound.samples[place:]), first + place
 
@@ -144,9 +168,21 @@ class SpeechUnits:
         mel, stack = self.config.mel, self.config.stack
         unit, step, frames = stack * mel.hop, mel.hop // front.places, stack * front.fitted
         known = self.heard_in(mel.logs(sound.samples[unit:], 2 * mel.hop))
-        head = mel.logs(sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step)  # one row a place
-        points = np.concatenate([stacked(head[place :: front.places][:frames], stack) for place in range(unit // step, 0, -1)])
-        errors = np.square(points - known[nearest(points, known)]).sum(axis=1).reshape(-1, front.fitted).mean(axis=1)
+        head = mel.logs(
+            sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step
+        )  # one row a place
+        points = np.concatenate(
+            [
+                stacked(head[place :: front.places][:frames], stack)
+                for place in range(unit // step, 0, -1)
+            ]
+        )
+        errors = (
+            np.square(points - known[nearest(points, known)])
+            .sum(axis=1)
+            .reshape(-1, front.fitted)
+            .mean(axis=1)
+        )
         return unit - step * int(errors.argmin())
 
     @staticmethod
@@ -154,7 +190,9 @@ class SpeechUnits:
         """Whether this is silence, or a noise that goes on and on: speech swings more."""
         return audio.swing_db < SWING_DB
 
-    def heard_in(self, picture: Float32[np.ndarray, "frames bins"]) -> Float32[np.ndarray, "codes stacked_bins"]:
+    def heard_in(
+        self, picture: Float32[np.ndarray, "frames bins"]
+    ) -> Float32[np.ndarray, "codes stacked_bins"]:
         """The codebook as it would look in this sound.
 
         Its noise is added (parallel model combination, Gales and Young 1996); where the sound has
@@ -171,15 +209,19 @@ class SpeechUnits:
         return np.where(empty, noise, np.logaddexp(frames, noise)).reshape(self.codebook.shape)
 
     def encode(self, raw: Audio | str | Path | bytes) -> list[int]:
-        """Codes of a sound, a sound file or its content, one per started 40 ms of its `log_mel`; nothing but codes."""
+        """Codes of a sound, a sound file or its content, one per started 40 ms of its `log_mel`;
+        nothing but codes."""
         return self._codes(self.log_mel(raw if isinstance(raw, Audio) else read(raw)))
 
     def _codes(self, picture: Float32[np.ndarray, "frames bins"]) -> list[int]:
-        codes: list[int] = nearest(stacked(picture, self.config.stack), self.heard_in(picture)).tolist()
+        codes: list[int] = nearest(
+            stacked(picture, self.config.stack), self.heard_in(picture)
+        ).tolist()
         return codes
 
     def decode(self, ids: Sequence[int]) -> Audio:
-        """Sound of the codes, about 30 ms of work a second of sound; ids that are no codes are passed over."""
+        """Sound of the codes, about 30 ms of work a second of sound; ids that are no codes are
+        passed over."""
         codes = [code for code in ids if 0 <= code < self.codes]
         return self.config.mel.sound(self.codebook[codes].reshape(-1, self.config.mel.bins))
 
@@ -188,19 +230,23 @@ class SpeechUnits:
         perhaps none, for each part, and the rest at the end.
 
         They differ from those of the whole where its loudness and noise are not known yet. Pauses
-        are cut as in `encode`: nothing is told before something is heard and the grid is laid on it,
-        where it stays; a pause is told when speech goes on behind it, so the last one never is.
-        Everything heard is looked at again with each part: for utterances, not for hours.
-        """
+        are cut as in `encode`: nothing is told before something is heard and the grid is laid on
+        it, where it stays; a pause is told when speech goes on behind it, so the last one never is.
+        Everything heard is looked at again with each part: for utterances, not for hours."""
         heard, told, begin = Audio(np.zeros(0, np.float32), self.config.mel.rate_hz), 0, None
         for sound in sounds:
             if len(heard.samples) and sound.rate_hz != heard.rate_hz:
-                raise ZipperError(f"Sound of {sound.rate_hz} Hz came behind sound of {heard.rate_hz} Hz. Resample one of them.")
+                raise ZipperError(
+                    f"Sound of {sound.rate_hz} Hz came behind sound of {heard.rate_hz} Hz. "
+                    "Resample one of them."
+                )
             heard = Audio(np.concatenate([heard.samples, sound.samples]), sound.rate_hz)
             picture, first = self._laid(heard, begin)
             codes = self._codes(picture)
             if begin is None and self.config.front is not None:
-                if heard.swing_db < 2 * SWING_DB or len(codes) < SURE:  # more than for all of it: it may yet become louder
+                if (
+                    heard.swing_db < 2 * SWING_DB or len(codes) < SURE
+                ):  # more than for all of it: it may yet become louder
                     codes = []
                 else:
                     begin = first
@@ -210,14 +256,17 @@ class SpeechUnits:
         yield self._codes(self._laid(heard, begin)[0])[told:]
 
     def stream(self, ids: Iterable[int], chunk: int = 10) -> Iterator[Audio]:
-        """Sound of codes while they are made: `chunk` codes at a time, each when `AHEAD` more are known; all of it together is as
-        long as what `decode` makes of them. Every part goes on from the sound before it (as RTISI-LA does, Zhu, Beauregard and Wyse
-        2007). Raises a ZipperError for a chunk of less than one code.
-        """
+        """Sound of codes while they are made: `chunk` codes at a time, each when `AHEAD` more are
+        known; all of it together is as long as what `decode` makes of them. Every part goes on from
+        the sound before it (as RTISI-LA does, Zhu, Beauregard and Wyse 2007). Raises a ZipperError
+        for a chunk of less than one code."""
         if chunk < 1:
             raise ZipperError(f"Sound in parts of {chunk} codes was asked for. Take at least 1.")
         per_unit, bins = self.config.stack * self.config.mel.hop, self.config.mel.bins
-        codes, said = list[int](), np.zeros(0, np.float32)  # those of the last part and all since; the sound of that part
+        codes, said = (
+            list[int](),
+            np.zeros(0, np.float32),
+        )  # those of the last part and all since; the sound of that part
 
         def go_on(new: int) -> Audio:
             nonlocal codes, said
@@ -250,59 +299,90 @@ class SpeechUnits:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"codebook": self.codebook}, folder / self.CODEBOOK)
-        described = {**asdict(self.config), "codes": self.codes, "codebook_sha256": _sha256(self.codebook)}
+        described = {
+            **asdict(self.config),
+            "codes": self.codes,
+            "codebook_sha256": _sha256(self.codebook),
+        }
         (folder / self.CONFIG).write_text(json.dumps(described, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "SpeechUnits":
-        """Reads what `save` wrote. Raises ZipperError for anything else, and for a codebook that the description does not pin."""
+        """Reads what `save` wrote. Raises ZipperError for anything else, and for a codebook that
+        the description does not pin."""
         folder = Path(folder)
         try:
             described = read_json(folder / cls.CONFIG)
             codes, pinned = described.pop("codes", None), described.pop("codebook_sha256", None)
-            config = parse(UnitsConfig, {"front": None, **described}, str(folder / cls.CONFIG), LIMITS)
-            held = {name: (entry.dtype, entry.shape) for name, entry in header(folder / cls.CODEBOOK).items()}
+            config = parse(
+                UnitsConfig, {"front": None, **described}, str(folder / cls.CONFIG), LIMITS
+            )
+            held = {
+                name: (entry.dtype, entry.shape)
+                for name, entry in header(folder / cls.CODEBOOK).items()
+            }
             if held != {"codebook": ("F32", (codes, config.stack * config.mel.bins))}:
-                raise ZipperError(f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that {cls.CONFIG} describes")
-            if not config.mel.low_hz < config.mel.high_hz <= config.mel.rate_hz / 2 or config.mel.fft < config.mel.window:
+                raise ZipperError(
+                    f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
+                    f"{cls.CONFIG} describes"
+                )
+            if (
+                not config.mel.low_hz < config.mel.high_hz <= config.mel.rate_hz / 2
+                or config.mel.fft < config.mel.window
+            ):
                 raise ZipperError(f"{folder / cls.CONFIG} describes no mel scale: {config.mel}")
             if config.front is not None and config.mel.hop % config.front.places:
-                raise ZipperError(f"{folder / cls.CONFIG} lays the grid in {config.front.places} places a hop of {config.mel.hop}")
+                raise ZipperError(
+                    f"{folder / cls.CONFIG} lays the grid in {config.front.places} places a hop "
+                    f"of {config.mel.hop}"
+                )
             codebook = load_file(folder / cls.CODEBOOK)["codebook"]
         except (OSError, SafetensorError, ZipperError) as error:
             raise ZipperError(
-                f"{folder} holds no speech units: {error} It needs {cls.CONFIG} and {cls.CODEBOOK}, written by save."
+                f"{folder} holds no speech units: {error} It needs {cls.CONFIG} and "
+                f"{cls.CODEBOOK}, written by save."
             ) from error
         if _sha256(codebook) != pinned:
             raise ZipperError(
-                f"{folder} holds a foreign codebook, not the one that its {cls.CONFIG} describes: codes would mean other sounds. "
+                f"{folder} holds a foreign codebook, not the one that its {cls.CONFIG} describes: "
+                "codes would mean other sounds. "
                 "Restore both files from the run that made them, or fit the units anew."
             )
         return cls(codebook, config)
 
 
-def stacked(picture: Float32[np.ndarray, "frames bins"], stack: int) -> Float32[np.ndarray, "units stacked_bins"]:
+def stacked(
+    picture: Float32[np.ndarray, "frames bins"], stack: int
+) -> Float32[np.ndarray, "units stacked_bins"]:
     """`stack` frames side by side; the last unit is filled up by repeating the last frame."""
     if not len(picture):
         return np.zeros((0, stack * picture.shape[1]), np.float32)
-    return np.pad(picture, ((0, -len(picture) % stack), (0, 0)), mode="edge").reshape(-1, stack * picture.shape[1])
+    return np.pad(picture, ((0, -len(picture) % stack), (0, 0)), mode="edge").reshape(
+        -1, stack * picture.shape[1]
+    )
 
 
-def nearest(points: Float32[np.ndarray, "points dim"], centroids: Float32[np.ndarray, "codes dim"]) -> Int64[np.ndarray, " points"]:
+def nearest(
+    points: Float32[np.ndarray, "points dim"], centroids: Float32[np.ndarray, "codes dim"]
+) -> Int64[np.ndarray, " points"]:
     """Index of the nearest centroid (Euclid) of each point; the lowest of equals."""
     return (np.square(centroids).sum(axis=1) / 2 - points @ centroids.T).argmin(axis=1)
 
 
-def kmeans(points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int) -> Float32[np.ndarray, "codes dim"]:
-    """Mini-batch k-means (Sculley 2010) from a k-means++ start (Arthur and Vassilvitskii 2007), finished by three full rounds.
+def kmeans(
+    points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int
+) -> Float32[np.ndarray, "codes dim"]:
+    """Mini-batch k-means (Sculley 2010) from a k-means++ start (Arthur and Vassilvitskii 2007),
+    finished by three full rounds.
 
-    The same centroids for the same arguments. Raises ZipperError if there are fewer different points than codes.
-    """
+    The same centroids for the same arguments. Raises ZipperError if there are fewer different
+    points than codes."""
     chance = np.random.default_rng(seed)
     sample = points[chance.choice(len(points), min(len(points), 20 * codes), replace=False)]
     if len(np.unique(sample, axis=0)) < codes:
         raise ZipperError(
-            f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give more sound or ask for fewer codes."
+            f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give "
+            "more sound or ask for fewer codes."
         )
     centroids = _spread(sample, codes, chance)
     counts = np.ones(codes, np.float32)
@@ -317,12 +397,17 @@ def kmeans(points: Float32[np.ndarray, "points dim"], codes: int, seed: int, ste
     return centroids
 
 
-def _spread(points: Float32[np.ndarray, "points dim"], codes: int, chance: np.random.Generator) -> Float32[np.ndarray, "codes dim"]:
-    """k-means++: each next centroid is a point drawn by its squared distance to the nearest one so far."""
+def _spread(
+    points: Float32[np.ndarray, "points dim"], codes: int, chance: np.random.Generator
+) -> Float32[np.ndarray, "codes dim"]:
+    """k-means++: each next centroid is a point drawn by its squared distance to the nearest one so
+    far."""
     chosen = [points[chance.integers(len(points))]]
     distance = np.square(points - chosen[0]).sum(axis=1)
     while len(chosen) < codes:
-        chosen.append(points[chance.choice(len(points), p=distance / distance.sum(dtype=np.float64))])
+        chosen.append(
+            points[chance.choice(len(points), p=distance / distance.sum(dtype=np.float64))]
+        )
         distance = np.minimum(distance, np.square(points - chosen[-1]).sum(axis=1))
     return np.stack(chosen)
 
@@ -334,7 +419,10 @@ def _sums(
     size = np.bincount(owner, minlength=codes)
     ends = np.cumsum(size)
     running = np.concatenate(
-        [np.zeros((1, points.shape[1])), np.cumsum(points[np.argsort(owner, kind="stable")], axis=0, dtype=np.float64)]
+        [
+            np.zeros((1, points.shape[1])),
+            np.cumsum(points[np.argsort(owner, kind="stable")], axis=0, dtype=np.float64),
+        ]
     )
     return (running[ends] - running[ends - size]).astype(np.float32), size.astype(np.float32)
 

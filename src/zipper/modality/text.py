@@ -1,8 +1,8 @@
-"""Text: strings to tokens and back, by any fast tokenizer of Hugging Face or by a small one trained here.
+"""Text: strings to tokens and back, by any fast tokenizer of Hugging Face or by a small one trained
+here.
 
-A folder holds the usual two files (tokenizer.json, tokenizer_config.json), so transformers reads ours and this reads theirs.
-Nothing here knows of towers or speech.
-"""
+A folder holds the usual two files (tokenizer.json, tokenizer_config.json), so transformers reads
+ours and this reads theirs. Nothing here knows of towers or speech."""
 
 import hashlib
 import json
@@ -15,13 +15,15 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from zipper.errors import ZipperError
-from zipper.files import place, read_json
+from zipper.saving.files import place, read_json
 
 BEGIN, END = "<s>", "</s>"
 TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
 MOST_BYTES = 64 << 20  # of a tokenizer.json; a vocabulary of 262,000 takes 33 MB
 SAID = "#%&*/@\\_\N{PER MILLE SIGN}"  # punctuation to Unicode, and words to those who read it aloud
-LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
+LETTERS = (
+    " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
+)
 
 
 class Text:
@@ -31,16 +33,21 @@ class Text:
     DEFINITION, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
     def __init__(self, definition: str, begin: str | None, end: str | None) -> None:
-        """definition: the content of a tokenizer.json. begin, end: tokens; without a begin token the end token takes its place."""
+        """definition: the content of a tokenizer.json. begin, end: tokens; without a begin token
+        the end token takes its place."""
         try:
             self.tokenizer = Tokenizer.from_str(definition)
             model = json.loads(definition)["model"]
         except Exception as error:  # tokenizers raises nothing more precise
             raise ZipperError(
-                f"this is not the definition of a fast tokenizer: {error}. Give the content of a tokenizer.json."
+                f"this is not the definition of a fast tokenizer: {error}. Give the content of a "
+                "tokenizer.json."
             ) from error
         if end is None:
-            raise ZipperError("this tokenizer names no end token (eos_token). Set one before use: a segment needs an end.")
+            raise ZipperError(
+                "this tokenizer names no end token (eos_token). Set one before use: a segment "
+                "needs an end."
+            )
         self.definition, self.tokens = definition, (begin or end, end)
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
@@ -48,21 +55,26 @@ class Text:
         self.begin, self.end = (self._id(token) for token in self.tokens)
         self.vocabulary = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         unknown = model.get("unk_token")
-        self._unknown = model.get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
+        self._unknown = (
+            model.get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
+        )
 
     @classmethod
     def train(cls, lines: Iterable[str], merges: int = 150) -> "Text":
-        """Byte-pair encoding of lower-case words (a space belongs to the word behind it), without an unknown token.
+        """Byte-pair encoding of lower-case words (a space belongs to the word behind it), without
+        an unknown token.
 
-        merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line)) == line` for every lower-case
-        line in the alphabet (a to z, apostrophe, space and what `lines` hold); capitals are read as small letters, tabs as spaces.
-        """
+        merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line))
+        == line` for every lower-case line in the alphabet (a to z, apostrophe, space and what
+        `lines` hold); capitals are read as small letters, tabs as spaces."""
         lines = [line.lower() for line in lines]
         if not lines:
             raise ZipperError("no lines to train a tokenizer on. Give some text.")
         alphabet = sorted(set(LETTERS).union(*lines) - set("\t\r\n"))
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[\t\r\n]"), " ")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), normalizers.Replace(Regex(r"[\t\r\n]"), " ")]
+        )
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| +"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         size = 2 + len(alphabet) + merges
@@ -78,7 +90,8 @@ class Text:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
-        """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a slow one."""
+        """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a
+        slow one."""
         if (place(source) / cls.DEFINITION).is_file():
             return cls.load(source)
         loaded = _loaded(source)
@@ -90,30 +103,45 @@ class Text:
         return hashlib.sha256("\0".join([self.definition, *self.tokens]).encode()).hexdigest()
 
     def encode(self, raw: str) -> list[int]:
-        """Token ids of what `spell` makes of it. Raises ZipperError naming the characters that this tokenizer cannot write."""
+        """Token ids of what `spell` makes of it. Raises ZipperError naming the characters that this
+        tokenizer cannot write."""
         return self.spell(raw)[0]
 
     def spell(self, raw: str) -> tuple[list[int], str]:
-        """Token ids, and the text that they are of: this one, without the punctuation that the tokenizer has no token for.
+        """Token ids, and the text that they are of: this one, without the punctuation that the
+        tokenizer has no token for.
 
-        Only signs that nobody says are left out (not % or &, nor a point before a digit), and a typographic apostrophe becomes a
-        plain one. Raises ZipperError naming the other characters that it cannot write, and for text that is none.
-        """
-        if strange := next((c for c in raw if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None):
+        Only signs that nobody says are left out (not % or &, nor a point before a digit), and a
+        typographic apostrophe becomes a plain one. Raises ZipperError naming the other characters
+        that it cannot write, and for text that is none."""
+        if strange := next(
+            (c for c in raw if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None
+        ):
             raise ZipperError(
-                f"{raw!a:.200} holds the character {strange!a}, which is no text. It was damaged or read as another encoding."
+                f"{raw!a:.200} holds the character {strange!a}, which is no text. It was damaged "
+                "or read as another encoding."
             )
         ids: list[int] = self.tokenizer.encode(raw, add_special_tokens=False).ids
         if self.decode(ids) == raw:
             return ids, raw
-        lost = {character for character in raw if not character.isspace() and not self._writes(character)}
+        lost = {
+            character
+            for character in raw
+            if not character.isspace() and not self._writes(character)
+        }
         if not lost:  # capitals, white space
             return ids, raw
         if self._writes("'"):
             raw = re.sub(r"(?<=\w)[\u2018\u2019\u02bc](?=\w)", "'", raw)
-        plain = "".join(" " if c in lost and _unsaid(c, after) else c for c, after in zip(raw, f"{raw[1:]} ", strict=True))
+        plain = "".join(
+            " " if c in lost and _unsaid(c, after) else c
+            for c, after in zip(raw, f"{raw[1:]} ", strict=True)
+        )
         if left := sorted(lost.intersection(plain)):
-            raise ZipperError(f"this tokenizer cannot write {' '.join(left)} in {raw!r}. Spell it in letters or leave it out.")
+            raise ZipperError(
+                f"this tokenizer cannot write {' '.join(left)} in {raw!r}. Spell it in letters or "
+                "leave it out."
+            )
         plain = " ".join(plain.split())
         return self.tokenizer.encode(plain, add_special_tokens=False).ids, plain
 
@@ -127,13 +155,18 @@ class Text:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.DEFINITION).write_text(self.definition, encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.tokens[0], "eos_token": self.tokens[1]}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.tokens[0],
+            "eos_token": self.tokens[1],
+        }
         (folder / self.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":
-        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does not name
-        the tokens that begin and end a text, transformers knows the other places that may."""
+        """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does
+        not name the tokens that begin and end a text, transformers knows the other places that
+        may."""
         folder = place(folder)
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
@@ -146,12 +179,17 @@ class Text:
                 named = _tokens(folder, definition.decode(), named)
             return cls(definition.decode(), *named)
         except (OSError, ValueError) as error:
-            raise ZipperError(f"{folder} holds no tokenizer: {error} It needs {cls.DEFINITION} and {cls.CONFIG}.") from error
+            raise ZipperError(
+                f"{folder} holds no tokenizer: {error} It needs {cls.DEFINITION} and {cls.CONFIG}."
+            ) from error
 
     def _id(self, token: str) -> int:
         number: int | None = self.tokenizer.token_to_id(token)
         if number is None:
-            raise ZipperError(f"this tokenizer has no token {token!r}, which should begin or end a segment. Name one that it has.")
+            raise ZipperError(
+                f"this tokenizer has no token {token!r}, which should begin or end a segment. "
+                "Name one that it has."
+            )
         return number
 
     def _writes(self, character: str) -> bool:
@@ -160,50 +198,77 @@ class Text:
 
 
 def _loaded(source: str | Path) -> Any:
-    """A fast tokenizer by transformers, without code of strangers. Raises a ZipperError where there is none."""
+    """A fast tokenizer by transformers, without code of strangers. Raises a ZipperError where there
+    is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # whatever a stranger's files lead transformers to
         raise ZipperError(
-            f"no tokenizer at {source}: {error!s:.500}. Give a folder with a {Text.DEFINITION} or a hub id."
+            f"no tokenizer at {source}: {error!s:.500}. Give a folder with a {Text.DEFINITION} or "
+            "a hub id."
         ) from error
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise ZipperError(
-            f"the tokenizer of {source} is a slow one ({type(loaded).__name__}). Save it as a fast one ({Text.DEFINITION}) first."
+            f"the tokenizer of {source} is a slow one ({type(loaded).__name__}). Save it as a "
+            f"fast one ({Text.DEFINITION}) first."
         )
     return loaded
 
 
 def _tokens(folder: Path, definition: str, named: list[str | None]) -> list[str | None]:
-    """The tokens that begin and end a text: as transformers knows them (by more files, and by the tokenizer's class) or, where it
-    knows none that the definition has, those whose ids the model's own configuration beside it names. named: by one file."""
+    """The tokens that begin and end a text: as transformers knows them (by more files, and by the
+    tokenizer's class) or, where it knows none that the definition has, those whose ids the model's
+    own configuration beside it names. named: by one file."""
     try:
         loaded, tokenizer = _loaded(folder), Tokenizer.from_str(definition)
-    except Exception:  # none that transformers knows either, or no definition: whoever reads it says so
+    except (
+        Exception
+    ):  # none that transformers knows either, or no definition: whoever reads it says so
         return named
     ids: dict[str, Any] = {}
     for path in (folder / "generation_config.json", folder / "config.json"):
-        ids |= {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+        ids |= {
+            name: value
+            for name, value in (read_json(path) if path.is_file() else {}).items()
+            if value is not None
+        }
     found: list[str | None] = []
     for name, own in zip(TOKENS, named, strict=True):
         number = ids.get(f"{name}_id")
         number = number[0] if isinstance(number, list) and number else number
-        by_id = tokenizer.id_to_token(number) if type(number) is int and 0 <= number < 1 << 31 else None
+        by_id = (
+            tokenizer.id_to_token(number) if type(number) is int and 0 <= number < 1 << 31 else None
+        )
         candidates = (own, getattr(loaded, name), by_id)
-        found.append(next((c for c in candidates if c is not None and (c is own or tokenizer.token_to_id(c) is not None)), None))
+        found.append(
+            next(
+                (
+                    c
+                    for c in candidates
+                    if c is not None and (c is own or tokenizer.token_to_id(c) is not None)
+                ),
+                None,
+            )
+        )
     return found
 
 
 def _unsaid(character: str, after: str) -> bool:
-    """Whether it is a sign that nobody says; a point, comma, colon or dash is said before a digit."""
+    """Whether it is a sign that nobody says; a point, comma, colon or dash is said before a
+    digit."""
     kind, plain = unicodedata.category(character), unicodedata.normalize("NFKC", character)
-    return kind[0] == "P" and plain not in SAID and not (after.isdigit() and (kind == "Pd" or plain in ".,:"))
+    return (
+        kind[0] == "P"
+        and plain not in SAID
+        and not (after.isdigit() and (kind == "Pd" or plain in ".,:"))
+    )
 
 
 def _token(entry: Any) -> str | None:
-    """A token as tokenizer_config.json names it: a string, or an object around it in older files."""
+    """A token as tokenizer_config.json names it: a string, or an object around it in older
+    files."""
     token = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(token, str | None):
         raise ValueError(f"{token!a:.80} is no token.")

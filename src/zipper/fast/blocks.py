@@ -1,0 +1,405 @@
+"""Towers and links as they are run for decoding: blocks like Llama's, input projections, links."""
+
+import copy
+from collections.abc import Callable, Sequence
+from ctypes import addressof, pointer
+from functools import cached_property, partial
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from zipper.config import LinkKey
+from zipper.fast import native
+from zipper.fast.graphs import Shape
+from zipper.fast.plain import Block, Plain
+from zipper.fast.session import Place
+from zipper.fast.weights import Angles, Form, Matrix, Norm, Table, layer_norm, paired, turn
+from zipper.link import InputProjection, Link, Memory, rotate
+
+
+@runtime_checkable
+class Attending(Protocol):
+    """How the tokens of one call attend; see `zipper.fast.reader`."""
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
+    ) -> Tensor:
+        """Keeps keys and values of a block, and attends to all that there are."""
+
+
+def kept_as(part: Tensor) -> Tensor:
+    """Keys or values as they are kept: by torch on a CPU in float32, where its attention of one row
+    is slow in 16 bits."""
+    return part.float() if part.device.type == "cpu" and native.library() is None else part
+
+
+@final
+class FastTower:
+    """A tower whose blocks are like Llama's."""
+
+    def __init__(self, tower: Plain, form: Form) -> None:
+        tower.check()
+        outline = tower.outline
+        self.name, self.table = tower.name, tower.tensors[outline.table].detach().contiguous()
+        parts = zip(outline.blocks, tower.activations, strict=True)
+        self.blocks = [FastBlock(tower, block, activation, form) for block, activation in parts]
+        self.norm, self.head, self._rotary = (
+            Norm(*tower.norm(outline.norm)),
+            Matrix([tower.linear(outline.head)], form),
+            tower.turns,
+        )
+        self.layers, self.device = len(self.blocks), self.table.device
+        self.angles = Table(self._computed)
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return self.head.bytes + sum(block.bytes for block in self.blocks)
+
+    @cached_property
+    def stages(self) -> list[native.Stage]:
+        """Its blocks, as the compiled step takes them."""
+        return [
+            native.Stage(block=pointer(block.struct), layer=n)
+            for n, block in enumerate(self.blocks)
+        ]
+
+    @property
+    def shape(self) -> Shape:
+        """Of its keys and values."""
+        return Shape(
+            self.layers,
+            self.blocks[0].key_heads,
+            self.blocks[0].head_width,
+            kept_as(self.table[:0]),
+        )
+
+    def run(
+        self, h: Float[Tensor, "tokens width"], layers: range, angles: Angles, way: Attending
+    ) -> Float[Tensor, "tokens width"]:
+        """Some of its blocks."""
+        for index in layers:
+            h = self.blocks[index](h, angles, partial(way.attend, layer=index))
+        return h
+
+    def unembed(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocabulary"]:
+        """Final norm and head."""
+        return self.head(self.norm(h))
+
+    def _computed(self, length: int) -> Angles:
+        cos, sin = self._rotary(self.table, torch.arange(length, device=self.device)[None])
+        return paired(cos[0, :, : cos.shape[-1] // 2], sin[0, :, : sin.shape[-1] // 2])
+
+
+@final
+class FastBlock:
+    """Norm, grouped-query attention with rotary positions, norm, gated feed-forward."""
+
+    def __init__(
+        self, tower: Plain, block: Block, activation: Callable[[Tensor], Tensor], form: Form
+    ) -> None:
+        query, key, value, out, gate, up, down = map(
+            tower.linear,
+            (block.query, block.key, block.value, block.out, block.gate, block.up, block.down),
+        )
+        self.head_width, self.scale, self.activation = block.head_width, block.scale, activation
+        self.norm, self.second_norm = (
+            Norm(*tower.norm(norm)) for norm in (block.norm, block.second_norm)
+        )
+        self.qkv, self.out = Matrix([query, key, value], form), Matrix([out], form)
+        self.gates = (
+            [Matrix([part], form) for part in (gate, up)]
+            if form.compiled
+            else [Matrix([gate, up], form)]
+        )
+        self.down = Matrix([down], form)
+        self.head_norms = [
+            Norm(*tower.norm(norm))
+            for norm in (block.query_norm, block.key_norm)
+            if norm is not None
+        ]
+        self.heads, self.key_heads = (len(part.weight) // self.head_width for part in (query, key))
+
+    @cached_property
+    def struct(self) -> native.Block:
+        """As the compiled step reads it."""
+        query, key = (
+            (norm.struct for norm in self.head_norms)
+            if self.head_norms
+            else (native.Norm(), native.Norm())
+        )
+        matrices = (matrix.struct for matrix in (self.qkv, self.out, *self.gates, self.down))
+        shape = (self.heads, self.key_heads, self.head_width, self.scale)
+        return native.Block(
+            self.norm.struct, self.second_norm.struct, query, key, *matrices, *shape
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return sum(matrix.bytes for matrix in (self.qkv, self.out, *self.gates, self.down))
+
+    def __call__(
+        self,
+        h: Float[Tensor, "tokens width"],
+        angles: Angles,
+        attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    ) -> Float[Tensor, "tokens width"]:
+        """States after the block. attend: from queries, keys, values and their scale."""
+        mixed = self.qkv(self.norm(h)).view(len(h), -1, self.head_width)
+        turned, values = mixed[:, : -self.key_heads], mixed[:, -self.key_heads :]
+        if self.head_norms:
+            parts = turned.split([self.heads, self.key_heads], 1)
+            turned = torch.cat(
+                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1
+            )
+        turned = turn(turned, angles)
+        h = h + self.out(
+            attend(turned[:, : self.heads], turned[:, self.heads :], values, self.scale)
+        )
+        (gates,) = self.gates
+        gate, up = gates(self.second_norm(h)).chunk(2, -1)
+        return h + self.down(self.activation(gate) * up)
+
+
+@final
+class FastInput:
+    """What stands between embeddings and the first block, where a plan has several towers."""
+
+    def __init__(self, module: InputProjection) -> None:
+        self.module = module
+
+    @cached_property
+    def stage(self) -> native.Stage:
+        """As the compiled step takes it."""
+        self._matrices = [
+            Matrix([layer], Form(int8=False, compiled=True))
+            for layer in self.module.mlp
+            if isinstance(layer, nn.Linear)
+        ]
+        layers = native.array(native.Matrix, [matrix.struct for matrix in self._matrices])
+        return native.Stage(
+            input=pointer(native.Input(layers, len(layers), self.module.kind == "residual"))
+        )
+
+
+@final
+class FastLink:
+    """`Link.forward` for tokens that all see something."""
+
+    def __init__(self, link: Link, form: Form) -> None:
+        self.link, self.scale, self.norm = link, link.position_scale, layer_norm(link.norm)
+        self.query, self.out = (
+            Matrix([link.query], form),
+            Matrix([link.out], form, float(link.gate.detach().tanh())),
+        )
+        whole = form._replace(int8=False)
+        layers = [
+            link.whiten,
+            *(link.projection if isinstance(link.projection, nn.Sequential) else ()),
+        ]
+        self.projections = [
+            Matrix([part], whole) if isinstance(part, nn.Linear) else part
+            for part in layers
+            if part is not None
+        ]
+        self.memory = Matrix([link.key, link.value], whole)
+        self._dtype = torch.float32 if form.compiled else link.key.weight.dtype
+        self.source_norm = copy.deepcopy(link.source_norm).to(self._dtype)
+        self.first = None
+        if link.feedforward is not None:
+            norm, first, _, second = link.feedforward
+            assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+            # gelu(x) = x (1 + erf(x / sqrt(2))) / 2: with its constants and the gates in the
+            # matrices, two small kernels are left.
+            half, gate = 2**-0.5, float(link.feedforward_gate.detach().tanh())
+            self.second_norm = layer_norm(norm)
+            self.first, self.second = (
+                Matrix([first], form, half),
+                Matrix([second], form, half * gate),
+            )
+
+    @property
+    def bytes(self) -> int:
+        """Weights that one token reads."""
+        return sum(
+            matrix.bytes
+            for matrix in (self.query, self.out, *((self.first, self.second) if self.first else ()))
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """Of its keys and values."""
+        return Shape(
+            1,
+            self.link.heads,
+            self.link.config.head_width,
+            kept_as(self.link.query.weight.detach()[:0]),
+        )
+
+    @cached_property
+    def _pointer(self) -> Any:
+        return pointer(self.struct)
+
+    @cached_property
+    def struct(self) -> native.Link:
+        """As the compiled step reads it."""
+        ahead = (
+            (self.first.struct, self.second.struct)
+            if self.first
+            else (native.Matrix(), native.Matrix())
+        )
+        second = self.second_norm.struct if self.first else native.Norm()
+        shape = (self.link.heads, self.link.config.head_width)
+        return native.Link(
+            self.norm.struct, second, self.query.struct, self.out.struct, *ahead, *shape
+        )
+
+    def stage(
+        self,
+        key: LinkKey,
+        angles: tuple[Tensor | None, Tensor | None],
+        places: Sequence[Place],
+        last: bool,
+        alive: list[Any],
+    ) -> native.Stage:
+        """The link in a compiled step, where some sessions see something. last: of its junction.
+        alive: gets what it points to."""
+        seen: list[Any] = []
+        for place in places:
+            memory = place.session.memory.get(key)
+            there = (
+                (*map(native.pointer, memory), memory.keys.shape[2]) if memory else (None, None, 0)
+            )
+            seen += [there] * (place.stop - place.start)
+            alive.append(memory)
+        found = native.array(native.Memory, seen)
+        alive.append(found)
+        half = self.link.query.weight.dtype == torch.bfloat16
+        return native.Stage(
+            None,
+            None,
+            self._pointer,
+            None,
+            addressof(found),
+            *map(native.pointer, angles),
+            0,
+            last,
+            half,
+        )
+
+    def extend(self, memory: Memory | None, states: Float[Tensor, "tokens source_width"]) -> Memory:
+        """`Link.read` of source states that come behind those in `memory`; laid out for the many
+        steps that read them."""
+        link, start = self.link, 0 if memory is None else memory.keys.shape[2]
+        h = self.source_norm(states.to(self._dtype))
+        for part in self.projections:
+            h = part(h)
+        if link.config.projection_relu:
+            h = F.relu(h)
+        keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
+        if link.config.rotary:
+            keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
+        kept = {
+            "dtype": self.shape.like.dtype,
+            "copy": True,
+            "memory_format": torch.contiguous_format,
+        }
+        fresh = Memory(*(part.to(**kept) for part in (keys, values)))
+        return (
+            fresh
+            if memory is None
+            else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
+        )
+
+    def angles(self, length: int) -> Angles:
+        """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the
+        first `length` positions."""
+        like = self.link.query.weight
+        half = self.link.config.head_width // 2
+        position = (
+            torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * self.scale
+        )
+        angle = position * 10_000.0 ** (
+            -torch.arange(half, device=like.device, dtype=torch.float32) / half
+        )
+        return paired(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+
+    def __call__(
+        self,
+        h: Float[Tensor, "tokens width"],
+        angles: Angles | None,
+        attend: Callable[[Tensor, float], Tensor],
+    ) -> Float[Tensor, "tokens width"]:
+        """What the link adds to these tokens. attend: from queries and their scale, to what they
+        see."""
+        x = h.to(self.link.query.weight.dtype)
+        query = self.query(self.norm(x)).view(len(x), self.link.heads, -1)
+        if angles is not None:
+            query = turn(query, angles)
+        added = self.out(attend(query, query.shape[-1] ** -0.5))
+        if self.first is not None:
+            inner = self.first(self.second_norm(x + added)).float()
+            added = added + self.second(torch.addcmul(inner, inner, inner.erf()).to(x.dtype))
+        return added.to(h.dtype)
+
+
+def attend(
+    query: Float[Tensor, "tokens heads head_width"],
+    keys: Float[Tensor, "key_heads slots head_width"],
+    values: Float[Tensor, "key_heads slots head_width"],
+    scale: float,
+    causal: bool,
+) -> Float[Tensor, "tokens attended"]:
+    """Attention of one sequence; heads that share keys become rows of one product. causal: the
+    tokens are the last slots. In the dtype of the query, whatever that of the keys is."""
+    tokens, heads, width = query.shape
+    (shared, slots), group = keys.shape[:2], heads // len(keys)
+    dtype, query = query.dtype, query.to(keys.dtype)
+    if tokens == 1:
+        rows = query.view(1, shared, group, width)
+        return (
+            F.scaled_dot_product_attention(rows, keys[None], values[None], scale=scale)
+            .reshape(1, heads * width)
+            .to(dtype)
+        )
+    rows = (
+        query.view(tokens, shared, group, width)
+        .permute(1, 2, 0, 3)
+        .reshape(1, shared, group * tokens, width)
+    )
+    plain, mask = causal and tokens == slots and group == 1, None
+    if causal and not plain:
+        mask = (
+            torch.ones(tokens, slots, dtype=torch.bool, device=query.device)
+            .tril(slots - tokens)
+            .repeat(group, 1)
+        )
+    found = F.scaled_dot_product_attention(
+        rows, keys[None], values[None], mask, is_causal=plain, scale=scale
+    )
+    return (
+        found.view(shared, group, tokens, width)
+        .permute(2, 0, 1, 3)
+        .reshape(tokens, heads * width)
+        .to(dtype)
+    )
+
+
+def masked(
+    query: Float[Tensor, "rows heads head_width"],
+    scale: float,
+    keys: Float[Tensor, "rows key_heads slots head_width"],
+    values: Float[Tensor, "rows key_heads slots head_width"],
+    mask: Bool[Tensor, "rows 1 1 slots"],
+) -> Float[Tensor, "rows attended"]:
+    """Attention of one token a row, as `attend`."""
+    wide = query.to(keys.dtype).unflatten(1, (keys.shape[1], -1))
+    return (
+        F.scaled_dot_product_attention(wide, keys, values, mask, scale=scale)
+        .flatten(1)
+        .to(query.dtype)
+    )

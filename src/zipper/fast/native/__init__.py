@@ -1,0 +1,277 @@
+"""The compiled step: step.cpp, built for this CPU by its own compiler at first use.
+
+Where there is no compiler (a C++ one named c++, or what CXX names, with OpenMP) decoding goes by
+torch's kernels, slower but right."""
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from zipper.saving import files
+
+#: Kinds of weights that it knows.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+#: Rows of weights that lie together, column by column; of bfloat16 two columns at a time. As in
+#: step.cpp.
+PANEL = 32
+#: Bytes of memory that weights are laid out in at once, of a large page, of a line of the cache.
+CHUNK, LARGE, LINE = 64 << 20, 2 << 20, 64
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = "-std=gnu++17 -O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w".split()
+
+
+class Matrix(Structure):
+    """A matrix of weights in panels."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_int32) for name in ("kind", "out", "in")),
+    )
+
+
+class Norm(Structure):
+    """A layer norm, or where there is no bias one by the root mean square."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
+
+
+class Block(Structure):
+    """A block like Llama's."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm", "second", "query", "key")),
+        *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
+        *((name, c_int32) for name in ("heads", "key_heads", "head_width")),
+        ("scale", c_float),
+    )
+
+
+class Link(Structure):
+    """What a tower does to read another."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm", "second")),
+        *((name, Matrix) for name in ("query", "out", "up", "down")),
+        *((name, c_int32) for name in ("heads", "head_width")),
+    )
+
+
+class Input(Structure):
+    """What stands between embeddings and the first block."""
+
+    _fields_ = (("layers", POINTER(Matrix)), ("depth", c_int32), ("residual", c_int32))
+
+
+class Token(Structure):
+    """A token: its sequence's buffer of keys and values, the room in it, how many tokens came
+    before, and which token it is."""
+
+    _fields_ = (("cache", c_void_p), ("room", c_int64), ("past", c_int64), ("id", c_int64))
+
+
+class Memory(Structure):
+    """What a token sees through a link."""
+
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("slots", c_int64))
+
+
+class Stage(Structure):
+    """One of the first four, in the order of the tower: an input projection, a block, a link, or a
+    place where states are kept."""
+
+    _fields_ = (
+        ("input", POINTER(Input)),
+        ("block", POINTER(Block)),
+        ("link", POINTER(Link)),
+        *((name, c_void_p) for name in ("keep", "memory", "cos", "sin")),
+        *((name, c_int32) for name in ("layer", "last", "half")),
+    )
+
+
+class Call(Structure):
+    """A step."""
+
+    _fields_ = (
+        ("stages", POINTER(Stage)),
+        ("tokens", POINTER(Token)),
+        ("spoken", POINTER(c_int32)),
+        *((name, c_void_p) for name in ("cos", "sin", "table", "logits")),
+        ("norm", Norm),
+        ("head", Matrix),
+        *(
+            (name, c_int32)
+            for name in ("n_stages", "n_tokens", "n_spoken", "width", "threads", "half")
+        ),
+    )
+
+
+def matrix(
+    panels: Tensor, scale: Tensor | None, bias: Tensor | None, out: int, width: int
+) -> Matrix:
+    """Of a weight that was `laid_out`, out x width. The tensors must live as long as it."""
+    return Matrix(panels.data_ptr(), pointer(scale), pointer(bias), KINDS[panels.dtype], out, width)
+
+
+def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns row together"]:
+    """A copy in panels, filled up by zeros; together: 2 columns of bfloat16, else 1. It lies behind
+    the weights that were laid out
+    before it and in large pages: a step walks through gigabytes in that order, and where pages are
+    small it waits for addresses (a fifth of the bandwidth, docs/log.md)."""
+    global _free
+    (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
+    panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).reshape(
+        -(-out // PANEL), PANEL, -(-width // together), together
+    )
+    with _lock:
+        if len(_free) < panels.nbytes:
+            _free = _large_pages(max(panels.nbytes, CHUNK))
+        place, _free = _free[: panels.nbytes], _free[-(-panels.nbytes // LINE) * LINE :]
+    panels = panels.transpose(1, 2)
+    return place.view(weight.dtype).view(panels.shape).copy_(panels)
+
+
+def _large_pages(size: int) -> Tensor:
+    """So many bytes of zeros. Where the system has no large pages, they are small."""
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    memory = mmap.mmap(-1, size + LARGE, **private)  # not shared with a process that is forked off
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    found = torch.frombuffer(memory, dtype=torch.uint8)
+    return found[-found.data_ptr() % LARGE :]
+
+
+_lock = threading.Lock()
+_free = torch.empty(
+    0, dtype=torch.uint8
+)  # of the memory that was asked for last; it lives as long as a matrix in it
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where its numbers stand; none is null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def array(kind: Any, items: Sequence[Any]) -> Any:
+    """An array of structures, or of tuples of their fields."""
+    return (kind * len(items))(*items)
+
+
+def step(
+    stages: Any,
+    tokens: Sequence[tuple[int, int, int, int]],
+    spoken: Any,
+    angles: tuple[Tensor, Tensor],
+    table: Float[Tensor, "vocabulary width"],
+    norm: Norm,
+    head: Matrix,
+) -> Float[Tensor, "spoken vocabulary"]:
+    """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32.
+    stages, spoken: arrays of `Stage` and of c_int32. tokens: fields of `Token`. angles: cosine and
+    signed sine of every position, for blocks. table: embeddings, in the dtype of the keys and
+    values of blocks."""
+    logits = torch.empty(
+        (len(spoken), head.out), dtype=torch.float32, device="cpu"
+    )  # whatever the defaults are
+    tensors = (part.data_ptr() for part in (*angles, table, logits))
+    shape = (
+        len(stages),
+        len(tokens),
+        len(spoken),
+        table.shape[1],
+        torch.get_num_threads(),
+        table.dtype == torch.bfloat16,
+    )
+    library().zipper_step(Call(stages, array(Token, tokens), spoken, *tensors, norm, head, *shape))
+    return logits
+
+
+def product(matrix: Matrix, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+    """A product alone, its bias included, in float32. What a token gets does not depend on the
+    others, to the bit."""
+    x = x.float().contiguous()
+    y = x.new_empty((len(x), matrix.out))
+    library().zipper_product(matrix, x.data_ptr(), len(x), torch.get_num_threads(), y.data_ptr())
+    return y
+
+
+@cache
+def library() -> Any:
+    """The compiled code, or None and a warning where it cannot be had; None without one if
+    ZIPPER_NATIVE=0."""
+    if os.environ.get("ZIPPER_NATIVE") == "0":
+        return None
+    compiler = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *FLAGS,
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
+    try:
+        return _load(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            "The compiled step could not be built, decoding goes by torch and takes about twice "
+            f"as long: {said.strip()[-500:]} "
+            "Install a C++ compiler with OpenMP (CXX names another than c++), or set "
+            "ZIPPER_NATIVE=0 to do without.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _load(compiler: Sequence[str]) -> Any:
+    """From the cache, under a name made of all that decides what is compiled: source, compiler,
+    flags and what this CPU can do."""
+    machine = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    name = hashlib.sha256(
+        "\0".join([*compiler, machine, SOURCE.read_text(encoding="utf-8")]).encode()
+    ).hexdigest()[:16]
+    built = files.cached(f"step-{name}.so")
+    if built is not None:
+        with contextlib.suppress(OSError):  # damaged: it is built anew
+            return _declared(ctypes.CDLL(str(built)))
+    home = files.cache_folder()
+    with tempfile.TemporaryDirectory(dir=home) as folder:  # others may build it at the same time
+        part = Path(folder) / f"step-{name}.so"
+        subprocess.run(
+            [*compiler, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=True
+        )
+        part.chmod(0o700)
+        files.flush(part)
+        built = part.replace(home / part.name)
+    return _declared(ctypes.CDLL(str(built)))
+
+
+def _declared(loaded: Any) -> Any:
+    """With what its functions take and give."""
+    loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
+    loaded.zipper_product.argtypes, loaded.zipper_product.restype = (
+        [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p],
+        None,
+    )
+    return loaded

@@ -1,0 +1,597 @@
+"""The fast way to read: a zip as plain tensors, for a few tokens of a few sequences at a time.
+
+Towers whose blocks are like Llama's are run here without transformers: fused projections, keys and
+values in buffers with room to grow, no masks, no padding. What is read in one call is ragged: the
+tokens of all sequences stand in one matrix, and only attention goes sequence by sequence. A tower
+counts as known only if it repeats its own logits here; `Zipper.step` is the reference, and the way
+for all others. Weights are taken at construction, and must not change after it; on a CPU some are
+copied into other layouts. There all goes through one call of compiled code (`native`), if there is
+a compiler; on CUDA single tokens go through graphs (`graphs`). Nothing here knows of sampling or
+plans."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from ctypes import c_int32
+from functools import partial
+from itertools import pairwise
+from types import FunctionType
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zipper.config import LinkKey, Stop
+from zipper.errors import ZipperError
+from zipper.fast import native
+from zipper.fast.blocks import FastInput, FastLink, FastTower, attend, masked
+from zipper.fast.graphs import Pool, Replay, Row, Said, above
+from zipper.fast.plain import CUTS, Plain, plain, sample, truth
+from zipper.fast.session import STAMPS, Cache, Place, Session, Shown
+from zipper.fast.weights import Angles, Form, Table
+from zipper.link import InputProjection
+from zipper.model import Zipper
+from zipper.reading import Logits, Piece
+from zipper.tower import UnsupportedTower
+
+PREPARED = 8  # steps of certain sessions that are held ready
+
+
+@final
+class Fused:
+    """A zip compiled for decoding; see the module."""
+
+    def __init__(
+        self, model: Zipper, int8: bool = False, static: bool | None = None, compiled: bool = False
+    ) -> None:
+        """int8: blocks, heads and links with weights in 8 bits. static: single tokens go through
+        steps of fixed shapes (`graphs`), by default on CUDA. compiled: those steps by
+        torch.compile. Raises UnsupportedTower where a tower is not of a known kind, a ZipperError
+        for compiled steps without fixed shapes."""
+        self.model = model
+        device = next(model.parameters()).device
+        pooled = device.type == "cuda" if static is None else static
+        towers = {name: plain(tower) for name, tower in model.towers.items()}
+        form = Form(int8, not pooled and self._compilable(towers.values()))
+        self._towers = {name: FastTower(tower, form) for name, tower in towers.items()}
+        self._links = {key: FastLink(model.link(*key), form) for key in model.config.links}
+        self._inputs = {
+            name: FastInput(part)
+            for name, part in model.inputs.items()
+            if isinstance(part, InputProjection)
+        }
+        self._turns = {
+            link.scale: Table(link.angles)
+            for link in self._links.values()
+            if link.link.config.rotary
+        }
+        self._stops = {name: model.config.route.stops(name) for name in self._towers}
+        self._between = _between(self._stops)
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+        self._far = 0
+        self._pool = self._pooled() if pooled else None
+        if compiled and self._pool is None:
+            raise ZipperError(
+                "compiled=True is for steps of fixed shapes, which are the default on CUDA; this "
+                f"model is on {device}. "
+                "Move it to CUDA, or leave compiled out: a CPU has a compiled step of its own."
+            )
+        self._replays: dict[tuple[Any, ...], Replay] = {}
+        self._inductor = compiled
+        self._native = form.compiled
+        for name, tower in self._towers.items():
+            self._prove(name, 0.1 if int8 or tower.table.dtype != torch.float32 else 1e-3)
+
+    @torch.inference_mode()
+    def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
+        """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked
+        for logits."""
+        session = Session(tuple(towers), tuple(outputs))
+        if self._pool is not None:
+            session.row = self._pool.take()
+            weakref.finalize(session, self._pool.free, session.row)
+        return session
+
+    @torch.inference_mode()
+    def fork(self, session: Session) -> Session:
+        """A copy that goes on by itself. What links hold is shared: it is replaced, never written
+        to."""
+        twin = self.open(session.towers, session.outputs)
+        twin.memory, twin.unread = (
+            dict(session.memory),
+            {pair: list(shown) for pair, shown in session.unread.items()},
+        )
+        for name, cache in session.caches.items():
+            if isinstance(cache, Row):
+                cache.pool.copy(name, session.row, twin.row, cache.length)
+                twin.caches[name] = Row(cache.pool, name, twin.row, cache.length)
+            else:
+                twin.caches[name] = cache.fork()
+        if self._pool is not None:
+            for link, memory in session.memory.items():
+                self._pool.copy(link, session.row, twin.row, memory.keys.shape[2])
+        return twin
+
+    @torch.inference_mode()
+    def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
+        """See `Reader`. What a sequence reads of one tower is shown to its others at the end of the
+        step. Raises a ZipperError for an id that is none of the tower's, before anything is
+        read."""
+        for tower, given in pieces.items():
+            known = len(self._towers[tower].table)
+            for _, ids in given:
+                if not 0 <= min(ids) <= max(ids) < known:
+                    raise ZipperError(
+                        f"{tower} was given ids from {min(ids)} to {max(ids)}; it knows those "
+                        f"from 0 to {known - 1}."
+                    )
+        shown: list[tuple[Session, tuple[str, str], Shown]] = []
+        found = {tower: self._read(tower, given, shown) for tower, given in pieces.items()}
+        for session, pair, states in shown:
+            session.unread.setdefault(pair, []).append(states)
+        return found
+
+    def _read(
+        self,
+        tower: str,
+        pieces: Sequence[Piece],
+        shown: list[tuple[Session, tuple[str, str], Shown]],
+    ) -> Logits:
+        """The pieces of one tower. shown: gets what other towers may read from the next step on."""
+        answers: Logits = [None] * len(pieces)
+        # A plan of one tower goes by no links, one in which the tower is silent stops early.
+        paths: dict[tuple[bool, bool], list[int]] = {}
+        for index, (session, _) in enumerate(pieces):
+            paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
+        for (linked, speaks), indices in paths.items():
+            for group, step in self._groups(indices, [len(ids) for _, ids in pieces]):
+                logits = self._read_alike(
+                    tower, [pieces[index] for index in group], linked, speaks, step, shown
+                )
+                if logits is not None:
+                    for index, row in zip(group, logits, strict=True):
+                        answers[index] = row
+        return answers
+
+    def _groups(
+        self, indices: Sequence[int], lengths: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], "_Way"]]:
+        """What is read together, and how: where there is a pool, single tokens by a replay and the
+        rest by torch."""
+        if self._pool is None:
+            yield indices, self._step if self._native else self._run
+            return
+        single = [index for index in indices if lengths[index] == 1]
+        rest = [index for index in indices if lengths[index] > 1]
+        for group, step in (single, self._replay), (rest, self._run):
+            if group:
+                yield group, step
+
+    def link(self, key: LinkKey) -> FastLink:
+        """A link of the model."""
+        return self._links[key]
+
+    def _heard(self, name: str) -> list[LinkKey]:
+        """The links by which a tower reads others."""
+        return [key for stop in self._stops[name] for key in stop.reads]
+
+    def bytes(self, tower: str) -> tuple[int, int]:
+        """Weights that one token reads: of the tower, and of the links into it where all sources
+        are visible."""
+        return self._towers[tower].bytes, sum(self._links[key].bytes for key in self._heard(tower))
+
+    def _read_alike(
+        self,
+        name: str,
+        pieces: Sequence[Piece],
+        linked: bool,
+        speaks: bool,
+        step: "_Way",
+        shown: list[tuple[Session, tuple[str, str], Shown]],
+    ) -> Float[Tensor, "sessions vocabulary"] | None:
+        """Pieces that go the same way, in one call."""
+        places, row = [], 0
+        for session, ids in pieces:
+            if name not in session.caches:
+                pool = self._pool
+                fresh = (
+                    Cache(self._towers[name].shape)
+                    if pool is None
+                    else Row(pool, name, session.row)
+                )
+                session.caches[name] = fresh
+            cache = session.caches[name]
+            cache.reserve(len(ids))
+            if session.unread:
+                self._listen(name, session)
+            places.append(Place(session, cache, row, row := row + len(ids)))
+        positions: list[int] = []
+        for place in places:
+            positions += range(place.cache.length, place.cache.length + place.stop - place.start)
+        spoken, kept = step(
+            name, [i for _, ids in pieces for i in ids], positions, places, linked, speaks
+        )
+        for session, cache, start, stop in places:
+            cache.length += stop - start
+            for pair in self._between if linked else ():
+                if pair[0] == name and pair[1] in session.towers:
+                    shown.append((session, pair, Shown(kept, start, stop)))
+        return spoken
+
+    def _listen(self, name: str, session: Session) -> None:
+        """The links into a tower read what was kept for them, in one batch each."""
+        for pair in [pair for pair in session.unread if pair[1] == name]:
+            shown = session.unread.pop(pair)
+            session.stamp = next(STAMPS)
+            for number, key in self._between[pair]:
+                states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
+                memory = session.memory[key] = self._links[key].extend(
+                    session.memory.get(key), states
+                )
+                if (
+                    self._pool is not None
+                ):  # a replay reads it there, longer pieces read it in the session
+                    tokens = memory.keys.shape[2]
+                    self._pool.reserve(key, tokens)
+                    self._pool.held[key][session.row, 0, :, :, :tokens] = torch.cat(memory)
+
+    def _run(
+        self,
+        name: str,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        places: Sequence[Place],
+        linked: bool,
+        speaks: bool,
+    ) -> "_Read":
+        """One kernel after another, for any number of tokens."""
+        tower = self._towers[name]
+        self._reach(1 + max(positions))
+        position = torch.tensor(positions, device=tower.device)
+        h = self._embed(name, torch.tensor(ids, device=tower.device), linked)
+        spoken = [place.stop - 1 for place in places]
+        return self._walk(
+            name, h, Ragged(self, places, position), linked, spoken if speaks else None
+        )
+
+    def _reach(self, length: int) -> None:
+        """Sees to it that there are rotary positions for so many tokens."""
+        if length > self._far:
+            self._far = max(length, 2 * self._far, 256)
+            for table in (
+                *(tower.angles for tower in self._towers.values()),
+                *self._turns.values(),
+            ):
+                table.grow(self._far)
+            self._prepared.clear()  # they point to the old ones
+            self._replays.clear()
+
+    def _embed(
+        self, name: str, ids: Int[Tensor, " tokens"], linked: bool
+    ) -> Float[Tensor, "tokens width"]:
+        h = F.embedding(ids, self._towers[name].table)
+        return self._inputs[name].module(h[None])[0] if linked and name in self._inputs else h
+
+    def _walk(
+        self,
+        name: str,
+        h: Tensor,
+        way: "Ragged | Fixed",
+        linked: bool,
+        spoken: Sequence[int] | slice | None,
+    ) -> "_Read":
+        """Embeddings to the logits of the tokens that are spoken."""
+        tower, done = self._towers[name], 0
+        kept: list[Tensor] = []
+        angles = tower.angles.at(way.position)
+        for stop in self._stops[name] if linked else ():
+            h, done = tower.run(h, range(done, stop.layer), angles, way), stop.layer
+            kept.append(h)
+            for link in stop.reads:
+                h = way.exchange(link, kept[-1], h)
+        if spoken is None:
+            return None, kept
+        return tower.unembed(tower.run(h, range(done, tower.layers), angles, way)[spoken]), kept
+
+    def _replay(
+        self,
+        name: str,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        places: Sequence[Place],
+        linked: bool,
+        speaks: bool,
+    ) -> "_Read":
+        """One token of each session, in a shape that has perhaps been there before."""
+        assert self._pool is not None
+        rows, seen = [place.session.row for place in places], dict[LinkKey, list[int]]()
+        for link in self._heard(name) if linked else ():
+            memories = [place.session.memory.get(link) for place in places]
+            if any(memories):
+                seen[link] = [memory.keys.shape[2] if memory else 0 for memory in memories]
+        batch, reach = above(1 + max(rows), least=1), above(1 + max(positions))
+        span = above(max((slots for lengths in seen.values() for slots in lengths), default=0))
+        self._reach(reach)
+        key = name, linked, speaks, tuple(seen), batch, reach, span
+        shape = 3 + len(seen), batch
+        if key not in self._replays:
+            step = self._fixed(name, linked, speaks, tuple(seen), reach, span)
+            self._replays[key] = Replay(step, shape, self._towers[name].device, self._inductor)
+        given = torch.zeros(shape, dtype=torch.long)
+        given[:, rows] = torch.tensor([ids, positions, [1] * len(rows), *seen.values()])
+        logits, kept = self._replays[key](given)
+        return None if logits is None else logits[rows], () if kept is None else kept[:, rows]
+
+    def _fixed(
+        self, name: str, linked: bool, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
+    ) -> FunctionType:
+        """A step for `Replay`. Its input: ids, positions, whether a row takes part, and how much of
+        each link in `seen` it sees."""
+
+        def step(given: Int[Tensor, "numbers rows"]) -> Said:
+            ids, position, active, *slots = given.unbind()
+            assert self._pool is not None
+            way = Fixed(
+                self,
+                self._pool,
+                name,
+                position,
+                active > 0,
+                dict(zip(seen, slots, strict=True)),
+                reach,
+                span,
+            )
+            logits, kept = self._walk(
+                name, self._embed(name, ids, linked), way, linked, slice(None) if speaks else None
+            )
+            return logits, torch.stack(list(kept)) if len(kept) else None
+
+        assert isinstance(step, FunctionType)
+        return step
+
+    def _pooled(self) -> Pool:
+        towers = {name: tower.shape for name, tower in self._towers.items()}
+        links = {key: link.shape for key, link in self._links.items()}
+        return Pool({**towers, **links}, lambda: self._replays.clear())
+
+    def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
+        """Rotary positions at the rate of a link's source."""
+        table = self._turns.get(self._links[link].scale)
+        return None if table is None else table.at(position)
+
+    def _step(
+        self,
+        name: str,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        places: Sequence[Place],
+        linked: bool,
+        speaks: bool,
+    ) -> "_Read":
+        """The same by one call of compiled code."""
+        tower = self._towers[name]
+        self._reach(1 + max(positions))
+        key = name, linked, speaks, *((place.session.stamp, place.stop) for place in places)
+        if (prepared := self._prepared.get(key)) is None:
+            if len(self._prepared) == PREPARED:
+                self._prepared.clear()
+            prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
+        shape = len(prepared.keeps), len(ids), tower.table.shape[1]
+        kept = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        place, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
+        for number, stage in enumerate(prepared.keeps):
+            stage.keep = place + number * size
+        tokens = [
+            (cache.held.data_ptr(), cache.held.shape[3], position, token)
+            for _, cache, start, stop in places
+            for position, token in zip(positions[start:stop], ids[start:stop], strict=True)
+        ]
+        end = tower.table, tower.norm.struct, tower.head.struct
+        logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, *end)
+        return logits if speaks else None, kept
+
+    def _prepare(
+        self, name: str, places: Sequence[Place], linked: bool, speaks: bool
+    ) -> "Prepared":
+        """What is the same in every step of these sessions, as long as they see no more."""
+        tower, done, alive = self._towers[name], 0, list[Any]()
+        stages, keeps = [self._inputs[name].stage] if linked and name in self._inputs else [], []
+        for stop in self._stops[name] if linked else ():
+            stages += tower.stages[done : stop.layer]
+            done = stop.layer
+            keeps.append(len(stages))
+            stages.append(native.Stage())
+            seen = [
+                link for link in stop.reads if any(link in place.session.memory for place in places)
+            ]
+            for number, link in enumerate(seen, 1):
+                turns = self._turns.get(self._links[link].scale)
+                angles = turns.single if turns else (None, None)
+                stages.append(
+                    self._links[link].stage(link, angles, places, number == len(seen), alive)
+                )
+        stages += tower.stages[done:] if speaks else []
+        laid = native.array(native.Stage, stages)
+        spoken = [place.stop - 1 for place in places] if speaks else []
+        return Prepared(
+            laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive
+        )
+
+    def _compilable(self, towers: Iterable[Plain]) -> bool:
+        """Whether compiled code can multiply by all weights that there are, and knows the
+        activation of all blocks."""
+        kinds = {(p.device.type, p.dtype) for p in self.model.parameters()}
+        if (
+            not kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}
+            or native.library() is None
+        ):
+            return False
+        return all(tower.silu for tower in towers)
+
+    @torch.inference_mode()
+    def _prove(self, name: str, tolerance: float) -> None:
+        """Raises UnsupportedTower unless random ids, many at once, a few and one by one, have the
+        logits of the tower itself, up to `tolerance` of their spread."""
+        tower = self._towers[name]
+        ids, wanted, session = (
+            sample(len(tower.table)),
+            truth(self.model.towers[name]),
+            self.open([name], [name]),
+        )
+        found = [self.read(name, [(session, ids[a:b])])[0] for a, b in pairwise(CUTS)]
+        error = (torch.stack([row for row in found if row is not None]).float() - wanted).norm(
+            dim=-1
+        )
+        if not (error / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
+            raise UnsupportedTower(
+                f"The logits of {tower.name} differ from its own by {float(error.max()):.3g} on "
+                "the fast path."
+            )
+
+
+@final
+class Ragged:
+    """Tokens of some sessions in one matrix, any number of each: attention goes session by
+    session."""
+
+    def __init__(
+        self, reader: Fused, places: Sequence[Place], position: Int[Tensor, " tokens"]
+    ) -> None:
+        self.reader, self.places, self.position = reader, places, position
+        self._turned: dict[float, Angles | None] = {}  # links of the same rate share them
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
+    ) -> Float[Tensor, "tokens attended"]:
+        """Keeps keys and values of a block, and attends to all that there are."""
+        attended = []
+        for _, cache, start, stop in self.places:
+            past, end = cache.length, cache.length + stop - start
+            held, said = cache.layer(layer)
+            held[:, past:end] = keys[start:stop].transpose(0, 1)
+            said[:, past:end] = values[start:stop].transpose(0, 1)
+            attended.append(
+                attend(query[start:stop], held[:, :end], said[:, :end], scale, causal=True)
+            )
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def exchange(
+        self, name: LinkKey, states: Tensor, h: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "tokens width"]:
+        """Adds what a link makes of `states`, for the tokens that see something."""
+        seeing = [place for place in self.places if name in place.session.memory]
+        if not seeing:
+            return h
+        link, memories = self.reader.link(name), [place.session.memory[name] for place in seeing]
+        lengths = [place.stop - place.start for place in seeing]
+        if link.scale not in self._turned:
+            self._turned[link.scale] = self.reader.turned(name, self.position)
+        angles = self._turned[link.scale]
+
+        def attend(query: Tensor, scale: float) -> Tensor:
+            parts = zip(
+                query.split(lengths) if len(lengths) > 1 else [query], memories, strict=True
+            )
+            attended = [
+                attend(part, memory.keys[0], memory.values[0], scale, causal=False)
+                for part, memory in parts
+            ]
+            return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+        if len(seeing) == len(self.places):
+            return h + link(states, angles, attend)
+        rows = torch.cat([torch.arange(p.start, p.stop, device=h.device) for p in seeing])
+        turned = None if angles is None else Angles(*(part[rows] for part in angles))
+        return h.index_add(0, rows, link(states[rows], turned, attend))
+
+
+@final
+class Fixed:
+    """One token in each of the first rows of a pool. Rows that do not take part write behind all
+    that is read."""
+
+    def __init__(
+        self,
+        reader: Fused,
+        pool: Pool,
+        name: str,
+        position: Int[Tensor, " rows"],
+        active: Bool[Tensor, " rows"],
+        seen: Mapping[LinkKey, Int[Tensor, " rows"]],
+        reach: int,
+        span: int,
+    ) -> None:
+        """seen: by link, slots of its memory. reach, span: slots of the tower and of links that are
+        looked at."""
+        self.reader, self.pool, self.position, self.seen, self.span = (
+            reader,
+            pool,
+            position,
+            seen,
+            span,
+        )
+        self._held, self._reach = pool.held[name][: len(position)], reach
+        self._rows = torch.arange(len(position), device=position.device)
+        self._slot = torch.where(active, position, self._held.shape[4] - 1)
+        self._mask = self._first(position + 1, reach)
+
+    @staticmethod
+    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
+        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
+    ) -> Float[Tensor, "rows attended"]:
+        """As `Ragged.attend`."""
+        held, said = self._held[:, layer].unbind(1)
+        held[self._rows, :, self._slot] = keys.to(held.dtype)
+        said[self._rows, :, self._slot] = values.to(said.dtype)
+        return masked(
+            query, scale, held[:, :, : self._reach], said[:, :, : self._reach], self._mask
+        )
+
+    def exchange(
+        self, name: LinkKey, states: Tensor, h: Float[Tensor, "rows width"]
+    ) -> Float[Tensor, "rows width"]:
+        """As `Ragged.exchange`."""
+        if name not in self.seen:
+            return h
+        slots = self.seen[name]
+        keys, values = self.pool.held[name][: len(slots), 0, :, :, : self.span].unbind(1)
+        mask = self._first(
+            slots.clamp(min=1), self.span
+        )  # where nothing is seen, the first slot is, and for nothing
+        attend = partial(masked, keys=keys, values=values, mask=mask)
+        added = self.reader.link(name)(states, self.reader.turned(name, self.position), attend)
+        return h + added.where(slots[:, None] > 0, 0)
+
+
+class Prepared(NamedTuple):
+    """A compiled step of certain sessions. keeps: the stages that keep states. alive: what it
+    points to."""
+
+    stages: Any
+    keeps: list[native.Stage]
+    spoken: Any
+    alive: list[Any]
+
+
+def _between(
+    stops: Mapping[str, Sequence[Stop]],
+) -> dict[tuple[str, str], list[tuple[int, LinkKey]]]:
+    """By (source, target): the links between them, each with the number of the halt at which its
+    source is read."""
+    found: dict[tuple[str, str], list[tuple[int, LinkKey]]] = {}
+    for halts in stops.values():
+        for number, stop in enumerate(halts):
+            for key in stop.shows:
+                found.setdefault((key.source, key.target), []).append((number, key))
+    return found
+
+
+#: A way to read places: tower, ids, positions, places, whether links are read, whether logits are
+#: wanted.
+_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], bool, bool], "_Read"]
+#: Logits of the places, and states at the tower's halts.
+_Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]

@@ -1,0 +1,97 @@
+"""What a sequence has read: keys and values with room to grow, what links remember, what they have
+not read yet."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from zipper.config import LinkKey
+from zipper.fast.graphs import Row, Shape
+from zipper.link import Memory
+
+STAMPS = count()
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for keys and values, uninitialised; tests fill it with NaN."""
+    return like.new_empty(shape)
+
+
+@final
+class Cache:
+    """Keys and values of what one sequence has read in one tower, with room to grow: explicit
+    lengths instead of joined tensors."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.length = 0
+        nothing = shape.layers, 2, shape.heads, 0, shape.head_width
+        self.held: Float[Tensor, "layers 2 heads room head_width"] = shape.like.new_empty(nothing)
+        self._layers: list[tuple[Tensor, Tensor]] = []  # as views
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer."""
+        return self._layers[index]
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many more; grows by half at least, so that a long segment is seldom
+        copied."""
+        wanted, room = self.length + tokens, self.held.shape[3]
+        if wanted > room:
+            self._move(max(wanted, room + room // 2, 64))
+
+    def fork(self) -> "Cache":
+        """A copy that goes on by itself."""
+        twin = copy.copy(self)
+        twin._move(self.length + 32)
+        return twin
+
+    def _move(self, room: int) -> None:
+        """To other memory, with room for so many tokens."""
+        moved = empty((*self.held.shape[:3], room, self.held.shape[4]), self.held)
+        moved[:, :, :, : self.length] = self.held[:, :, :, : self.length]
+        self.held = moved
+        self._layers = [(layer[0], layer[1]) for layer in moved]
+
+
+@dataclass
+class Session:
+    """One sequence: what it has read.
+
+    towers: those of its plan. outputs: those that will produce, the others run no further than
+    their last halt.
+    memory: of links between its towers.
+    unread: {(source, target): states of the source that links into the target have not read yet}.
+    stamp: no other session has it, nor this one with another memory.
+    row: in the pool, if there is one.
+    """
+
+    towers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    caches: dict[str, Cache | Row] = field(default_factory=dict)
+    memory: dict[LinkKey, Memory] = field(default_factory=dict)
+    unread: dict[tuple[str, str], list["Shown"]] = field(default_factory=dict)
+    stamp: int = field(default_factory=STAMPS.__next__)
+    row: int = -1
+
+
+class Shown(NamedTuple):
+    """States of a session that others may read: rows start .. stop - 1, of each halt of its
+    tower."""
+
+    kept: Sequence[Float[Tensor, "tokens width"]] | Float[Tensor, "halts tokens width"]
+    start: int
+    stop: int
+
+
+class Place(NamedTuple):
+    """Where the tokens of one session stand in a ragged matrix: rows start .. stop - 1."""
+
+    session: Session
+    cache: Cache | Row
+    start: int
+    stop: int

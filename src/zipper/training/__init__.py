@@ -1,0 +1,10 @@
+"""Training: one loop for a tower alone and for a zip; what it costs, how it is resumed, what it
+left behind."""
+
+from zipper.training.building import build as build
+from zipper.training.config import TrainConfig as TrainConfig
+from zipper.training.loop import CLOCK as CLOCK
+from zipper.training.loop import Objective as Objective
+from zipper.training.loop import Stopped as Stopped
+from zipper.training.loop import gates as gates
+from zipper.training.loop import train as train

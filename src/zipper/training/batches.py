@@ -1,0 +1,154 @@
+"""Which rows a step reads, as which tasks: a function of the recipe, the seed and the step
+alone."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from zipper.data.rows import Row, Rows, draws, mixed_seed
+from zipper.errors import ZipperError
+from zipper.strand import Batch, collate
+from zipper.tasks import Task
+from zipper.training.config import TrainConfig
+from zipper.training.packing import lengths, pack
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one source, how many ids each has over all fields, and the weight of the source
+    in the mixture."""
+
+    source: str
+    rows: Sequence[Row]
+    weight: float
+    lengths: Int64[np.ndarray, " rows"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = (
+            self.rows.lengths
+            if isinstance(self.rows, Rows)
+            else np.array([sum(map(len, row.values())) for row in self.rows])
+        )
+        object.__setattr__(self, "lengths", found)
+
+    def within(self, least: int, most: int | None) -> "Part":
+        """Without the rows that have fewer or more ids."""
+        kept = np.flatnonzero(
+            (self.lengths >= least) & (self.lengths <= (most or self.lengths.max(initial=0)))
+        )
+        if len(kept) == len(self.lengths):
+            return self
+        if not len(kept):
+            raise ZipperError(
+                f"No row of {self.source} has {least} to {most} ids; they have "
+                f"{self.lengths.min()} and more."
+            )
+        rows = (
+            self.rows.select(kept)
+            if isinstance(self.rows, Rows)
+            else [self.rows[i] for i in kept.tolist()]
+        )
+        return Part(self.source, rows, self.weight)
+
+
+FIRST = 1000  # rows of each source that are looked at before the first step
+# batches whose rows are sorted by length together, so that rows of a batch are of like length
+POOL = 16
+
+
+def order(parts: Sequence[Part], batch: int, step: int, seed: int) -> list[Row]:
+    """The rows of one step, a function of (seed, step): epochs are permutations; pools of batches
+    are sorted by length and cut."""
+    pool, within = divmod(step, POOL)
+    which = range(pool * POOL * batch, (pool + 1) * POOL * batch)
+    picked = draws(which, seed, [len(part.rows) for part in parts], [part.weight for part in parts])
+    picked.sort(key=lambda at: parts[at[0]].lengths[at[1]])
+    cut = np.random.default_rng(mixed_seed(seed, pool, 1)).permutation(POOL)[within]
+    return [parts[part].rows[row] for part, row in picked[cut * batch : (cut + 1) * batch]]
+
+
+def batches_of_step(
+    parts: Sequence[Part],
+    tasks: Mapping[str, Task],
+    config: TrainConfig,
+    step: int,
+    model: Any,
+    accelerator: "Accelerator",
+) -> tuple[list[list[Batch]], dict[str, float]]:
+    """This process's micro-batches of one step, each one batch per task (so that what a task cannot
+    see costs nothing), and the global number of target tokens per tower.
+
+    A sharded model wants the same tasks of every process: one without a sample of its own runs
+    another's for nothing."""
+    random = np.random.default_rng(mixed_seed(config.seed, step, 3))
+    names = list(tasks)
+    shares = np.array([config.tasks[name] for name in names])
+    chosen = random.choice(len(names), size=config.batch, p=shares / shares.sum())
+    processes, me = accelerator.num_processes, accelerator.process_index
+    mine: list[dict[str, list[Any]]] = [{} for _ in range(config.accumulate)]
+    first: list[dict[str, Any]] = [{} for _ in range(config.accumulate)]
+    counts: dict[str, float] = {}
+    for k, row in enumerate(order(parts, config.batch, step, config.seed)):
+        name = names[chosen[k]]
+        segments = tasks[name].segments(row)
+        for segment in segments:
+            if segment.weight:
+                counts[segment.tower] = counts.get(segment.tower, 0.0) + segment.weight * (
+                    len(segment.content) + 1
+                )
+        place, process = divmod(k, processes)
+        turn = place * config.accumulate // len(range(process, config.batch, processes))
+        first[turn].setdefault(name, segments)
+        if process == me:
+            mine[turn].setdefault(name, []).append(segments)
+    turns: list[list[Batch]] = [[] for _ in mine]
+    for turn, samples in enumerate(mine):
+        for name, sample in first[turn].items():
+            if name in samples or config.shard:
+                drawn = samples.get(name, [sample])
+                packed = pack([lengths(one) for one in drawn], config.pack) if config.pack else None
+                batch = collate(drawn, model.ends(), packed=packed).to(accelerator.device)
+                batch = batch if name in samples else silent(batch)
+                turns[turn].append(corrupted(batch, config, model))
+    return turns, counts
+
+
+def silent(batch: Batch) -> Batch:
+    """The same batch, to be run and not to count."""
+    return dataclasses.replace(
+        batch, weights={name: -weight for name, weight in batch.weights.items()}
+    )
+
+
+def tokens_read(batch: Batch) -> int:
+    """Tokens that a batch reads, if it counts."""
+    counts = any((weight > 0).any() for weight in batch.weights.values())
+    return (
+        sum(int((strand.document >= 0).sum()) for strand in batch.strands.values()) if counts else 0
+    )
+
+
+def corrupted(batch: Batch, config: TrainConfig, model: Any) -> Batch:
+    """Some ids that carry a loss are read as random ones (never a begin token); targets stay."""
+    strands = dict(batch.strands)
+    for name, chance in config.corrupt.items():
+        if name in strands and chance:
+            ids = strands[name].ids
+            hit = (
+                (torch.rand(ids.shape, device=ids.device) < chance)
+                & (batch.weights[name] > 0)
+                & (ids != model.ends()[name].begin)
+            )
+            noise = torch.randint(
+                model.config.towers[name].vocabulary, ids.shape, device=ids.device
+            )
+            strands[name] = dataclasses.replace(strands[name], ids=torch.where(hit, noise, ids))
+    return dataclasses.replace(batch, strands=strands)

@@ -1,0 +1,206 @@
+"""The model that a run starts from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zipper.config import Adapter
+from zipper.data.rows import Row
+from zipper.errors import ZipperError
+from zipper.modality import Modality
+from zipper.model import Zipper
+from zipper.pipeline import PINS
+from zipper.saving import checkpoint, hub
+from zipper.saving.files import parse
+from zipper.saving.zips import LostTower
+from zipper.tasks import Task, tower_of
+from zipper.tower import Tower
+from zipper.training.config import TrainConfig
+
+
+@runtime_checkable
+class Build(Protocol):
+    """Makes the model of a run: a zip (`build`), or what another package trains by the same
+    loop."""
+
+    course: Mapping[
+        str, Any
+    ]  # what it adds to the recipe, as plain data: a resumed run must be of the same
+
+    def __call__(
+        self, config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]
+    ) -> Any:
+        """The model. rows: a sample of the data, on which the mean lengths of segments are
+        measured."""
+
+
+@final
+class BuildZip:
+    """A zip of a recipe's towers, or one tower alone."""
+
+    course: Mapping[str, Any] = {}
+
+    def __call__(
+        self, config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]
+    ) -> Zipper:
+        """See `Build`."""
+        if config.start is not None:
+            return _continued(config, modalities)
+        return _zipped(config, modalities, mean_tokens(config, rows))
+
+
+build = BuildZip()
+
+
+def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
+    """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe."""
+    items = [
+        item
+        for name in config.tasks
+        for task in [Task.parse(name)]
+        for item in task.given + task.produced
+    ]
+    fields = {tower_of(item): item.partition(":")[0] for item in items}
+    return {
+        tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows]))
+        for tower, name in fields.items()
+    }
+
+
+def _continued(config: TrainConfig, modalities: Mapping[str, Modality]) -> Zipper:
+    """The saved zip that a recipe goes on from. Raises a ZipperError where the two do not fit."""
+    assert config.start is not None
+    started = _started(config.start, config.towers)
+    if set(started.towers) != set(config.towers):
+        raise ZipperError(
+            f"start={config.start!r} has the towers {sorted(started.towers)}, this recipe "
+            f"{sorted(config.towers)}."
+        )
+    for name, modality in modalities.items():
+        check_pinned(name, Path(config.start) / "towers" / name, modality)
+    for option, said, own in (
+        (
+            "train",
+            sorted(config.train),
+            sorted(n for n, tower in started.config.towers.items() if tower.train),
+        ),
+        (
+            "lora",
+            _adapters(config.lora),
+            _adapters({n: t.lora for n, t in started.config.towers.items() if t.lora}),
+        ),
+    ):
+        if said and said != own:
+            raise ZipperError(
+                f"{option} is {said}, but in start={config.start!r} it is {own}, and what learns "
+                "stays as it was. "
+                f"Leave {option} out, or give the same."
+            )
+    return started
+
+
+def _zipped(
+    config: TrainConfig, modalities: Mapping[str, Modality], tokens: Mapping[str, float]
+) -> Zipper:
+    """A new zip. tokens: mean tokens of a segment, by tower."""
+    towers = {name: _tower(config, name, modalities[name]) for name in config.towers}
+    model = Zipper.from_towers(
+        towers,
+        every=config.every,
+        junctions=config.junctions,
+        train=tuple(towers) if len(towers) == 1 else config.train,
+        link=config.link,
+        input_projection=config.input_projection,
+        lora=config.lora,
+        ends={name: (modality.begin, modality.end) for name, modality in modalities.items()},
+        tokens=tokens,
+        seed=config.seed,
+    )
+    pins = {}
+    for name, pin in model.config.towers.items():
+        source = config.towers[name]
+        pins[name] = dataclasses.replace(
+            pin, source="" if isinstance(source, Mapping) else hub.absolute(source)
+        )
+    model.config = dataclasses.replace(model.config, towers=pins)
+    return model
+
+
+def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:
+    """A tower of a recipe, fresh or pre-trained. Raises a ZipperError where it knows fewer ids than
+    its modality."""
+    source = config.towers[name]
+    if isinstance(source, Mapping):
+        ids = {
+            "vocab_size": modality.vocabulary,
+            "bos_token_id": modality.begin,
+            "eos_token_id": modality.end,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            fresh = AutoConfig.for_model(**{**source, **ids})
+            tower = Tower(AutoModelForCausalLM.from_config(fresh))
+    else:
+        check_pinned(name, Path(source), modality)
+        tower = Tower.load(source, dtype=torch.float32)
+    if tower.vocabulary < modality.vocabulary:
+        raise ZipperError(
+            f"The tower {name!r} knows {tower.vocabulary} ids, its modality in "
+            f"{config.modalities[name]} makes "
+            f"{modality.vocabulary}. Give the modality that the tower was trained with."
+        )
+    return tower
+
+
+def _adapters(lora: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Settings of adapters, but for the modules: a word may stand for these."""
+    found = {name: parse(Adapter, settings, f"lora[{name!r}]") for name, settings in lora.items()}
+    return {
+        name: dataclasses.replace(a, target_modules=None, exclude_modules=None)
+        for name, a in found.items()
+    }
+
+
+def _started(source: str, towers: Mapping[str, Any]) -> Zipper:
+    """The saved zip that a run goes on from. A frozen tower that is not where it was is the
+    recipe's, if it is the same one."""
+    found: dict[str, Any] = {}
+    while True:
+        try:
+            return Zipper.from_pretrained(source, found, torch.float32)
+        except LostTower as lost:
+            if not isinstance(towers.get(lost.name), str | Path):
+                raise
+            found[lost.name] = towers[lost.name]
+
+
+def check_pinned(name: str, source: Path, modality: Modality) -> None:
+    """A tower inside a saved pipeline was trained with one modality; another would give its ids
+    other meanings."""
+    pins = source.parent.parent / PINS
+    if (
+        pins.is_file()
+        and checkpoint.read_json(pins).get(source.name, modality.fingerprint)
+        != modality.fingerprint
+    ):
+        raise ZipperError(
+            f"The tower {name!r} from {source} was trained with another tokenizer or codebook "
+            "than the one given. "
+            f"Give {source.parent.parent / 'modalities' / source.name}."
+        )
+
+
+def check_rows(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Any) -> None:
+    """Every row has what every task wants, and the towers can read it; otherwise a ZipperError
+    names file and line."""
+    for number, row in enumerate(rows, 1):
+        try:
+            for task in tasks.values():
+                model.check(task.segments(row))
+        except ZipperError as error:
+            raise ZipperError(f"{path}, line {number}: {error}") from error

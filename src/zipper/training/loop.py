@@ -1,0 +1,535 @@
+"""Training: one loop for a tower alone (next-token prediction) and for a zip (alignment on pairs).
+
+A run is a function of its TrainConfig: data order, task choice and learning rate depend on (seed,
+step) alone, noise (dropout, `corrupt`) on the number of the process too. A checkpoint stands
+between two steps, never inside one. So a run that was killed and resumed ends with the weights of
+the run that was not; on another number of processes with the same ones up to rounding, if it has no
+noise."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from zipper import inspection
+from zipper.data.extraction import Policy, load
+from zipper.data.rows import Row, mixed_seed
+from zipper.environment import extra
+from zipper.errors import ZipperError
+from zipper.modality import load as load_modality
+from zipper.model import Zipper
+from zipper.pipeline import Pipeline
+from zipper.saving import checkpoint
+from zipper.saving.files import held, saving
+from zipper.strand import Batch, collate
+from zipper.tasks import Task
+from zipper.tower import Tower
+from zipper.training import cost as plan
+from zipper.training.batches import FIRST, Part, batches_of_step, tokens_read
+from zipper.training.building import Build, check_rows
+from zipper.training.building import build as build_zip
+from zipper.training.config import TrainConfig
+from zipper.training.resume import (
+    Progress,
+    agreed,
+    changing,
+    course_of,
+    forget,
+    frozen_sources,
+    kept,
+    restore,
+    save,
+)
+from zipper.training.sharding import shard, whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: What a row of metrics says of the clock; all else in it is a function of the recipe.
+CLOCK = ("tokens_per_s", "matmul_share", "started", "seconds")
+
+
+@final
+class Stopped(SystemExit):
+    """SIGTERM came; the run is saved and goes on with resume. Not caught, it ends the process with
+    143, as shells know it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class Objective(nn.Module):
+    """The model as something that turns batches into losses; what DDP wraps: one forward a step,
+    whatever tasks a process drew."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Per tower the weighted sum of -log p(target) in nats; logits only where there is
+        something to predict.
+
+        A weight below 0 counts as 0, but its logits are computed (`_batches` says what for).
+        """
+        losses: dict[str, Tensor] = {}
+        for batch in batches:
+            wanted = {
+                name: weight != 0 for name, weight in batch.weights.items() if (weight != 0).any()
+            }
+            hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
+            for name, where in wanted.items():
+                states = hidden[name]
+                where, targets, weights = (
+                    x.to(states.device) for x in (where, batch.targets[name], batch.weights[name])
+                )
+                each = self.model.nll(name, states[where][None], targets[where][None])[0]
+                losses[name] = losses.get(name, 0.0) + (each * weights[where].clamp(min=0)).sum()
+        return losses
+
+
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    build: Build = build_zip,
+) -> Pipeline:
+    """Run a recipe to its end and return the best model by dev loss, which is also saved as
+    `output`/model.
+
+    resume: go on from the newest whole checkpoint in `output`, if there is one. report: called with
+    every metrics row.
+    build: makes the model, by default a zip. SIGTERM lets the step end, saves a checkpoint and
+    raises Stopped. Raises ZipperError for a recipe or data that do not fit, and where the
+    checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files
+    count by content)."""
+    accelerate = extra("accelerate")
+    if "tensorboard" in config.trackers:
+        extra("tensorboard")
+    known = [*map(str, accelerate.tracking.get_available_trackers())]
+    if absent := sorted({*config.trackers} - {*known}):  # accelerate would go on without a word
+        raise ZipperError(
+            f"The trackers {absent} are not installed here, or unknown. There are {known}."
+        )
+    accelerator: Accelerator = accelerate.Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_config=accelerate.utils.ProjectConfiguration(
+            config.output, logging_dir=str(Path(config.output) / "tensorboard")
+        ),
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    with alone(Path(config.output), accelerator):
+        return _train(config, resume, report, build, accelerator)
+
+
+def _train(
+    config: TrainConfig,
+    resume: bool,
+    report: Callable[[dict[str, Any]], None] | None,
+    build: Build,
+    accelerator: "Accelerator",
+) -> Pipeline:
+    """`train`, by processes that hold the run's folder."""
+    folder = Path(config.output)
+    accelerate = extra("accelerate")
+    kind = accelerate.DistributedType
+    if accelerator.distributed_type in (kind.FSDP, kind.DEEPSPEED, kind.MEGATRON_LM):
+        raise ZipperError(
+            f"Launched with {accelerator.distributed_type.value}. Launch plain processes; "
+            "shard=True cuts the model."
+        )
+    if config.batch < accelerator.num_processes * config.accumulate:
+        raise ZipperError(
+            f"batch is {config.batch}; {accelerator.num_processes} processes need at least one "
+            "sample each, in each of "
+            f"{config.accumulate} micro-batches."
+        )
+    if not resume and (folder / "config.json").exists():
+        raise ZipperError(
+            f"{folder} holds a run already. Pass --resume to go on with it, or choose another "
+            "output."
+        )
+    modalities = {name: load_modality(Path(path)) for name, path in config.modalities.items()}
+    tasks = {name: Task.parse(name) for name in config.tasks}
+    sources, policy = weights(config), Policy(config.bad, config.most_bad)
+    with accelerator.main_process_first():  # one process makes unit files, the others find them
+        parts = [
+            Part(source, load(source, modalities, config.rows, policy), weight)
+            for source, weight in sources.items()
+        ]
+        dev = load(config.dev, modalities, config.eval_rows, policy)
+    parts = [part.within(config.least_ids, config.most_ids) for part in parts]
+    rows = [row for part in parts for row in part.rows[:FIRST]]
+    model = build(config, modalities, rows)
+    for source, some in (*((part.source, part.rows) for part in parts), (config.dev, dev)):
+        check_rows(source, some, tasks, model)
+    course = course_of(config, model, modalities, parts, dev) | dict(build.course)
+    if config.frozen_dtype:
+        for name, p in model.named_parameters():
+            if name.startswith("towers.") and not p.requires_grad:
+                p.data = p.data.to(getattr(torch, config.frozen_dtype))
+    if isinstance(model, Zipper) and config.calibrate:
+        looked_at = [row for part in parts for row in part.rows[: min(FIRST, config.calibrate)]]
+        samples = [task.segments(row) for task in tasks.values() for row in looked_at]
+        with torch.no_grad():
+            model.calibrate(collate(samples, model.ends()).strands)
+    if isinstance(model, Zipper):
+        model.attention = "flex" if config.attention == "flex" else "sdpa"
+    bare = Objective(model)
+    cut = config.shard and accelerator.num_processes > 1
+    complete = (
+        copy.deepcopy(model) if cut and accelerator.is_main_process else model
+    )  # what is saved
+    objective = spread(bare, config, accelerator, cut)
+    optimizer = accelerator.prepare(optimizer_of(model, config))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    progress = (
+        restore(folder, optimizer, names, course, accelerator.is_main_process)
+        if resume
+        else Progress()
+    )
+    ended = progress.stopped or progress.step >= config.steps
+    if resume and not kept(folder / "model", progress, model, ended, accelerator.is_main_process):
+        progress.best, progress.since_best = math.inf, 0
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with saving(folder, "The checkpoints in it are as they were."):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(
+                folder / "config.json", dataclasses.asdict(config) | dict(build.course)
+            )
+            forget(folder, progress.step)
+        if (
+            progress.step < config.steps and not progress.stopped
+        ):  # what the end needs is tried before the first step
+            Pipeline(complete, modalities).rehearse(
+                folder / "model", record_of(config, build, progress, {})
+            )
+    accelerator.init_trackers(folder.name)
+
+    def evaluate() -> dict[str, float]:
+        bare.eval()
+        with (
+            torch.no_grad()
+        ):  # no inference mode: parameters gathered in it would serve no backward
+            found = [
+                mean_loss(bare, task, dev, config, accelerator.device) for task in tasks.values()
+            ]
+        bare.train()
+        # What follows from it is the same everywhere, whatever the processes run on.
+        told = accelerate.utils.broadcast(
+            torch.tensor(found, dtype=torch.float64, device=accelerator.device)
+        ).tolist()
+        return dict(zip(tasks, told, strict=True))
+
+    def look(step: int) -> dict[str, float]:
+        """How much each link adds on some dev rows; to trackers also what the model makes of the
+        first of them."""
+        if cut:  # a link or tower run for itself would not be gathered
+            return {}
+        bare.eval()
+        batches = [
+            collate([task.segments(row) for row in dev[:16]], model.ends())
+            for task in tasks.values()
+        ]
+        links = (
+            inspection.activity(model, [batch.to(accelerator.device) for batch in batches])
+            if isinstance(model, Zipper)
+            else {}
+        )
+        if accelerator.trackers and accelerator.is_main_process:
+            made = inspection.samples(Pipeline(model, modalities), list(tasks.values()), dev[:2])
+            inspection.log_samples(accelerator.trackers, made, step)
+        bare.train()
+        return {f"branch/{name}": link.share for name, link in links.items() if link.seen}
+
+    def keep_model(found: Mapping[str, float]) -> None:
+        tensors = changing(names) if cut else {}
+        if accelerator.is_main_process:
+            complete.load_state_dict(tensors, strict=False)
+            Pipeline(complete, modalities).save_pretrained(
+                folder / "model", record=record_of(config, build, progress, found)
+            )
+
+    bare.train()
+    begun = progress.step
+    begin = since = time.monotonic()
+    tokens, rate, stop = 0.0, 0.0, False
+    bar = tqdm(
+        total=config.steps,
+        initial=progress.step,
+        desc=folder.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    with bar, sigterm() as came:
+        while progress.step < config.steps and not progress.stopped and not stop:
+            step = progress.step
+            torch.manual_seed(mixed_seed(config.seed, step, accelerator.process_index))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, config)
+            turns, counts = batches_of_step(parts, tasks, config, step, model, accelerator)
+            sums = dict.fromkeys(counts, 0.0)
+            for turn, batches in enumerate(turns, 1):
+                with (
+                    contextlib.nullcontext()
+                    if turn == len(turns)
+                    else accelerator.no_sync(objective)
+                ):
+                    losses = objective(batches)
+                    total = sum(
+                        config.loss_weight.get(name, 1.0) * loss / counts[name]
+                        for name, loss in losses.items()
+                    )
+                    # Gradients are averaged over processes; counts are global, so the sum is what
+                    # is wanted.
+                    accelerator.backward(total * accelerator.num_processes)
+                for name, loss in losses.items():
+                    sums[name] += float(loss.detach())
+            logs = step + 1 == config.steps or (step + 1) % config.log_every == 0
+            norms = inspection.gradient_norms(model) if logs else {}
+            norm = whole(accelerator.clip_grad_norm_(list(names), config.clip))
+            if (
+                not norm.isfinite()
+            ):  # in all processes alike; after a step by it no weight would be a number
+                raise ZipperError(
+                    f"The gradient of step {step + 1} is not finite (losses: {sums}). What "
+                    f"{folder} holds is from before it. "
+                    "Start anew with smaller learning rates, perhaps from the best model "
+                    f"(start={str(folder / 'model')!r})."
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step = step = step + 1
+            bar.update()
+
+            # What the processes saw of this step; all of them must stop at the same one.
+            mine = [sums[name] / counts[name] for name in counts]
+            read = sum(tokens_read(batch) for batches in turns for batch in batches)
+            mine += [read, len(came)]
+            *found, count, stop = accelerator.reduce(
+                torch.tensor(mine, device=accelerator.device)
+            ).tolist()
+            tokens += count
+            for name, loss in zip(counts, found, strict=True):
+                before, steps = progress.seen.get(name, (0.0, 0.0))
+                progress.seen[name] = [before + loss, steps + 1.0]
+            row: dict[str, Any] = {}
+            if logs:
+                row |= {
+                    f"loss/{name}": loss / steps for name, (loss, steps) in progress.seen.items()
+                }
+                row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
+                row |= {f"grad/{part}": value for part, value in norms.items()}
+                row["tokens_per_s"] = tokens / (time.monotonic() - since)
+                if loads := [
+                    plan.Load.of([batch])
+                    for batches in turns
+                    for batch in batches
+                    if tokens_read(batch)
+                ]:
+                    rate = rate or machine_rate(model, loads, config, accelerator)
+                    work = (
+                        sum(plan.cost(model, load).flops for load in loads) / read
+                    )  # a token, in this process and step
+                    row["matmul_share"] = (
+                        work * row["tokens_per_s"] / (rate * accelerator.num_processes)
+                    )
+                row |= {f"gate/{name}": value for name, value in gates(model).items()}
+                shown = {name: f"{row[f'loss/{name}']:.3f}" for name in progress.seen}
+                bar.set_postfix(shown | {"tokens/s": f"{row['tokens_per_s']:,.0f}"})
+                progress.seen, since, tokens = {}, time.monotonic(), 0.0
+            if step % config.eval_every == 0 or step == config.steps:
+                asked = time.monotonic()
+                dev_loss = evaluate()
+                row |= {f"dev/{name}": value for name, value in dev_loss.items()} | look(step)
+                if progress.saw(float(np.mean(list(dev_loss.values()))), config.patience):
+                    keep_model(dev_loss)
+                since += time.monotonic() - asked  # tokens per second are those of steps
+            if row:
+                row |= {
+                    "started": begun,
+                    "seconds": time.monotonic() - begin,
+                }  # zipper show: how long, and where it was resumed
+            if row and accelerator.is_main_process:
+                with (
+                    saving(folder / "metrics.jsonl", "The checkpoints are whole."),
+                    (folder / "metrics.jsonl").open("a") as file,
+                ):
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+                accelerator.log(row, step=step)
+                if report:
+                    report({"step": step, **row})
+            last = step == config.steps or progress.stopped or stop
+            if step % config.save_every == 0 or last:
+                save(
+                    folder,
+                    optimizer,
+                    names,
+                    progress,
+                    course,
+                    config.keep,
+                    write=accelerator.is_main_process,
+                )
+        stop = bool(stop) and progress.step < config.steps and not progress.stopped
+        if stop and accelerator.is_main_process:
+            bar.write(
+                f"Stopped at step {progress.step} by SIGTERM; go on with resume.", file=sys.stderr
+            )
+    accelerator.wait_for_everyone()
+    if not stop and not (folder / "model").is_dir():  # no dev loss was a number
+        keep_model({})
+    if config.save_dtype and not stop and accelerator.is_main_process:
+        best = Pipeline.from_pretrained(folder / "model", frozen_sources(model))
+        best.model.cast(getattr(torch, config.save_dtype))
+        best.save_pretrained(folder / "model", record=checkpoint.load(folder / "model")[1])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if stop:
+        raise Stopped
+    return Pipeline.from_pretrained(folder / "model", frozen_sources(model))
+
+
+@contextmanager
+def alone(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Hold the run's folder, by one process for all of them. A ZipperError says who writes it
+    already, in every process."""
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(held(folder))
+            except ZipperError as error:
+                refused = str(error)
+        if said := agreed(refused):
+            raise ZipperError(said)
+        yield
+
+
+def weights(config: TrainConfig) -> dict[str, float]:
+    return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
+
+
+def gates(model: Any) -> dict[str, float]:
+    """|tanh(gate)| of every link's attention (0 = the link is silent)."""
+    return {name: float(whole(link.gate).tanh().abs()) for name, link in model.links.items()}  # type: ignore[arg-type]
+
+
+def spread(
+    objective: Objective, config: TrainConfig, accelerator: "Accelerator", cut: bool
+) -> nn.Module:
+    """The objective as this process runs it: on its device, by DDP where there are several, unless
+    it is cut into pieces."""
+    towers = dict.fromkeys(
+        tower for tower in objective.model.towers.values() if isinstance(tower, Tower)
+    )
+    blocks = [block for tower in towers for block in tower.blocks]
+    for block in blocks if config.compile else ():
+        block.forward = torch.compile(block.forward, dynamic=True)
+    if config.recompute:
+        # Not public, but transformers' own recomputes nothing in towers that are in eval mode, as
+        # frozen ones are.
+        from torch.distributed._composable.checkpoint_activation import checkpoint as recomputed
+
+        for block in blocks:
+            recomputed(block)
+    prepared: nn.Module = accelerator.prepare_model(objective, evaluation_mode=cut)
+    if cut:
+        shard(objective, blocks, accelerator.device)
+    return prepared
+
+
+def machine_rate(
+    model: Any, loads: Sequence[plan.Load], config: TrainConfig, accelerator: "Accelerator"
+) -> float:
+    """Operations per second of the product that most of a step is, on this process's device."""
+    shape = plan.largest_product(model, max(loads, key=lambda load: sum(load.tokens.values())))
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return plan.matmul_rate(*shape, dtype, str(accelerator.device))
+
+
+def optimizer_of(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in groups: trained towers, gates, other new parts; weight decay on matrices only."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (
+                config.lr_tower
+                if name.startswith("towers.")
+                else config.lr_gate
+                if name.endswith("gate")
+                else config.lr_new
+            )
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((kind, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": p, "lr": lr, "peak": lr, "weight_decay": decay}
+            for (lr, decay), p in groups.items()
+        ],
+        betas=config.betas,
+    )
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate at a step."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def mean_loss(
+    objective: Objective, task: Task, rows: Sequence[Row], config: TrainConfig, device: torch.device
+) -> float:
+    """Nats per target token of a task on rows, over all its towers."""
+    total, count = 0.0, 0.0
+    ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
+    for start in range(0, len(ranked), config.batch):
+        batch = collate(
+            [task.segments(row) for row in ranked[start : start + config.batch]],
+            objective.model.ends(),
+        ).to(device)
+        total += sum(float(loss) for loss in objective([batch]).values())
+        count += sum(float(weight.sum()) for weight in batch.weights.values())
+    return total / count
+
+
+def record_of(
+    config: TrainConfig, build: Build, progress: Progress, found: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "recipe": dataclasses.asdict(config) | dict(build.course),
+        "step": progress.step,
+        "dev": dict(found),
+    }
+
+
+@contextmanager
+def sigterm() -> Iterator[list[int]]:
+    """A list that is not empty once SIGTERM has come. Only a main thread can hear signals;
+    elsewhere it stays empty."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,2 @@
+"""The laboratory: the baseline, corpora, judges, experiments, benchmarks. The library never imports
+it."""

@@ -1,0 +1,645 @@
+"""`zipper bench decode`: tokens of text behind a source of speech, by a zip, by its text tower
+alone, by stock transformers, by a decoder with an extended vocabulary, and by Mllama's text model
+of the same sizes.
+
+Random weights from configurations: speed does not depend on them. Every arm is given the same ids
+to read instead of its own choice, so that all do the same work; before that, arms that compute the
+same thing must choose the same tokens."""
+
+import inspect
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    MllamaForCausalLM,
+    StaticCache,
+)
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+from zipper.errors import ZipperError
+from zipper.fast.reader import Fused
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+from zipper.reading import Reader, Stepwise
+from zipper.tower import Tower
+from zipper_lab.bench import (
+    Here,
+    Ratio,
+    Turn,
+    head,
+    machine,
+    ratio,
+    serve,
+    stopwatch,
+    take_turns,
+    take_turns_here,
+)
+
+#: Each arm, and what it is.
+ARMS = {
+    "zip": "zip, the source read and visible",
+    "blind": "zip, nothing of the other modality visible",
+    "bare": "the same loop, the text tower alone",
+    "torch": "zip, without the compiled step",
+    "whole": "zip, its step by torch.compile and replayed as a graph",
+    "steps": "zip, by Zipper.step",
+    "int8": "zip, weights in 8 bits",
+    "streams": "zip, eight sequences side by side",
+    "stock": "the text tower in stock transformers, dynamic cache",
+    "static": "the same, static cache, compiled",
+    "expanded": "one decoder with the units in its vocabulary, our loop, source and text in one "
+    "sequence",
+    "mllama": "Mllama's text model of the same sizes, source as cross-attention states, stock",
+}
+#: (arm, arm below it, the target of the project): tokens per second of the first by those of the
+#: second. None: as many as the bytes that they read allow, and 3 % of the time for the rest.
+RATIOS = (
+    ("blind", "bare", 0.99),
+    ("zip", "bare", None),
+    ("zip", "stock", {"float32": 1.15, "bfloat16": 1.5}),
+    ("int8", "stock", 2.0),
+    ("zip", "static", 1.0),
+    ("zip", "expanded", 0.95),
+    ("zip", "torch", 1.0),
+    ("whole", "stock", 2.5),
+    ("whole", "static", 1.0),
+    ("zip", "steps", 1.0),
+    ("zip", "mllama", 1.0),
+    ("streams", "zip", 5.0),
+)
+#: Arms that exist on a CPU, or on CUDA, only.
+ONLY = {"torch": "cpu", "whole": "cuda"}
+#: Arms that compute the same thing.
+SAME = (
+    ("zip", "steps"),
+    ("zip", "torch"),
+    ("zip", "streams"),
+    ("blind", "bare"),
+    ("bare", "stock"),
+    ("stock", "static"),
+)
+STREAMS = 8
+#: Numbers that are read to learn how fast memory is, beyond all caches, and how often.
+MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 29}, 3
+EVERY = 2  # blocks between junctions
+
+
+def _llama(
+    width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+    }
+    ends = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "tie_word_embeddings": True,
+    }
+    return {
+        "model_type": "llama",
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        **shape,
+        **ends,
+        **more,
+    }
+
+
+_SPEECH = _llama(768, 16, 12, 2720, 1028)  # 138M
+_QWEN = {
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+}  # Qwen2.5's shapes (arXiv:2412.15115, table 1)
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"text": _llama(64, 4, 2, 96, 96), "speech": _llama(64, 4, 2, 96, 64)},
+    "30m": {"text": _llama(384, 10, 6, 1024, 32_000), "speech": _llama(320, 10, 5, 864, 1028)},
+    "120m": {"text": _llama(768, 12, 12, 2048, 32_000), "speech": _llama(512, 12, 8, 1376, 1028)},
+    "0.5b": {"text": _llama(896, 24, 14, 4864, 151_936, **_QWEN), "speech": _SPEECH},
+    "1.5b": {"text": _llama(1536, 28, 12, 8960, 151_936, **_QWEN), "speech": _SPEECH},
+    "8b": {"text": _llama(4096, 32, 32, 14_336, 128_000), "speech": _SPEECH},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an arm is told. source: tokens of speech. prompt, tokens: of text, read at once and then
+    one by one. threads: 0 = as many as torch takes. batch: sequences side by side."""
+
+    arm: str
+    size: str = "30m"
+    source: int = 128
+    prompt: int = 16
+    tokens: int = 32
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 0
+    batch: int = 1
+
+
+class Arm(NamedTuple):
+    """A way to decode. start: reads source and prompt, and makes a step that reads one id per
+    sequence: logits of the first.
+    bytes: that a step reads, prefill_flops: of source and prompt, in products with weights; 0 = not
+    counted. beside: a start of what is compared with it on the same weights."""
+
+    start: Callable[[], Callable[[int], Tensor]]
+    streams: int = 1
+    bytes: int = 0
+    prefill_flops: float = 0.0
+    beside: Callable[[], Callable[[int], Tensor]] | None = None
+
+
+def bench(
+    size: str,
+    rounds: int,
+    warm: int = 2,
+    arms: Sequence[str] = (),
+    source: int = 128,
+    tokens: int = 32,
+    precision: str = "float32",
+    device: str = "cpu",
+    threads: int = 0,
+    hardware: str = "",
+    batch: int = 1,
+    here: Here | None = None,
+) -> dict[str, Any]:
+    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the
+    device has. here: in this process, where an arm may be lost; default for CUDA. Raises
+    ZipperError for unknown names, and where arms that compute the same thing choose other tokens in
+    float32."""
+    known = [arm for arm in ARMS if device.startswith(ONLY.get(arm, ""))]
+    arms = arms or known
+    if unknown := sorted({*arms} - {*known}):
+        raise ZipperError(f"There are no arms {unknown} on {device}; there are {', '.join(known)}.")
+    if size not in SIZES or precision not in ("float32", "bfloat16"):
+        raise ZipperError(
+            f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 "
+            "and bfloat16."
+        )
+    shared = asdict(Settings("", size, source, 16, tokens, precision, device, threads, batch))
+    settings = {arm: {**shared, "arm": arm} for arm in arms}
+    about = {
+        **machine(hardware),
+        "settings": {name: value for name, value in shared.items() if name != "arm"},
+    }
+    here = Here() if here is None and not device.startswith("cpu") else here
+    if here is None:
+        return about | _found(
+            take_turns("zipper_lab.bench.decode", settings, rounds, warm), {}, precision
+        )
+    told, each = here.told, {arm: Settings(**given) for arm, given in settings.items()}
+
+    def tell(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> None:
+        told(about | _found(turns, lost, precision))
+
+    return about | _found(*take_turns_here(_turns, each, rounds, warm, here, tell), precision)
+
+
+def _found(
+    turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str], precision: str
+) -> dict[str, Any]:
+    """What the turns say. lost: why arms took none."""
+    _same(turns, precision)
+    ratios = []
+    for fast, slow, target in RATIOS:
+        if fast in turns and slow in turns:
+            rates = [
+                [turn["tokens"] / turn["decode_s"] for turn in turns[arm]] for arm in (fast, slow)
+            ]
+            if turns[fast][0]["beside_s"]:  # rates of the arm and of what goes beside it
+                rates = [
+                    [1 / turn[key] for turn in turns[fast]] for key in ("in_turn_s", "beside_s")
+                ]
+            wanted = target[precision] if isinstance(target, dict) else target
+            if wanted is None:
+                wanted = round(1 / (turns[fast][0]["bytes"] / turns[slow][0]["bytes"] + 0.03), 3)
+            ratios.append(
+                {"above": fast, "below": slow, "target": wanted, **ratio(*rates)._asdict()}
+            )
+    prefill = {}
+    if {"zip", "expanded"} <= turns.keys():
+        seconds = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
+        work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
+        prefill = {
+            "work": round(work, 3),
+            "target": round(0.9 * work, 3),
+            **ratio(*seconds)._asdict(),
+        }
+    return {
+        "rounds": min(map(len, turns.values()), default=0),
+        "arms": {arm: _summary(said) for arm, said in turns.items()},
+        "ratios": ratios,
+        "prefill": prefill,
+        "lost": dict(lost),
+    }
+
+
+def _same(turns: Mapping[str, Sequence[Turn]], precision: str) -> None:
+    for one, other in SAME:
+        if (
+            precision == "float32"
+            and one in turns
+            and other in turns
+            and turns[one][0]["choice"] != turns[other][0]["choice"]
+        ):
+            raise ZipperError(
+                f"The arms {one!r} and {other!r} choose other tokens: what they take cannot be "
+                "compared."
+            )
+
+
+def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
+    step = statistics.median(turn["decode_s"] * turn["streams"] / turn["tokens"] for turn in turns)
+    found = {
+        "tokens_per_s": statistics.median(turn["tokens"] / turn["decode_s"] for turn in turns),
+        "prefill_s": statistics.median(turn["prefill_s"] for turn in turns),
+        "bytes_a_step": turns[0]["bytes"],
+        "bytes_per_s": turns[0]["bytes"] / step,
+        "read_bytes_per_s": statistics.median(turn["read"] for turn in turns),
+    }
+    return {**found, "turns": list(turns)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The results in markdown."""
+    lines = head("Decoding", "zipper bench decode", found)
+    lines += [
+        "| arm | tokens/s | prefill, ms | a step reads, MB | of the read bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    for name, arm in found["arms"].items():
+        known = f"{arm['bytes_a_step'] / 1e6:.1f} | {100 * arm['bytes_per_s'] / arm['read_bytes_per_s']:.0f} %"
+        lines.append(
+            f"| {name}: {ARMS[name]} | {arm['tokens_per_s']:.1f} | {1000 * arm['prefill_s']:.0f} | "
+            f"{known if arm['bytes_a_step'] else '- | -'} |"
+        )
+    lines += [
+        "",
+        "| tokens/s | median of the rounds | 95 % interval | target |",
+        "|---|---|---|---|",
+    ]
+    for row in found["ratios"]:
+        held = Ratio(row["median"], row["low"], row["high"])
+        verdict = f"{row['target']} ({'held' if held.median >= row['target'] else 'missed'})"
+        lines.append(
+            f"| {row['above']} / {row['below']} | {held.median:.3f} | {held.low:.3f} to "
+            f"{held.high:.3f} | {verdict} |"
+        )
+    if row := found["prefill"]:
+        lines += [
+            "",
+            f"Prefill: the zip is {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
+            "times as fast as the expanded decoder"
+            f", which does {row['work']:.2f} times its work in products with weights: "
+            f"{row['target']:.2f} was wanted "
+            f"({'held' if row['median'] >= row['target'] else 'missed'}).",
+        ]
+    if {"zip", "bare"} <= found["arms"].keys() and found["arms"]["bare"]["bytes_a_step"]:
+        share = found["arms"]["zip"]["bytes_a_step"] / found["arms"]["bare"]["bytes_a_step"]
+        lines += [
+            "",
+            f"A step of the zip reads {share:.3f} times the bytes of the bare tower's: by them "
+            f"zip / bare is {1 / share:.3f}.",
+        ]
+    kind = torch.device(found["settings"]["device"]).type
+    how = f"sums over {4e-6 * MEMORY[kind]:.0f} MB of float32"
+    if kind != "cpu":
+        how = f"copies of {2e-6 * MEMORY[kind]:.0f} MB, read and written"
+    lines += [
+        "",
+        f"Read bandwidth: {how}, in the same process. Prefill: the source and 16 tokens of text. "
+        "On a "
+        "CPU blind / bare is taken on the same weights, token by token in turn: two processes "
+        "with equal weights differ by 3 %.",
+    ]
+    lines += [
+        f"\nLost: {arm}: {why.strip().splitlines()[-1]}"
+        for arm, why in found.get("lost", {}).items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _made(settings: Settings, tower: str, wider: int = 0) -> Any:
+    """A tower in stock transformers, with random weights. wider: more ids."""
+    shape = SIZES[settings.size][tower]
+    torch.manual_seed(0)
+    with torch.device(
+        settings.device
+    ):  # made where it is used: a billion random numbers take a CPU a minute
+        config = AutoConfig.for_model(**{**shape, "vocab_size": shape["vocab_size"] + wider})
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, settings.precision)
+        ).eval()
+
+
+@cache
+def _zip(settings: Settings, *towers: str) -> Zipper:
+    """A zip of towers, its gates open."""
+    made = {name: _made(settings, name) for name in towers}
+    model = Zipper.from_towers(
+        made,
+        every=dict.fromkeys(towers, EVERY),
+        link=LinkConfig(gate_init=0.5),
+        input_projection="none",
+    )
+    model.links.to(getattr(torch, settings.precision))
+    return model
+
+
+@cache
+def _reader(settings: Settings, kind: str, *towers: str) -> Reader:
+    """A zip, or one tower, laid out for decoding. kind: "", or the arm that reads otherwise."""
+    model = _zip(settings, *towers)
+    return (
+        Stepwise(model)
+        if kind == "steps"
+        else Fused(model, int8=kind == "int8", compiled=kind == "whole")
+    )
+
+
+def build(settings: Settings) -> Arm:
+    """An arm by its settings, with random weights; in one process arms of a size share them."""
+    shapes, arm, batch = SIZES[settings.size], settings.arm, settings.batch
+    numbers = torch.Generator().manual_seed(1)
+    source = torch.randint(
+        2, shapes["speech"]["vocab_size"], (settings.source,), generator=numbers
+    ).tolist()
+    prompt = torch.randint(
+        2, shapes["text"]["vocab_size"], (settings.prompt,), generator=numbers
+    ).tolist()
+    alike = Settings("", settings.size, precision=settings.precision, device=settings.device)
+    if arm == "mllama":
+        dtype = getattr(torch, settings.precision)
+        return _mllama(shapes["text"], len(source), [prompt] * batch, dtype, settings.device)
+    if arm in ("stock", "static"):
+        room = settings.prompt + settings.tokens if arm == "static" else 0
+        return _stock(_made(alike, "text"), [prompt] * batch, room)
+    if arm == "expanded":
+        units = shapes["text"]["vocab_size"]
+        wide = Zipper.from_towers({"text": _made(alike, "text", shapes["speech"]["vocab_size"])})
+        made = _ours(Fused(wide), ["text"], [], [units + i for i in source] + prompt, batch)
+        return made._replace(
+            prefill_flops=_products(_blocks(wide, "text"), len(source) + len(prompt))
+        )
+    towers = ["text"] if arm == "bare" else ["text", "speech"]
+    reader = _reader(alike, arm if arm in ("steps", "int8", "whole") else "", *towers)
+    if arm in ("bare", "blind"):
+        made = _ours(reader, towers, [], prompt, batch)
+        if (
+            arm == "bare" or settings.device != "cpu"
+        ):  # on CUDA a second session has another row, a graph of another shape
+            return made
+        return made._replace(beside=_ours(reader, ["text"], [], prompt, batch).start)
+    made = _ours(
+        reader, ["speech", "text"], source, prompt, batch * (STREAMS if arm == "streams" else 1)
+    )
+    return made._replace(prefill_flops=_zip_prefill(_zip(alike, *towers), len(source), len(prompt)))
+
+
+def _ours(
+    reader: Reader,
+    plan: Sequence[str],
+    source: Sequence[int],
+    prompt: Sequence[int],
+    streams: int = 1,
+) -> Arm:
+    def start() -> Callable[[int], Tensor]:
+        sessions = [reader.open(plan, ["text"]) for _ in range(streams)]
+        if source:
+            reader.read({"speech": [(session, source) for session in sessions]})
+        reader.read({"text": [(session, prompt) for session in sessions]})
+
+        def step(i: int) -> Tensor:
+            logits = reader.read({"text": [(session, [i]) for session in sessions]})["text"][0]
+            assert logits is not None
+            return logits
+
+        return step
+
+    return Arm(
+        start,
+        streams,
+        _read(reader, plan, source, prompt, streams) if isinstance(reader, Fused) else 0,
+    )
+
+
+def _products(parts: Iterable[nn.Module], tokens: int) -> float:
+    """FLOPs of so many tokens through the matrices of modules."""
+    return 2.0 * tokens * sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
+
+
+def _blocks(model: Zipper, name: str) -> Sequence[nn.Module]:
+    tower = model.towers[name]
+    assert isinstance(tower, Tower)
+    return list(tower.blocks)
+
+
+def _zip_prefill(model: Zipper, source: int, prompt: int) -> float:
+    """The source goes as far as its last junction and into the links, the prompt through the text
+    tower and what links do to it."""
+    last = max(junction["speech"] for junction in model.config.junctions)
+    done = _products(_blocks(model, "speech")[:last], source) + _products(
+        _blocks(model, "text"), prompt
+    )
+    for n, _ in enumerate(model.config.junctions):
+        link = model.link(n, "speech", "text")
+        done += _products(
+            [link.query, link.out, *([link.feedforward] if link.feedforward else [])], prompt
+        )
+        done += _products(
+            [link.projection, link.key, link.value, *([link.whiten] if link.whiten else [])], source
+        )
+    return done
+
+
+def _read(
+    reader: Fused, plan: Sequence[str], source: Sequence[int], prompt: Sequence[int], streams: int
+) -> int:
+    """Bytes that a step reads behind the prompt: weights once, keys and values of every
+    sequence."""
+    session = reader.open(plan, ["text"])
+    if source:
+        reader.read({"speech": [(session, source)]})
+    reader.read({"text": [(session, prompt)]})
+    tower, links = reader.bytes("text")
+    cache = session.caches["text"]
+    held = cache.held[:, :, :, : cache.length].nbytes + sum(
+        part.nbytes for memory in session.memory.values() for part in memory
+    )
+    return tower + links * bool(source) + streams * held
+
+
+def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
+    """What generate() does for a greedy token, without what it does besides: the forward of a
+    model, and a cache. room: of a static cache, and compiled; 0 = a dynamic one."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    forward = torch.compile(model.forward, mode=mode) if room else model.forward
+    named = _cache_argument(model)
+    static = (
+        StaticCache(model.config, max_cache_len=room) if room else None
+    )  # one for ever: its addresses are in the graphs
+
+    def start() -> Callable[[int], Tensor]:
+        cache = DynamicCache(config=model.config) if static is None else static
+        cache.reset()
+        model(torch.tensor(prompts, device=model.device), **{named: cache})
+
+        def step(i: int) -> Tensor:
+            ids = torch.tensor([[i]] * len(prompts), device=model.device)
+            logits: Tensor = forward(ids, **{named: cache}).logits[0, -1]
+            return logits
+
+        return step
+
+    return Arm(start, len(prompts))
+
+
+def _cache_argument(model: Any) -> str:
+    """The name by which this release of transformers takes a cache, as the annotations of a model's
+    forward say it."""
+    return next(
+        name
+        for name, given in inspect.signature(model.forward).parameters.items()
+        if "Cache" in str(given.annotation)
+    )
+
+
+def _mllama(
+    text: Mapping[str, Any],
+    length: int,
+    prompts: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: str,
+) -> Arm:
+    """A layer of cross-attention behind every second block, as many as the zip has junctions; its
+    source costs nothing to make."""
+    places = [layer + n for n, layer in enumerate(range(EVERY, text["num_hidden_layers"], EVERY))]
+    shape = {
+        **text,
+        "num_hidden_layers": text["num_hidden_layers"] + len(places),
+        "cross_attention_layers": places,
+    }
+    del shape["model_type"]
+    made: Any = MllamaForCausalLM
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = made._from_config(MllamaTextConfig(**shape), dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(0.5)  # they are born closed
+    states = torch.randn(1, length, text["hidden_size"], dtype=dtype, device=device).expand(
+        len(prompts), -1, -1
+    )
+    named = _cache_argument(model)
+
+    def start() -> Callable[[int], Tensor]:
+        cache = DynamicCache(config=model.config)
+        model(
+            torch.tensor(prompts, device=model.device),
+            cross_attention_states=states,
+            **{named: cache},
+        )
+
+        def step(i: int) -> Tensor:
+            ids = torch.tensor([[i]] * len(prompts), device=model.device)
+            logits: Tensor = model(ids, **{named: cache}).logits[0, -1]
+            return logits
+
+        return step
+
+    return Arm(start, len(prompts))
+
+
+@torch.inference_mode()
+def timed(arm: Arm, ids: Sequence[int], device: str, memory: Tensor) -> Turn:
+    """One turn: source and prompt, then the ids one by one. choice: a number that tells the greedy
+    tokens apart."""
+
+    def now() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    began = now()
+    step = arm.start()
+    prefilled = now()
+    choice = 0
+    for i in ids:
+        choice = (choice * 31 + int(step(i).argmax())) % (1 << 40)
+    ended = now()
+    lap, (first, second) = stopwatch(device), memory.chunk(2)
+    for _ in range(READS):
+        second.copy_(first) if device != "cpu" else memory.sum()
+    read = READS * memory.numel() * memory.element_size() / lap()
+    return {
+        "prefill_s": prefilled - began,
+        "decode_s": ended - prefilled,
+        "tokens": float(len(ids) * arm.streams),
+        "streams": float(arm.streams),
+        "bytes": float(arm.bytes),
+        "prefill_flops": arm.prefill_flops,
+        "read": read,
+        "choice": float(choice),
+        **_in_turn(arm, ids),
+    }
+
+
+def _in_turn(arm: Arm, ids: Sequence[int]) -> Turn:
+    """Seconds of the arm and of what goes beside it, token by token in turn: two processes with
+    equal weights differ by 3 %."""
+    seconds = {"in_turn_s": 0.0, "beside_s": 0.0}
+    if arm.beside is not None:
+        steps = list(zip(seconds, (arm.start(), arm.beside()), strict=True))
+        for i in ids:
+            steps.reverse()
+            for key, step in steps:
+                began = time.perf_counter()
+                step(i)
+                seconds[key] += time.perf_counter() - began
+    return seconds
+
+
+@cache
+def _memory(device: str) -> Tensor:
+    return torch.ones(MEMORY[torch.device(device).type], device=device)
+
+
+def _turns(settings: Settings) -> Callable[[], Turn]:
+    """What takes the turns of an arm."""
+    vocabulary = SIZES[settings.size]["text"]["vocab_size"]
+    ids = torch.randint(
+        2, vocabulary, (settings.tokens,), generator=torch.Generator().manual_seed(2)
+    ).tolist()
+    return partial(timed, build(settings), ids, settings.device, _memory(settings.device))
+
+
+def main() -> None:
+    """An arm's process."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    if settings.arm == "torch":
+        os.environ["ZIPPER_NATIVE"] = "0"
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    serve(_turns(settings))
+
+
+if __name__ == "__main__":
+    main()

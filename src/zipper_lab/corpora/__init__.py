@@ -1,0 +1,1 @@
+"""Corpora that are made here: spoken commands, and novels read aloud."""

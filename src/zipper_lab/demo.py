@@ -1,0 +1,395 @@
+"""The main job, end to end on the built-in corpus: towers -> zip -> alignment on pairs -> speech to
+text and text to speech -> evaluation -> report. Also the evaluation of any saved model on that
+corpus, for `zipper evaluate`."""
+
+import dataclasses
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zipper.audio import disturbance
+from zipper.audio.sound import Audio
+from zipper.data import manifests as data
+from zipper.environment import need
+from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
+from zipper.inspection import attention
+from zipper.link import LinkConfig
+from zipper.modality.speech import SpeechUnits
+from zipper.modality.text import Text
+from zipper.pipeline import SHIPPED, Pipeline
+from zipper.sampling import Sampling
+from zipper.saving import checkpoint
+from zipper.strand import Segment, collate
+from zipper.training import TrainConfig, train
+from zipper.workers import spread
+from zipper_lab import report
+from zipper_lab.corpora import commands as corpus
+from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
+
+CHUNK = 100  # utterances that are generated together
+JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
+DOMAIN = 20_000  # sentences of the unpaired text part that the judge's language model is made of
+FEW = 8  # utterances for which no process is started
+SHOWN = 6  # utterances to listen to in the report
+
+#: The pre-trained towers that come with the package, before any alignment.
+TOWERS = {"text": SHIPPED / "towers" / "text", "speech": SHIPPED.parent / "speech_tower"}
+
+TEXT_TOWER = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SPEECH_TOWER = TEXT_TOWER | {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 2048,
+}
+
+Row = dict[str, Any]
+
+
+class Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and say that it began."""
+        print(f"-- {name}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def demo(
+    output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 960, test: int = 200
+) -> dict[str, Any]:
+    """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and
+    report.html into `output`.
+
+    Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of
+    report.json."""
+    need("speech", "train")  # what is needed at the end should not be missed there
+    if (output / "run").exists():
+        shutil.rmtree(output / "run")
+    clock = Clock()
+    with clock.phase("towers"):
+        towers, modalities = _pretrain(output) if from_scratch else _shipped()
+    units = SpeechUnits.load(modalities["speech"])
+    with clock.phase(f"render {pairs} pairs"):
+        for name, part, n in [("pairs", "pairs", pairs), ("dev", "dev", 200)]:
+            data.write(output / f"{name}.jsonl", corpus.rows(part, n, units, takes=1))
+        tests = corpus.rows("test", test, units)
+    config = TrainConfig(
+        output=str(output / "run"),
+        towers=towers,
+        modalities=modalities,
+        data=str(output / "pairs.jsonl"),
+        dev=str(output / "dev.jsonl"),
+        tasks={"heard:speech -> said:text": 0.35, "text -> voiced:speech": 0.65},
+        loss_weight={"text": 2.0},
+        train=("speech",),
+        every={"text": 1, "speech": 1},
+        link=LinkConfig(gate_init=1.2, dropout=0.0),
+        calibrate=500,
+        input_projection="none",
+        lr_gate=3e-4,
+        lr_new=2e-3,
+        lr_tower=5e-4,
+        steps=steps,
+        corrupt={"speech": 0.05},
+        eval_every=max(1, steps // 4),
+        eval_rows=100,
+        save_every=steps,
+    )
+    with clock.phase("align"):
+        pipeline = train(config)
+    second = None if from_scratch else Pipeline.from_pretrained()
+    with clock.phase(f"evaluate on {test} utterances"):
+        result = evaluate(pipeline, tests, second=second, robust=True)
+    seconds = round(sum(clock.seconds.values()), 1)
+    metrics = [
+        json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    made = Report(
+        asr=result.scores["asr"],
+        tts=result.scores["tts"],
+        seconds=seconds,
+        phases=clock.seconds,
+        corpus={"pairs": pairs, "dev": 200, "test": test},
+        recipe=dataclasses.asdict(config),
+        environment=report.environment(),
+        command="make demo",
+        metrics=metrics,
+        attention=[
+            _map(pipeline, tests[0], given, produced)
+            for given, produced in (("speech", "text"), ("text", "speech"))
+        ],
+        samples=result.samples,
+    )
+    found = made.to_json()
+    checkpoint.write_json(output / "report.json", found)
+    report.write(output / "report.html", made)
+    asr, tts = found["asr"], found["tts"]
+    hardest = max(asr["robust"], key=asr["robust"].get)
+    print(
+        f"ASR WER {asr['wer']:.1%} (floor {asr['floor']:.1%}; {hardest}: "
+        f"{asr['robust'][hardest]:.1%})"
+    )
+    print(
+        f"TTS WER {tts['wer']:.1%} by {JUDGE} (oracle {tts['oracle']:.1%}, floor "
+        f"{tts['floor']:.1%})"
+    )
+    print(f"{output / 'report.html'} after {seconds:.0f} s")
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: by task, each first by the judge that is quoted. samples: to listen to. words: every
+    raw text, by what it is."""
+
+    scores: dict[str, list[Score]]
+    samples: list[Sample]
+    words: dict[str, list[str]]
+
+
+def evaluate(
+    pipeline: Pipeline,
+    rows: Sequence[Row],
+    tasks: Sequence[str] = ("asr", "tts"),
+    second: Pipeline | None = None,
+    robust: bool = False,
+) -> Evaluation:
+    """Scores of a model on rows of the built-in corpus, in all voices and in each, beside oracle
+    and floor; and samples to hear.
+
+    rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by
+    its units. robust: ASR also under everything in `disturbance.TABLE`."""
+    texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
+    floor = floor_template(texts, [row["template"] for row in rows])
+    scores: dict[str, list[Score]] = {"asr": [], "tts": []}
+
+    def add(
+        task: str,
+        system: str,
+        judge: str,
+        heard: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> None:
+        for voice in ("", *dict.fromkeys(voices)):
+            mine = [i for i, v in enumerate(voices) if voice in ("", v)]
+            unended = None if ended is None else sum(not ended[i] for i in mine) / len(mine)
+            scores[task].append(
+                Score(
+                    system,
+                    judge,
+                    error_rate([texts[i] for i in mine], [heard[i] for i in mine]),
+                    voice,
+                    unended,
+                )
+            )
+
+    true = [row["speech"] for row in rows]
+    written = transcribe(pipeline, true)
+    if "asr" in tasks:
+        add("asr", "model", EXACT, [s.content for s in written], [s.ended for s in written])
+        add("asr", "floor", EXACT, floor)
+        for name, ids in (disturbed(pipeline.units, rows) if robust else {}).items():
+            heard = [s.content for s in transcribe(pipeline, ids)]
+            scores["asr"].append(Score("model", EXACT, error_rate(texts, heard), disturbed=name))
+    words = {"reference": texts, "transcript": [s.content for s in written]}
+    if "tts" not in tasks:
+        return Evaluation(scores, [], words)
+    said = speak(pipeline, texts, voices)
+    units = {"model": [s.content for s in said], "oracle": true}
+    sounds = {name: vocode(pipeline, ids) for name, ids in units.items()}
+    judge = Judge.from_sentences([u.text for u in corpus.sentences("text", DOMAIN)])
+    by_judge = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
+    if second is not None:
+        for name, ids in units.items():
+            by_judge[name][SECOND] = [s.content for s in transcribe(second, ids)]
+    for by in by_judge["model"]:
+        add("tts", "model", by, by_judge["model"][by], [s.ended for s in said])
+        add("tts", "oracle", by, by_judge["oracle"][by])
+        add("tts", "floor", by, floor)
+
+    def sound(name: str, i: int) -> Sound:
+        return Sound(sounds[name][i], {by: words[i] for by, words in by_judge[name].items()})
+
+    samples = []
+    for i, recorded in enumerate(recordings(rows[:SHOWN])):
+        true_sound = Sound(recorded, {JUDGE: judge.transcribe(recorded)})
+        samples.append(
+            Sample(
+                rows[i]["id"],
+                texts[i],
+                voices[i],
+                written[i].content,
+                true_sound,
+                sound("oracle", i),
+                sound("model", i),
+            )
+        )
+    words |= {
+        f"{name} by {by}": list(said)
+        for name, judges in by_judge.items()
+        for by, said in judges.items()
+    }
+    return Evaluation(scores, samples, words)
+
+
+def transcribe(pipeline: Pipeline, units: Sequence[Sequence[int]]) -> list[Segment]:
+    """Speech to text for many lists of units, in batches of like length."""
+    return _in_chunks(
+        [len(ids) for ids in units],
+        lambda some: pipeline.run_batch(
+            [[Segment("speech", list(units[i]))] for i in some], ["text"]
+        ),
+    )
+
+
+def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> list[Segment]:
+    """Text to units, each in its voice, greedy; contents are ids."""
+    text = pipeline.modalities["text"]
+    found: dict[int, Segment] = {}
+    for voice in dict.fromkeys(voices):
+        mine = [i for i, v in enumerate(voices) if v == voice]
+        prompts = [[Segment("text", text.encode(texts[i]))] for i in mine]
+        produced = _in_chunks(
+            [len(texts[i]) for i in mine],
+            partial(_say, pipeline, prompts, voice),
+        )
+        found |= dict(zip(mine, produced, strict=True))
+    return [found[i] for i in range(len(texts))]
+
+
+def _say(
+    pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, some: Sequence[int]
+) -> list[list[Segment]]:
+    return pipeline.generate([prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
+
+
+def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:
+    """Units to sound, in `workers` processes."""
+    with closing(spread(pipeline.units.decode, map(list, units), workers, corpus.CHUNK)) as sounds:
+        return list(tqdm(sounds, desc="vocode", total=len(units), unit="utterance", disable=None))
+
+
+def disturbed(
+    units: SpeechUnits, rows: Sequence[Row], workers: int = 2
+) -> dict[str, list[list[int]]]:
+    """Codes of the utterances behind rows, said again and disturbed by each of `disturbance.TABLE`,
+    in `workers` processes."""
+    with closing(spread(partial(_disturbed, units), rows, workers, corpus.CHUNK)) as heard:
+        found = list(tqdm(heard, desc="disturb", total=len(rows), unit="utterance", disable=None))
+    return {name: [codes[name] for codes in found] for name in disturbance.TABLE}
+
+
+def _disturbed(units: SpeechUnits, row: Row) -> dict[str, list[int]]:
+    (sound,) = recordings([row])
+    return {
+        name: units.encode(one.apply(sound, zlib.crc32(row["id"].encode())))
+        for name, one in disturbance.TABLE.items()
+    }
+
+
+def recordings(rows: Sequence[Row]) -> list[Audio]:
+    """The utterances behind rows of the corpus, said again."""
+    return [
+        corpus.synthesize(corpus.Utterance(row["id"], row["text"], row["template"], row["voice"]))
+        for row in rows
+    ]
+
+
+def _in_chunks(
+    lengths: Sequence[int], produce: Callable[[list[int]], list[list[Segment]]]
+) -> list[Segment]:
+    """The one segment that `produce` makes for each index, asked for in chunks of like length; in
+    the order of the indices."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found: dict[int, Segment] = {}
+    for start in range(0, len(order), CHUNK):
+        some = order[start : start + CHUNK]
+        found |= {i: segments[0] for i, segments in zip(some, produce(some), strict=True)}
+    return [found[i] for i in range(len(lengths))]
+
+
+def _map(pipeline: Pipeline, row: Row, given: str, produced: str) -> AttentionMap:
+    """Where the produced segment of a true pair looks in the given one."""
+    ids = {"text": pipeline.modalities["text"].encode(row["text"]), "speech": row["speech"]}
+    strands = collate(
+        [[Segment(name, ids[name]) for name in (given, produced)]], pipeline.model.ends()
+    ).strands
+    weights = attention(pipeline.zip, strands, given, produced).numpy()
+    labels = {
+        name: [_label(pipeline, name, i) for i in strand.ids[0].tolist()]
+        for name, strand in strands.items()
+    }
+    return AttentionMap(produced, given, weights, labels[produced], labels[given])
+
+
+def _label(pipeline: Pipeline, name: str, token: int) -> str:
+    begin, end = pipeline.model.ends()[name]
+    text = pipeline.modalities[name].decode([token]) if name == "text" else str(token)
+    return {begin: "begin", end: "end"}.get(token, text)
+
+
+def _shipped() -> tuple[dict[str, str], dict[str, str]]:
+    """Folders of the pre-trained towers and of their modalities, as the package brings them."""
+    return {name: str(path) for name, path in TOWERS.items()}, {
+        name: str(SHIPPED / "modalities" / name) for name in TOWERS
+    }
+
+
+def _pretrain(output: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The same from scratch: modalities fitted, each tower trained alone on the unpaired parts;
+    smaller runs than the recipes'."""
+    folder = {name: output / name for name in TOWERS}
+    corpus.fit_units().save(folder["speech"])
+    units = SpeechUnits.load(folder["speech"])
+    lines = [u.text for u in corpus.sentences("text", 30_000)]
+    Text.train(lines).save(folder["text"])
+    data.write(output / "text.jsonl", [{"text": line} for line in lines])
+    data.write(output / "text_dev.jsonl", [{"text": u.text} for u in corpus.sentences("dev", 200)])
+    data.write(output / "speech.jsonl", corpus.rows("speech", 10_000, units))
+    data.write(output / "speech_dev.jsonl", corpus.rows("dev", 200, units))
+    towers = {}
+    for name, shape, tasks, steps in (
+        ("text", TEXT_TOWER, {"-> text": 1.0}, 1200),
+        ("speech", SPEECH_TOWER, {"-> speech": 0.5, "-> voiced:speech": 0.5}, 1000),
+    ):
+        run = output / f"{name}-tower"
+        if run.exists():
+            shutil.rmtree(run)
+        config = TrainConfig(
+            output=str(run),
+            towers={name: shape},
+            modalities={name: str(folder[name])},
+            data=str(output / f"{name}.jsonl"),
+            dev=str(output / f"{name}_dev.jsonl"),
+            tasks=tasks,
+            steps=steps,
+            lr_tower=2e-3,
+            corrupt={"speech": 0.05} if name == "speech" else {},
+        )
+        train(config)
+        towers[name] = str(run / "model" / "towers" / name)
+    return towers, {name: str(path) for name, path in folder.items()}
