@@ -2,7 +2,8 @@
 
 The first half learned everything but which digit was meant: a frozen text tower keeps digits close
 together, and along such directions a link learns slowly. Calibration changes how fast, not what,
-the links compute (docs/log.md)."""
+the links compute (docs/log.md).
+"""
 
 import dataclasses
 import runpy

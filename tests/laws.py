@@ -3,7 +3,8 @@ to try it on.
 
 tests/test_model.py and tests/test_generation.py hold many zips to these laws; tests/test_mutants.py
 shows that a zip with a fault breaks one of them. Samples are drawn and laid out here without
-zipper's own collate: lists of tokens, one strand each."""
+zipper's own collate: lists of tokens, one strand each.
+"""
 
 import copy
 import dataclasses
@@ -215,7 +216,8 @@ def nothing_leaks(
     Everything else is replaced: what comes later, the other documents of its row, the other rows,
     the ids of padding. The logits must be the same in every bit, and their gradient by what was
     replaced exactly 0. Returns the positive control, how much the last of these logits change with
-    what they may see of other towers; None where that is nothing."""
+    what they may see of other towers; None where that is nothing.
+    """
 
     def logits(strands: Mapping[str, Strand]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # the same dropout every time
@@ -316,7 +318,8 @@ def bare(model: Zipper, name: str, strand: Strand, cache: bool = False) -> Tenso
     """Logits of one tower alone, as transformers computes them; the rows may be padded on one side.
 
     cache: keys and values pass through one, which lays them out otherwise: eager attention then
-    rounds otherwise."""
+    rounds otherwise.
+    """
     ids, valid = strand.ids, strand.document >= 0
     given: dict[str, Tensor] = (
         {} if valid.all() else {"attention_mask": valid.long(), "position_ids": strand.position}
@@ -404,7 +407,8 @@ def steps_are_the_whole(
     Every sequence names two towers at least: a plan of several towers takes no row for a unimodal
     one.
     shuffle: after that many steps the rows are reversed and the last one is read twice from then
-    on."""
+    on.
+    """
     rows = [number(sequence) for sequence in sequences]
     whole = lay(rows)
     wanted = by_token(whole, model(whole))
@@ -443,7 +447,8 @@ def is_the_greedy_answer(
 
     One forward without cache or padding reads prompt and answer; every token of the answer must be
     the likeliest after what came before it, every segment must end where its end is the likeliest
-    or its limit is reached, scores must add up to 1e-4."""
+    or its limit is reached, scores must add up to 1e-4.
+    """
     ends, sequence = model.ends(), []
     for segment in (*prompt, *found):
         begin, end = ends[segment.tower]

@@ -3,7 +3,8 @@ of the CPU without an error.
 
 What runs here puts every tensor where it belongs. A graph is what it is on a GPU: the kernels of
 its capture, run again on the same memory; nothing may be asked of the device while it is captured.
-Kernels, streams and backward passes are not pretended."""
+Kernels, streams and backward passes are not pretended.
+"""
 
 import ctypes
 import os

@@ -5,7 +5,8 @@ One document at a time, given as its linear sequence of (tower, id). The blocks 
 those of transformers' Llama; everything that zipping adds is spelt out: input projection,
 junctions, cross projection, attention, gates and feed-forward (Zipper, arXiv:2405.18669, sec. 3;
 the gated block is Flamingo's, arXiv:2204.14198; rotary positions are RoFormer's, arXiv:2104.09864).
-Only the names of the weights are taken from zipper."""
+Only the names of the weights are taken from zipper.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ State = list[Tensor]  # one vector per token of a tower
 class Shape:
     """What the weights do not say. junctions: {tower: blocks before the exchange}. paper: ReLU on
     projections, an input projection without residual, no rotary positions. tokens: per tower, its
-    usual tokens of a segment (a rate)."""
+    usual tokens of a segment (a rate).
+    """
 
     junctions: Sequence[Mapping[str, int]]
     head_width: int

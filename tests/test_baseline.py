@@ -1,6 +1,7 @@
 """The baseline: one decoder, one stream, from outside like a zip. Held against transformers' own
 forward on a stream that is built here token by token, and to the laws of a zip that do not speak of
-links."""
+links.
+"""
 
 import copy
 import dataclasses

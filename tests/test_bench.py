@@ -52,7 +52,8 @@ def test_flops_by_formula_are_those_that_torch_counts(name: str) -> None:
 def attention(name: str, pairs: int) -> float:
     """FLOPs of attention in the tiny towers: text has four blocks of width 64, speech three of 32,
     with junctions behind the first and the second. A token sees itself and those before it;
-    gradients cost twice as much where something learns below."""
+    gradients cost twice as much where something learns below.
+    """
     text, speech = EQUAL["text"], EQUAL["speech"]
 
     def own(tokens: int, width: int, forwards: int, backwards: int) -> float:

@@ -3,7 +3,8 @@ up, and nothing else happens.
 
 A corpus is written together with an account of what was put in: marks of rows and files, each of
 which must turn up as a sample, on the list of bad ones, or in the counts by name. Damaged tables
-have no rows to count; their files must be named."""
+have no rows to count; their files must be named.
+"""
 
 import json
 import os

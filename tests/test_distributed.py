@@ -2,7 +2,8 @@
 on where one stopped.
 
 Processes of a group are started together and do several runs one after the other: importing torch
-is what takes the time."""
+is what takes the time.
+"""
 
 import hashlib
 import json

@@ -3,7 +3,8 @@ cheaply.
 
 Two kinds of corruption. As found: the manifest is as it was, and some byte of some file is not.
 Resealed: somebody changed a file on purpose and wrote a manifest that fits, so that only what the
-files ask for and hold can give them away."""
+files ask for and hold can give them away.
+"""
 
 import json
 import os

@@ -3,7 +3,8 @@ with the right samples.
 
 The files are made here, and what is right is known here: the pulses a file was made of, another
 parser, or the same file unharmed. They are read by a process of its own, so that a crash, a hang
-and the memory are seen."""
+and the memory are seen.
+"""
 
 import io
 import json
@@ -66,7 +67,8 @@ class File:
     of, `late` behind their own.
     near: how far they may be from it. refusal: whether that is right too; it is the only right
     thing where nothing else is given.
-    most: samples there can be."""
+    most: samples there can be.
+    """
 
     name: str
     content: bytes

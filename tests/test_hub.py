@@ -1,6 +1,7 @@
 """Zips on the hub, against a stand-in of its HTTP API on this machine: what goes up comes down, at
 any commit, with or without a network; what is not there, not allowed or of no use to others is
-refused."""
+refused.
+"""
 
 import base64
 import hashlib

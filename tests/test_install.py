@@ -2,7 +2,8 @@
 one it needs.
 
 An extra is hidden from the importer here; the slow test builds the wheel and installs it into empty
-environments."""
+environments.
+"""
 
 import dataclasses
 import json

@@ -1,6 +1,7 @@
 """Every number of every configuration: what it cannot work with is refused when it is made, in one
 sentence; what is accepted is finite, of the type that its field names and inside the limits that
-hold for files too."""
+hold for files too.
+"""
 
 import dataclasses
 import math

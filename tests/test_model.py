@@ -222,7 +222,8 @@ def test_a_zip_with_junctions_by_hand_is_the_naive_reference() -> None:
 def woken(number: int) -> Zipper:
     """One of 18 zips: families with grouped queries, learned positions and sliding windows,
     intervals of 1 to 3, both kernels, single, half and mixed precision (half towers, single links),
-    with dropout, the default and the paper's links."""
+    with dropout, the default and the paper's links.
+    """
     families = [
         {"text": "llama", "speech": "gpt2"},
         {"text": "gemma3", "speech": "mistral"},

@@ -2,7 +2,8 @@
 law must break.
 
 A mutant is a piece of source text and what stands there instead. If it is not found, the code was
-rewritten: write it anew."""
+rewritten: write it anew.
+"""
 
 import inspect
 import random

@@ -130,7 +130,8 @@ def trained(
     copy from before the first step.
 
     The pipeline that `train` returns would prove nothing: it has loaded its frozen tower from the
-    base again."""
+    base again.
+    """
     models: list[Zipper] = []
     build = training.build
 

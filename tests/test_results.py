@@ -2,7 +2,8 @@
 and from nothing else.
 
 All numbers are made up: every sentence has ten words, so that an edit more in each is ten points of
-WER."""
+WER.
+"""
 
 import json
 import random

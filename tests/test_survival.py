@@ -3,7 +3,8 @@ power, by a disk that is full.
 
 Whatever happens, a reader finds the old state or the new one, the message says what is safe, and
 the next save leaves no trace. The operations are caught on their way to the system, in this
-process; nothing in zipper knows of it."""
+process; nothing in zipper knows of it.
+"""
 
 import builtins
 import ctypes
@@ -73,7 +74,8 @@ class Disk:
 
     "stop": an exception, once. "dead": no operation works any more, as if the process were no more.
     "exit": it is no more. An errno: that error, once; EROFS: for every change from then on. None:
-    nothing fails."""
+    nothing fails.
+    """
 
     def __init__(
         self, root: Path, how: str | int | None = None, at: int = -1, exchange: bool = True

@@ -2,7 +2,8 @@
 
 Every fault is put into a model that was saved and loaded and whose gates are closed, as at birth:
 nothing of it shows until verify forces them open. Its two towers are of one shape, so that no
-mix-up is an error of shapes."""
+mix-up is an error of shapes.
+"""
 
 import copy
 import dataclasses

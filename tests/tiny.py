@@ -2,7 +2,8 @@
 follow a rule.
 
 Its "speech" is no recording of its text: every token of text is two codes, by a rule that a zip can
-learn."""
+learn.
+"""
 
 import dataclasses
 import random

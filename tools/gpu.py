@@ -9,7 +9,8 @@ that goes on too long is ended, and the next one begins. With --size tiny all of
 so that the first real run finds no typing errors.
 
 The last section goes on where an earlier call left it, if its folder (--state, runs/gpu) is still
-there."""
+there.
+"""
 
 import argparse
 import contextlib

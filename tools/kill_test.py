@@ -9,7 +9,8 @@ end must hold, byte for byte, what an undisturbed one holds. Then the next run b
 So that a start does not cost the import of torch, a process that has imported it, and has computed
 nothing, forks the training processes; each of them builds everything anew from the disk, and it is
 they who are killed. With --ranks 2 each start forks two, with the variables that torchrun gives to
-its workers (gloo). One of them or both are killed, and the rest then, as torchrun does."""
+its workers (gloo). One of them or both are killed, and the rest then, as torchrun does.
+"""
 
 import argparse
 import hashlib

@@ -2,7 +2,8 @@
 
 Rdata.rdb is data/Rdata.rdb of the R package janeaustenr 1.0.0 (MIT; the six novels, in the public
 domain, as Project Gutenberg has them). It lies in Debian's r-cran-janeaustenr: `apt-get download
-r-cran-janeaustenr`, then `dpkg-deb -x` unpacks it."""
+r-cran-janeaustenr`, then `dpkg-deb -x` unpacks it.
+"""
 
 import gzip
 import hashlib

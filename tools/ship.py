@@ -2,7 +2,8 @@
 README.md have run.
 
 The zip goes in half precision with its frozen text tower; beside it the speech tower as it was
-before alignment, for `zipper demo` to start from."""
+before alignment, for `zipper demo` to start from.
+"""
 
 import shutil
 from pathlib import Path

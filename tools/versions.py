@@ -3,7 +3,8 @@ newest (`make matrix`).
 
 constraints.txt pins all that `make setup` and the extras install; src/zipper/tried.json names the
 versions of python, torch and transformers with which tests were green. Only these two are written,
-by this file alone."""
+by this file alone.
+"""
 
 import argparse
 import json

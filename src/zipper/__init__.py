@@ -2,7 +2,8 @@
 (arXiv:2405.18669).
 
 The public names are loaded when they are first used, so that `import zipper` and `zipper --help`
-answer at once."""
+answer at once.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -72,7 +72,8 @@ def _one_voice() -> Iterator[None]:
     ours, or of CUDA, is one line.
 
     Only here, and only while a command runs: who imports zipper keeps his settings, and those of
-    the environment and of -W hold."""
+    the environment and of -W hold.
+    """
     for library in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):

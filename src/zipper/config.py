@@ -2,7 +2,8 @@
 it runs.
 
 Nothing here holds a tensor. Links are named by `LinkKey`; `Route` is the one place that walks the
-schedule of a zip."""
+schedule of a zip.
+"""
 
 import dataclasses
 import math
@@ -50,7 +51,8 @@ class LinkKey(NamedTuple):
 class Adapter:
     """Settings of an adapter that a zip can keep: those of peft's LoraConfig that import no module,
     name no file and leave the base as it is. Others that peft knows are refused, and so are those
-    by which an adapter would do nothing."""
+    by which an adapter would do nothing.
+    """
 
     r: int = 8
     lora_alpha: float = 8.0
@@ -234,7 +236,8 @@ def limit(
     """The cap on a produced segment of a tower that was made for `room` positions.
 
     given: tokens that each tower has had so far. wanted: what the user asks for, granted where the
-    tower can still read so many. Raises ZipperError where it can read no more at all."""
+    tower can still read so many. Raises ZipperError where it can read no more at all.
+    """
     left = room - given.get(tower, 0) - 2
     if left < 1:
         raise ZipperError(
@@ -253,7 +256,8 @@ def default_limit(own: float, given: Mapping[str, tuple[int, float]], room: int)
     make likely, plus 16.
 
     own: usual tokens of a segment of this tower. given: {tower: (tokens so far, usual tokens of its
-    segment)}; 0 = unknown. room: what the tower can still read."""
+    segment)}; 0 = unknown. room: what the tower can still read.
+    """
     ratios = [tokens * own / usual if own and usual else tokens for tokens, usual in given.values()]
     return max(1, min(math.ceil(3 * max(ratios, default=own or 64)) + 16, room))
 

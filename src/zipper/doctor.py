@@ -2,7 +2,8 @@
 tried, does it work?
 
 A missing extra, compiler or GPU is no fault; what is installed and does not work is. torch and
-transformers are imported only where they are examined, since they may be what is broken."""
+transformers are imported only where they are examined, since they may be what is broken.
+"""
 
 import dataclasses
 import os

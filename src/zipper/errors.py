@@ -1,7 +1,8 @@
 """The one error that means: the user gave something that cannot work.
 
 Topmost in the import order, so that every file may raise it. It knows nothing of what was given;
-the sentence does."""
+the sentence does.
+"""
 
 
 class ZipperError(ValueError):

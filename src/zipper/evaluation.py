@@ -2,7 +2,8 @@
 text.
 
 Rates, intervals, floors and significance are functions of texts alone: whether a model, a judge or
-an oracle wrote them is the caller's business. It knows no model, no units and no corpus."""
+an oracle wrote them is the caller's business. It knows no model, no units and no corpus.
+"""
 
 import math
 import random
@@ -48,7 +49,8 @@ class ErrorRate:
     which says nothing about how rare errors are. exact: share of utterances without a word error.
     normaliser: the one of both texts. counted: what `wer` calls a
     word: in scripts that write no spaces (Chinese, Japanese, Thai) a character, so that it is a
-    character error rate there."""
+    character error rate there.
+    """
 
     wer: float
     low: float
@@ -80,7 +82,8 @@ def lines(
 
     A reference without a letter or digit says that nobody speaks: every word heard there is an
     insertion. Raises ZipperError if there is nothing to compare, the numbers differ, no reference
-    has a word, or the normaliser takes all of one away."""
+    has a word, or the normaliser takes all of one away.
+    """
     jiwer = extra("jiwer")
     if not references or len(references) != len(hypotheses):
         raise ZipperError(
@@ -166,7 +169,8 @@ class Difference:
     is better.
 
     low, high: 95 % interval by bootstrap over the same utterances for both. p: two-sided Wilcoxon
-    signed-rank test over the utterances' own error rates, as in the paper (sec. 4.1)."""
+    signed-rank test over the utterances' own error rates, as in the paper (sec. 4.1).
+    """
 
     wer: float
     low: float
@@ -222,7 +226,8 @@ def floor_template(references: Sequence[str], templates: Sequence[int], seed: in
     alone can do.
 
     A sentence that is the only one of its template gets one drawn from all. Raises ZipperError if
-    all sentences are the same."""
+    all sentences are the same.
+    """
     chance = random.Random(seed)
     siblings = defaultdict(list)
     for text, template in zip(references, templates, strict=True):
@@ -264,7 +269,8 @@ class Judge:
     White noise 41 dB under the speech is what makes it hear: a synthetic voice pauses in exact
     zeros, which the acoustic model never met. A decoder lives for one utterance, because one that
     is used again carries statistics over even when they are reset: the same sound gives the same
-    text whatever came before."""
+    text whatever came before.
+    """
 
     language_model: str
     dictionary: str
@@ -357,7 +363,8 @@ def arpa(sentences: Sequence[str], order: int = 2) -> str:
     Witten-Bell (Witten and Bell 1991), interpolated: after a history seen C times with T different
     successors, p(w) = (c(w) + T q(w)) / (C + T), where q is the model one word shorter; the
     back-off weight is T / (C + T), so each history's probabilities add up to 1. Raises ZipperError
-    if no sentence has a word."""
+    if no sentence has a word.
+    """
     rows = [
         ("<s>", *words, "</s>")
         for words in (normalise(sentence, JUDGE_NORMALISER).split() for sentence in sentences)

@@ -5,7 +5,8 @@ A request reads what is given, then produces segment after segment in a given or
 3.2). It is written as
 if it were alone: a generator that says what it wants to read and is sent the logits behind it. The
 engine collects what all of them want, has it read in one step, and hands out the answers
-(continuous batching: Orca, OSDI 2022). Nothing here knows how a model reads."""
+(continuous batching: Orca, OSDI 2022). Nothing here knows how a model reads.
+"""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -207,7 +208,8 @@ class Engine:
     A request holds a row while it has something to read. One that waits to be fed (`Request.more`)
     gives its row to others and keeps what it has read; once it is fed, it takes the next row that
     is free, before all that were submitted after it. So whoever does nothing keeps nobody waiting,
-    and nobody waits for ever: what came before reads no more than its towers have room for."""
+    and nobody waits for ever: what came before reads no more than its towers have room for.
+    """
 
     def __init__(self, model: Model, reader: Reader, rows: int = 8) -> None:
         """reader: how to read the model (`zipper.fast.engine` takes the fastest that knows it).
@@ -234,7 +236,8 @@ class Engine:
     def step(self) -> bool:
         """Every request with a row reads once; those that end, or wait to be fed, make room for
         others. Returns
-        whether anything was read: False while all wait to be fed."""
+        whether anything was read: False while all wait to be fed.
+        """
         self._running = [row for row in self._running if not row.answer.done]
         self._waiting = [row for row in self._waiting if not row.answer.done]
         ready = [row for row in self._waiting if row.ready]
@@ -276,7 +279,8 @@ class Engine:
 
         A segment that hits its limit is closed and returned with ended=False. A prompt behind which
         a tower has no room for a segment gets it and those after it empty, with ended=False; a
-        ZipperError where that is so for all."""
+        ZipperError where that is so for all.
+        """
         plan = planned(outputs)
         if not plan or not prompts:
             raise ZipperError(

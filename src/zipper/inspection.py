@@ -65,7 +65,8 @@ def attention(
 class Activity:
     """How much one link adds. attention, feedforward: gates after the tanh. share: |added| /
     |state|, the mean over the tokens of the target that see something. seen: how many those were;
-    where there were none the share says nothing."""
+    where there were none the share says nothing.
+    """
 
     attention: float
     feedforward: float | None
@@ -132,7 +133,8 @@ def samples(
 ) -> dict[str, str | Audio]:
     """What a model, in eval mode, makes of encoded rows: {"TASK/ROW/given TOWER", ".../wanted
     TOWER", ".../made TOWER": text or sound}. Greedy, so it repeats. Raises ZipperError for rows
-    that lack what a task wants."""
+    that lack what a task wants.
+    """
     found: dict[str, str | Audio] = {}
     for task in tasks:
         produced = pipeline.run_batch([task.prompt(row) for row in rows], task.outputs)

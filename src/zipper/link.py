@@ -2,7 +2,8 @@
 
 A link is gated cross-attention from a source tower's hidden states into a target tower's stream,
 then a gated feed-forward (Zipper, arXiv:2405.18669, sec. 3; the gates are Flamingo's,
-arXiv:2204.14198). It sees tensors and a mask; it knows nothing of modalities, tokens or time."""
+arXiv:2204.14198). It sees tensors and a mask; it knows nothing of modalities, tokens or time.
+"""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -101,7 +102,8 @@ def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
 def _flex(compiled: bool) -> Any:
     """FlexAttention (arXiv:2412.05496); uncompiled it is slow, and only good to compare with.
     Compiled for any lengths: batches differ in all of them, and torch.compile gives a function up
-    for good after eight versions."""
+    for good after eight versions.
+    """
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
@@ -119,7 +121,8 @@ class InputProjection(nn.Module):
     h^0 = ReLU(MLP(embed))).
 
     `paper` is that formula, which replaces the embeddings; `residual` is h + MLP(h) with a last
-    layer of zeros, so that the model starts as its towers."""
+    layer of zeros, so that the model starts as its towers.
+    """
 
     def __init__(self, width: int, kind: InputKind, depth: int = 3) -> None:
         super().__init__()
@@ -223,7 +226,8 @@ class Link(nn.Module):
         A frozen LM keeps words that mean the same to it (the digits, say) close together; along
         those directions a link learns many times slower than along others (docs/log.md). A fixed
         affine map gives every direction the same variance, and the projection is multiplied by its
-        inverse."""
+        inverse.
+        """
         first = self.projection[0] if isinstance(self.projection, nn.Sequential) else None
         if not isinstance(first, nn.Linear):
             raise ZipperError(
@@ -272,7 +276,8 @@ class Link(nn.Module):
     ) -> Float[Tensor, "batch target width"]:
         """What the link adds to x: tanh(a) * attend(x) and, on top of it, tanh(b) * ffw. A row of
         the mask with nothing visible gets exactly 0 from both, forwards and backwards. blocks:
-        `block_mask(mask)`, to attend by FlexAttention."""
+        `block_mask(mask)`, to attend by FlexAttention.
+        """
         visible = mask.any(-1, keepdim=True)
         x_in = x.to(self.query.weight.dtype)
         query = self._query(x_in, position)

@@ -2,7 +2,8 @@
 
 This is the core of the paper (Zipper, arXiv:2405.18669, sec. 3). Training, the full forward and
 cached decoding are the same loop; decoding passes a `State`. It knows towers, links and times; it
-knows nothing of segments or files."""
+knows nothing of segments or files.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,8 @@ class Sight:
     """What strands see of one another in one pass.
 
     masks: by (source, target), only where anything is visible. blocks: the same as FlexAttention
-    wants it, if it is used."""
+    wants it, if it is used.
+    """
 
     masks: Mapping[Pair, Bool[Tensor, "batch target source"]]
     blocks: Mapping[Pair, BlockMask]
@@ -171,7 +173,8 @@ def _exchange(
     from the old one.
 
     Several sources add up. A pair in which nothing is visible is skipped, which is exact: it would
-    add 0 everywhere."""
+    add 0 everywhere.
+    """
     for key in (key for stop in halt for key in stop.shows):
         if key.source in strands and key.target in state.towers:
             state.unread[key] = (*state.unread.get(key, ()), hidden[key.source])
@@ -211,7 +214,8 @@ def _projected(
     """Embeddings through the input projection (paper: h^0 = ReLU(MLP(embed))), but for documents
     that no other tower
     reads: these take the unimodal path. A cached plan of several towers is multi-modal
-    throughout."""
+    throughout.
+    """
     if cached:
         fused = torch.ones_like(strands[name].ids, dtype=torch.bool)
     else:

@@ -28,7 +28,8 @@ def nll(
     head: states [tokens, width] -> logits [tokens, vocabulary], of each token by its own state
     alone. Where these would be more than MOST, they are made in pieces that do not outlive one
     another. A frozen head costs no more for it: each piece is turned into the gradient of its
-    states at once. A head that learns makes its logits a second time in the backward."""
+    states at once. A head that learns makes its logits a second time in the backward.
+    """
     rows = max(1, MOST // vocabulary)
     if len(targets) <= rows:
         return _whole(head, hidden, targets)
@@ -52,7 +53,8 @@ def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 class _Frozen(torch.autograd.Function):
     """`_whole` by a head that does not learn. A token's loss depends on its own state alone, so its
     gradient for any loss on top is this one's times a number: no logits need to be kept or made
-    again."""
+    again.
+    """
 
     @staticmethod
     def forward(ctx: Any, head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

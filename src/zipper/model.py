@@ -2,7 +2,8 @@
 loaded as a folder.
 
 This file is a facade: what is computed stands in `lockstep`, how is generated in `generation`, what
-lies on disk in `saving.zips`."""
+lies on disk in `saving.zips`.
+"""
 
 import dataclasses
 import re
@@ -104,7 +105,8 @@ class Zipper(nn.Module):
         seed: of the new parameters.
 
         Raises ZipperError: unknown names, junctions that do not fit, a tower that cannot be run
-        part way."""
+        part way.
+        """
         if preset not in ("default", "paper"):
             raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
         check_seed(seed)
@@ -215,7 +217,8 @@ class Zipper(nn.Module):
 
         All rows follow the plan: where it names several towers, every row takes the multi-modal
         path, also one that has read a single tower so far. The self-attention caches in `state` are
-        extended in place, so a state is stepped from once."""
+        extended in place, so a state is stepped from once.
+        """
         if foreign := sorted(strands.keys() - {*state.towers}):
             raise ZipperError(
                 f"The towers {foreign} are not in this plan; start one that names them, beside "
@@ -257,7 +260,8 @@ class Zipper(nn.Module):
 
         segments: contents are ids without begin and end. limits: {tower: most tokens per segment};
         default from the input. For many inputs see `zipper.generation.generate`, for speed
-        `zipper.fast.engine`."""
+        `zipper.fast.engine`.
+        """
         return generate(self, [segments], outputs, sampling or Sampling(), limits)[0]
 
     def ends(self) -> dict[str, Ends]:
@@ -322,7 +326,8 @@ class Zipper(nn.Module):
 
         include: frozen towers to copy into the folder as well; one that lies in it already stays.
         record: anything JSON to keep beside it (how it was trained). The folder appears whole and
-        such as can be loaded, or not at all; an older zip in its place is replaced."""
+        such as can be loaded, or not at all; an older zip in its place is replaced.
+        """
         with checkpoint.whole(Path(folder), self.prove) as temporary:
             self.write(temporary, {*include, *self.inside(Path(folder))}, record)
             (temporary / checkpoint.CARD).write_text(
@@ -360,7 +365,8 @@ class Zipper(nn.Module):
         dtype: of all other parts; default as saved.
 
         Raises ZipperError when a file is damaged or a base is not the one that the zip was trained
-        on (hashes are compared); allow_mismatch makes the second a warning."""
+        on (hashes are compared); allow_mismatch makes the second a warning.
+        """
         opened = zips.open_zip(source, towers or {}, allow_mismatch, revision)
         return cls.assemble(opened.folder, opened.towers, opened.config, dtype, opened.shared)
 

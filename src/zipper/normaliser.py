@@ -2,7 +2,8 @@
 beside the result.
 
 Rates under different normalisers do not compare. Nothing here knows a language; what a script is,
-`unicodedata` says."""
+`unicodedata` says.
+"""
 
 import re
 import unicodedata
@@ -71,7 +72,8 @@ def _is_mark(character: str) -> bool:
 def _unicode_words(text: str) -> str:
     """Letters, marks and digits of any script, without case (ß as ss) and in one form, and
     apostrophes inside words; all else is a space. Accents stay: they tell words apart in most
-    languages. No spaces beside the letters of scripts that write none."""
+    languages. No spaces beside the letters of scripts that write none.
+    """
     # Caseless by compatibility, as Unicode defines it (section 3.13, D146).
     plain = unicodedata.normalize("NFD", text.translate(_APOSTROPHES)).casefold()
     plain = unicodedata.normalize("NFKD", plain).casefold()

@@ -137,7 +137,8 @@ class Pipeline:
 
         towers: where a base lies now. dtype: of the weights in memory; None = as saved. Raises
         ZipperError for a damaged file, a foreign base, tokenizer or codebook; allow_mismatch makes
-        a foreign one a warning."""
+        a foreign one a warning.
+        """
         local = hub.fetch(SHIPPED if source is None else source, revision)
         folder, recalled, quick = local.folder, None, not towers and proofs.wanted()
         model: Any
@@ -244,7 +245,8 @@ class Pipeline:
         one raw segment per item of `outputs`, in that order.
 
         A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default
-        derived from the input."""
+        derived from the input.
+        """
         return self.run_batch([segments], outputs, sampling, limits)[0]
 
     def run_batch(
@@ -259,7 +261,8 @@ class Pipeline:
         Where all that is given is sound in which nothing is said, what comes out is empty.
 
         On a CPU a zip of up to `FAST_BYTES` of weights is laid out for speed, which holds them
-        twice more."""
+        twice more.
+        """
         prompts = [self._prompt(segments) for segments in batch]
         plan = [self._encoded(item) if isinstance(item, Segment) else item for item in outputs]
         spoken = [prompt for prompt in prompts if prompt is not None]
@@ -303,7 +306,8 @@ class Pipeline:
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
         """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where
         nothing is said. Raises ZipperError for what is no sound, of no length, or not of one
-        channel; see `Audio` and `audio.read`."""
+        channel; see `Audio` and `audio.read`.
+        """
         return self.hear(speech).text
 
     def hear(self, speech: Audio | str | Path | bytes) -> Transcript:

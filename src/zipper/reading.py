@@ -2,7 +2,8 @@
 
 A `Reader` is what generation goes by. `Stepwise` is the one for every model: it goes by the model's
 own steps, the sequences being rows of one batch. `zipper.fast` has a faster one for the towers that
-it knows. Nothing here knows how a model works inside, nor what is read."""
+it knows. Nothing here knows how a model works inside, nor what is read.
+"""
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +66,8 @@ class Reader(Protocol):
 
         The tokens are later than all that the sequence has read before, so they see all of it.
         Where it reads several towers in one step, their tokens stand at the same times and do not
-        see each other (`strand.visible`)."""
+        see each other (`strand.visible`).
+        """
 
 
 @dataclass(eq=False)
@@ -73,7 +75,8 @@ class Walk:
     """One sequence that is read step by step.
 
     time: of its next token. position: of the next token of each tower. group: where its state is;
-    row: which row of it."""
+    row: which row of it.
+    """
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -88,7 +91,8 @@ class _Group:
     """Sequences of one plan whose states are the rows of one state.
 
     walks: by row; a row whose walk is gone goes on as padding. behind: by tower, rows that end in
-    padding there."""
+    padding there.
+    """
 
     state: Any
     walks: list["weakref.ref[Walk]"] = field(default_factory=list)
@@ -123,7 +127,8 @@ class Stepwise:
     """Reads by the model's own `step`: for every model, and what faster readers are compared with.
 
     Sequences of one plan that are first read together share a state, whose rows they are, and go on
-    in common steps."""
+    in common steps.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -186,7 +191,8 @@ class Stepwise:
         tokens.
 
         Only where a tower has read nothing yet may the numbers differ: a row is padded on its left,
-        never inside."""
+        never inside.
+        """
         steps: dict[tuple[Any, ...], list[Walk]] = {}
         for walk, towers in wanted.items():
             lengths = []

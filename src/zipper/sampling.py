@@ -1,6 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, and rules on what a segment may
 say. Every row has its own random stream, so that what is drawn for it does not depend on its
-neighbours in a batch."""
+neighbours in a batch.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Sampling:
     from what the tower would say alone towards what it says having seen the others, in
     log-probabilities (classifier-free guidance, arXiv:2306.17806); 1 = no further than the model
     goes, 2 often helps text to speech, at the cost of the tower once more. A plan of one tower has
-    no others, and is not guided."""
+    no others, and is not guided.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -82,7 +84,8 @@ class Rules:
     is multiplied by it, 1 = let be (the penalty of CTRL, arXiv:1909.05858, on log-probabilities,
     which are never positive). period, repeats: a segment that ends in the same 1 to `period` ids so
     many times is closed: speech units that loop go on for ever. 0 = loops are let be; a long
-    silence is a loop too."""
+    silence is a loop too.
+    """
 
     allowed: Allowed | None = None
     repetition: float = 1.0
@@ -130,7 +133,8 @@ class Search:
     segments after it see.
     length_power: a hypothesis of n tokens, its end included, is ranked by log-probability / ((5 +
     n) / 6) ** length_power (GNMT, arXiv:1609.08144, eq. 14); 0 = by log-probability, which favours
-    short ones."""
+    short ones.
+    """
 
     width: int = 4
     best: int = 1

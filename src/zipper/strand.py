@@ -2,7 +2,8 @@
 
 A segment begins with its tower's begin token and ends with its end token. Segments of one sample
 follow each other in one linear sequence; every token's rank in it is its time. Nothing here knows
-what the ids mean."""
+what the ids mean.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Segment:
 
     tower: the tower that reads or writes it.
     content: token ids without begin and end (model), or raw data such as a string, an `Audio` or a
-    path (`Pipeline`)."""
+    path (`Pipeline`).
+    """
 
     tower: str
     content: Any
@@ -62,7 +64,8 @@ class Ends(NamedTuple):
 def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]:
     """The content of a segment, a sequence or array of ids, as a list of its own. Raises a
     ZipperError for what is none: numbers that are not whole, ids that the tower does not know, and
-    its begin and end, which the model itself puts around a segment."""
+    its begin and end, which the model itself puts around a segment.
+    """
     if isinstance(content, str | bytes) or not isinstance(content, Sequence | np.ndarray | Tensor):
         raise ZipperError(
             f"A segment of {tower!r} holds a {type(content).__name__}; a list of ids was wanted."
@@ -102,7 +105,8 @@ class Strand:
     ids: tokens, within the vocabulary also in padding. position: rank among this tower's own tokens
     of the document, its rotary or learned position. time: rank in the document's interleaved
     sequence of all towers. document: which sample of a packed row. Within a tower a slot reads
-    itself and those before it of the same document."""
+    itself and those before it of the same document.
+    """
 
     ids: Int[Tensor, "batch length"]
     position: Int[Tensor, "batch length"]
@@ -179,7 +183,8 @@ def collate(
 
     left: pad on the left (generation) instead of the right. packed: rows as lists of sample
     indices, several samples (documents) in one row; default one sample per row. Position and time
-    count from 0 in every document."""
+    count from 0 in every document.
+    """
     rows = [[i] for i in range(len(samples))] if packed is None else [list(r) for r in packed]
     names = list(dict.fromkeys(segment.tower for sample in samples for segment in sample))
     length = {

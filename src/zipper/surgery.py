@@ -3,7 +3,8 @@ operated on is not changed.
 
 What is kept is kept bit for bit; what has to be born again starts closed (gates 0): until it is
 trained, a new tower that hears only such links says what it says alone. Frozen towers are shared by
-the old zip and the new one, all that learns is copied."""
+the old zip and the new one, all that learns is copied.
+"""
 
 import copy
 import dataclasses
@@ -60,7 +61,8 @@ class Change:
 class Fate:
     """What became of a link or an input projection that touches a swapped tower. was, name: in the
     old zip and in the new one, "" where its junction is gone. kept: parts as they were. reborn:
-    part -> why; if there are any, the gates are closed."""
+    part -> why; if there are any, the gates are closed.
+    """
 
     was: str
     name: str
@@ -72,7 +74,8 @@ class Fate:
 class SwapReport:
     """What `swap` did. junctions: (before, after), None for one that is gone. fates: of all that
     touches a swapped tower; every other link is as it was, only the number of its junction may be
-    another."""
+    another.
+    """
 
     towers: Mapping[str, Change]
     junctions: tuple[tuple[Junction, Junction | None], ...]
@@ -137,7 +140,8 @@ def swap(
     relative with as many ids. seed: of what is born again.
 
     Raises ZipperError: unknown names, a tower that cannot be run part way or has no room for a
-    junction."""
+    junction.
+    """
     check_seed(seed)
     for option, names, known in (
         ("swap", towers, model.config.towers),
@@ -246,7 +250,8 @@ def swap_pipeline(
     """`swap` with the modalities of the new towers, which say how segments begin and end. A tower
     that `modalities` does not name
     keeps the old one, which must be its own too: a ZipperError where ids, ends or pins say that it
-    is not."""
+    is not.
+    """
     given = dict(modalities or {})
     if unknown := sorted({*given} - {*towers}):
         raise ZipperError(
@@ -287,7 +292,8 @@ def kinship(old: Tower, new: Tower) -> float:
     in width, depth or family.
 
     Towers that were trained apart are orthogonal, however alike their shapes; one that was trained
-    on stays close to what it was."""
+    on stays close to what it was.
+    """
     before, after = old.base(), new.base()
     if old.width != new.width or before.keys() != after.keys():
         return 0.0
@@ -350,7 +356,8 @@ def losses(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, f
 def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
     """What each link is worth: how much `losses`, summed over tasks, grow if that link alone is not
     there. Look at it before you
-    prune: a link with a small share may be worth much (docs/log.md)."""
+    prune: a link with a small share may be worth much (docs/log.md).
+    """
     trial, whole = (
         copy.copy(model),
         sum(losses(model, samples).values()),
@@ -419,7 +426,8 @@ def _towers(model: Zipper, without: Container[str] = ()) -> dict[str, Tower]:
 def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction | None]:
     """Junctions at the same share of each new depth: rising, distinct, never after the last block.
     Where a tower has too few blocks it leaves some junctions, evenly; a junction of fewer than two
-    towers is None."""
+    towers is None.
+    """
     moved = [dict(junction) for junction in junctions]
     for name, change in changes.items():
         mine = [junction for junction in moved if name in junction]
@@ -460,7 +468,8 @@ def _graft(
     stands between two that are born again. If only one of the two is, it stays: a new projection
     can learn to land where the old keys read, as a new query can learn to ask what they answer.
     Both gates get `gate` if anything is born again, also that of a feed-forward that stays, for it
-    reads what attention adds."""
+    reads what attention adds.
+    """
     held, made = old.state_dict(), new.state_dict()
     why = {}
     for key, tensor in made.items():

@@ -48,7 +48,8 @@ def tiny_tower(
     width: of its hidden states, a multiple of 8. window: tokens that sliding-window layers see
     (mistral: all layers,
     gemma3: all but every third). positions: longest row. Every parameter is moved off its initial
-    value, so that no norm is the identity and no bias 0."""
+    value, so that no norm is the identity and no bias 0.
+    """
     model_type, special = _FAMILIES[family]
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,

@@ -2,7 +2,8 @@
 
 How a model is run part way is the driver's business. This file says what a tower reads and what it
 has read, and compares with the model's own logits: what cannot be run bit for bit is refused, never
-guessed. It knows nothing of modalities, links or other towers."""
+guessed. It knows nothing of modalities, links or other towers.
+"""
 
 import hashlib
 import warnings
@@ -34,7 +35,8 @@ class Past:
 
     A forward with a past appends to it: `Tower.start` replaces `document` and `position`, then each
     block appends to `cache` in place. Sliding-window layers keep every slot too, so that slots can
-    be gathered alike in every layer."""
+    be gathered alike in every layer.
+    """
 
     def __init__(self) -> None:
         from transformers import DynamicCache
@@ -112,7 +114,8 @@ class Tower(nn.Module):
 
     layers: number of blocks. width: of the hidden states between them. vocabulary: number of ids.
     rows: the most that it can read of ROWS, else there is a ZipperError. revision: the commit of
-    the hub that it was loaded from, "" where it came from elsewhere."""
+    the hub that it was loaded from, "" where it came from elsewhere.
+    """
 
     def __init__(self, model: PreTrainedModel, revision: str = "") -> None:
         super().__init__()
@@ -150,7 +153,8 @@ class Tower(nn.Module):
         has none, and it is not looked at.
 
         Runs no remote code and reads no pickle. Raises ZipperError where there is no such model,
-        UnsupportedTower where there is one that the driver cannot run."""
+        UnsupportedTower where there is one that the driver cannot run.
+        """
         if in_memory(source):
             if dtype not in (None, source.dtype):
                 raise ZipperError(
@@ -284,7 +288,8 @@ class Tower(nn.Module):
         positions, dropout.
 
         Towers that read no left padding need the past of rows that go on; to others it makes no
-        difference."""
+        difference.
+        """
         return self.way.embed(self._reading(strand, past))
 
     def start(
@@ -324,7 +329,8 @@ class Tower(nn.Module):
         padded and packed rows to
         those documents alone: the matrices have other shapes there. Runs in eval mode, restores the
         training mode of every module, and leaves the global random state alone. Windows of more
-        than 256 tokens are not reached. Raises UnsupportedTower."""
+        than 256 tokens are not reached. Raises UnsupportedTower.
+        """
         with evaluating(self), torch.no_grad():
             proof = Proof(self)
             proof.prove(proof.sample(seed))
@@ -336,7 +342,8 @@ class Tower(nn.Module):
         settings: of peft's LoraConfig, e.g. {"r": 8, "target_modules": ["q_proj", "v_proj"]}. The
         function does not change at birth. An adapted tower keeps the adapter that it has; settings
         other than that one's are a ZipperError, as unknown ones. Returns the settings, with a word
-        such as "all-linear" as the modules that it stands for here."""
+        such as "all-linear" as the modules that it stands for here.
+        """
         peft = extra("peft")
         adapted = getattr(self.model, "peft_config", None)
         try:
@@ -388,7 +395,8 @@ class Tower(nn.Module):
 
         Unlike `digest` it leaves out what transformers computes when it loads a model: rotary
         frequencies may differ in their last bits from machine to machine, and some grow with the
-        longest row that was read. Adapters (LoRA) are left out."""
+        longest row that was read. Adapters (LoRA) are left out.
+        """
         return fingerprint(self.base(), dtype)
 
     def base(self) -> dict[str, Tensor]:

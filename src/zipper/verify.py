@@ -3,7 +3,8 @@
 Nothing is assumed of how it was trained, of its towers or of what its ids mean. All but the frozen
 tensors is tried on a model that
 shares the towers but whose links and input projections are wide awake: a closed gate hides every
-fault behind it."""
+fault behind it.
+"""
 
 import copy
 import dataclasses
@@ -65,7 +66,8 @@ def verify(
 
     bases: where the bases of frozen towers lie: the tensors that differ are named, and a tower is
     held against its base also where it was turned into a smaller dtype than it was pinned in, which
-    changes its hash. Raises ZipperError where a tower can read too few tokens to be tried."""
+    changes its hash. Raises ZipperError where a tower can read too few tokens to be tried.
+    """
     training = model.training
     model.eval()
     try:
@@ -454,7 +456,8 @@ def _definition(
 ) -> dict[str, Float[Tensor, "1 length vocabulary"]]:
     """Logits of one sample by the definition of a zip (sec. 3), without mask, cache, batch,
     padding: at each junction a token reads the states that the earlier tokens of other towers had
-    just before it. A sample of one tower is that tower's alone."""
+    just before it. A sample of one tower is that tower's alone.
+    """
     if len(strands) == 1:
         return {name: _bare(model, name, strand.ids, {}) for name, strand in strands.items()}
     towers = {name: _tower(model, name) for name in strands}
@@ -599,7 +602,8 @@ def _closed(trial: _Trial, order: Sequence[str]) -> Found:
 class _Recorder:
     """A model that writes down what generation has it read and what it says. With `random` it now
     and then wants to end a segment: a model that never ends by itself, or always does, would hide
-    faults."""
+    faults.
+    """
 
     def __init__(self, model: Zipper, random: torch.Generator | None = None) -> None:
         self.model = model

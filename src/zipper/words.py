@@ -1,7 +1,8 @@
 """Words of a transcript: how sure the model was of each, and when it was said.
 
 Times come from the cross-attention: the path through it that both modalities walk forwards, as
-Whisper's word times (arXiv:2212.04356) do. Nothing here knows how ids become sound."""
+Whisper's word times (arXiv:2212.04356) do. Nothing here knows how ids become sound.
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ from zipper.strand import Segment, collate
 class Word:
     """A word. confidence: the probability that the model gave to its tokens together, given what
     came before. start, stop: tokens of the source between which it was said, None where nobody
-    asked."""
+    asked.
+    """
 
     text: str
     confidence: float
@@ -82,7 +84,8 @@ def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
     [start, stop) on it.
 
     A source that all targets look at (a pause, the end) says nothing, so that each is measured by
-    its own mean and spread."""
+    its own mean and spread.
+    """
     gain = np.asarray(
         (looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64
     )

@@ -3,7 +3,8 @@ some.
 
 A fresh process imports the script that runs, as Python's `spawn` wants it, and a script without a
 main guard would begin again in each of them. So its work stays in its own process, and it is told
-why. This file knows nothing of what is done."""
+why. This file knows nothing of what is done.
+"""
 
 import ast
 import multiprocessing
@@ -41,7 +42,8 @@ def spread(
     No more items are taken than keep everyone busy. The work is done in this process where there is
     no second chunk, for one worker, inside a worker of others, and in a script without a main
     guard, which is warned. Raises ZipperError if a process ends before its work is done; none is
-    started again."""
+    started again.
+    """
     items = iter(items)
     first = [part for _ in range(2 if workers > 1 else 0) if (part := list(islice(items, chunk)))]
     if len(first) < 2 or not _may_start():

@@ -4,7 +4,8 @@ that it is shown.
 A formant synthesiser sounds unlike the people that the model was made of. Where the vocabulary is
 open, the judge then mishears every fourth word of true speech and says little about produced
 speech. Nothing here knows of corpora or units: the caller decides what is shown, which must never
-be what is judged."""
+be what is judged.
+"""
 
 import shutil
 import struct
@@ -45,7 +46,8 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
     said: texts and their sound; 200 are enough, 0.1 s each. Maximum a posteriori estimation of the
     means (Gauvain and Lee 1994) by one alignment, all Gaussians of a phone's codebook equally
     likely before. What pocketsphinx cannot align is passed over. Raises ZipperError if that is
-    everything, or for words without a pronunciation."""
+    everything, or for words without a pronunciation.
+    """
     source, folder = Path(extra("pocketsphinx").get_model_path("en-us/en-us")), Path(folder)
     means, variances = (
         _gaussians(source / "means"),

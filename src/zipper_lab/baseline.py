@@ -4,7 +4,8 @@ arXiv:2405.18669, sec. 4).
 A pre-trained tower gets more ids in its vocabulary, one block of them for each other modality, and
 all of it is trained. From
 outside it looks like a zip: strands in, states of each modality out, every modality's ids counted
-from 0. Nothing here knows how it is trained, nor what the ids mean."""
+from 0. Nothing here knows how it is trained, nor what the ids mean.
+"""
 
 import copy
 import dataclasses
@@ -47,7 +48,8 @@ TOLERANCE = 1e-4
 class BaselineConfig:
     """What a baseline knows of its modalities. towers: the first is the pre-trained one, the others
     are blocks of ids behind its vocabulary, in this order. `vocabulary` counts a modality's own
-    ids; width and layers are those of the one decoder."""
+    ids; width and layers are those of the one decoder.
+    """
 
     towers: dict[str, TowerConfig]
     junctions: tuple[dict[str, int], ...] = ()  # a single decoder has none
@@ -120,7 +122,8 @@ class Baseline(nn.Module):
     `from_pretrained`; use it like a `Zipper`.
 
     There is one vocabulary and in training one softmax over it (`nll`). Which modality comes next
-    is part of the plan, in generation too, so `unembed` gives the logits of one modality's ids."""
+    is part of the plan, in generation too, so `unembed` gives the logits of one modality's ids.
+    """
 
     def __init__(self, tower: Tower, config: BaselineConfig) -> None:
         super().__init__()
@@ -166,7 +169,8 @@ class Baseline(nn.Module):
 
         parameters: how many the whole is to have, for a comparison at equal size, to the nearest
         neuron: the feed-forwards get more neurons, which nothing reads yet. Raises ZipperError:
-        names or ids that do not fit, a tower that cannot be extended."""
+        names or ids that do not fit, a tower that cannot be extended.
+        """
         check_seed(seed)
         if len(tower) != 1 or tower.keys() & added.keys():
             raise ZipperError(
@@ -307,7 +311,8 @@ class Baseline(nn.Module):
     def limit(self, tower: str, given: Mapping[str, int], wanted: int | None = None) -> int:
         """The cap on a produced segment, from the tokens of each modality so far; `wanted` where
         there is room for so many. Raises ZipperError where there is none at all: all modalities
-        share the decoder's positions."""
+        share the decoder's positions.
+        """
         room = _positions(self._decoder) - sum(given.values()) - 2
         if room < 1:
             raise ZipperError(
@@ -453,7 +458,8 @@ class Baseline(nn.Module):
         A token's position in the stream is its time. Documents of a packed row mix; the mask keeps
         them apart. Columns that are padding in all rows are left out; the rest of the padding is on
         the left while decoding, where the cache is cheapest, else on the right, where no row of a
-        causal mask is empty."""
+        causal mask is empty.
+        """
         ids = torch.cat([strand.ids + self._shift(name) for name, strand in strands.items()], 1)
         document = torch.cat([strand.document for strand in strands.values()], 1)
         valid = document >= 0

@@ -1,6 +1,7 @@
 """The main job, end to end on the built-in corpus: towers -> zip -> alignment on pairs -> speech to
 text and text to speech -> evaluation -> report. Also the evaluation of any saved model on that
-corpus, for `zipper evaluate`."""
+corpus, for `zipper evaluate`.
+"""
 
 import dataclasses
 import json
@@ -85,7 +86,8 @@ def demo(
     report.html into `output`.
 
     Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of
-    report.json."""
+    report.json.
+    """
     need("speech", "train")  # what is needed at the end should not be missed there
     if (output / "run").exists():
         shutil.rmtree(output / "run")
@@ -182,7 +184,8 @@ def evaluate(
     and floor; and samples to hear.
 
     rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by
-    its units. robust: ASR also under everything in `disturbance.TABLE`."""
+    its units. robust: ASR also under everything in `disturbance.TABLE`.
+    """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
     floor = floor_template(texts, [row["template"] for row in rows])
     scores: dict[str, list[Score]] = {"asr": [], "tts": []}

@@ -4,7 +4,8 @@ reproduce`.
 A cell is one joint training on both tasks and its evaluation. Everything is a job: preparing a
 corpus, pre-training a tower, searching a learning rate, a cell. A job is one process with one
 thread that writes one JSON file, named after the hash of all that decides its content; a job whose
-file is there is not run again. What the numbers mean is none of this file's business."""
+file is there is not run again. What the numbers mean is none of this file's business.
+"""
 
 import hashlib
 import json
@@ -115,7 +116,8 @@ class Cell:
     """One training and its evaluation. name: unique. tables: those it is a part of (`TABLES`).
     size: "S" or "L", of the text tower.
     changes: fields of TrainConfig that differ from the arm's own; "link" holds fields of
-    LinkConfig."""
+    LinkConfig.
+    """
 
     name: str
     tables: tuple[str, ...]
@@ -146,7 +148,8 @@ class Result:
     """What a cell gave. parameters: total, trained, new. rates: learning rates, chosen on dev. dev:
     nats per token of each task at the best step. perplexity: per tower "before", "after" (alone),
     "zip" (the pair's other modality in front), "unrelated" (another pair's), and for text
-    "identical" (1 = logits equal to the bit). core_s: of the process that ended it."""
+    "identical" (1 = logits equal to the bit). core_s: of the process that ended it.
+    """
 
     cell: Cell
     parameters: dict[str, int] = field(default_factory=dict)
@@ -181,7 +184,8 @@ class Budget:
     few: with less, ablation: that varies one thing, large: of size L, prose: on prose. search:
     steps of each short run of the search. sweep: numbers of pairs beside all, the first two with
     all seeds. shapes: of towers that are pre-trained here, for tower_steps steps, on so many
-    `unpaired` utterances of prose. arms, values: how many at most in side tables and ablations."""
+    `unpaired` utterances of prose. arms, values: how many at most in side tables and ablations.
+    """
 
     name: str
     corpora: tuple[str, ...]
@@ -461,7 +465,8 @@ class Ground:
     alone: per modality the manifests to pre-train on and its dev part. tests: manifests by test
     set. sentences: the first `known` of them make the judge's language model, of n-grams to
     `order`; ear: its acoustic model, "" for its own. judge: a pipeline that is the second judge, by
-    units; None where there is none."""
+    units; None where there is none.
+    """
 
     modalities: dict[str, str]
     towers: dict[str, str]

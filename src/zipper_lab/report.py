@@ -3,7 +3,8 @@ as report.json.
 
 It draws, escapes and embeds what it is given. It knows no model, runs nothing and asks the network
 for nothing; the page itself is web/report.html. matplotlib, jiwer and soundfile are imported only
-when a picture, a difference or a sound is made."""
+when a picture, a difference or a sound is made.
+"""
 
 import base64
 import io
@@ -107,7 +108,8 @@ class Sample:
     """One test utterance: its text, what the model wrote on hearing it, and three sounds.
 
     recorded: the utterance itself. rebuilt: its true units turned back to sound. spoken: the model,
-    given the text."""
+    given the text.
+    """
 
     id: str
     text: str
@@ -145,7 +147,8 @@ class Report:
     asr, tts: scores; in each the first judge is the one quoted. seconds: of the whole run; phases:
     of its parts.
     corpus: utterances per part. recipe: the configuration, nested as it is. environment: see
-    `environment`. command: what does it again. metrics: the rows that training wrote."""
+    `environment`. command: what does it again. metrics: the rows that training wrote.
+    """
 
     asr: Sequence[Score]
     tts: Sequence[Score]
@@ -167,7 +170,8 @@ class Report:
 
         Rates are fractions; `wer` is the model's by the first judge over all voices, every other
         system stands under its own name, and `scores` holds all there is. Sounds and pictures stay
-        out."""
+        out.
+        """
         return {
             "asr": summary(self.asr),
             "tts": summary(self.tts),
@@ -236,7 +240,8 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 
     The keys that count are `loss/TOWER`, `dev/TASK` (nats per token) and
     `gate/JUNCTION:SOURCE>TARGET` (|tanh|). Text and axes have the colour of the text around them.
-    Raises ZipperError where there is nothing to draw or no matplotlib."""
+    Raises ZipperError where there is nothing to draw or no matplotlib.
+    """
     panels = {
         "training loss, nats per token": series(metrics, "loss/"),
         "dev loss, nats per token": series(metrics, "dev/"),
@@ -585,7 +590,8 @@ def svg(draw: Callable[["Figure"], None], inches: tuple[float, float], label: st
     repeat.
 
     matplotlib makes the remaining ids from what they name and a salt: the label keeps them apart,
-    and the same from run to run."""
+    and the same from run to run.
+    """
     with extra("matplotlib").rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Glyph"

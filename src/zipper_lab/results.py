@@ -2,7 +2,8 @@
 
 Every number is computed from the word errors per sentence in that JSON, every verdict by a rule
 that is printed beside it. Any part of the cells will do; what lacks is said to be missing. It runs
-nothing and knows no model. The paper is Zipper, arXiv:2405.18669."""
+nothing and knows no model. The paper is Zipper, arXiv:2405.18669.
+"""
 
 import json
 import re
@@ -273,7 +274,8 @@ class Rule:
     """A claim about word errors: those of `ours` do not lie above a bar, which is `share` of theirs
     (above the oracle where `over_oracle`) plus `margin`. part, least: at which share of the pairs,
     or at so many if that is more. fails: the claim is that they do lie above. measured: an aim of
-    ours, for which the measured figure counts, and not a claim of the paper's."""
+    ours, for which the measured figure counts, and not a claim of the paper's.
+    """
 
     claim: str
     task: str
@@ -564,7 +566,8 @@ class Section:
 def tables(found: Mapping[str, Any]) -> str:
     """All that was found as Markdown, numbers only. found: what results.json holds. Raises
     ZipperError where it lacks something, or where systems that are compared were tested on
-    different sentences."""
+    different sentences.
+    """
     return (
         "\n\n".join(
             ["# The paper's experiments", *(_markdown(section) for section in _document(found))]

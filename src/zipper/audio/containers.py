@@ -3,7 +3,8 @@ out, nothing of samples.
 
 libsndfile believes headers. It reads half of an MP3 that has none, the first of two files that were
 joined, what is left of a WAV that was cut short, and says nothing. So a file is looked through
-first, and what libsndfile gets has a header that is true or says "unknown"."""
+first, and what libsndfile gets has a header that is true or says "unknown".
+"""
 
 import functools
 import io
@@ -44,7 +45,8 @@ def opened(file: io.BufferedIOBase, where: str) -> Opened:
     opus or mp3, told by its content.
 
     `where` names it in errors. Raises ZipperError for another kind of file, one that was cut short,
-    and one that holds more than its header says."""
+    and one that holds more than its header says.
+    """
     size = file.seek(0, io.SEEK_END)
     at = _behind_tag(file)
     head = _at(file, at, 32)
@@ -274,7 +276,8 @@ def _flac(file: io.BufferedIOBase, at: int, end: int) -> Opened:
 def _ogg(file: io.BufferedIOBase, size: int, where: str) -> Opened:
     """Ogg with one stream whose pages are all there and whole. It has no length but the time of the
     last page; libsndfile takes the page before a damaged one for the last, passes over damaged ones
-    at the beginning, and does not enter a second stream."""
+    at the beginning, and does not enter a second stream.
+    """
     at, serial = 0, b""
     for number in range(MOST_PAGES):
         head = _at(file, at, 27 + 255)

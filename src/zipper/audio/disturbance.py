@@ -1,7 +1,8 @@
 """What a microphone, a room and a file do to speech: one list for training, evaluation and tests.
 
 A disturbance is a value; sound and seed decide what it does, to the bit. It knows neither units nor
-models."""
+models.
+"""
 
 import hashlib
 import io
@@ -24,7 +25,8 @@ class Disturbance:
     colour: of all noise; its power falls with frequency to this power: 0 is white, 1 pink, 2 brown.
     through_hz: a sampling rate that it went through (None: it did not). gain_db: louder.
     clip_times: so many times as loud, cut off at full scale, and back. offset: added to every
-    sample, of full scale. codec: "mp3", "ogg", or "" for none."""
+    sample, of full scale. codec: "mp3", "ogg", or "" for none.
+    """
 
     speed_percent: float = 0.0
     lead_ms: float = 0.0

@@ -1,7 +1,8 @@
 """Sound: read, write, resample it, and turn it into a log-mel picture and back.
 
 Everything here is one channel of float32 samples in [-1, 1] with its rate beside it. It knows
-nothing of units or towers."""
+nothing of units or towers.
+"""
 
 import functools
 import io
@@ -48,7 +49,8 @@ class Audio:
         in a file. None at all are silence of no length.
 
         Raises ZipperError for several channels (which of the two axes they are is a guess), for NaN
-        and infinity, for integers of another width, and for a rate out of bounds."""
+        and infinity, for integers of another width, and for a rate out of bounds.
+        """
         object.__setattr__(self, "samples", _one_channel(samples))
         number = isinstance(rate_hz, int | float | np.integer | np.floating) and not isinstance(
             rate_hz, bool
@@ -72,7 +74,8 @@ class Audio:
         400 Hz.
 
         Speech swings between vowels and stops, by 7 dB and more; silence, noise and hum by 0 to
-        2.4, however loud they are. Below 400 Hz brown noise would swing too."""
+        2.4, however loud they are. Below 400 Hz brown noise would swing too.
+        """
         hop = self.rate_hz // 40
         power = _frame_power(self.centred(2.5).samples[: len(self.samples) // hop * hop], hop)
         loud, quiet = np.quantile(power, (0.95, 0.1)) if len(power) else (0.0, 0.0)
@@ -203,7 +206,8 @@ def read(
     can be decoded is the sound.
 
     Channels that cancel each other out (one of them is inverted) are not averaged: the loudest is
-    taken, with a warning."""
+    taken, with a warning.
+    """
     where = "(sound given as bytes)"
     if isinstance(source, bytes):
         if len(source) > MOST_BYTES:
@@ -254,7 +258,8 @@ def write(path: str | Path, audio: Audio) -> None:
 
     Samples beyond 1 are scaled down, not cut. Raises ZipperError for a sound of no samples, which
     `read` would refuse, for a rate that the kind of file does not know, and for a place that cannot
-    be written."""
+    be written.
+    """
     soundfile, path = extra("soundfile"), place(path)
     check_writable(path)
     if not len(audio.samples):
@@ -464,7 +469,8 @@ def _seek(sound: Any, start: int) -> int:
     """Goes to a sample, or before it where that is not exact, and says where. What an MP3, Vorbis
     or Opus decoder gives hangs on
     what it read before: 1 s of that is enough for all three (RFC 7845 asks 80 ms for Opus;
-    tests/test_audio.py)."""
+    tests/test_audio.py).
+    """
     if not super(type(sound), sound).seekable():
         return 0
     place = (
@@ -550,7 +556,8 @@ class Mel:
     """A log-mel picture of sound: its settings, the way there and the way back.
 
     `window`, `hop` and `fft` are in samples at `rate_hz`; `bins` triangles lie evenly on HTK's mel
-    scale, `low_hz` to `high_hz`."""
+    scale, `low_hz` to `high_hz`.
+    """
 
     rate_hz: int = 16_000
     window: int = 400
@@ -592,7 +599,8 @@ class Mel:
         Spectrum by non-negative least squares, phase by fast Griffin-Lim (Perraudin, Balazs,
         Sondergaard 2013) from that of a fixed noise. rounds: 1.2 ms each for 2 s of sound. said:
         the sound of the first frames, if it was made before; it stays as it is, and what follows
-        joins it."""
+        joins it.
+        """
         held = np.zeros(0, np.float32) if said is None else said
         magnitude = np.sqrt(self._spectrum(np.exp(picture)))
 

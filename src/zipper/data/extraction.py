@@ -3,7 +3,8 @@ files (zipper.data.rows).
 
 A shard's name is the hash of all that decides its content: raw rows, size and time of the sound
 files they name, modalities. So a pass that was killed goes on where it was, and a corpus that
-changed costs only what changed; who does the work leaves no trace."""
+changed costs only what changed; who does the work leaves no trace.
+"""
 
 import hashlib
 import json
@@ -46,7 +47,8 @@ _WAVE = 1024  # shards whose raw rows a cluster holds at once
 class Policy:
     """What becomes of samples that have no ids. bad: "error" stops at the first, "warn" and "skip"
     leave them out and list them in bad.jsonl. most_bad: the share of all samples above which even
-    those raise a ZipperError."""
+    those raise a ZipperError.
+    """
 
     bad: str = "error"
     most_bad: float = 0.01
@@ -63,7 +65,8 @@ class Policy:
 class Job(NamedTuple):
     """A shard to be made: its file, its raw rows, the fingerprints of the modalities in modalities/
     beside it, and how many rows with a disturbed take of its speech each sample becomes (0: one,
-    without)."""
+    without).
+    """
 
     path: Path
     samples: Sequence[Sample]
@@ -101,7 +104,8 @@ def extract(
     of sound a second}. The files are the same bytes whoever works and however often the pass was
     killed. bad.jsonl lists what was refused, provenance.json counts what was used and, by name,
     what was passed over. Raises ZipperError for a source that is not there or empty, bad samples
-    that the policy does not bear, and a folder that holds units of something else."""
+    that the policy does not bear, and a folder that holds units of something else.
+    """
     folder = place(folder)
     policy, spread = policy or Policy(), spread or processes()
     pins = tuple(sorted((name, modality.fingerprint) for name, modality in modalities.items()))

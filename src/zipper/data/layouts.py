@@ -18,7 +18,8 @@ capitals. Sound is decoded by soundfile alone.
 
 Whatever lies in a source is a sample, a sample with a problem, or passed over and counted by name.
 One walk serves all: in order, through linked folders too, but each folder once; what is hidden
-(._a.wav of macOS, .git) is passed over."""
+(._a.wav of macOS, .git) is passed over.
+"""
 
 import math
 import os
@@ -58,7 +59,8 @@ def samples(
     Each has an "id", and "split", "voice" (the speaker) where the source says them. What is there
     but is no sample (a sound without text, a line that is not JSON) comes as a sample with a
     problem; what is none of this is counted in `passed`. Raises ZipperError if the source is not
-    there or holds no sample."""
+    there or holds no sample.
+    """
     passed = Counter() if passed is None else passed
     kind, place, columns = _parse(source) if isinstance(source, str) else ("sounds", source, {})
     number = 0
@@ -176,7 +178,8 @@ def walk(root: Path, passed: Passed) -> Iterator[tuple[Path, list[str]]]:
 
     Each folder comes once, so that a ring of links has an end; one that holds `root` itself is not
     entered. What is hidden is passed over. Raises ZipperError for a folder that cannot be listed:
-    its samples would be missed by nobody."""
+    its samples would be missed by nobody.
+    """
     if not root.is_dir():
         raise ZipperError(f"{root} is no folder. Give the one that holds the corpus.")
 
@@ -401,7 +404,8 @@ def _place(chapter: Path) -> dict[str, Any]:
 def _sounds(place: str | Sequence[Path], passed: Passed) -> Iterator[Sample]:
     """A folder of sound files, or several of them and single files, which are samples whatever
     their names. Ids are paths below the folder that holds all, without an ending where they are
-    different without it."""
+    different without it.
+    """
     places = [
         Path(os.path.abspath(place_of(p))) for p in ([place] if isinstance(place, str) else place)
     ]

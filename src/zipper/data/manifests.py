@@ -12,7 +12,8 @@ in other forms are read by zipper.data.layouts.
 
 A good sample has at least one field. Its ids are those that its modality has, without begin and
 end; its text is text, and an empty one says that nobody speaks; its sound is what `audio.read`
-takes, as long as the row says, within `TOLERANCE_S`."""
+takes, as long as the row says, within `TOLERANCE_S`.
+"""
 
 import json
 import os

@@ -4,7 +4,8 @@ A folder of unit files holds shards (safetensors: the ids of some hundred sample
 lengths, seconds and names), the modalities that made them, bad.jsonl (the samples that have no ids,
 and why) and provenance.json, which names all of this and is written last. Shards are memory-mapped:
 a corpus of any size opens in no time, and processes share its pages. This file knows neither raw
-data nor models."""
+data nor models.
+"""
 
 import json
 import os
@@ -276,7 +277,8 @@ def draws(
 
     Of every 1,000 draws a source has its share, rounded, in an order of chance; it is read in
     epochs, each a permutation of it. A source with a positive weight has one draw in 1,000 at
-    least."""
+    least.
+    """
     if (
         len(sizes) != len(weights)
         or min(sizes, default=0) < 1

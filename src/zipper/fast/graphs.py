@@ -3,7 +3,8 @@
 A step of one token is some twenty kernels a block, each of a few microseconds: launched one by one
 they leave a GPU idle. So keys and values of all sequences stand in one pool, a row each; a step
 takes the first so many rows whether they want to read or not, and those that do not write where
-nobody looks. How far it looks is rounded up to a power of two, so that few shapes are captured."""
+nobody looks. How far it looks is rounded up to a power of two, so that few shapes are captured.
+"""
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping

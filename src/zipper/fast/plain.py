@@ -3,7 +3,8 @@
 It is what `fused` reads. Taken from a transformers model, it goes by attribute names, and whoever
 runs it compares with the tower's own logits. Written down, tensors by their names, it is what
 `proofs` remembers of a tower, so that the next process need not import transformers. Nothing here
-runs one."""
+runs one.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ class Proved(nn.Module):
 
     `fused` reads it; it cannot be run part way, nor trained. name, family: the class of the model,
     and what transformers calls its architecture. room: most positions. truth: what `truth` found
-    then."""
+    then.
+    """
 
     def __init__(
         self,

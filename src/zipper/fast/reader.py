@@ -7,7 +7,8 @@ counts as known only if it repeats its own logits here; `Zipper.step` is the ref
 for all others. Weights are taken at construction, and must not change after it; on a CPU some are
 copied into other layouts. There all goes through one call of compiled code (`native`), if there is
 a compiler; on CUDA single tokens go through graphs (`graphs`). Nothing here knows of sampling or
-plans."""
+plans.
+"""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,8 @@ class Fused:
         """int8: blocks, heads and links with weights in 8 bits. static: single tokens go through
         steps of fixed shapes (`graphs`), by default on CUDA. compiled: those steps by
         torch.compile. Raises UnsupportedTower where a tower is not of a known kind, a ZipperError
-        for compiled steps without fixed shapes."""
+        for compiled steps without fixed shapes.
+        """
         self.model = model
         device = next(model.parameters()).device
         pooled = device.type == "cuda" if static is None else static
@@ -117,7 +119,8 @@ class Fused:
     def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
         """See `Reader`. What a sequence reads of one tower is shown to its others at the end of the
         step. Raises a ZipperError for an id that is none of the tower's, before anything is
-        read."""
+        read.
+        """
         for tower, given in pieces.items():
             known = len(self._towers[tower].table)
             for _, ids in given:

@@ -13,7 +13,8 @@ from zipper.saving.files import place
 class Modality(Protocol):
     """Raw <-> ids. `begin` and `end` are the ids around a segment, `vocabulary` counts all ids,
     `fingerprint` is a sha256 of what
-    defines the mapping: two modalities with the same fingerprint give the same ids."""
+    defines the mapping: two modalities with the same fingerprint give the same ids.
+    """
 
     name: str
     begin: int

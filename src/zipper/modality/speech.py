@@ -2,7 +2,8 @@
 
 A code names the nearest of K centroids of stacked log-mel frames (25 codes a second), found by
 k-means. Back, the centroids are the frames of a log-mel picture. The codebook is the whole
-definition; nothing here knows of towers or text."""
+definition; nothing here knows of towers or text.
+"""
 
 import hashlib
 import json
@@ -62,7 +63,8 @@ class UnitsConfig:
     a second.
 
     front: how sound is cut first; None takes it as it is, from its first sample, as all units were
-    made before there was one."""
+    made before there was one.
+    """
 
     mel: Mel = field(default_factory=Mel)
     stack: int = 4
@@ -232,7 +234,8 @@ class SpeechUnits:
         They differ from those of the whole where its loudness and noise are not known yet. Pauses
         are cut as in `encode`: nothing is told before something is heard and the grid is laid on
         it, where it stays; a pause is told when speech goes on behind it, so the last one never is.
-        Everything heard is looked at again with each part: for utterances, not for hours."""
+        Everything heard is looked at again with each part: for utterances, not for hours.
+        """
         heard, told, begin = Audio(np.zeros(0, np.float32), self.config.mel.rate_hz), 0, None
         for sound in sounds:
             if len(heard.samples) and sound.rate_hz != heard.rate_hz:
@@ -259,7 +262,8 @@ class SpeechUnits:
         """Sound of codes while they are made: `chunk` codes at a time, each when `AHEAD` more are
         known; all of it together is as long as what `decode` makes of them. Every part goes on from
         the sound before it (as RTISI-LA does, Zhu, Beauregard and Wyse 2007). Raises a ZipperError
-        for a chunk of less than one code."""
+        for a chunk of less than one code.
+        """
         if chunk < 1:
             raise ZipperError(f"Sound in parts of {chunk} codes was asked for. Take at least 1.")
         per_unit, bins = self.config.stack * self.config.mel.hop, self.config.mel.bins
@@ -376,7 +380,8 @@ def kmeans(
     finished by three full rounds.
 
     The same centroids for the same arguments. Raises ZipperError if there are fewer different
-    points than codes."""
+    points than codes.
+    """
     chance = np.random.default_rng(seed)
     sample = points[chance.choice(len(points), min(len(points), 20 * codes), replace=False)]
     if len(np.unique(sample, axis=0)) < codes:

@@ -2,7 +2,8 @@
 here.
 
 A folder holds the usual two files (tokenizer.json, tokenizer_config.json), so transformers reads
-ours and this reads theirs. Nothing here knows of towers or speech."""
+ours and this reads theirs. Nothing here knows of towers or speech.
+"""
 
 import hashlib
 import json
@@ -66,7 +67,8 @@ class Text:
 
         merges: how many; the vocabulary is that, the alphabet, begin and end. `decode(encode(line))
         == line` for every lower-case line in the alphabet (a to z, apostrophe, space and what
-        `lines` hold); capitals are read as small letters, tabs as spaces."""
+        `lines` hold); capitals are read as small letters, tabs as spaces.
+        """
         lines = [line.lower() for line in lines]
         if not lines:
             raise ZipperError("no lines to train a tokenizer on. Give some text.")
@@ -113,7 +115,8 @@ class Text:
 
         Only signs that nobody says are left out (not % or &, nor a point before a digit), and a
         typographic apostrophe becomes a plain one. Raises ZipperError naming the other characters
-        that it cannot write, and for text that is none."""
+        that it cannot write, and for text that is none.
+        """
         if strange := next(
             (c for c in raw if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None
         ):
@@ -166,7 +169,8 @@ class Text:
     def load(cls, folder: str | Path) -> "Text":
         """From a folder with a tokenizer.json, ours or another's; where tokenizer_config.json does
         not name the tokens that begin and end a text, transformers knows the other places that
-        may."""
+        may.
+        """
         folder = place(folder)
         try:
             with (folder / cls.DEFINITION).open("rb") as file:
@@ -220,7 +224,8 @@ def _loaded(source: str | Path) -> Any:
 def _tokens(folder: Path, definition: str, named: list[str | None]) -> list[str | None]:
     """The tokens that begin and end a text: as transformers knows them (by more files, and by the
     tokenizer's class) or, where it knows none that the definition has, those whose ids the model's
-    own configuration beside it names. named: by one file."""
+    own configuration beside it names. named: by one file.
+    """
     try:
         loaded, tokenizer = _loaded(folder), Tokenizer.from_str(definition)
     except (

@@ -4,7 +4,8 @@ that asks for nothing absurd.
 A saved folder holds zipper.json (the configuration), zip.safetensors (what zipping added),
 towers/<name>/ (trained towers, as transformers saves them), modalities/<name>/ and modalities.json,
 and manifest.json (SHA-256 of every other file), which is written last. README.md is for people and
-not in the manifest. No pickle anywhere. Nothing here knows what the tensors mean."""
+not in the manifest. No pickle anywhere. Nothing here knows what the tensors mean.
+"""
 
 import ctypes
 import errno
@@ -81,7 +82,8 @@ def whole(folder: Path, prove: Callable[[Path], Any] | None = None) -> Iterator[
     systems that cannot, there is a moment
     without either: killed in it, the old one is put back by the next `whole` or `clean`. A
     ZipperError refuses to replace a folder that is not one of ours, and says what is safe where the
-    disk is full, read-only or broken."""
+    disk is full, read-only or broken.
+    """
     folder = Path(os.path.realpath(folder))  # a link stays one
     with saving(folder, "What was saved before is as it was."):
         _check_free(folder)
@@ -214,7 +216,8 @@ def newest(folders: Iterable[Path]) -> Path | None:
     None if there is none.
 
     Raises a ZipperError for one that cannot be read: it may be whole, and whoever goes on without
-    it would lose it."""
+    it would lose it.
+    """
     for folder in reversed([*folders]):
         try:
             check(folder)
@@ -327,7 +330,8 @@ def check(folder: Path, root: Path | None = None) -> Headers:
 
     root: the files may really lie anywhere in it; a snapshot in the hub's cache holds links.
     Default: the folder itself. Returns the headers of the safetensors files. A ZipperError names
-    the file that is damaged, missing, foreign or elsewhere."""
+    the file that is damaged, missing, foreign or elsewhere.
+    """
     if not (folder / MANIFEST).is_file():
         what = (
             "has no manifest.json, so it is not a saved model or was only half copied"
@@ -393,7 +397,8 @@ def save_tower(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tenso
     """Write a model as transformers does, with these tensors, but without the settings of its
     config.json by which code could come
     in: many repositories of the hub name some beside a model that transformers knows. They are
-    never followed, so nothing is lost."""
+    never followed, so nothing is lost.
+    """
     with _savable(model):
         model.save_pretrained(folder, state_dict=dict(tensors))
     _strip(folder / "config.json")
@@ -456,7 +461,8 @@ def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[s
     number.
 
     What the configuration says of links is left to whoever knows links (`tensors`). A ZipperError
-    names the file."""
+    names the file.
+    """
     return _examined(folder, check(folder, root))
 
 
@@ -639,7 +645,8 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
     is of the pinned size.
 
     held: all tensors. pin: None = of any size. The model is built without memory, and not before
-    what it is built of is known to be no more than the files hold."""
+    what it is built of is known to be no more than the files hold.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # seconds
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

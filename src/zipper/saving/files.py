@@ -5,7 +5,8 @@ A size is compared with a limit before memory is taken for it, a value with the 
 names, a tensor's place with the file it lies in. What a program says of itself in a configuration
 is held to the same limits (`settle`), so that nothing is saved that would not be read. What is
 written here is on the disk before it takes its place. This file knows neither zips nor models, and
-does not need torch."""
+does not need torch.
+"""
 
 import codecs
 import errno
@@ -100,7 +101,8 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     A line ends in \\n, \\r\\n or \\r and in nothing else: U+2028 and others may stand in one. They
     are bytes, because what is no UTF-8 is the fault of its line alone. Raises a ZipperError that
-    names what is no file or cannot be read."""
+    names what is no file or cannot be read.
+    """
     if not os.path.isfile(path):
         raise ZipperError(
             f"{path} is a folder or no plain file."
@@ -186,7 +188,8 @@ def held(folder: Path) -> Iterator[None]:
     ends; of an empty folder nothing stays.
 
     On a network file system it holds as far as that has locks (NFS from version 4 on, Lustre with
-    -o flock); where there are none, and on Windows, nobody is kept out."""
+    -o flock); where there are none, and on Windows, nobody is kept out.
+    """
     try:
         import fcntl
     except ImportError:
@@ -244,7 +247,8 @@ def saving(path: Path, safe: str, done: str = "saved") -> Iterator[None]:
     safe, what to do.
 
     safe: a sentence. Libraries written in Rust give the system's error in words; other errors pass
-    unchanged."""
+    unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -319,7 +323,8 @@ def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) ->
 
     limits: (least, most) by the name of the field, in nested dataclasses too; a class that settles
     itself (`settle`) has its own. Fields that have a default may be absent. Raises a ZipperError
-    that begins with `where` for unknown and missing keys and for values that do not fit."""
+    that begins with `where` for unknown and missing keys and for values that do not fit.
+    """
     assert isinstance(kind, type) and is_dataclass(kind)
     if not isinstance(data, dict):
         raise ZipperError(f"{where}: it is {_short(data)}; it must be an object.")
@@ -349,7 +354,8 @@ def parse(kind: type[T], data: Any, where: str, limits: Limits | None = None) ->
 def settle(config: Any, limits: Limits) -> None:
     """For the `__post_init__` of a frozen dataclass: what `parse` asks of a file is asked of a
     program too, numbers of numpy and paths become plain ones, and lists and dicts become the
-    configuration's own, whatever becomes of the caller's."""
+    configuration's own, whatever becomes of the caller's.
+    """
     for field in fields(config):
         try:
             value = _parse(
@@ -384,7 +390,8 @@ def header(path: Path) -> dict[str, Entry]:
     is read.
 
     Every byte of the file belongs to one tensor, whose shape and type account for it. Raises a
-    ZipperError that names the file."""
+    ZipperError that names the file.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -33,7 +33,8 @@ FILES = (
 class Local:
     """A zip on this machine. root: where its files may really lie, symlinks followed: the folder
     itself, or the hub's whole cache, in which snapshots are links to blobs that repositories may
-    share. repo, commit: "" for a folder."""
+    share. repo, commit: "" for a folder.
+    """
 
     folder: Path
     root: Path
@@ -71,7 +72,8 @@ def fetch(source: str | Path, revision: str | None = None) -> Local:
 
     With HF_HUB_OFFLINE=1, or no network, the cache alone is looked in. Its files are not checked.
     Raises ZipperError where there is no such repository or revision, where it may not be read or
-    reached, or where it holds no zip."""
+    reached, or where it holds no zip.
+    """
     if as_folder(source) is not None:
         place = files.place(source)
         if revision is not None:
@@ -97,7 +99,8 @@ def commit(repo: str, revision: str | None = None) -> str:
     cache.
 
     transformers used to keep it in `config._commit_hash`, and no longer does. Raises ZipperError as
-    `fetch` does."""
+    `fetch` does.
+    """
     with _in_words(repo, revision):
         from huggingface_hub import hf_hub_download
 
@@ -128,7 +131,8 @@ def push(
     folder, except that `from_pretrained(".")` names the repository.
 
     Raises ZipperError for a folder that holds no whole zip or one that others could not load, and
-    where the hub refuses."""
+    where the hub refuses.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)

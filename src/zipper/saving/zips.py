@@ -2,7 +2,8 @@
 their hash.
 
 It knows configurations, towers and tensors; how they are run is the model's business
-(`zipper.model`)."""
+(`zipper.model`).
+"""
 
 import dataclasses
 import os
@@ -54,7 +55,8 @@ def open_zip(
     `Zipper.from_pretrained`.
 
     Raises ZipperError when a file is damaged or a base is not the one that the zip was trained on
-    (hashes are compared); allow_mismatch makes the second a warning."""
+    (hashes are compared); allow_mismatch makes the second a warning.
+    """
     local = hub.fetch(source, revision)
     path = local.folder / checkpoint.CONFIG
     saved = checkpoint.load(local.folder, local.root)[0]

@@ -4,7 +4,8 @@ called with, what comes after.
 This file is the only one that knows how such models are built, and it knows no families of them.
 `Attributes` goes by names and signatures, as most models are alike. `Recorded` lets the model's own
 forward say it, with stubs in the place of the blocks. Neither is sure to be right: `tower`
-compares."""
+compares.
+"""
 
 import copy
 import inspect
@@ -118,7 +119,8 @@ class Way(ABC):
     """How one model is run part way, beside its blocks.
 
     takes: the names of what the model's forward takes. cache_argument: that by which it takes a
-    cache."""
+    cache.
+    """
 
     offset = 0  # what the model's own positions begin with
     told = True  # whether it is told positions; else it counts them by itself
@@ -198,7 +200,8 @@ class Way(ABC):
 
         Releases of transformers name it differently, and a block another way than its model, so no
         name stands here: a cache is given to one argument after the other, until it is seen to
-        arrive in every block."""
+        arrive in every block.
+        """
         from transformers import DynamicCache
 
         found: list[str] = []
@@ -345,7 +348,8 @@ class Recorded(Way):
     What is before and after the blocks is the model's own code, and each block is given what that
     code gives it. A dry pass
     runs on a skeleton made for it: copies of the few modules on the way to the list of blocks, with
-    all else shared."""
+    all else shared.
+    """
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         from transformers import Cache, EncoderDecoderCache

@@ -3,7 +3,8 @@ random model of it.
 
 This file knows how to make any configuration small: by the names of its settings, and for some
 families by settings of their own. What a tower can do it asks the tower, and then compares logits
-by itself."""
+by itself.
+"""
 
 import inspect
 import textwrap
@@ -210,7 +211,8 @@ class Family:
     way: by attributes, by a recorded dry pass, or refused for this reason. rows: the most that it
     reads (`Tower.rows`).
     difference: the largest |difference| from the model's own logits, without padding and with
-    padding on the left."""
+    padding on the left.
+    """
 
     name: str
     model: str

@@ -2,7 +2,8 @@
 
 Its logits, run block by block, are compared with those of its own forward: bit for bit where the
 matrices have the same shapes, up to rounding where they have not. What cannot be run so is refused,
-never guessed."""
+never guessed.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -207,7 +208,8 @@ class Proof:
         sees, 1e-3 for every token.
 
         In half precision 0.1 for most: rounding adds up over the blocks, and a token may go to
-        another expert."""
+        another expert.
+        """
         truth = truth.float()
         error = (found.float() - truth).norm(dim=-1) / (truth - truth.mean(-1, keepdim=True)).norm(
             dim=-1

@@ -87,7 +87,8 @@ def batches_of_step(
     see costs nothing), and the global number of target tokens per tower.
 
     A sharded model wants the same tasks of every process: one without a sample of its own runs
-    another's for nothing."""
+    another's for nothing.
+    """
     random = np.random.default_rng(mixed_seed(config.seed, step, 3))
     names = list(tasks)
     shares = np.array([config.tasks[name] for name in names])

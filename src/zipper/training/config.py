@@ -68,7 +68,8 @@ class TrainConfig:
     frozen_dtype: "bfloat16" keeps frozen weights, and the states between the blocks of such a
     tower, in half the bytes and to 8 bits of precision. Dev losses are then those of a slightly
     other tower (the shipped zip's: 0.0963 -> 0.0962 and 0.1825 -> 0.1826 nats); what is saved names
-    the tower as it was given."""
+    the tower as it was given.
+    """
 
     output: str
     towers: Mapping[str, Any]

@@ -11,7 +11,8 @@ gradient: 6, 4 or 2 in all, as it trains, is frozen above something that trains,
 that trains. Attention of width h costs 4h per pair of a token and one that it reads, and twice that
 backwards. Norms, activations, softmax, embeddings, padding, the optimizer and what is computed
 twice to save memory are left out, as is usual for a model's FLOPs (PaLM, arXiv:2204.02311, app. B);
-experts count as if all were used, sliding windows as if they were wide."""
+experts count as if all were used, sliding windows as if they were wide.
+"""
 
 import math
 import time
@@ -52,7 +53,8 @@ KEPT_TRAINED, KEPT_FROZEN = 1.2, 0.75
 class Load:
     """What batches hold, padding left out. By tower: tokens, targets (tokens with a loss), own
     (pairs of a token and one of its tower that it reads, itself included). seen: by (source,
-    target) the pairs of a token of `target` and one of `source` that it sees."""
+    target) the pairs of a token of `target` and one of `source` that it sees.
+    """
 
     samples: float = 0.0
     tokens: dict[str, float] = field(default_factory=dict)
@@ -120,7 +122,8 @@ class Cost:
     "text>speech links", "text>speech attention"). blocks: by tower (blocks that run, those of them
     that build a graph). kept: numbers that autograd keeps for the backward pass, without those of
     the logits. again: the most that one block keeps while it is run again in the backward pass.
-    logits: numbers in the logits that live at once."""
+    logits: numbers in the logits that live at once.
+    """
 
     work: dict[str, Work] = field(default_factory=dict)
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -143,7 +146,8 @@ class Cost:
     ) -> bool:
         """Count the matrices of a module, in order, for so many tokens. graph: whether its input
         has a gradient. wanted: whether a loss depends on it. Returns whether its output has a
-        gradient."""
+        gradient.
+        """
         for weight in module.parameters():
             if weight.ndim > 1:
                 size = weight.numel() * tokens
@@ -191,7 +195,8 @@ def cost(model: Model, load: Load, recompute: bool = False) -> Cost:
     """What one forward and backward of training on a load costs: every tower runs as far as
     `hidden` runs it, logits only where there is a loss. recompute: blocks keep what they were
     given, and nothing else, until they are run again. It goes through the lock-step loop as the
-    model does, with numbers of tokens in place of states."""
+    model does, with numbers of tokens in place of states.
+    """
     if not isinstance(
         model, Zipper
     ):  # one stream: every token reads all before it, whatever their modalities
@@ -273,7 +278,8 @@ def memory(model: Model, cost: Cost, mixed_precision: str = "no") -> dict[str, f
     moments of what trains, what autograd keeps (`Cost.kept` and `again`, 4 bytes a number, 2 in
     bf16), logits in float32 twice, for the softmax and its gradient; in bf16 also the copies that
     autocast makes of weights. Not in it: what lives only inside an operation, the allocator's
-    waste."""
+    waste.
+    """
     half = mixed_precision == "bf16"
     held = [*model.parameters(), *model.buffers()]
     trained = [p for some in parts(model).values() for p in some]
@@ -306,7 +312,8 @@ def matmul_rate(
 ) -> float:
     """Operations per second of (rows x width) @ (width x columns) on this machine: the best of
     rounds, for others may be using it too. Takes about `seconds`, also where that many rows would
-    take longer: then fewer are multiplied."""
+    take longer: then fewer are multiplied.
+    """
     device_type = torch.device(device).type
     noise = torch.Generator(device).manual_seed(0)  # a run's own draws stay as they are
     right = torch.randn(width, columns, device=device, generator=noise).to(dtype)
@@ -360,7 +367,8 @@ def plan(
 
     rows: encoded samples; the first SAMPLE are looked at. tasks: {"speech -> text": share}. batch:
     samples per step over all processes; memory is that of one process that does them all, in
-    `accumulate` parts. The estimate of time leaves out evaluations and saves."""
+    `accumulate` parts. The estimate of time leaves out evaluations and saves.
+    """
     if not rows:
         raise ZipperError("There are no rows to plan with. Give a manifest that has some.")
     shares = {name: share / sum(tasks.values()) for name, share in tasks.items()}

@@ -3,7 +3,8 @@ offline.
 
 It reads config.json and metrics.jsonl, of a run that goes on as of one that ended, and loads no
 model. Rows of older runs lack some keys; what is not there is not shown. The page looks like
-report.html and is drawn by the same means."""
+report.html and is drawn by the same means.
+"""
 
 import json
 import statistics
@@ -74,7 +75,8 @@ class History:
     def summary(self) -> dict[str, Any]:
         """Plain data: step, steps, best (step and dev losses), loss, dev, gates, branches, resumed
         (steps that a process began at, but 0), seconds (of all processes, as far as rows say),
-        tokens_per_s and matmul_share (medians); None = not recorded."""
+        tokens_per_s and matmul_share (medians); None = not recorded.
+        """
         evaluated = {
             row["step"]: {key[4:]: row[key] for key in row if key.startswith("dev/")}
             for row in self.rows

@@ -4,7 +4,8 @@ A run is a function of its TrainConfig: data order, task choice and learning rat
 step) alone, noise (dropout, `corrupt`) on the number of the process too. A checkpoint stands
 between two steps, never inside one. So a run that was killed and resumed ends with the weights of
 the run that was not; on another number of processes with the same ones up to rounding, if it has no
-noise."""
+noise.
+"""
 
 import contextlib
 import copy
@@ -116,7 +117,8 @@ def train(
     build: makes the model, by default a zip. SIGTERM lets the step end, saves a checkpoint and
     raises Stopped. Raises ZipperError for a recipe or data that do not fit, and where the
     checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files
-    count by content)."""
+    count by content).
+    """
     accelerate = extra("accelerate")
     if "tensorboard" in config.trackers:
         extra("tensorboard")

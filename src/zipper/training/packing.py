@@ -1,6 +1,7 @@
 """Which samples share a row, so that little of a batch is padding. It counts tokens; what they are,
 and that documents of a row do not see one another, is the business of `sequence` and of the
-masks."""
+masks.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,8 @@ def pack(samples: Sequence[Mapping[str, int]], room: Mapping[str, int]) -> list[
     name may be of any length. Longest first, each sample into the row that stays shortest (Graham
     1969), then exchanges while they shorten the fullest row; a row more where that leaves no room.
     A batch is as long as its longest row, so level rows are worth more than full ones. The same
-    input gives the same rows. Raises ZipperError for a sample that is longer than the room."""
+    input gives the same rows. Raises ZipperError for a sample that is longer than the room.
+    """
     for number, sample in enumerate(samples):
         for tower, most in room.items():
             if sample.get(tower, 0) > most:

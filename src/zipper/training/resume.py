@@ -80,7 +80,8 @@ def save(
 ) -> None:
     """One checkpoint, whole or not at all: all but the frozen towers, the optimizer's moments,
     where the run stands and what decides it. No pickle, and nothing that depends on how many
-    processes there are: all take part, one of them writes."""
+    processes there are: all take part, one of them writes.
+    """
     tensors = changing(names)
     for p, moments in optimizer.state.items():
         for key, value in moments.items():
@@ -195,7 +196,8 @@ def restore(
 def kept(best: Path, progress: Progress, model: Any, ended: bool, write: bool) -> bool:
     """Whether the best model of a run that goes on is there, whole, and on the towers that the run
     has; those that moved are pinned where they are now. Says so where it is not: the next
-    evaluation is the best then, or there is a ZipperError if none will come."""
+    evaluation is the best then, or there is a ZipperError if none will come.
+    """
     problem = ""
     if write and not math.isinf(progress.best):
         try:

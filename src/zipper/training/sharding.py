@@ -2,7 +2,8 @@
 `fully_shard`).
 
 A block is gathered by all processes just before it runs, so all must run the same blocks in the
-same order. Nothing here knows what the blocks compute and which of them learn."""
+same order. Nothing here knows what the blocks compute and which of them learn.
+"""
 
 from collections.abc import Iterable
 
@@ -19,7 +20,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     its backward. Gradients are means over processes.
 
     A model's parameters are other objects afterwards: make the optimizer later. Needs a process
-    group."""
+    group.
+    """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh)

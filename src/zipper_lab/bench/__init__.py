@@ -2,7 +2,8 @@
 slows all of them alike.
 
 This page starts the processes, lets them take turns, and says by how much one is faster. What an
-arm does stands in the other files, one per benchmark."""
+arm does stands in the other files, one per benchmark.
+"""
 
 import gc
 import json
@@ -56,7 +57,8 @@ def take_turns(
 
     module: one whose process calls `serve`. arms: name -> the settings it gets. warm: rounds before
     those that count. Raises ZipperError where an arm ends early; what it said before that is on
-    stderr."""
+    stderr.
+    """
     with ExitStack() as stack:
         turns = {
             name: stack.enter_context(_process(module, name, settings))
@@ -83,7 +85,8 @@ class Here(NamedTuple):
     start, and memory for a context.
     apart: one arm after the other, each alone in memory, instead of A B B A. seconds: for all of
     them; rounds that do not fit are left out, but for the first three. told: called after each
-    round with the benchmark's result so far."""
+    round with the benchmark's result so far.
+    """
 
     apart: bool = False
     seconds: float = math.inf
@@ -152,7 +155,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 def limits(device: str) -> dict[str, float | None]:
     """What the device can do at most: operations a second in bfloat16 by its name (None = not
     known) and as measured in a product of 8192 x 8192 (on a CPU of 512), bytes a second of a copy,
-    read and written."""
+    read and written.
+    """
     import torch
 
     from zipper.training import cost as plan

@@ -4,7 +4,8 @@ of the same sizes.
 
 Random weights from configurations: speed does not depend on them. Every arm is given the same ids
 to read instead of its own choice, so that all do the same work; before that, arms that compute the
-same thing must choose the same tokens."""
+same thing must choose the same tokens.
+"""
 
 import inspect
 import json
@@ -157,7 +158,8 @@ class Arm(NamedTuple):
     """A way to decode. start: reads source and prompt, and makes a step that reads one id per
     sequence: logits of the first.
     bytes: that a step reads, prefill_flops: of source and prompt, in products with weights; 0 = not
-    counted. beside: a start of what is compared with it on the same weights."""
+    counted. beside: a start of what is compared with it on the same weights.
+    """
 
     start: Callable[[], Callable[[int], Tensor]]
     streams: int = 1
@@ -183,7 +185,8 @@ def bench(
     """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the
     device has. here: in this process, where an arm may be lost; default for CUDA. Raises
     ZipperError for unknown names, and where arms that compute the same thing choose other tokens in
-    float32."""
+    float32.
+    """
     known = [arm for arm in ARMS if device.startswith(ONLY.get(arm, ""))]
     arms = arms or known
     if unknown := sorted({*arms} - {*known}):

@@ -2,7 +2,8 @@
 a time, against real time.
 
 Everything counts: sound to units, units to text, text to units, units to sound. The recordings are
-test utterances of the built-in corpus, whose sentences the model never saw."""
+test utterances of the built-in corpus, whose sentences the model never saw.
+"""
 
 import json
 import statistics

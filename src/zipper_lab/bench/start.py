@@ -3,7 +3,8 @@ bare `import torch`.
 
 Counted is the processor's time of a process and of those that it starts, as the system counts it:
 unlike the clock, it is little moved by what else the machine does. The rounds that do not count
-leave what the first start on a machine makes, the compiled step and the record of proofs."""
+leave what the first start on a machine makes, the compiled step and the record of proofs.
+"""
 
 import os
 import shlex
@@ -41,7 +42,8 @@ def bench(
     """Measure; the result is plain data for JSON, `table` shows it.
 
     model: a folder, "" = the shipped one. beside: other versions of zipper that take their turns
-    too, by a name, each as what PYTHONPATH is for it. Raises ZipperError where a command fails."""
+    too, by a name, each as what PYTHONPATH is for it. Raises ZipperError where a command fails.
+    """
     path = str(Path(model).absolute()) if model else ""
     options = {
         name: [] if not path else [path] if name == "show" else ["--model", path] for name in MODEL

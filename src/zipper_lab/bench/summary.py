@@ -4,7 +4,8 @@ elsewhere.
 Rates depend on the machine, so what is compared with the record is said as a share of it; a machine
 that is half as fast at everything is a slower machine, one that is half as fast at one arm has
 found something. What is recorded is cut from benchmarks/results by `python -m
-zipper_lab.bench.summary FILE.json ...`."""
+zipper_lab.bench.summary FILE.json ...`.
+"""
 
 import json
 import sys

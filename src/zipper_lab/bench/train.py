@@ -3,7 +3,8 @@ the bare tower, side by side.
 
 Random weights from configurations: speed does not depend on them. What zips are compared with runs
 in stock transformers, as anyone would train it. The task is recognition: speech is given, text
-carries the loss."""
+carries the loss.
+"""
 
 import json
 import random
@@ -126,7 +127,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 class Settings:
     """What an arm is told. pairs: in a step. room: tokens of speech in a packed row. precision:
     "float32", or "bf16": autocast, and frozen towers in bfloat16. attention: of the links, see
-    `Zipper`. threads: 0 = as many as torch takes."""
+    `Zipper`. threads: 0 = as many as torch takes.
+    """
 
     arm: str
     size: str = "30m"
@@ -141,7 +143,8 @@ class Settings:
 def mix(pairs: int, seed: int) -> list[Pair]:
     """Utterances at 50 units and about 3.3 tokens of text a second. Half are like LibriSpeech's
     training parts: most between 11 and 17 seconds, the others anywhere below. Half are like
-    LibriTTS: log-normal around 4.4 seconds, a mean of 5.8, at most 20."""
+    LibriTTS: log-normal around 4.4 seconds, a mean of 5.8, at most 20.
+    """
     dice = random.Random(seed)
     made = []
     for number in range(pairs):
@@ -176,7 +179,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the
     device has. here: in this process, where an arm may be lost; default for CUDA, one arm after the
-    other. Raises ZipperError for unknown names."""
+    other. Raises ZipperError for unknown names.
+    """
     known = [arm for arm in ARMS if device.startswith(ONLY.get(arm, ""))]
     arms = arms or known
     if unknown := sorted({*arms} - {*known}):

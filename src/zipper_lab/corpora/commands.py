@@ -197,7 +197,8 @@ def say(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> Audio:
     voice: eSpeak's name. pitch: 0 .. 99. rate_wpm: words a minute by eSpeak's own count, pauses
     included; 175 is its default. The library keeps state between utterances that no call resets
     (neither a random seed nor initialising again does), so it is unloaded after each. Raises
-    ZipperError if it is not installed or has no such voice."""
+    ZipperError if it is not installed or has no such voice.
+    """
     loader = extra("espeakng_loader")
     said: list[bytes] = []
 

@@ -4,7 +4,8 @@ also in noise.
 Open vocabulary, few pairs, much unpaired text and speech: what the paper's experiments need
 (LibriSpeech, Libri-Light) in small. Whole chapters belong to one part, and no sentence is in two
 parts, not even with one word changed. The novels are in the public domain
-(shipped/prose/LICENSE.txt); tools/prose.py made the text. Knows no model."""
+(shipped/prose/LICENSE.txt); tools/prose.py made the text. Knows no model.
+"""
 
 import functools
 import gzip
@@ -115,7 +116,8 @@ def sentences(
 
     A longer list begins with a shorter one. Behind the last sentence it begins again, each sentence
     in its next voice. noisy: the same sentences, each in a noise and at a loudness that its id
-    decides. Raises ZipperError for more than sentences x voices."""
+    decides. Raises ZipperError for more than sentences x voices.
+    """
     all_lines = lines(part)
     random.Random(f"{part} {seed}").shuffle(all_lines)
     n = len(all_lines) if n is None else n
@@ -222,7 +224,8 @@ def rows(
 
     Kept in `cache` as JSONL of BLOCK utterances each, under names made of all that decides the
     content: text, voices, synthesiser, units; what a killed run had finished is not done again.
-    workers: processes of one thread each; 1 works in this process."""
+    workers: processes of one thread each; 1 works in this process.
+    """
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
     # the list of each wanted file is whole, so that a longer run shares the files of a shorter one
@@ -289,7 +292,8 @@ def prepare(
     adapted: on how many the units are fitted and the judge's ear is adapted. Rows of text have no
     sound, rows of speech no text. test_noisy has the sentences of test_clean in OTHER_VOICES and
     noise. A complete folder is left as it is, one that was killed goes on, one made with other
-    numbers is a ZipperError."""
+    numbers is a ZipperError.
+    """
     folder = Path(folder)
     settings: dict[str, Any] = {
         "pairs": pairs,

@@ -1,7 +1,8 @@
 """The compiled step: step.cpp, built for this CPU by its own compiler at first use.
 
 Where there is no compiler (a C++ one named c++, or what CXX names, with OpenMP) decoding goes by
-torch's kernels, slower but right."""
+torch's kernels, slower but right.
+"""
 
 import contextlib
 import ctypes
@@ -133,7 +134,8 @@ def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns
     """A copy in panels, filled up by zeros; together: 2 columns of bfloat16, else 1. It lies behind
     the weights that were laid out
     before it and in large pages: a step walks through gigabytes in that order, and where pages are
-    small it waits for addresses (a fifth of the bandwidth, docs/log.md)."""
+    small it waits for addresses (a fifth of the bandwidth, docs/log.md).
+    """
     global _free
     (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
     panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).reshape(
@@ -188,7 +190,8 @@ def step(
     """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32.
     stages, spoken: arrays of `Stage` and of c_int32. tokens: fields of `Token`. angles: cosine and
     signed sine of every position, for blocks. table: embeddings, in the dtype of the keys and
-    values of blocks."""
+    values of blocks.
+    """
     logits = torch.empty(
         (len(spoken), head.out), dtype=torch.float32, device="cpu"
     )  # whatever the defaults are
