@@ -372,14 +372,14 @@ def bench_all(
 
     All in short takes five minutes on two cores.
     """
+    if what := context.invoked_subcommand:
+        if hardware or output or as_json:
+            raise typer.BadParameter(f"options of {what} stand behind it")
+        return
+
     from zipper_lab.bench import summary
 
-    what = context.invoked_subcommand
-    if what is None:
-        measure = partial(summary.bench, hardware=hardware)
-        _benchmark(measure, summary.table, output, as_json)
-    elif hardware or output or as_json:
-        raise typer.BadParameter(f"options of {what} stand behind it")
+    _benchmark(partial(summary.bench, hardware=hardware), summary.table, output, as_json)
 
 
 @command(bench, "What", None, "train")

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from zipper.cli.answers import Answer, answered, refuse
+from zipper.cli.answers import Ended, answered, refuse
 from zipper.cli.entries import brought
 from zipper.cli.options import Panels
 
@@ -34,15 +34,17 @@ def main(arguments: Sequence[str] | None = None, beside: typer.Typer | None = No
     words = sys.argv[1:] if arguments is None else [*arguments]
     try:
         found = program(words, beside).main(words, prog_name="zipper", standalone_mode=False)
+    except Ended as ended:
+        return ended.code
     except typer.TyperException as error:
         raise SystemExit(refuse(error)) from None
-    if isinstance(found, Answer):
-        return found.code
-    raise SystemExit(found)  # --help
+    if found is None:
+        return 0
+    raise SystemExit(found)  # the 0 of --help
 
 
 def program(words: Sequence[str] = (), beside: typer.Typer | None = None) -> TyperGroup:
-    """All commands, each of which gives an `Answer`.
+    """All commands, each of which returns nothing or raises `Ended`.
 
     words: what was typed. Where it names one of our own commands, other packages are not asked:
     they would cost time, and one that is broken has nothing to do with it. beside: as in `main`.
@@ -64,7 +66,8 @@ def program(words: Sequence[str] = (), beside: typer.Typer | None = None) -> Typ
         top.commands.update(brought(top.commands, beside))
     for context in _below(top, _context(top, "zipper")):
         command = context.command
-        command.callback = answered(context.command_path, command.callback)
+        if command.callback is not None:
+            command.callback = answered(context.command_path, command.callback)
     return top
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, final
 
 import typer
 
@@ -16,35 +16,39 @@ from zipper import environment
 from zipper.errors import ZipperError
 
 
-class Answer(NamedTuple):
-    """What a command ended with; unlike a number, it is not what `--help` ends with."""
+@final
+class Ended(Exception):
+    """A command ended with an exit code that is not 0, and has said why."""
 
-    code: int
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
-def answered(name: str, command: Callable[..., Any] | None) -> Callable[..., Answer]:
-    """A command that gives an answer where it returned an exit code, or nothing, or raised.
+def answered(name: str, command: Callable[..., Any]) -> Callable[..., None]:
+    """A command that raises `Ended` where it returned an exit code or failed.
 
     name: how its lines on stderr begin. Wrong usage passes: it is told with the usage (`refuse`).
     """
 
-    def answer(**given: Any) -> Answer:
+    def answer(**given: Any) -> None:
         try:
             with _one_voice():
-                found = {key: _at_home(value) for key, value in given.items()}
-                return Answer((command(**found) if command else 0) or 0)
+                code = command(**{key: _at_home(value) for key, value in given.items()})
         except (typer.TyperException, typer.Exit, typer.Abort):
             raise
         except ZipperError as error:
-            return _say(name, 2, str(error))
+            raise _said(name, 2, str(error)) from error
         except KeyboardInterrupt:
-            return _say(name, 1, "interrupted")
+            raise _said(name, 1, "interrupted") from None
         except BrokenPipeError:
-            return Answer(1)
+            raise Ended(1) from None
         except Exception as error:
             if os.environ.get("ZIPPER_DEBUG"):
                 raise
-            return _failed(name, error)
+            raise _failed(name, error) from error
+        if code:
+            raise Ended(code)
 
     return answer
 
@@ -55,22 +59,22 @@ def refuse(error: typer.TyperException) -> int:
     if context is not None:
         print(context.get_usage(), file=sys.stderr)
     name = context.command_path if context is not None else "zipper"
-    return _say(name, error.exit_code, error.format_message()).code
+    return _said(name, error.exit_code, error.format_message()).code
 
 
-def _failed(name: str, error: Exception) -> Answer:
+def _failed(name: str, error: Exception) -> Ended:
     """The line for what nobody foresaw; a module that is missing was imported by a recipe, or by a
     library."""
     if isinstance(error, ModuleNotFoundError) and environment.home(error.name or ""):
-        return _say(name, 2, str(environment.lacking(str(error.name), error)))
-    said = f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)"
-    return _say(name, 1, said)
+        return _said(name, 2, str(environment.lacking(str(error.name), error)))
+    told = f"failed by {type(error).__name__}: {error} (ZIPPER_DEBUG=1 shows where)"
+    return _said(name, 1, told)
 
 
-def _say(name: str, code: int, message: str) -> Answer:
-    """One line, whatever was quoted in it."""
+def _said(name: str, code: int, message: str) -> Ended:
+    """Print one line, whatever was quoted in it."""
     print(f"{name}:", *message.split(), file=sys.stderr)
-    return Answer(code)
+    return Ended(code)
 
 
 def _at_home(value: Any) -> Any:
