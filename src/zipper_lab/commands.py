@@ -83,7 +83,9 @@ def evaluate(
     ] = None,
     robust: Annotated[
         bool,
-        typer.Option("--robust", help="ASR also of disturbed sound: later, in noise, faster ..."),
+        typer.Option(
+            "--robust", help="ASR also of sound that is later, in noise, faster and so on"
+        ),
     ] = False,
     model: Model = None,
     towers: Bases = None,
@@ -382,7 +384,7 @@ def bench_all(
     _benchmark(partial(summary.bench, hardware=hardware), summary.table, output, as_json)
 
 
-@command(bench, "What", None, "train")
+@command(bench, "What", "zipper bench train --size tiny", "train")
 def bench_train(
     size: Annotated[
         str, typer.Option(help="tiny, 30m (text) + 10m (speech), 0.5b or 1.5b + 138m")
@@ -428,7 +430,7 @@ def bench_train(
     _benchmark(measure, benchmark.table, output, as_json)
 
 
-@command(bench, "What", None, "decode")
+@command(bench, "What", "zipper bench decode --size 120m --device cuda", "decode")
 def bench_decode(
     size: Annotated[
         str, typer.Option(help="tiny, 30m, 120m, 0.5b, 1.5b or 8b: the text tower")
@@ -473,7 +475,7 @@ def bench_decode(
     _benchmark(measure, benchmark.table, output, as_json)
 
 
-@command(bench, "What", None, "speech")
+@command(bench, "What", "zipper bench speech --utterances 8", "speech")
 def bench_speech(
     rounds: Rounds = 5,
     utterances: Annotated[int, typer.Option(parser=count, help="in a turn")] = 16,
@@ -493,7 +495,7 @@ def bench_speech(
     _benchmark(partial(benchmark.bench, *how), benchmark.table, output, as_json)
 
 
-@command(bench, "What", None, "start")
+@command(bench, "What", "zipper bench start -o start", "start")
 def bench_start(
     rounds: Rounds = 9,
     model: Pipe = "",

@@ -26,6 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Panels(TyperGroup):
     """Commands whose help lists them by what one does with them, on lines that are not cut off."""
 
+    context_class = typer.Context  # what a callback asks for; typer makes one of its base class
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """See click's `Group.format_commands`."""
         shown = {name: command for name, command in self.commands.items() if not command.hidden}
@@ -43,7 +45,7 @@ class Panels(TyperGroup):
 def command(
     app: typer.Typer,
     panel: str,
-    example: str | None,
+    example: str,
     name: str | None = None,
     kind: type[TyperCommand] = TyperCommand,
 ) -> Callable[[Function], Function]:
@@ -51,7 +53,7 @@ def command(
 
     example: a line that works, shown below the options. name: that of the function by default.
     """
-    below = None if example is None else f"\b\nexample: {example}"  # \b: as it stands
+    below = f"\b\nexample: {example}"  # \b: as it stands
     return app.command(name, cls=kind, rich_help_panel=panel, epilog=below)
 
 
