@@ -70,8 +70,8 @@ def run_python(*words: str, **environment: str) -> Answer:
 def read(*words: str) -> dict[str, Any]:
     """What a command would be given for these words; nothing is done."""
     program, given = cli.program(), dict[str, Any]()
-    for command in program.commands.values():
-        command.callback = lambda **found: given.update(found)
+    for context in cli.commands(program):
+        context.command.callback = lambda **found: given.update(found)
     program.main(list(words), standalone_mode=False)
     return given
 
@@ -198,6 +198,21 @@ def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) 
     usage, *said = answer.err.splitlines()
     assert usage.startswith("Usage: zipper") and said[-1].startswith("zipper")
     assert answer.out == ""
+
+
+def test_an_option_with_dots_takes_all_words_up_to_the_next() -> None:
+    for words in ("--links a b -o x m", "m -o x --links a b", "m --links a --links b -o x"):
+        found = read("prune", *words.split())
+        assert (found["links"], found["output"], found["model"]) == (
+            ["a", "b"],
+            Path("x"),
+            Path("m"),
+        )
+
+
+def test_options_of_all_benchmarks_are_not_lost_before_one(zipper: Zipper) -> None:
+    answer = zipper("bench", "--json", "decode")
+    assert answer.code == 2 and "options of decode stand behind it" in answer.err
 
 
 # --- commands of other packages

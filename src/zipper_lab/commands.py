@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from zipper import environment
 from zipper.cli.options import (
@@ -188,22 +187,7 @@ def reproduce(
 # --- prune
 
 
-@final
-class Links(TyperCommand):
-    """A command whose `--links` takes all words up to the next option: `--links a b` is read as
-    `--links a --links b`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """See click's `Command.parse_args`."""
-        words: list[str] = []
-        inside = False
-        for word, before in zip(args, ["", *args], strict=False):
-            inside = not word.startswith("-") and (inside or before == "--links")
-            words += ["--links", word] if inside and before != "--links" else [word]
-        return super().parse_args(ctx, words)
-
-
-@command(commands, MAKE, "zipper prune runs/demo/model --below 0.02 -o runs/pruned", kind=Links)
+@command(commands, MAKE, "zipper prune runs/demo/model --below 0.02 -o runs/pruned")
 def prune(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="a saved model")],
     output: Annotated[Path, typer.Option("--output", "-o", help="new folder for the model")],

@@ -9,7 +9,6 @@ here knows it. Heavy imports stand inside the commands, so that `zipper --help` 
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -64,43 +63,45 @@ def program(words: Sequence[str] = (), beside: typer.Typer | None = None) -> Typ
     assert isinstance(top, TyperGroup)
     if not (words and words[0] in top.commands):
         top.commands.update(brought(top.commands, beside))
-    for context in _below(top, _context(top, "zipper")):
+    for context in commands(top):
         command = context.command
         if command.callback is not None:
             command.callback = answered(context.command_path, command.callback)
     return top
 
 
-def commands() -> Iterator[typer.Context]:
-    """Every command, each before those below it, as a context that knows its `command` and its
-    `command_path`, e.g. `zipper bench decode`. Help is told at 100 columns."""
-    top = program()
-    yield from _below(top, _context(top, "zipper", terminal_width=100))
+def commands(top: TyperGroup | None = None) -> Iterator[typer.Context]:
+    """Every command of a program (by default `program()`), each before those below it, as a context
+    that knows its `command` and its `command_path`, e.g. `zipper bench decode`.
+
+    Their help is told at 100 columns.
+    """
+    top = top or program()
+    yield from _below(top, _whole(top))
 
 
 def markdown() -> str:
     """docs/cli.md, made from the commands themselves."""
     top = program()
-    whole = _context(top, "zipper", terminal_width=100)
     parts = ["# Command line\n\nMade by `make docs` from the commands; do not edit.\n"]
-    parts.append(f"```text\n{top.get_help(whole)}\n```\n")
+    parts.append(f"```text\n{_whole(top).get_help()}\n```\n")
     parts += [
         f"## {context.command_path}\n\n```text\n{context.get_help()}\n```\n"
-        for context in _below(top, whole)
+        for context in commands(top)
     ]
     return "\n".join(parts)
 
 
-def _context(command: TyperCommand | TyperGroup, name: str, **settings: Any) -> typer.Context:
-    """What typer makes of a command when it is called."""
-    return typer.Context(command, info_name=name, **{**command.context_settings, **settings})
+def _whole(top: TyperGroup) -> typer.Context:
+    """What typer makes of the program when it is called, in a window of 100 columns."""
+    return typer.Context(top, info_name="zipper", terminal_width=100, **top.context_settings)
 
 
 def _below(group: TyperGroup, above: typer.Context) -> Iterator[typer.Context]:
     """Contexts of the commands below one, each before those below it."""
     for name, command in group.commands.items():
         assert isinstance(command, TyperCommand | TyperGroup)
-        context = _context(command, name, parent=above)
+        context = typer.Context(command, above, info_name=name, **command.context_settings)
         yield context
         if isinstance(command, TyperGroup):
             yield from _below(command, context)

@@ -42,19 +42,50 @@ class Panels(TyperGroup):
                 formatter.write_dl(rows)
 
 
+@final
+class Plain(TyperCommand):
+    """A command whose help names arguments without their types, and of which an option takes all
+    words up to the next option where its metavar says `...`: `--links a b` is `--links a --links
+    b`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's `Command.parse_args`."""
+        greedy = {
+            param.opts[0]
+            for param in self.params
+            if param.param_type_name == "option" and str(param.metavar).endswith("...")
+        }
+        words: list[str] = []
+        option = ""  # the greedy one whose words these are
+        for word, before in zip(args, ["", *args], strict=False):
+            option = before if before in greedy else "" if word.startswith("-") else option
+            words += [option, word] if option and before != option else [word]
+        return super().parse_args(ctx, words)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """See click's `Command.format_options`."""
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            name, about = param.get_help_record(ctx) or ("", "")
+            if param.param_type_name == "argument":
+                rows["Arguments"].append((name.partition(" <")[0], about))
+            elif name:
+                rows["Options"].append((name, about))
+        for section, lines in rows.items():
+            if lines:
+                with formatter.section(section):
+                    formatter.write_dl(lines)
+
+
 def command(
-    app: typer.Typer,
-    panel: str,
-    example: str,
-    name: str | None = None,
-    kind: type[TyperCommand] = TyperCommand,
+    app: typer.Typer, panel: str, example: str, name: str | None = None
 ) -> Callable[[Function], Function]:
     """Makes a function a command; its docstring is the help.
 
     example: a line that works, shown below the options. name: that of the function by default.
     """
     below = f"\b\nexample: {example}"  # \b: as it stands
-    return app.command(name, cls=kind, rich_help_panel=panel, epilog=below)
+    return app.command(name, cls=Plain, rich_help_panel=panel, epilog=below)
 
 
 # --- numbers
