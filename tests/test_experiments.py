@@ -344,8 +344,9 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
 ) -> None:
     whole = experiments.train
 
-    def told_to_stop(config: TrainConfig, resume: bool) -> Any:
-        return whole(config, resume, report=lambda row: signal.raise_signal(signal.SIGTERM))
+    def told_to_stop(config: TrainConfig, resume: bool, build: Any) -> Any:
+        report = lambda row: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+        return whole(config, resume, report, build)
 
     monkeypatch.setattr(experiments, "train", told_to_stop)
     with pytest.raises(Stopped):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zipper.strand import Produced, Segment, Strand
     from zipper.tasks import Task
     from zipper.tower import Tower
-    from zipper.training.loop import TrainConfig
+    from zipper.training.config import TrainConfig
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, final
 
@@ -70,6 +71,10 @@ def names_of(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
     """A `__getattr__` for a module whose names have moved to others."""
 
     def lookup(name: str) -> Any:
+        package = vars(sys.modules[module]).get("__path__")
+        if package is not None and find_spec(f"{module}.{name}") is not None:
+            # `from zipper.training import history` asks for the name before it imports the file.
+            raise AttributeError(f"module {module!r} has not imported {name!r} yet")
         home, now = RENAMED.get((module, name), ("", name))
         for place in (home,) if home else homes:
             found = import_module(place)

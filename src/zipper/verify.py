@@ -301,7 +301,8 @@ def _writes(trial: _Trial, name: str) -> Found:
         logits: Tensor = own(given, **{tower.cache_argument: cache}, use_cache=True).logits
         return logits[:, -1:].cpu()
 
-    said, written = [read([begin, *prompt, end]), read([begin])], list[int]()
+    read([begin, *prompt, end])
+    said, written = [read([begin])], list[int]()
     while len(written) < most:
         logits = said[-1][0, 0].clone()
         if begin != end:
@@ -310,11 +311,10 @@ def _writes(trial: _Trial, name: str) -> Found:
             break
         written.append(token)
         said.append(read([token]))
-    wrong = (
-        int((torch.cat(said) != torch.cat(recorder.said)).sum())
-        if len(said) == len(recorder.said)
-        else -1
-    )
+    _, *heard = recorder.said  # the first are those behind the prompt: a product of another shape
+    wrong = -1
+    if len(said) == len(heard):
+        wrong = int((torch.cat(said) != torch.cat(heard)).sum())
     return (
         found.content == written and wrong == 0,
         f"wrote {found.content}, bare {written}; {wrong} logits differ",
