@@ -400,7 +400,7 @@ def _depths(name: str, where: Shows, junctions: Sequence[Junction]) -> list[int]
         return fused
     if where == "before":
         return [0, *fused[:-1]]
-    depths = [where] * len(fused) if isinstance(where, int) else where
+    depths: Any = [where] * len(fused) if isinstance(where, int) else where
     if isinstance(depths, str) or len(depths) != len(fused):
         raise ZipperError(
             f"shows[{name!r}] is {where!r}; it must be 'same', 'before', one depth, or a list of "

@@ -21,11 +21,12 @@ from zipper.generation import Engine, Limits, planned
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.modality.speech import SpeechUnits
-from zipper.model import TowerSource, Zipper
+from zipper.model import Zipper
 from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint, hub
 from zipper.saving.card import card
+from zipper.saving.zips import TowerSource
 from zipper.strand import Produced, Segment
 
 PINS = "modalities.json"

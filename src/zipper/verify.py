@@ -28,8 +28,9 @@ from zipper.model import Zipper
 from zipper.reading import Logits, Model, Piece, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving.zips import TowerSource
-from zipper.strand import PADDING, Ends, Segment, collate
-from zipper.tower import ROWS, Rows, Strand, Tower
+from zipper.strand import PADDING, Ends, Segment, Strand, collate
+from zipper.tower import ROWS, Tower
+from zipper.towers.proof import Rows
 
 LENGTH = 3  # random tokens per segment; fewer where a tower reads few
 ALONE = 12  # tokens that a tower reads alone

@@ -11,7 +11,7 @@ plans.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_int32
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,7 @@ from zipper.config import LinkKey, Stop
 from zipper.errors import ZipperError
 from zipper.fast import native
 from zipper.fast.blocks import FastInput, FastLink, FastTower, attention, masked
-from zipper.fast.graphs import Pool, Replay, Row, Said, above
+from zipper.fast.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.fast.plain import CUTS, Plain, plain, sample, truth
 from zipper.fast.session import STAMPS, Cache, Place, Session, Shown
 from zipper.fast.weights import Angles, Form, Table
@@ -367,9 +367,9 @@ class Fused:
         return step
 
     def _pooled(self) -> Pool:
-        towers = {name: tower.shape for name, tower in self._towers.items()}
-        links = {key: link.shape for key, link in self._links.items()}
-        return Pool({**towers, **links}, lambda: self._replays.clear())
+        shapes: dict[Hashable, Shape] = {name: tower.shape for name, tower in self._towers.items()}
+        shapes.update((key, link.shape) for key, link in self._links.items())
+        return Pool(shapes, lambda: self._replays.clear())
 
     def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
         """Rotary positions at the rate of a link's source."""

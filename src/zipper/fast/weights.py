@@ -98,6 +98,7 @@ class Matrix:
 
 
 def single(part: Tensor | None) -> Tensor | None:
+    """In float32, laid out for the compiled step."""
     return None if part is None else part.float().contiguous()
 
 
@@ -139,6 +140,7 @@ class Norm:
 
 
 def layer_norm(module: nn.Module) -> Norm:
+    """Of a module of torch."""
     assert isinstance(module, nn.LayerNorm)
     return Norm(module.weight, module.bias, module.eps)
 
@@ -166,6 +168,7 @@ class Table:
 
 
 def paired(cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]) -> Angles:
+    """Cosine and signed sine of both halves of a head, for `turn`."""
     return Angles(torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
 
 

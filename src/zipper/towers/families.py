@@ -20,7 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zipper.errors import ZipperError
-from zipper.tower import Rows, Strand, Tower
+from zipper.strand import Strand
+from zipper.tower import Tower
+from zipper.towers.proof import Rows
 
 LAYERS = 4
 VOCABULARY = 97

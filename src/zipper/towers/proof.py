@@ -231,6 +231,7 @@ class Proof:
             ) from error
 
     def refusal(self, reason: str) -> UnsupportedTower:
+        """The error that says why this model cannot be a tower."""
         return refusal(f"{type(self.tower.model).__name__} cannot be a tower: {reason}.")
 
 

@@ -28,9 +28,9 @@ class Build(Protocol):
     """Makes the model of a run: a zip (`build`), or what another package trains by the same
     loop."""
 
-    course: Mapping[
-        str, Any
-    ]  # what it adds to the recipe, as plain data: a resumed run must be of the same
+    @property
+    def course(self) -> Mapping[str, Any]:
+        """What it adds to the recipe, as plain data: a resumed run must be of the same."""
 
     def __call__(
         self, config: TrainConfig, modalities: Mapping[str, Modality], rows: Sequence[Row]

@@ -204,7 +204,9 @@ class TrainConfig:
                 f"loss_weight is {dict(self.loss_weight)}: nothing that is produced has a loss. "
                 "Raise one."
             )
-        for option in ("every", "junctions", "shows", "links", "calibrate") if len(self.towers) == 1 else ():
+        for option in (
+            ("every", "junctions", "shows", "links", "calibrate") if len(self.towers) == 1 else ()
+        ):
             if getattr(self, option):
                 raise ZipperError(
                     f"{option} is {getattr(self, option)}, but one tower has no links: leave it "

@@ -35,7 +35,7 @@ from zipper.tower import Tower
 
 Row = Mapping[str, Sequence[int]]
 #: A zip, or one decoder that is every one of its towers.
-Model = nn.Module
+Model = Any
 
 #: Rows whose lengths are looked at.
 SAMPLE = 1000

@@ -424,12 +424,13 @@ def alone(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
 
 
 def weights(config: TrainConfig) -> dict[str, float]:
+    """{source: its weight in the mixture}."""
     return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
 
 
 def gates(model: Any) -> dict[str, float]:
     """|tanh(gate)| of every link's attention (0 = the link is silent)."""
-    return {name: float(whole(link.gate).tanh().abs()) for name, link in model.links.items()}  # type: ignore[arg-type]
+    return {name: float(whole(link.gate).tanh().abs()) for name, link in model.links.items()}
 
 
 def spread(
@@ -515,6 +516,7 @@ def mean_loss(
 def record_of(
     config: TrainConfig, build: Build, progress: Progress, found: Mapping[str, float]
 ) -> dict[str, Any]:
+    """What is kept beside a saved model: how it was trained."""
     return {
         "recipe": dataclasses.asdict(config) | dict(build.course),
         "step": progress.step,
