@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipper_lab import adaptation
-from zipper_lab.corpora import prose
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.evaluation import Judge, error_rate, pronunciations
+from zipper_lab import adaptation
+from zipper_lab.corpora import prose
 
 ORIGINAL = Path(extra("pocketsphinx").get_model_path("en-us/en-us"))
 SHOWN = [(u.text, prose.synthesize(u)) for u in prose.sentences("speech", 24)]

@@ -36,7 +36,6 @@ from laws import (
 from torch import Tensor
 
 from zipper.audio.sound import Audio
-from zipper_lab.baseline import Baseline, BaselineConfig
 from zipper.errors import ZipperError
 from zipper.generation import generate
 from zipper.model import Zipper
@@ -47,6 +46,7 @@ from zipper.tasks import ASR, TTS
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand, Tower
 from zipper.training import train
+from zipper_lab.baseline import Baseline, BaselineConfig
 
 ADDED = ("speech", "image")
 SHIFT = {

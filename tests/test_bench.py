@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipper_lab.baseline import Baseline
-from zipper_lab.bench import ratio, take_turns, write
-from zipper_lab.bench.train import ARMS, EQUAL, LONGEST, RATIOS, Settings, bench, build, mix, table
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.tower import Tower
+from zipper_lab.baseline import Baseline
+from zipper_lab.bench import ratio, take_turns, write
+from zipper_lab.bench.train import ARMS, EQUAL, LONGEST, RATIOS, Settings, bench, build, mix, table
 
 TURNS = """
 import json, sys, time

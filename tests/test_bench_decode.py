@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from zipper_lab.bench import Here, decode
-from zipper_lab.bench.decode import ARMS, SAME, SIZES, Settings, bench, build, table, timed
 from zipper.cli import main
 from zipper.errors import ZipperError
+from zipper_lab.bench import Here, decode
+from zipper_lab.bench.decode import ARMS, SAME, SIZES, Settings, bench, build, table, timed
 
 MEMORY = torch.ones(1000)
 IDS = [5, 9, 7, 30]

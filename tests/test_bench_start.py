@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from zipper_lab.bench import in_turn, start
 from zipper.cli import main
 from zipper.errors import ZipperError
+from zipper_lab.bench import in_turn, start
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BUSY = "import time\nwhile time.process_time() < 0.3: pass"

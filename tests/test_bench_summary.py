@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zipper_lab.corpora import commands as corpus
+from zipper.cli import main
+from zipper.errors import ZipperError
+from zipper.generation import Engine
+from zipper.pipeline import Pipeline
 from zipper_lab.bench import speech, summary
 from zipper_lab.bench.speech import ARMS, Stopwatch, heard, said
-from zipper.cli import main
-from zipper.generation import Engine
-from zipper.errors import ZipperError
-from zipper.pipeline import Pipeline
+from zipper_lab.corpora import commands as corpus
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 UTTERANCES = corpus.sentences("test", 2)

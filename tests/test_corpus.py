@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from zipper.audio import disturbance
-from zipper_lab.corpora import commands as corpus
 from zipper.audio.sound import Mel
 from zipper.errors import ZipperError
 from zipper.modality import speech
 from zipper.modality.speech import SpeechUnits, UnitsConfig
+from zipper_lab.corpora import commands as corpus
 
 UNITS = SpeechUnits(
     np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32),

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zipper_lab import demo
-from zipper_lab.corpora import commands as corpus
-from zipper.audio.sound import Audio
 from zipper.audio.disturbance import TABLE, Disturbance
+from zipper.audio.sound import Audio
 from zipper.evaluation import error_rate
 from zipper.pipeline import Pipeline
+from zipper_lab import demo
+from zipper_lab.corpora import commands as corpus
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipper_lab.corpora import commands as corpus
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import (
@@ -31,6 +30,7 @@ from zipper.evaluation import (
     normalise,
     pronunciations,
 )
+from zipper_lab.corpora import commands as corpus
 
 words = st.lists(st.sampled_from(["red", "green", "blue", "is"]), max_size=6).map(" ".join)
 

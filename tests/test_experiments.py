@@ -14,10 +14,10 @@ import tiny
 import torch
 
 from zipper.data import manifests as data
-from zipper_lab import experiments
 from zipper.errors import ZipperError
-from zipper_lab.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Ground, Job, Result
 from zipper.training import Stopped, TrainConfig
+from zipper_lab import experiments
+from zipper_lab.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Ground, Job, Result
 
 PRESETS = pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zipper.saving import files
 from zipper.errors import ZipperError
+from zipper.saving import files
 from zipper.saving.files import (
     HELD,
     MOST_INTEGER,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from zipper.data import manifests as data
-from zipper_lab.corpora import prose
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality import speech
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.modality.text import Text
+from zipper_lab.corpora import prose
 
 UNITS = SpeechUnits(
     np.random.default_rng(0).normal(-13, 3, (16, 160)).astype(np.float32),

@@ -18,10 +18,10 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipper_lab import report
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate
+from zipper_lab import report
 from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
 
 EVIL = """</p></title><script>alert("1")</script><img src='https://evil.example/x' onerror=alert(2)>&amp; $x^{ $page"""

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from zipper_lab import results
 from zipper.errors import ZipperError
+from zipper_lab import results
 from zipper_lab.results import BOTH, FROZEN, MATCHED, PLAIN, ZIP
 
 N = 300

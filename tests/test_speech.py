@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 from scipy.spatial.distance import cdist
 
 from zipper import modality
-from zipper.audio import sound as audio, disturbance
-from zipper.audio.sound import Audio, Front, Mel
+from zipper.audio import disturbance
+from zipper.audio import sound as audio
 from zipper.audio.disturbance import Disturbance
+from zipper.audio.sound import Audio, Front, Mel
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality.speech import AHEAD, SpeechUnits, UnitsConfig, kmeans, nearest, stacked

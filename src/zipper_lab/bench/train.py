@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
-from zipper.strand import Batch, Segment, collate
+from zipper.strand import Batch, Segment, Target, collate
 from zipper.tower import Tower
 from zipper.training import Objective
 from zipper.training import cost as plan
@@ -385,7 +385,7 @@ def build(settings: Settings) -> Arm:
 
     def sample(pair: Pair) -> list[Segment]:
         return [
-            Segment(name, contents[name][: pair[name] - 2], weight=float(name == "text"))
+            Target(name, contents[name][: pair[name] - 2], weight=float(name == "text"))
             for name in ("speech", "text")
         ]
 
