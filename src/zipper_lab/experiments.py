@@ -515,9 +515,7 @@ def _end_with(parent: int) -> None:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write_json(beside, content)
-    beside.replace(path)
+    write_json(path, content)
 
 
 def prepare_corpus(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:

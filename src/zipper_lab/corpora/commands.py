@@ -9,7 +9,6 @@ import _ctypes
 import ctypes
 import hashlib
 import json
-import os
 import random
 import re
 import threading
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from zipper.audio import disturbance
 from zipper.audio.sound import Audio
+from zipper.data import manifests as data
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
@@ -299,18 +299,8 @@ def rows(
             mininterval=1,
             disable=None,
         )
-    _keep(folder / f"{part}-{key}-{n}.jsonl", done)
+    data.write(folder / f"{part}-{key}-{n}.jsonl", done)
     return done
-
-
-def _keep(path: Path, content: list[dict[str, Any]]) -> None:
-    """There whole or not at all: written beside, then renamed."""
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in content))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _row(units: SpeechUnits, disturbed: bool, wanted: tuple[Utterance, int]) -> dict[str, Any]:
