@@ -169,7 +169,8 @@ def test_file(name: str, output: str) -> None:
             _write(Path(output), found)
 
     options = ["-q", "-m", "cuda and not slow", "-o", "minversion=7", "-p", "no:cacheprovider"]
-    sys.exit(pytest.main([*options, f"tests/test_{name}.py"], plugins=[Listener()]))
+    (path,) = (ROOT / "tests").rglob(f"test_{name}.py")  # the laboratory's lie in a folder
+    sys.exit(pytest.main([*options, str(path)], plugins=[Listener()]))
 
 
 def decode(told: Told) -> Found:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import JUDGE_NORMALISER, normalise, pronunciations, pulses
+from zipper.normaliser import normalise
+from zipper_lab.judges import JUDGE_NORMALISER, pcm, pronunciations
 
 # pocketsphinx's en-us model (-model ptm, -feat 1s_c_d_dd): for each phone and each of three streams
 # a codebook of 128 Gaussians
@@ -112,7 +113,7 @@ def _listen(
     """The phones of a text, each with its first frame and number of frames, and the features of all
     frames; [] for no alignment."""
     pocketsphinx = extra("pocketsphinx")
-    heard = pulses(audio)
+    heard = pcm(audio)
     with tempfile.TemporaryDirectory() as place:
         words, cepstra = Path(place, "domain.dict"), Path(place, "cepstra")
         words.write_text(dictionary, encoding="utf-8")

@@ -21,7 +21,7 @@ from zipper.audio import disturbance
 from zipper.audio.sound import Audio
 from zipper.data import manifests as data
 from zipper.environment import need
-from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
+from zipper.evaluation import error_rate, floor_template
 from zipper.inspection import attention
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
@@ -34,6 +34,7 @@ from zipper.training import TrainConfig, train
 from zipper.workers import spread
 from zipper_lab import report
 from zipper_lab.corpora import commands as corpus
+from zipper_lab.judges import Judge, judge_audio
 from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
 
 CHUNK = 100  # utterances that are generated together

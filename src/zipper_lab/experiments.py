@@ -30,7 +30,7 @@ from torch import Tensor
 from zipper.audio.disturbance import Disturbance
 from zipper.data import manifests as data
 from zipper.errors import ZipperError
-from zipper.evaluation import Judge, floor_random, floor_template, lines
+from zipper.evaluation import floor_random, floor_template, lines
 from zipper.link import LinkConfig
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
@@ -46,6 +46,7 @@ from zipper_lab import demo, report
 from zipper_lab.baseline import Extend
 from zipper_lab.corpora import commands as corpus
 from zipper_lab.corpora import prose
+from zipper_lab.judges import Judge
 from zipper_lab.results import TITLES, plain, write
 
 VERSION = (

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
 from operator import itemgetter
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import RESAMPLES
 from zipper.saving import files
+from zipper.statistics import bootstrap, share, wilcoxon
 from zipper_lab import report
 
 if TYPE_CHECKING:
@@ -227,34 +225,18 @@ def _rates(results: Sequence[Mapping[str, Any]]) -> dict[Key, Rate]:
     return rates
 
 
-@cache
-def _draws(count: int) -> Float64[np.ndarray, "resamples sentences"]:
-    """How often each of `count` sentences is drawn when as many are drawn with replacement."""
-    return (
-        np.random.default_rng(0)
-        .multinomial(count, np.full(count, 1 / count), RESAMPLES)
-        .astype(float)
-    )
-
-
 def interval(edits: Numbers, words: Int64[np.ndarray, " sentences"]) -> tuple[float, float, float]:
     """Edits per word of a corpus and its 95 % interval by bootstrap over sentences. Edits may be
     differences, and negative."""
-    drawn = _draws(len(words))
-    low, high = np.quantile((drawn @ edits) / (drawn @ words), (0.025, 0.975))
-    return (
-        round(float(edits.sum() / words.sum()), 12),
-        round(float(low), 12),
-        round(float(high), 12),
-    )  # a bar just reached is reached
+    low, high = bootstrap(share, edits, words)
+    value = float(share(edits, words))
+    return round(value, 12), round(low, 12), round(high, 12)  # a bar just reached is reached
 
 
 def significance(first: Rate, second: Rate) -> float:
-    """p of a two-sided Wilcoxon signed-rank test over the sentences' own error rates, averaged over
-    seeds; 1 where all are ties."""
+    """p of `wilcoxon` over the sentences' own error rates, averaged over seeds."""
     _same_sentences(first, second)
-    rates = np.round((first.edits - second.edits) / first.words, 12)  # 2/3 - 1/3 and 1/3 are a tie
-    return float(extra("scipy.stats").wilcoxon(rates).pvalue) if rates.any() else 1.0
+    return wilcoxon((first.edits - second.edits) / first.words)
 
 
 def _same_sentences(first: Rate, second: Rate) -> None:

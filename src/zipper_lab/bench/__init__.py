@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -23,11 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from zipper.errors import ZipperError
+from zipper.statistics import bootstrap
 from zipper_lab import report
 
 Turn = dict[str, float]
-RESAMPLES = 2000
 
 
 class Ratio(NamedTuple):
@@ -41,12 +42,8 @@ class Ratio(NamedTuple):
 def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """How many times as fast one arm is as another: the median of the ratios within each round that
     both took."""
-    rounds = [a / b for a, b in zip(above, below, strict=False)]
-    dice = random.Random(0)
-    medians = sorted(
-        statistics.median(dice.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES)
-    )
-    return Ratio(statistics.median(rounds), medians[RESAMPLES // 40], medians[-RESAMPLES // 40 - 1])
+    rounds = np.array([a / b for a, b in zip(above, below, strict=False)])
+    return Ratio(float(np.median(rounds)), *bootstrap(partial(np.median, axis=-1), rounds))
 
 
 def take_turns(

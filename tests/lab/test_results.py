@@ -485,7 +485,7 @@ def test_a_result_that_lacks_something_or_compares_other_sentences_is_an_error()
         results.tables(run(flat(ZIP, 1, seeds=1), flat(ZIP, 1, count=N - 1)[1:]))
 
 
-RECORDED = Path(__file__).parents[1] / "benchmarks" / "results"
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_the_pages_of_the_recorded_run_are_made_from_its_json() -> None:

@@ -16,7 +16,7 @@ from zipper_lab.bench import speech, summary
 from zipper_lab.bench.speech import ARMS, Stopwatch, heard, said
 from zipper_lab.corpora import commands as corpus
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 UTTERANCES = corpus.sentences("test", 2)
 
 

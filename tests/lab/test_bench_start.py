@@ -9,7 +9,7 @@ from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper_lab.bench import in_turn, start
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BUSY = "import time\nwhile time.process_time() < 0.3: pass"
 ASLEEP = "import time; time.sleep(0.3)"
 PARENT = (
