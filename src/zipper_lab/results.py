@@ -6,10 +6,8 @@ nothing and knows no model. The paper is Zipper, arXiv:2405.18669.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -18,19 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from zipper import pages
 from zipper.errors import ZipperError
 from zipper.saving import files
 from zipper.statistics import bootstrap, share, wilcoxon
-from zipper_lab import report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PAGE = Path(__file__).parent / "templates" / "results.html"
+ABOUT = (
+    "The experiments of the Zipper paper (arXiv:2405.18669) on other and smaller data, with "
+    "baselines of equal size, several seeds and intervals. What it claims, and what was found."
+)
 ZIP, FROZEN, BOTH = "zip, speech trained", "zip, speech frozen", "zip, text trained too"
 PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
 ORACLE, FLOOR = "oracle", "floor"
 ARMS = (ZIP, FROZEN, BOTH, PLAIN, MATCHED, ROWS)
-COLOURS = dict(zip((ZIP, MATCHED, FROZEN, PLAIN, BOTH, ROWS), report.PALETTE, strict=True))
+COLOURS = dict(zip((ZIP, MATCHED, FROZEN, PLAIN, BOTH, ROWS), pages.PALETTE, strict=True))
 SEEDS, SENTENCES = 3, 300  # a comparison of fewer is shown, and decides nothing
 LENGTHS = (
     0,
@@ -112,14 +115,6 @@ READING = (
     "two-sided. Floor: what a system gets that does not listen; oracle: the true units through "
     "the same chain."
 )
-STYLE = """<style>
-td { white-space: nowrap; }
-td.words, th.words { text-align: left; white-space: normal; }
-.holds { color: var(--accent); } .not { color: var(--wrong); } .undecided { color: var(--quiet); }
-.holds, .not, .undecided { font-weight: 650; white-space: nowrap; }
-.note { max-width: 80ch; }
-</style>"""
-
 Key: TypeAlias = tuple[str, str, str]  # task, test set, judge
 Numbers: TypeAlias = Float64[np.ndarray, " sentences"]
 
@@ -572,11 +567,17 @@ def plain(found: Mapping[str, Any], only: Sequence[str] = ()) -> str:
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
     """Write results.md and results.html, one page that asks the network for nothing. Raises
-    ZipperError as `tables` does, and where matplotlib is missing."""
-    written = {"results.md": tables(found), "results.html": _page(found)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in written.items():
-        files.write(folder / name, text.encode())
+    ZipperError as `tables` does, and where matplotlib or jinja2 is missing."""
+    text = tables(found)
+    pages.write(
+        folder / "results.html",
+        PAGE,
+        title="The paper's experiments, run again",
+        about=ABOUT,
+        sections=_document(found),
+        drawn=lambda drawing: pages.svg(drawing.draw, drawing.inches, drawing.label),
+    )
+    files.write(folder / "results.md", text.encode())
 
 
 def _document(found: Mapping[str, Any]) -> list[Section]:
@@ -1072,7 +1073,7 @@ def _drawn(label: str, panels: Sequence[Panel]) -> list[Drawing]:
     return [Drawing(label, draw, (9.6, 0.4 + 3.0 * down))]
 
 
-# --- the document as Markdown, as text and as HTML ---
+# --- the document as Markdown and as text ---
 
 
 def _markdown(section: Section) -> str:
@@ -1119,57 +1120,3 @@ def _aligned(rows: Sequence[Sequence[str]], words: int) -> list[list[str]]:
         ]
         for row in rows
     ]
-
-
-def _page(found: Mapping[str, Any]) -> str:
-    style = re.findall(r"<style>.*?</style>", report.PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
-    title, sections = "The paper's experiments, run again", _document(found)
-    about = (
-        "The experiments of the Zipper paper (arXiv:2405.18669) on other and smaller data, with "
-        "baselines of equal size, several "
-        "seeds and intervals. What it claims, and what was found."
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta '
-        'name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n{style}\n{STYLE}\n</head>\n"
-        f"<body>\n<header><h1>{title}</h1><p class=about>{about}</p></header>\n<main>\n"
-        + "\n".join(
-            f"<section><h2>{escape(s.title)}</h2>{''.join(map(_html, s.blocks))}</section>"
-            for s in sections
-        )
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _html(block: str | Grid | Drawing) -> str:
-    if isinstance(block, str):
-        return f'<p class="quiet note">{_text(block)}</p>'
-    if isinstance(block, Drawing):
-        return f"<figure>{report.svg(block.draw, block.inches, block.label)}</figure>"
-    states = {"holds": "holds", "does not hold": "not", "undecided": "undecided"}
-
-    def cell(n: int, text: str) -> str:
-        kind = f"{'words' * (n < block.words)} {states.get(text, '')}".strip()
-        shown = (
-            _text(text)
-            if n < block.words
-            else re.sub(r" (\(.*\))$", r"<small>\1</small>", _text(text))
-        )
-        return f'<td class="{kind}">{shown}</td>' if n else f"<th scope=row>{shown}</th>"
-
-    head = "".join(
-        f'<th scope=col class="{"words" * (n < block.words)}">{escape(text)}</th>'
-        for n, text in enumerate(block.head)
-    )
-    body = "".join(
-        f"<tr>{''.join(cell(n, text) for n, text in enumerate(row))}</tr>" for row in block.rows
-    )
-    caption = f"<caption>{escape(block.title)}</caption>" if block.title else ""
-    head = f"<thead><tr>{head}</tr></thead>" if any(block.head) else ""
-    return f"<div class=wide tabindex=0><table>{caption}{head}<tbody>{body}</tbody></table></div>"
-
-
-def _text(text: str) -> str:
-    return escape(text).replace(" %", "&nbsp;%")
