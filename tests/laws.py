@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zipper.link import InputKind, LinkConfig
 from zipper.model import Zipper
+from zipper.reading import Reader
 from zipper.strand import Segment
 from zipper.testing import tiny_tower
 from zipper.tower import Past, Strand, Tower
@@ -478,3 +479,10 @@ def is_the_greedy_answer(
         assert forced <= len(segment.content) <= max(forced, limits[segment.tower])
         assert abs(segment.score - score) < 1e-4
         time += len(segment.content) + 2
+
+
+def read_one(
+    reader: Reader, tower: str, pieces: Sequence[tuple[Any, Sequence[int]]]
+) -> list[Tensor | None]:
+    """What sequences that read one tower are given."""
+    return reader.read({tower: pieces})[tower]

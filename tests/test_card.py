@@ -14,11 +14,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import World
 
-from zipper.saving import checkpoint
-from zipper.saving.card import card
 from zipper.errors import ZipperError
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
+from zipper.saving import checkpoint
+from zipper.saving.card import card
 
 
 @pytest.fixture(scope="module")

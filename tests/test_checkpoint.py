@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from tiny import World
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zipper.saving import checkpoint
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
+from zipper.saving import checkpoint
 from zipper.strand import Segment
 
 

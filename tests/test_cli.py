@@ -21,8 +21,8 @@ from tiny import World
 
 from zipper import cli
 from zipper.audio import sound as audio
-from zipper.data import manifests as data
 from zipper.audio.sound import Audio
+from zipper.data import manifests as data
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
 from zipper.strand import Segment

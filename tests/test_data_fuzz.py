@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import tiny
 
-from zipper.errors import ZipperError
 from zipper.data.extraction import Policy, extract, processes
+from zipper.errors import ZipperError
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 NEVER = "\u2028\x0b\x0c\x1c\x85"  # what ends a line for str.splitlines alone

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from zipper.audio import disturbance
-from zipper.audio.sound import Audio
 from zipper.audio.disturbance import NOTHINGS, TABLE, Disturbance, drawn, nothing, take
+from zipper.audio.sound import Audio
 
 RATE_HZ = 16_000
 TIME = np.arange(RATE_HZ) / RATE_HZ

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from zipper import cli, doctor, environment
-from zipper.fast import native
 from zipper.doctor import Finding
+from zipper.fast import native
 from zipper.verify import Check
 
 #: An environment in which nothing is broken: a transformers that nobody tried, no compiler, no

@@ -10,23 +10,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, unchecked, zipped
+from laws import LLAMAS, SMALL, draw, is_the_greedy_answer, read_one, unchecked, zipped
 from test_fused import truth
 from test_generation import assert_same
 from torch._subclasses import FakeTensorMode
 
-from zipper import engine as engines
-from zipper.fast import reader as fused
-from zipper.fast import engine as Engine, fastest
-from zipper.generation import Request
-from zipper.reading import Reader, Stepwise
-from zipper.sampling import Search
+from zipper import generation as engines
 from zipper.errors import ZipperError
+from zipper.fast import engine as Engine
+from zipper.fast import fastest, session
 from zipper.fast.reader import Fused
-from zipper.generation import generate
+from zipper.generation import Request, generate
 from zipper.link import LinkConfig
 from zipper.model import Zipper
-from zipper.sampling import Rules, Sampling, one_of
+from zipper.reading import Reader, Stepwise
+from zipper.sampling import Rules, Sampling, Search, one_of
 from zipper.strand import Segment
 from zipper.testing import tiny_tower
 
@@ -47,7 +45,7 @@ PLANS: list[tuple[list[str], list[str | Segment]]] = [
 @pytest.fixture(autouse=True)
 def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody has written is NaN, so that reading it shows."""
-    monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
+    monkeypatch.setattr(session, "empty", lambda shape, like: like.new_full(shape, torch.nan))
 
 
 @pytest.fixture(
@@ -199,7 +197,6 @@ def test_rows_without_room_end_early_as_in_generate_and_other_errors_are_raised(
     for batch, wrong, given in [
         (prompts[1:2], "no room for another segment", limits),
         ([], "needs at least one of each", limits),
-        ([*prompts, []], "must name the same towers", limits),
         (prompts, "no tower 'txt'", {"txt": 3}),
     ]:
         with pytest.raises(ZipperError, match=wrong):
@@ -567,9 +564,9 @@ def every_way(
                 session = scored.open([*{s.tower for s in given}, tower], [tower])
                 for segment in given:
                     a, b = model.ends()[segment.tower]
-                    scored.read(segment.tower, [(session, [a, *segment.content, b])])
+                    read_one(scored, segment.tower, [(session, [a, *segment.content, b])])
                 for read, said in zip([begin, *ids], [*ids, end][: n + ended], strict=False):
-                    (logits,) = scored.read(tower, [(session, [read])])
+                    (logits,) = read_one(scored, tower, [(session, [read])])
                     assert logits is not None
                     logits[begin] = -torch.inf
                     logprobs.append(float(logits.log_softmax(-1)[said]))

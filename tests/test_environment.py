@@ -21,10 +21,10 @@ from packaging.version import Version
 from transformers.utils import logging
 
 from zipper import environment
-from zipper.towers import families
 from zipper.environment import BrokenExtra, MissingExtra
 from zipper.testing import tiny_tower
 from zipper.tower import Tower, UnsupportedTower
+from zipper.towers import families
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[

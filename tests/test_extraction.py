@@ -16,10 +16,12 @@ import pytest
 import tiny
 
 from zipper import cli
-from zipper.audio import sound as audio, disturbance
-from zipper.data import manifests as data, extraction, rows
-from zipper.errors import ZipperError
+from zipper.audio import disturbance
+from zipper.audio import sound as audio
+from zipper.data import extraction, rows
+from zipper.data import manifests as data
 from zipper.data.extraction import Policy, extract, processes
+from zipper.errors import ZipperError
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 HERE = processes(1)

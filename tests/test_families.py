@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from zipper.towers import families
 from zipper.cli import main
 from zipper.errors import ZipperError
-from zipper.towers.families import Family
 from zipper.tower import Strand, Tower
+from zipper.towers import families
+from zipper.towers.families import Family
 
 PAGE = (Path(__file__).parent.parent / "docs" / "towers.md").read_text(encoding="utf-8")
 # Names that all supported transformers know, with the way and the rows that we want of them.

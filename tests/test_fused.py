@@ -7,19 +7,25 @@ from functools import partialmethod
 
 import pytest
 import torch
-from laws import LLAMAS, draw, lay, number, zipped
+from laws import LLAMAS, draw, lay, number, read_one, zipped
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper.fast import reader as fused, native
 from zipper.errors import ZipperError
-from zipper.towers.families import drawn
-from zipper.fast.reader import Cache, Form, Fused, Matrix, Session
+from zipper.fast import native, weights
+from zipper.fast import session as session_file
+from zipper.fast.blocks import FastLink
 from zipper.fast.graphs import Pool, Shape
+from zipper.fast.reader import Fused
+from zipper.fast.session import Cache, Session
+from zipper.fast.weights import Form, Matrix
 from zipper.link import PAPER_LINK, LinkConfig, Memory
 from zipper.model import Zipper
+from zipper.reading import Stepwise
+from zipper.strand import Strand
 from zipper.testing import tiny_tower
 from zipper.tower import UnsupportedTower
+from zipper.towers.families import drawn
 
 KNOWN = ("llama", "qwen3")
 Words = Sequence[tuple[str, int]]
@@ -28,7 +34,7 @@ Words = Sequence[tuple[str, int]]
 @pytest.fixture(autouse=True)
 def memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody has written is NaN, so that reading it shows."""
-    monkeypatch.setattr(fused, "_empty", lambda shape, like: like.new_full(shape, torch.nan))
+    monkeypatch.setattr(session_file, "empty", lambda shape, like: like.new_full(shape, torch.nan))
     monkeypatch.setattr(Pool, "free", freed)
 
 
@@ -98,8 +104,8 @@ def read(
         for tower in {parts[0][0] for parts in left if parts}:
             group = [n for n, parts in enumerate(left) if parts and parts[0][0] == tower]
             now = [left[n].pop(0)[1] for n in group]
-            answers = model.read(
-                tower, [(sessions[n], ids) for n, ids in zip(group, now, strict=True)]
+            answers = read_one(
+                model, tower, [(sessions[n], ids) for n, ids in zip(group, now, strict=True)]
             )
             for n, ids, logits in zip(group, now, answers, strict=True):
                 time[n] += len(ids)
@@ -181,8 +187,8 @@ def test_positions_beyond_the_first_table_are_right() -> None:
     fast, dice = Fused(model), random.Random(0)
     words = [("text", dice.randrange(97)) for _ in range(400)]
     session = fast.open(["text"], ["text"])
-    first = fast.read("text", [(session, [i for _, i in words[:300]])])[0]
-    second = fast.read("text", [(session, [i for _, i in words[300:]])])[0]
+    first = read_one(fast, "text", [(session, [i for _, i in words[:300]])])[0]
+    second = read_one(fast, "text", [(session, [i for _, i in words[300:]])])[0]
     assert first is not None and second is not None
     assert_close({299: first, 399: second}, truth(model, words, ["text"]), 2e-5)
 
@@ -196,9 +202,9 @@ def test_a_neighbour_that_goes_far_takes_nothing_away(way: str) -> None:
     (found,) = read(fast, [session], [[("text", [3]), ("text", [4])]])
     held, far = {*fast._prepared, *fast._replays}, fast._far
     assert bool(held) == (way != "torch")
-    fast.read("text", [(other, [i % 90 for i in range(far + 1)])])
+    read_one(fast, "text", [(other, [i % 90 for i in range(far + 1)])])
     assert held.isdisjoint({*fast._prepared, *fast._replays}) and fast._far > far
-    (logits,) = fast.read("text", [(session, [5])])
+    (logits,) = read_one(fast, "text", [(session, [5])])
     assert logits is not None
     assert_close(found | {2: logits}, truth(model, words, ["text"]))
 
@@ -254,30 +260,68 @@ def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junc
     )  # speech, of 4 blocks, has junctions after its blocks 1 and 2
     fast = Fused(model)
     session = fast.open(["speech", "text"], ["text"])
-    assert fast.read("speech", [(session, [3, 4])]) == [None]
+    assert read_one(fast, "speech", [(session, [3, 4])]) == [None]
     held = session.caches["speech"].held[:, :, :, :2]
     written = ~(held.isnan() | (held == 0)).flatten(1).all(1)
     assert written.tolist() == [True, True, False, False]
-    (logits,) = fast.read("text", [(session, [5])])
+    (logits,) = read_one(fast, "text", [(session, [5])])
     assert logits is not None
     assert_close(
         {2: logits}, truth(model, [("speech", 3), ("speech", 4), ("text", 5)], ["speech", "text"])
     )
 
 
+def test_towers_read_in_one_step_do_not_see_each_other_and_are_seen_afterwards() -> None:
+    """Two towers of one sequence in one call: as if the tokens of the step stood at one time."""
+    model = zipped(dict.fromkeys(("text", "speech", "image"), "llama"), {"text": 2})
+    towers, cut = (
+        list(model.config.towers),
+        [
+            {"text": [5, 6]},
+            {"text": [7], "speech": [3]},
+            {"text": [8], "speech": [4], "image": [2]},
+            {"image": [3], "speech": [5]},
+            {"text": [9]},
+        ],
+    )
+    fast, step = Fused(model), Stepwise(model)
+    one, other = fast.open(towers, towers), step.open(towers, towers)
+    whole: dict[str, list[tuple[int, int]]] = {name: [] for name in towers}
+    found: dict[str, list[Tensor]] = {name: [] for name in towers}
+    time = 0
+    for pieces in cut:
+        mine = fast.read({name: [(one, ids)] for name, ids in pieces.items()})
+        theirs = step.read({name: [(other, ids)] for name, ids in pieces.items()})
+        for name, ids in pieces.items():
+            torch.testing.assert_close(mine[name][0], theirs[name][0], atol=1e-4, rtol=0)
+            whole[name] += [(time + n, id) for n, id in enumerate(ids)]
+            found[name].append(mine[name][0])
+        time += max(map(len, pieces.values()))
+    strands = {}
+    for name, tokens in whole.items():
+        times, ids = (torch.tensor([column]) for column in zip(*tokens, strict=True))
+        place = torch.arange(len(tokens))[None]
+        strands[name] = Strand(ids, place, times, torch.zeros_like(ids))
+    with torch.no_grad():
+        wanted = model(strands)
+    for name, logits in found.items():
+        said = torch.stack(logits)
+        torch.testing.assert_close(said, wanted[name][0, -len(said) :], atol=1e-4, rtol=0)
+
+
 def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, calls = zipped(LLAMAS), []
-    fast, turn = Fused(model), fused._Link.extend
+    fast, turn = Fused(model), FastLink.extend
 
-    def counted(link: fused._Link, memory: Memory | None, states: Tensor) -> Memory:
+    def counted(link: FastLink, memory: Memory | None, states: Tensor) -> Memory:
         calls.append(
             (next(name for name, other in fast._links.items() if other is link), len(states))
         )
         return turn(link, memory, states)
 
-    monkeypatch.setattr(fused._Link, "extend", counted)
+    monkeypatch.setattr(FastLink, "extend", counted)
     cut = [
         ("speech", [2]),
         ("speech", [3, 4]),
@@ -288,8 +332,8 @@ def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(
     ]
     read(fast, [fast.open(["speech", "text"], ["speech", "text"])], [cut])
     for n in range(len(model.config.junctions)):
-        assert [tokens for name, tokens in calls if name == f"{n}:speech>text"] == [3, 1]
-        assert [tokens for name, tokens in calls if name == f"{n}:text>speech"] == [2]
+        assert [tokens for name, tokens in calls if name == (n, "speech", "text")] == [3, 1]
+        assert [tokens for name, tokens in calls if name == (n, "text", "speech")] == [2]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "mistral", "gemma3", "gpt2"])
@@ -363,12 +407,12 @@ def test_ids_that_a_tower_does_not_know_are_refused_and_nothing_is_lost(wrong: i
     fast = Fused(Zipper.from_towers({"text": tiny_tower("llama")}))
     one, other, untouched = (fast.open(["text"], ["text"]) for _ in range(3))
     for session in (one, untouched):
-        fast.read("text", [(session, [3, 4])])
+        read_one(fast, "text", [(session, [3, 4])])
     with pytest.raises(
         ZipperError, match=f"text was given ids from .*{wrong}.*; it knows those from 0 to 96"
     ):
-        fast.read("text", [(one, [5]), (other, [6, wrong])])
-    found, wanted = (fast.read("text", [(session, [5])])[0] for session in (one, untouched))
+        read_one(fast, "text", [(one, [5]), (other, [6, wrong])])
+    found, wanted = (read_one(fast, "text", [(session, [5])])[0] for session in (one, untouched))
     torch.testing.assert_close(found, wanted)
     assert not other.caches
 
@@ -416,9 +460,9 @@ def test_a_matrix_of_several_layers_is_their_products_side_by_side(way: str) -> 
 def test_every_kernel_of_torch_gives_the_same_product(
     dtype: torch.dtype, amx: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "AMX", amx)
+    monkeypatch.setattr(weights, "AMX", amx)
     if not packed:
-        monkeypatch.setattr(fused, "PACKED", set())
+        monkeypatch.setattr(weights, "PACKED", set())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for width, out in ((32, 48), (48, 32), (40, 40)):
         layer = torch.nn.Linear(width, out, dtype=dtype)

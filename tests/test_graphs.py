@@ -11,13 +11,15 @@ from types import FunctionType
 import pretend
 import pytest
 import torch
-from laws import LLAMAS, zipped
+from laws import LLAMAS, read_one, zipped
 from torch import Tensor
 
-from zipper.fast import reader as fused, native
 from zipper.errors import ZipperError
-from zipper.fast.reader import Fused, Session
+from zipper.fast import native, weights
+from zipper.fast import reader as fused
 from zipper.fast.graphs import Pool, Replay, Shape, above
+from zipper.fast.reader import Fused
+from zipper.fast.session import Session
 
 NAMES = ["speech", "text"]
 #: Kernels that a GPU has, and nobody pretends.
@@ -28,18 +30,18 @@ MORE = [(torch.bfloat16, False), (torch.float32, True)] if torch.cuda.is_availab
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as on CUDA, by torch."""
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(fused, "PACKED", set())
+    monkeypatch.setattr(weights, "PACKED", set())
 
 
 def said(fast: Fused, sessions: list[Session]) -> Tensor:
     """Logits of a few steps in which sessions see different things and do not always take part."""
     a, b, c = sessions
     found = []
-    fast.read("speech", [(a, [3, 4, 5]), (b, [3])])
+    read_one(fast, "speech", [(a, [3, 4, 5]), (b, [3])])
     for i in range(4):
-        found += fast.read("text", [(a, [5 + i]), (b, [7]), (c, [2])])
-    fast.read("speech", [(c, [3])])
-    found += fast.read("text", [(c, [7]), (a, [2])])
+        found += read_one(fast, "text", [(a, [5 + i]), (b, [7]), (c, [2])])
+    read_one(fast, "speech", [(c, [3])])
+    found += read_one(fast, "text", [(c, [7]), (a, [2])])
     return torch.stack([row for row in found if row is not None])
 
 
@@ -54,7 +56,7 @@ def test_a_step_is_whole_for_torch_compile_and_says_the_same(backend: str) -> No
 
 
 def compiled(backend: str) -> None:
-    native.library, fused.PACKED, real, steps = lambda: None, set(), torch.compile, []
+    native.library, weights.PACKED, real, steps = lambda: None, set(), torch.compile, []
 
     def traced(step: Callable[..., object], **options: object) -> object:
         assert options == {"fullgraph": True, "dynamic": False}
@@ -197,18 +199,18 @@ def test_shapes_are_few_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fast.open(["text"], ["text"])
     made.clear()
     for i in range(140):
-        fast.read("text", [(session, [i % 30])])
+        read_one(fast, "text", [(session, [i % 30])])
     assert made == [(3, 1)] * 3, "looking at 64, 128 and 256 tokens"
 
 
 def test_a_row_that_does_not_take_part_is_left_as_it_is() -> None:
     fast = Fused(zipped(LLAMAS), static=True)
     mine, other = fast.open(NAMES, NAMES), fast.open(NAMES, NAMES)
-    fast.read("speech", [(mine, [3, 4]), (other, [5])])
-    fast.read("text", [(mine, [3]), (other, [5])])
+    read_one(fast, "speech", [(mine, [3, 4]), (other, [5])])
+    read_one(fast, "text", [(mine, [3]), (other, [5])])
     before = mine.caches["text"].held[..., : mine.caches["text"].length, :].clone()
     for i in range(3):
-        fast.read("text", [(other, [i])])
+        read_one(fast, "text", [(other, [i])])
     assert (
         torch.equal(mine.caches["text"].held[..., :1, :], before)
         and mine.caches["text"].length == 1

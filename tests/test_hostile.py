@@ -25,9 +25,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from zipper.saving import checkpoint
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
+from zipper.saving import checkpoint
 
 SLOWEST_S, MOST_MEMORY = 5.0, 200 << 20
 CORRUPTIONS = 1_000

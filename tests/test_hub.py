@@ -24,11 +24,11 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from tiny import World
 
-from zipper.saving import checkpoint, hub
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
+from zipper.saving import checkpoint, hub
 from zipper.strand import Segment, collate
 from zipper.tower import Tower
 

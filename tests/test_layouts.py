@@ -15,8 +15,8 @@ import soundfile
 import tiny
 
 from zipper.data import layouts
-from zipper.errors import ZipperError
 from zipper.data.extraction import Policy, extract, processes
+from zipper.errors import ZipperError
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 

@@ -12,14 +12,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from laws import unchecked
 
-from zipper import engine, link, model, sampling
-from zipper.training import loop as training
-from zipper.sampling import Search
+from zipper import config as shapes
+from zipper import generation, link, sampling
+from zipper.config import Adapter, TowerConfig, ZipperConfig
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
-from zipper.model import Adapter, TowerConfig, ZipperConfig
-from zipper.sampling import Rules, Sampling
+from zipper.sampling import Rules, Sampling, Search
 from zipper.training import TrainConfig
+from zipper.training import config as recipes
 
 TOWER = {"source": "gpt2", "width": 8, "layers": 4, "vocabulary": 9, "begin": 0, "end": 1}
 RECIPE = {
@@ -160,9 +160,9 @@ def test_the_ids_that_begin_and_end_are_among_those_of_the_tower() -> None:
 def test_every_limit_names_a_field() -> None:
     """A field that is renamed would lose its limits without a word."""
     fields = {field.name for kind in (*MADE, ZipperConfig) for field in dataclasses.fields(kind)}
-    for limits in (link.LIMITS, model.LIMITS, training.LIMITS):
+    for limits in (link.LIMITS, shapes.LIMITS, recipes.LIMITS):
         assert limits.keys() <= fields
-    assert sampling.MOST_SEED + (1 << 20) < 2**64 and engine.CHUNK
+    assert sampling.MOST_SEED + (1 << 20) < 2**64 and generation.CHUNK
 
 
 @pytest.mark.parametrize("seed", [2**63, 2**64, 1.5, True, math.nan, "1"])

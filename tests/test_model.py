@@ -32,10 +32,11 @@ from laws import (
 )
 from torch import Tensor, nn
 
+from zipper.config import ZipperConfig
 from zipper.errors import ZipperError
 from zipper.link import PAPER_LINK, LinkConfig
-from zipper.model import Zipper, ZipperConfig, visible
-from zipper.strand import Ends, Segment, collate
+from zipper.model import Zipper
+from zipper.strand import Ends, Segment, collate, visible
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand
 

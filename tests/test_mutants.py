@@ -30,7 +30,7 @@ from laws import (
     zipped,
 )
 
-from zipper import generation, link, model
+from zipper import generation, link, lockstep, reading
 from zipper.generation import generate
 from zipper.model import Zipper
 from zipper.sampling import Sampling
@@ -65,7 +65,7 @@ def it_is_the_picture() -> None:
             *(torch.tensor([x]) for x in ([0] * len(time), list(range(len(time))), time, document))
         )
 
-    seen = model.visible(
+    seen = lockstep.visible(
         strand([0, 2, 4, 1, 9], [0, 0, 0, 1, -1]),
         strand([0, 0, 1, 2, 3, 0, 5], [-1, 0, 0, 0, 0, 1, 1]),
     )
@@ -145,63 +145,68 @@ LAWS: tuple[Callable[[], None], ...] = (
 
 MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     # The mask rule.
-    "a token sees its own time": (model, "visible", ":] < target.time", ":] <= target.time"),
-    "a token sees what comes after it": (model, "visible", ":] < target.time", ":] > target.time"),
+    "a token sees its own time": (lockstep, "visible", ":] < target.time", ":] <= target.time"),
+    "a token sees what comes after it": (
+        lockstep,
+        "visible",
+        ":] < target.time",
+        ":] > target.time",
+    ),
     "a token sees all times": (
-        model,
+        lockstep,
         "visible",
         "same & (source.time[:, None, :] < target.time[:, :, None])",
         "same",
     ),
-    "ranks are compared, not times": (model, "visible", ".time[", ".position["),
-    "documents are ignored": (model, "visible", "== source.document[:, None, :]", ">= 0"),
-    "padding is seen": (model, "visible", "& (source.document >= 0)", "| (source.document < 0)"),
+    "ranks are compared, not times": (lockstep, "visible", ".time[", ".position["),
+    "documents are ignored": (lockstep, "visible", "== source.document[:, None, :]", ">= 0"),
+    "padding is seen": (lockstep, "visible", "& (source.document >= 0)", "| (source.document < 0)"),
     # The exchange.
     "the second direction reads what the first has written": (
-        model.Zipper,
+        lockstep,
         "_exchange",
         "new = dict(hidden)",
         "new = hidden",
     ),
     "one direction is missing": (
-        model.Zipper,
+        lockstep,
         "_exchange",
-        "if source == target",
-        "if source >= target",
+        "if pair in sight.masks",
+        "if pair in sight.masks and key.source < key.target",
     ),
     "of several sources the last one wins": (
-        model.Zipper,
+        lockstep,
         "_exchange",
-        "new[target] + link",
-        "hidden[target] + link",
+        "new[key.target] + link",
+        "hidden[key.target] + link",
     ),
-    "a link replaces the state": (model.Zipper, "_exchange", "new[target] + link", "link"),
-    "rotary positions are times": (model.Zipper, "_exchange", "strand.position", "strand.time"),
+    "a link replaces the state": (lockstep, "_exchange", "new[key.target] + link", "link"),
+    "rotary positions are times": (lockstep, "_exchange", "strand.position", "strand.time"),
     "the exchange comes before the block": (
-        model.Zipper,
-        "_advance",
-        "junction[name]",
-        "(junction[name] - 1)",
+        lockstep,
+        "advance",
+        "stop.tower, stop.layer",
+        "stop.tower, stop.layer - 1",
     ),
     "the mask is inverted": (
-        model.Zipper,
+        lockstep,
         "_exchange",
-        "masks[source, target]",
-        "~masks[source, target]",
+        "sight.masks[pair]",
+        "~sight.masks[pair]",
     ),
     # Input projections.
     "an input projection is left out": (
-        model.Zipper,
-        "_advance",
-        "self.inputs[name](h), h)",
+        lockstep,
+        "_projected",
+        "projection(h), h)",
         "h, h)",
     ),
-    "a unimodal row is projected": (model, "_shared", "torch.zeros_like", "torch.ones_like"),
+    "a unimodal row is projected": (lockstep, "_shared", "torch.zeros_like", "torch.ones_like"),
     "a unimodal plan is projected": (
-        model.Zipper,
-        "_advance",
-        "name in self.inputs and len(state.towers) > 1",
-        "name in self.inputs",
+        lockstep,
+        "advance",
+        "if fused and name in parts.inputs",
+        "if name in parts.inputs",
     ),
     # The link.
     "an empty row attends uniformly": (
@@ -242,54 +247,86 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "the paper's ReLU is missing": (link.Link, "read", "F.relu(h)", "h"),
     # The state.
     "a link's memory is not extended": (
-        model,
-        "_read",
-        "zip(memory, fresh, strict=True)",
-        "zip(memory, memory, strict=True)",
+        lockstep,
+        "_memory",
+        "memory.keys, fresh.keys",
+        "memory.keys, memory.keys",
     ),
     "a link's memory starts anew": (
-        model,
-        "_read",
-        "fresh if memory is None else",
-        "fresh if True else",
+        lockstep,
+        "_memory",
+        "if memory is None",
+        "if True",
     ),
     "later source tokens are placed at the beginning": (
-        model,
-        "_read",
+        lockstep,
+        "_memory",
         "read.position.shape[1] - states.shape[1] :",
         ": states.shape[1]",
     ),
     "what was read is read again": (
-        model.Zipper,
+        lockstep,
         "_exchange",
         "state.unread.pop(",
         "state.unread.get(",
     ),
     "a link's memory is not reordered": (
-        model.State,
+        lockstep.State,
         "select",
         "m.keys[rows], m.values[rows]",
         "m.keys, m.values",
     ),
     "what waits to be read is not reordered": (
-        model.State,
+        lockstep.State,
         "select",
         "h[rows] for h in parts",
         "h for h in parts",
     ),
-    # Generation.
-    "positions go on for rows that have ended": (
-        generation.Clock,
-        "say",
-        "position + alive * ids",
-        "position + ids",
+    # Reading.
+    "positions go on for rows that were silent": (
+        reading.Stepwise,
+        "_step",
+        "for walk, pieces in wanted.items():\n        walk.time",
+        "for walk in filter(None, (found() for found in group.walks)):\n        pieces = "
+        "next(iter(wanted.values()))\n        walk.time",
     ),
-    "an end token is not read": (generation, "_segment", "next_ids, alive)}", "next_ids, going)}"),
-    "rows that have ended draw on": (
+    "time stands still": (reading.Stepwise, "_step", "walk.time += max", "walk.time += 0 * max"),
+    "a row is given the logits of its neighbour": (
+        reading.Stepwise,
+        "_step",
+        "[walk.row for walk in speaking]",
+        "[walk.row for walk in reversed(speaking)]",
+    ),
+    "padding stands inside a row": (
+        reading.Stepwise,
+        "_strand",
+        "slots, n = slice(shape[1] - len(given), None), len(given)",
+        "slots, n = slice(0, len(given)), len(given)",
+    ),
+    "gaps are not closed": (
+        reading.Stepwise,
+        "_strand",
+        "if behind & {walk.row for walk in reading}",
+        "if False",
+    ),
+    "rows that are gone take their neighbours along": (
+        reading._Group,
+        "thin",
+        "self.select([row for row, _ in alive])",
+        "self.select(list(range(len(alive))))",
+    ),
+    # Generation.
+    "an end token is not read": (
         generation,
-        "_segment",
-        "token[alive] = choose(weighed[alive.to(logits.device)], sampling, streams).cpu()",
-        "token = choose(weighed, sampling, generators)",
+        "_sampled",
+        "[*unread, end]) for",
+        "[*unread, written.ids[-1] if written.ids else begin]) for",
+    ),
+    "a segment goes on beyond its cap": (
+        generation,
+        "_sampled",
+        "len(written.ids) >= cap",
+        "len(written.ids) > cap",
     ),
 }
 

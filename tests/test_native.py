@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from laws import SEED, VOCABULARY, wake
+from laws import SEED, VOCABULARY, read_one, wake
 from torch import Tensor
 
 from zipper.fast import native
-from zipper.fast.reader import Form, Fused, Matrix
+from zipper.fast.reader import Fused
+from zipper.fast.weights import Form, Matrix
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
@@ -75,7 +76,7 @@ def decode(model: Zipper, company: int, int8: bool = False) -> Tensor:
             for n in range(company)
         ]
         pieces = list(zip(sessions, [ids, *others], strict=True))
-        logits = fast.read(tower, pieces[1:] + pieces[:1])[-1]
+        logits = read_one(fast, tower, pieces[1:] + pieces[:1])[-1]
         assert logits is not None
         found.append(logits)
     return torch.stack(found[1:])
@@ -111,7 +112,7 @@ def test_the_pieces_in_which_it_is_read_change_no_bit(kind: str) -> None:
         for tower, ids in (("speech", speech), ("text", text), ("speech", [3])):
             while ids:
                 size = dice.randint(1, longest)
-                logits, ids = fast.read(tower, [(session, ids[:size])]), ids[size:]
+                logits, ids = read_one(fast, tower, [(session, ids[:size])]), ids[size:]
         assert logits[0] is not None
         return logits[0]
 
@@ -128,8 +129,8 @@ def test_defaults_of_torch_change_no_bit(model: Zipper) -> None:
 
     def read() -> Tensor:
         session = fast.open(NAMES, NAMES)
-        fast.read("speech", [(session, [3] * 9)])
-        logits = fast.read("text", [(session, [5, 6])])[0]
+        read_one(fast, "speech", [(session, [3] * 9)])
+        logits = read_one(fast, "text", [(session, [5, 6])])[0]
         assert logits is not None
         return logits
 
@@ -157,8 +158,8 @@ def test_a_read_is_one_call_of_compiled_code(
     monkeypatch.setattr(native, "step", counted)
     monkeypatch.setattr(fast, "_run", None)
     sessions = [fast.open(NAMES, NAMES) for _ in range(20)]
-    fast.read("speech", [(sessions[0], [3] * 70)])
-    fast.read("text", [(session, [5] * n) for n, session in enumerate(sessions, 1)])
+    read_one(fast, "speech", [(sessions[0], [3] * 70)])
+    read_one(fast, "text", [(session, [5] * n) for n, session in enumerate(sessions, 1)])
     assert calls == [70, 210]
 
 

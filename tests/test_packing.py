@@ -13,9 +13,9 @@ from torch import Tensor
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
-from zipper.training.packing import lengths, pack
-from zipper.strand import Batch, Ends, Segment, collate
+from zipper.strand import Batch, Ends, Segment, Target, collate
 from zipper.training import Objective
+from zipper.training.packing import lengths, pack
 
 Sample = list[Segment]
 
@@ -89,7 +89,7 @@ def test_a_sample_without_room_is_named() -> None:
 
 
 def test_lengths_count_the_begin_and_the_end_of_every_segment() -> None:
-    sample = [Segment("speech", [1, 2]), Segment("text", [3], weight=1.0), Segment("speech", [])]
+    sample = [Segment("speech", [1, 2]), Target("text", [3], 1.0), Segment("speech", [])]
     batch = collate([sample], {name: Ends(0, 1) for name in ("speech", "text")})
     assert (
         lengths(sample)
@@ -107,7 +107,7 @@ def samples_of(dice: random.Random, towers: Sequence[str], n: int) -> list[Sampl
             if sample and sample[-1].tower == tower and dice.random() < 0.8:
                 sample[-1] = dataclasses.replace(sample[-1], content=[*sample[-1].content, i])
             else:
-                sample.append(Segment(tower, [i], weight=dice.choice([0.0, 1.0, 0.5])))
+                sample.append(Target(tower, [i], dice.choice([0.0, 1.0, 0.5])))
         made.append(sample)
     return made
 
@@ -140,7 +140,7 @@ def packed_is_one_by_one(seed: int) -> None:
     towers = list(model.config.towers)
     ends = {name: Ends(*ENDS[name]) for name in towers}
     samples = samples_of(dice, towers, dice.randint(2, 6))
-    samples.append([Segment(towers[0], [3], weight=1.0)])  # something to predict in every case
+    samples.append([Target(towers[0], [3], 1.0)])  # something to predict in every case
     rows = pack(
         [lengths(sample) for sample in samples], dict.fromkeys(towers, dice.randint(30, 60))
     )

@@ -20,15 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zipper import cli
 from zipper.data import manifests as data
-from zipper_lab.baseline import Baseline
 from zipper.errors import ZipperError
 from zipper.link import PAPER_LINK, LinkConfig
 from zipper.model import Zipper
-from zipper.training.cost import Cost, Load, cost, matmul_rate, memory, plan, table
-from zipper.strand import Batch, Segment, collate
+from zipper.strand import Batch, Segment, Target, collate
 from zipper.tasks import Task
 from zipper.testing import tiny_tower
 from zipper.training import Objective
+from zipper.training.cost import Cost, Load, cost, matmul_rate, memory, plan, table
+from zipper_lab.baseline import Baseline
 
 SMALL = LinkConfig(head_width=8)
 FAMILIES = {"text": "gpt2", "speech": "llama"}
@@ -43,7 +43,7 @@ def batch_of(
     model: Zipper | Baseline, segments: Sequence[tuple[str, int, float]], samples: int = SAMPLES
 ) -> Batch:
     """Samples of one layout: (tower, tokens with begin and end, loss weight)."""
-    sample = [Segment(tower, [2] * (tokens - 2), weight) for tower, tokens, weight in segments]
+    sample = [Target(tower, [2] * (tokens - 2), weight) for tower, tokens, weight in segments]
     return collate([sample] * samples, model.ends())
 
 
@@ -191,8 +191,8 @@ def test_blocks_that_see_nothing_trainable_build_no_graph(
 def test_a_load_counts_tokens_and_what_they_see_packed_or_not() -> None:
     model = zip_of()()
     some = [
-        [Segment("speech", [2] * 5), Segment("text", [2] * 2, 1.0)],
-        [Segment("text", [2] * 7), Segment("speech", [2] * 3, 1.0), Segment("text", [2], 1.0)],
+        [Segment("speech", [2] * 5), Target("text", [2] * 2, 1.0)],
+        [Segment("text", [2] * 7), Target("speech", [2] * 3, 1.0), Target("text", [2], 1.0)],
     ]
     apart = Load.of([collate(some, model.ends())])
     # The first: 7 speech tokens, 4 of text that see them all. The second: 9 of text, 5 of speech, 3

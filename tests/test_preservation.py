@@ -17,14 +17,14 @@ from tiny import World
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from zipper.training import loop as training
-from zipper_lab.corpora import commands as corpus
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.strand import Segment, collate
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand, Tower
+from zipper.training import loop as training
+from zipper_lab.corpora import commands as corpus
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 12  # tokens that are generated

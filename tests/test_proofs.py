@@ -17,21 +17,23 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from laws import read_one
 from safetensors.torch import load_file, save_file
 from tiny import World
 from torch import Tensor
 
-from zipper.fast import native, recall as proofs
-from zipper.saving import checkpoint, files, hub
 from zipper import pipeline as pipelines
-from zipper.generation import Request
 from zipper.errors import ZipperError
+from zipper.fast import native
+from zipper.fast import recall as proofs
+from zipper.fast.plain import Proved
 from zipper.fast.reader import Fused
+from zipper.generation import Request
 from zipper.inspection import describe
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.fast.plain import Proved
 from zipper.sampling import Sampling
+from zipper.saving import checkpoint, files, hub
 from zipper.strand import Segment
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
@@ -116,7 +118,7 @@ def logits(reader: Fused) -> Tensor:
         ("speech", [8]),
         ("text", [5]),
     ]
-    found = [reader.read(tower, [(session, ids)])[0] for tower, ids in pieces]
+    found = [read_one(reader, tower, [(session, ids)])[0] for tower, ids in pieces]
     return torch.cat([row for row in found if row is not None])
 
 
@@ -239,7 +241,7 @@ CHANGES: dict[str, Callable[[Place, pytest.MonkeyPatch], object]] = {
         torch.backends.cpu, "get_cpu_capability", lambda: "another"
     ),
     "the driver's code": lambda _, patch: other_code(patch, "zipper/driver.py"),
-    "the fast way's code": lambda _, patch: other_code(patch, "zipper/fused.py"),
+    "the fast way's code": lambda _, patch: other_code(patch, "zipper/fast/reader.py"),
     "the model's code": lambda _, patch: other_code(patch, "models/llama/modeling_llama.py"),
     "the masks' code": lambda _, patch: other_code(patch, "transformers/masking_utils.py"),
     "attention's code": lambda _, patch: other_code(patch, "integrations/sdpa_attention.py"),

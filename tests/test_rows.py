@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zipper.data import rows
-from zipper.errors import ZipperError
 from zipper.data.rows import Row, Rows, draws
+from zipper.errors import ZipperError
 
 FIRST: list[Row] = [{"text": [1, 2], "speech": [5]}, {"text": []}, {"speech": [7, 8, 9]}]
 SECOND: list[Row] = [{"text": [70_000, 3]}, {"text": [4], "hint": [1]}]

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from zipper.errors import ZipperError
-from zipper.strand import Batch, Ends, Segment, collate, read_ids
+from zipper.strand import Batch, Ends, Segment, Target, collate, read_ids
 
 ENDS = {"text": Ends(0, 1), "speech": Ends(90, 91)}
-ASR = [Segment("speech", [50, 51]), Segment("text", [5, 6, 7], weight=1.0)]
-TTS = [Segment("text", [5]), Segment("speech", [50, 51], weight=0.5)]
+ASR = [Segment("speech", [50, 51]), Target("text", [5, 6, 7], 1.0)]
+TTS = [Segment("text", [5]), Target("speech", [50, 51], 0.5)]
 THREE = [
-    Segment("speech", [52], weight=1.0),
+    Target("speech", [52], 1.0),
     Segment("text", []),
-    Segment("speech", [53, 54], weight=2.0),
+    Target("speech", [53, 54], 2.0),
 ]
-ALONE = [Segment("text", [8, 9], weight=1.0)]
+ALONE = [Target("text", [8, 9], 1.0)]
 
 
 def table(batch: Batch, tower: str) -> dict[str, list[list[float]]]:

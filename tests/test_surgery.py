@@ -19,9 +19,9 @@ from zipper.data import manifests as data
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality.text import Text
-from zipper.model import Zipper, visible
+from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.strand import Segment, collate
+from zipper.strand import Segment, collate, visible
 from zipper.surgery import (
     Fate,
     SwapReport,

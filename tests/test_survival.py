@@ -30,12 +30,11 @@ import torch
 from safetensors import SafetensorError
 from tiny import World
 
-from zipper.saving import checkpoint
-from zipper.training import loop as training
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
-from zipper.training import train
+from zipper.saving import checkpoint
+from zipper.training import loop, train
 
 OLD, NEW = "What was saved before is as it was.", "It is whole and in its place"
 CHANGES = (
@@ -670,7 +669,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    place, saves, real = tmp_path_factory.mktemp("run"), [], training._save
+    place, saves, real = tmp_path_factory.mktemp("run"), [], loop.save
 
     def save(*arguments: Any, **named: Any) -> None:
         saves.append(lambda: real(*arguments, **named))
@@ -679,7 +678,7 @@ def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
         saves[-1]()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_save", save)
+        patch.setattr(loop, "save", save)
         train(world.config(place / "output", **RUN))
     assert len(saves) == 3
     return Run(world, place / "output", place / "before", saves[-1])

@@ -3,7 +3,7 @@
 import pytest
 
 from zipper.errors import ZipperError
-from zipper.strand import Segment
+from zipper.strand import Segment, Target
 from zipper.tasks import ASR, TTS, Task, tower_of
 
 ROW = {"speech": [50, 51], "text": [5, 6, 7], "question": [52]}
@@ -34,11 +34,11 @@ def test_the_papers_tasks() -> None:
 
 def test_only_what_is_produced_counts_unless_asked() -> None:
     assert ASR.segments(ROW) == [
-        Segment("speech", [50, 51], weight=0.0),
-        Segment("text", [5, 6, 7], weight=1.0),
+        Segment("speech", [50, 51]),
+        Target("text", [5, 6, 7], 1.0),
     ]
     both = Task(("speech",), ("text",), train_given=0.25)
-    assert [segment.weight for segment in both.segments(ROW)] == [0.25, 1.0]
+    assert both.segments(ROW) == [Target("speech", [50, 51], 0.25), Target("text", [5, 6, 7])]
 
 
 def test_two_fields_of_one_tower_are_told_apart() -> None:
@@ -47,8 +47,8 @@ def test_two_fields_of_one_tower_are_told_apart() -> None:
     assert task.outputs == ("text", "speech")
     assert task.segments(ROW) == [
         Segment("speech", [52]),
-        Segment("text", [5, 6, 7], weight=1.0),
-        Segment("speech", [50, 51], weight=1.0),
+        Target("text", [5, 6, 7], 1.0),
+        Target("speech", [50, 51], 1.0),
     ]
     assert task.prompt(ROW) == [Segment("speech", [52])]
     assert [tower_of(item) for item in ("question:speech", "speech")] == ["speech", "speech"]

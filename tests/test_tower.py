@@ -26,10 +26,10 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from zipper.towers import families
 from zipper.errors import ZipperError
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Past, Strand, Tower, UnsupportedTower
+from zipper.towers import families
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -25,17 +25,17 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from zipper.data import manifests as data
-from zipper.saving import checkpoint
-from zipper.training import loop as training
 from zipper.errors import ZipperError
-from zipper.saving.files import HELD
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
+from zipper.saving import checkpoint
+from zipper.saving.files import HELD
 from zipper.strand import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
-from zipper.training import FREE, Stopped, TrainConfig, train
+from zipper.training import Stopped, TrainConfig, batches, build, loop, train
+from zipper.training.config import FREE
 
 ASR, TTS = tiny.BOTH
 
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def metrics(output: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without how fast it went."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in training.CLOCK} for row in rows]
+    return [{key: value for key, value in row.items() if key not in loop.CLOCK} for row in rows]
 
 
 def state(output: Path, step: int) -> dict[str, Tensor]:
@@ -476,7 +476,7 @@ def test_a_run_may_go_on_from_a_saved_zip(world: World, tmp_path: Path) -> None:
 def zip_of(world: World, config: TrainConfig) -> tuple[Zipper, list[data.Row]]:
     modalities = {"text": tiny.text(), "speech": tiny.units()}
     rows = data.read(Path(config.data), modalities)
-    return training.build(config, modalities, rows), rows
+    return build(config, modalities, rows), rows
 
 
 def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(
@@ -485,13 +485,13 @@ def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(
     config = world.config(tmp_path, batch=8, steps=1, loss_weight={"text": 0.5})
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
-    (batches,), counts = training._batches(
-        [training.Part("", rows, 1.0)], tasks, config, 0, model, Accelerator()
+    (found,), counts = batches.batches_of_step(
+        [batches.Part("", rows, 1.0)], tasks, config, 0, model, Accelerator()
     )
-    assert len(batches) == 2
+    assert len(found) == 2
     # One sample at a time: the tokens of all samples in one list per tower, then their mean.
     each: dict[str, list[Tensor]] = {"text": [], "speech": []}
-    for batch in batches:
+    for batch in found:
         produced = "text" if (batch.weights["text"] > 0).any() else "speech"
         for n in range(len(batch.targets["text"])):
             sample = {
@@ -534,8 +534,8 @@ def test_micro_batches_are_the_batch_cut_into_pieces(world: World, tmp_path: Pat
         cut = dataclasses.replace(
             config, accumulate=accumulate, output=str(tmp_path / str(accumulate))
         )
-        turns, counts = training._batches(
-            [training.Part("", rows, 1.0)], tasks, cut, 0, model, Accelerator()
+        turns, counts = batches.batches_of_step(
+            [batches.Part("", rows, 1.0)], tasks, cut, 0, model, Accelerator()
         )
         assert len(turns) == accumulate
         sizes = [sum(len(next(iter(batch.targets.values()))) for batch in turn) for turn in turns]
@@ -582,14 +582,19 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same_to_the_last_bit
 
 
 def test_frozen_weights_may_be_kept_in_half_the_bytes(
-    world: World, tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, unbroken: Path
 ) -> None:
     models: list[Zipper] = []
-    build = training.build
-    monkeypatch.setattr(
-        training, "build", lambda *given: models.append(build(*given)) or models[-1]
-    )  # type: ignore[func-returns-value]
-    pipeline = train(world.config(tmp_path, **(RESUMED | {"steps": 3, "frozen_dtype": "bfloat16"})))
+
+    class Kept:
+        course: Mapping[str, Any] = {}
+
+        def __call__(self, *given: Any) -> Zipper:
+            models.append(build(*given))
+            return models[-1]
+
+    config = world.config(tmp_path, **(RESUMED | {"steps": 3, "frozen_dtype": "bfloat16"}))
+    pipeline = train(config, build=Kept())
     kinds = {name: (p.requires_grad, p.dtype) for name, p in models[0].named_parameters()}
     assert {kind for name, kind in kinds.items() if name.startswith("towers.text")} == {
         (False, torch.bfloat16)
@@ -659,7 +664,7 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(
     model, _ = zip_of(world, config)
     found = [
         (p, group)
-        for group in training._optimizer(model, config).param_groups
+        for group in loop.optimizer_of(model, config).param_groups
         for p in group["params"]
     ]
     trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -691,7 +696,7 @@ def test_corruption_changes_what_is_read_never_what_is_to_be_said(
     task = Task(given=("text", "speech"), produced=("voiced:speech",))
     clean = collate([task.segments(row) for row in rows], model.ends())
     torch.manual_seed(0)
-    noisy = training._corrupt(clean, config, model)
+    noisy = batches.corrupted(clean, config, model)
     for name in ("text", "speech"):
         assert torch.equal(noisy.targets[name], clean.targets[name])
         assert torch.equal(noisy.weights[name], clean.weights[name])
@@ -715,10 +720,10 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
     found = {"text": 0, "speech": 0}
     accelerator = Accelerator()
     for step in range(50):
-        (batches,), _ = training._batches(
-            [training.Part("", rows, 1.0)], tasks, config, step, model, accelerator
+        (found,), _ = batches.batches_of_step(
+            [batches.Part("", rows, 1.0)], tasks, config, step, model, accelerator
         )
-        for batch in batches:
+        for batch in found:
             assert set(batch.strands) == {"text", "speech"}  # never "-> text"
             found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(
                 batch.targets["text"]
@@ -735,21 +740,21 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(
     order = [
         [
             samples.index(row)
-            for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=3)
+            for row in batches.order([batches.Part("", samples, 1.0)], batch, step, seed=3)
         ]
-        for step in range(5 * training.POOL)
+        for step in range(5 * batches.POOL)
     ]
     assert all(len(step) == batch for step in order)
     for pools in range(
         1, 6
     ):  # after each pool every row was read equally often, give or take the epoch that is under way
-        read = Counter(n for step in order[: pools * training.POOL] for n in step)
-        often = pools * training.POOL * batch // rows
+        read = Counter(n for step in order[: pools * batches.POOL] for n in step)
+        often = pools * batches.POOL * batch // rows
         assert set(read.values()) <= {often, often + 1}
         assert often == 0 or len(read) == rows
     assert [
         samples.index(row)
-        for row in training._order([training.Part("", samples, 1.0)], batch, 40, seed=3)
+        for row in batches.order([batches.Part("", samples, 1.0)], batch, 40, seed=3)
     ] == order[40]
     if rows == 128:  # two pools are an epoch; the next one is another permutation
         assert {n for step in order[:16] for n in step} != {
@@ -759,11 +764,11 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(
         assert [
             [
                 samples.index(row)
-                for row in training._order([training.Part("", samples, 1.0)], batch, step, seed=4)
+                for row in batches.order([batches.Part("", samples, 1.0)], batch, step, seed=4)
             ]
             for step in range(5)
         ] != order[:5]
-        assert order[: training.POOL] != order[training.POOL : 2 * training.POOL]
+        assert order[: batches.POOL] != order[batches.POOL : 2 * batches.POOL]
 
 
 def test_the_rows_of_a_batch_are_of_like_length() -> None:
@@ -771,7 +776,7 @@ def test_the_rows_of_a_batch_are_of_like_length() -> None:
     for step in range(16):
         lengths = [
             len(row["text"])
-            for row in training._order([training.Part("", samples, 1.0)], 4, step, seed=0)
+            for row in batches.order([batches.Part("", samples, 1.0)], 4, step, seed=0)
         ]
         assert max(lengths) - min(lengths) == 3  # all 64 rows are one pool, sorted and cut
 

@@ -18,7 +18,7 @@ import torch
 from test_mutants import mutated
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper import generation, link, model, tower
+from zipper import generation, link, lockstep, reading, tower
 from zipper.errors import ZipperError
 from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
@@ -147,7 +147,7 @@ def test_experts_may_round_by_what_others_ask_of_them(monkeypatch: pytest.Monkey
     zipped = Zipper.from_towers({"text": experts, "speech": tiny_tower("gpt2")}, link=laws.SMALL)
     assert broken(zipped) == []
     monkeypatch.setattr(
-        model, "visible", mutated(model, "visible", ":] < target.time", ":] > target.time")
+        model, "visible", mutated(lockstep, "visible", ":] < target.time", ":] > target.time")
     )
     assert any(promise.startswith("no leak") for promise in broken(zipped))
 
@@ -211,19 +211,26 @@ def test_one_bit_of_a_buffer_that_no_checkpoint_holds_is_called_out(saved: Path)
 # that breaks
 
 Place = tuple[Any, str, str, str]
-READ = "state.past.get(name) or towers[name].new_past()"
+READ = "state.past.get(name) if cached else None"
 
 FAULTS: dict[str, tuple[list[Place], str]] = {
     "a token sees the one after it": (
-        [(model, "visible", ":] < target.time", ":] < 2 + target.time")],
+        [(lockstep, "visible", ":] < target.time", ":] < 2 + target.time")],
         "no leak, order",
     ),
     "a token does not see the one before it": (
-        [(model, "visible", ":] < target.time", ":] < -1 + target.time")],
+        [(lockstep, "visible", ":] < target.time", ":] < -1 + target.time")],
         "rows of a batch are",
     ),
     "the mask is dropped": (
-        [(model, "visible", "same & (source.time[:, None, :] < target.time[:, :, None])", "same")],
+        [
+            (
+                lockstep,
+                "visible",
+                "same & (source.time[:, None, :] < target.time[:, :, None])",
+                "same",
+            )
+        ],
         "no leak, order",
     ),
     "the link does not use the mask": (
@@ -231,11 +238,11 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "no leak, order",
     ),
     "documents are ignored": (
-        [(model, "visible", "== source.document[:, None, :]", ">= 0")],
+        [(lockstep, "visible", "== source.document[:, None, :]", ">= 0")],
         "packed neighbours",
     ),
     "a link reads fused states": (
-        [(Zipper, "_exchange", "new = dict(hidden)", "new = hidden")],
+        [(lockstep, "_exchange", "new = dict(hidden)", "new = hidden")],
         "rows of a batch are",
     ),
     "who sees something is asked per batch": (
@@ -244,31 +251,25 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
     ),
     "a unimodal plan is projected": (
         [
-            (model, "_shared", "torch.zeros_like", "torch.ones_like"),
-            (
-                Zipper,
-                "_advance",
-                "name in self.inputs and len(state.towers) > 1",
-                "name in self.inputs",
-            ),
+            (lockstep, "_shared", "torch.zeros_like", "torch.ones_like"),
+            (lockstep, "advance", "if fused and name in parts.inputs", "if name in parts.inputs"),
         ],
         "unimodal text is the bare tower",
     ),
     "a link works on the unimodal path": (
         [
-            (Zipper, "_advance", "if len(state.towers) > 1 else ()", ""),
+            (lockstep, "advance", "parts.route.halts if fused else ()", "parts.route.halts"),
             (
-                Zipper,
+                lockstep,
                 "_exchange",
-                "if source == target",
-                "if source == target and target in new: new[target] = new[target] * 1.001\n       "
-                "     if source == target",
+                "new = dict(hidden)",
+                "new = {name: h * 1.001 for name, h in hidden.items()}",
             ),
         ],
         "unimodal text is the bare tower",
     ),
     "a tower gets the cache of another": (
-        [(Zipper, "_advance", READ, f"next(iter(state.past.values()), None) or {READ}")],
+        [(lockstep, "advance", READ, f"next(iter(state.past.values()), None) if cached else None")],
         "cached is full",
     ),
     "the cache is cut at the wrong end": (
@@ -276,38 +277,45 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "cached is full",
     ),
     "what was read is read again": (
-        [(Zipper, "_exchange", "state.unread.pop(", "state.unread.get(")],
+        [(lockstep, "_exchange", "state.unread.pop(", "state.unread.get(")],
         "cached is full",
     ),
     "an end is not read": (
-        [(generation, "_segment", "next_ids, alive)}", "next_ids, going)}")],
+        [(generation, "_sampled", "[*unread, end]) for", "[*unread, begin]) for")],
         "every produced",
     ),
     "the end of a segment that was cut is not read": (
-        [(generation, "_segment", "token[row] = end", "token[row] = end; alive[row] = False")],
+        [
+            (
+                generation,
+                "_sampled",
+                "[*unread, end]) for",
+                "[*unread, end if written.stop == 'end' else begin]) for",
+            )
+        ],
         "every produced",
     ),
     "positions start again with each segment": (
-        [(generation.Clock, "say", "position[:, None] + step", "step.expand_as(ids)")],
+        [(reading.Stepwise, "_strand", "at = walk.position.get(tower, 0)", "at = 0")],
         "every produced",
     ),
 }
 
 MORE: dict[str, tuple[list[Place], str]] = {
     "the mask is inverted": (
-        [(model, "visible", ":] < target.time", ":] > target.time")],
+        [(lockstep, "visible", ":] < target.time", ":] > target.time")],
         "no leak, order",
     ),
     "ranks are compared, not times": (
-        [(model, "visible", ".time[", ".position[")],
+        [(lockstep, "visible", ".time[", ".position[")],
         "no leak, order",
     ),
     "nothing is seen": (
-        [(model, "visible", "same & (", "same & False & (")],
+        [(lockstep, "visible", "same & (", "same & False & (")],
         "speech sees text, order",
     ),
     "padding is seen": (
-        [(model, "visible", "& (source.document >= 0)", "| (source.document < 0)")],
+        [(lockstep, "visible", "& (source.document >= 0)", "| (source.document < 0)")],
         "no leak, order",
     ),
     "rows of a batch see each other": (
@@ -315,19 +323,26 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "no leak, order",
     ),
     "one direction is missing": (
-        [(Zipper, "_exchange", "if source == target", "if source >= target")],
+        [
+            (
+                lockstep,
+                "_exchange",
+                "if pair in sight.masks",
+                "if pair in sight.masks and key.source < key.target",
+            )
+        ],
         "speech sees text",
     ),
     "a link replaces the state": (
-        [(Zipper, "_exchange", "new[target] + link", "link")],
+        [(lockstep, "_exchange", "new[key.target] + link", "link")],
         "rows of a batch are",
     ),
     "the exchange comes before the block": (
-        [(Zipper, "_advance", "junction[name]", "(junction[name] - 1)")],
+        [(lockstep, "advance", "stop.tower, stop.layer", "stop.tower, stop.layer - 1")],
         "rows of a batch are",
     ),
     "rotary positions are times": (
-        [(Zipper, "_exchange", "strand.position", "strand.time")],
+        [(lockstep, "_exchange", "strand.position", "strand.time")],
         "rows of a batch are",
     ),
     "a token that sees nothing is changed": (
@@ -335,50 +350,50 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "rows of a batch are",
     ),
     "a unimodal plan is projected when it generates": (
-        [
-            (
-                Zipper,
-                "_advance",
-                "name in self.inputs and len(state.towers) > 1",
-                "name in self.inputs",
-            )
-        ],
+        [(lockstep, "advance", "if fused and name in parts.inputs", "if name in parts.inputs")],
         "text alone writes",
     ),
     "a unimodal row is projected": (
-        [(model, "_shared", "torch.zeros_like", "torch.ones_like")],
+        [(lockstep, "_shared", "torch.zeros_like", "torch.ones_like")],
         "rows of a batch are",
     ),
     "the memory of a link starts anew": (
-        [(model, "_read", "fresh if memory is None else", "fresh if True else")],
+        [(lockstep, "_memory", "if memory is None", "if True")],
         "cached is full",
     ),
     "the memory of a link is not extended": (
-        [(model, "_read", "zip(memory, fresh, strict=True)", "zip(memory, memory, strict=True)")],
+        [(lockstep, "_memory", "memory.keys, fresh.keys", "memory.keys, memory.keys")],
         "cached is full",
     ),
     "a link counts positions from the start again": (
-        [(model, "_read", "read.position.shape[1] - states.shape[1] :", ": states.shape[1]")],
+        [(lockstep, "_memory", "read.position.shape[1] - states.shape[1] :", ": states.shape[1]")],
         "cached is full",
     ),
     "a segment has no begin": (
-        [(generation, "_segment", "[[begin, *forced.content]]", "[forced.content or [end]]")],
+        [(generation, "_sampled", "[begin, *written.ids]", "written.ids or [end]")],
         "every produced",
     ),
     "a given segment has no end": (
-        [(generation, "collate", "*segment.content, end]", "*segment.content]")],
+        [(generation, "_given", "ids.append(end)", "pass")],
         "every produced",
     ),
     "the clock stands still": (
-        [(generation.Clock, "say", "self.time + alive * ids.shape[1]", "self.time")],
+        [(reading.Stepwise, "_step", "walk.time += max", "walk.time += 0 * max")],
         "every produced",
     ),
     "positions go on for rows that have ended": (
-        [(generation.Clock, "say", "position + alive * ids.shape[1]", "position + ids.shape[1]")],
+        [
+            (
+                reading.Stepwise,
+                "_step",
+                "walk.position.get(tower, 0) + len(ids)",
+                "walk.position.get(tower, 0) + 1",
+            )
+        ],
         "every produced",
     ),
     "a segment is longer than its cap": (
-        [(generation, "_segment", ">= caps[row]", "> caps[row]")],
+        [(generation, "_sampled", "len(written.ids) >= cap", "len(written.ids) > cap")],
         "every produced",
     ),
 }

@@ -8,9 +8,9 @@ import torch
 from laws import LLAMAS, zipped
 from tiny import text
 
+from zipper.errors import ZipperError
 from zipper.fast import engine as Engine
 from zipper.generation import Request, Written
-from zipper.errors import ZipperError
 from zipper.strand import Segment
 from zipper.words import Word, align, spans, words
 

@@ -14,16 +14,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zipper import loss
-from zipper_lab.baseline import Baseline
 from zipper.model import Zipper
-from zipper.strand import Batch, Ends, Segment, collate
+from zipper.strand import Batch, Ends, Segment, Target, collate
 from zipper.testing import tiny_tower
 from zipper.training import Objective
+from zipper_lab.baseline import Baseline
 
 JUNCTIONS = [{"text": 2, "speech": 1}, {"text": 3, "speech": 2}]
 IDS = {name: Ends(*ENDS[name]) for name in LLAMAS}
-ASR = [Segment("speech", [3, 4, 5, 6, 7, 8]), Segment("text", [5, 6, 7], weight=1.0)]
-TTS = [Segment("text", [5, 6]), Segment("speech", [3, 4, 5, 6], weight=1.0)]
+ASR = [Segment("speech", [3, 4, 5, 6, 7, 8]), Target("text", [5, 6, 7], 1.0)]
+TTS = [Segment("text", [5, 6]), Target("speech", [3, 4, 5, 6], 1.0)]
 
 
 def zip_of(train: tuple[str, ...] = (), projection: str = "none") -> Zipper:
@@ -141,7 +141,7 @@ def test_what_comes_after_the_last_junction_of_a_given_tower_is_not_run() -> Non
 
 def test_logits_are_made_only_where_there_is_something_to_predict() -> None:
     with Largest(VOCABULARY["text"]) as seen:
-        Objective(zip_of())([collate([ASR, [*ASR[:1], Segment("text", [9], weight=1.0)]], IDS)])
+        Objective(zip_of())([collate([ASR, [*ASR[:1], Target("text", [9], 1.0)]], IDS)])
     assert seen.rows == 4 + 2
 
 

@@ -68,11 +68,15 @@ class Parts:
     flex: links attend by FlexAttention where nothing is cached.
     """
 
-    towers: Mapping[str, Tower]
+    towers: nn.ModuleDict
     inputs: nn.ModuleDict
     links: nn.ModuleDict
     route: Route
     flex: bool = False
+
+    def tower(self, name: str) -> Tower:
+        """One tower."""
+        return cast(Tower, self.towers[name])
 
     def link(self, key: LinkKey) -> Link:
         """One link."""
@@ -125,7 +129,7 @@ def advance(
     tower takes the
     unimodal path: the bare tower, no projection, no link. taps: gets what each link is given.
     """
-    towers = {name: parts.towers[name] for name in strands}
+    towers = {name: parts.tower(name) for name in strands}
     strands = {name: strand.to(towers[name].device) for name, strand in strands.items()}
     fresh = [name for name in strands if cached and name not in state.past]
     state = _entered(state, strands, {name: towers[name].new_past() for name in fresh})

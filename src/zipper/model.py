@@ -278,7 +278,8 @@ class Zipper(nn.Module):
 
     def pads(self, tower: str) -> bool:
         """Whether rows of a tower may have padding on their left."""
-        held: Any = named(tower, self.towers)
+        named(tower, self.config.towers)
+        held: Any = self.towers[tower]
         return bool(held.rows != "unpadded")
 
     def tower(self, name: str) -> PreTrainedModel:
@@ -432,17 +433,18 @@ class Zipper(nn.Module):
 
     @property
     def _parts(self) -> Parts:
-        towers = cast(Mapping[str, Tower], self.towers)
-        return Parts(towers, self.inputs, self.links, self.config.route, self.attention == "flex")
+        return Parts(self.towers, self.inputs, self.links, self.config.route, self.attention == "flex")
 
     def _tower(self, name: str) -> Tower:
-        tower = named(name, self.towers)
+        named(name, self.config.towers)
+        tower = self.towers[name]
         assert isinstance(tower, Tower)
         return tower
 
     def _room(self, name: str) -> int:
         """Positions a tower was made for."""
-        tower: Any = named(name, self.towers)
+        named(name, self.config.towers)
+        tower: Any = self.towers[name]
         return int(tower.room)
 
     def _join_towers(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zipper.errors import ZipperError
-from zipper.strand import Segment
+from zipper.strand import Segment, Target
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ class Task:
         return tuple(tower_of(item) for item in self.produced)
 
     def segments(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
-        """The training sample of one row: {field: ids} -> segments with their loss weights."""
-        weights = [self.train_given] * len(self.given) + [1.0] * len(self.produced)
-        items = self.given + self.produced
-        return [
-            Segment(tower_of(i), _field(row, i), weight=w)
-            for i, w in zip(items, weights, strict=True)
-        ]
+        """The training sample of one row: {field: ids} -> segments, those with a loss as targets."""
+        produced = [Target(tower_of(item), _field(row, item)) for item in self.produced]
+        if not self.train_given:
+            return [*self.prompt(row), *produced]
+        given = [Target(tower_of(item), _field(row, item), self.train_given) for item in self.given]
+        return [*given, *produced]
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""

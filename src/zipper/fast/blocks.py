@@ -347,7 +347,7 @@ class FastLink:
         return added.to(h.dtype)
 
 
-def attend(
+def attention(
     query: Float[Tensor, "tokens heads head_width"],
     keys: Float[Tensor, "key_heads slots head_width"],
     values: Float[Tensor, "key_heads slots head_width"],

@@ -26,7 +26,7 @@ from torch import Tensor
 from zipper.config import LinkKey, Stop
 from zipper.errors import ZipperError
 from zipper.fast import native
-from zipper.fast.blocks import FastInput, FastLink, FastTower, attend, masked
+from zipper.fast.blocks import FastInput, FastLink, FastTower, attention, masked
 from zipper.fast.graphs import Pool, Replay, Row, Said, above
 from zipper.fast.plain import CUTS, Plain, plain, sample, truth
 from zipper.fast.session import STAMPS, Cache, Place, Session, Shown
@@ -437,15 +437,13 @@ class Fused:
         """Raises UnsupportedTower unless random ids, many at once, a few and one by one, have the
         logits of the tower itself, up to `tolerance` of their spread."""
         tower = self._towers[name]
-        ids, wanted, session = (
-            sample(len(tower.table)),
-            truth(self.model.towers[name]),
-            self.open([name], [name]),
-        )
-        found = [self.read(name, [(session, ids[a:b])])[0] for a, b in pairwise(CUTS)]
-        error = (torch.stack([row for row in found if row is not None]).float() - wanted).norm(
-            dim=-1
-        )
+        ids, wanted = sample(len(tower.table)), truth(self.model.towers[name])
+        session, found = self.open([name], [name]), []
+        for start, stop in pairwise(CUTS):
+            (logits,) = self.read({name: [(session, ids[start:stop])]})[name]
+            assert logits is not None
+            found.append(logits.float())
+        error = (torch.stack(found) - wanted).norm(dim=-1)
         if not (error / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1) <= tolerance).all():
             raise UnsupportedTower(
                 f"The logits of {tower.name} differ from its own by {float(error.max()):.3g} on "
@@ -475,7 +473,7 @@ class Ragged:
             held[:, past:end] = keys[start:stop].transpose(0, 1)
             said[:, past:end] = values[start:stop].transpose(0, 1)
             attended.append(
-                attend(query[start:stop], held[:, :end], said[:, :end], scale, causal=True)
+                attention(query[start:stop], held[:, :end], said[:, :end], scale, causal=True)
             )
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
@@ -497,7 +495,7 @@ class Ragged:
                 query.split(lengths) if len(lengths) > 1 else [query], memories, strict=True
             )
             attended = [
-                attend(part, memory.keys[0], memory.values[0], scale, causal=False)
+                attention(part, memory.keys[0], memory.values[0], scale, causal=False)
                 for part, memory in parts
             ]
             return torch.cat(attended) if len(attended) > 1 else attended[0]

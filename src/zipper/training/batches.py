@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from zipper.data.rows import Row, Rows, draws, mixed_seed
 from zipper.errors import ZipperError
-from zipper.strand import Batch, collate
+from zipper.strand import Batch, Target, collate
 from zipper.tasks import Task
 from zipper.training.config import TrainConfig
 from zipper.training.packing import lengths, pack
@@ -101,10 +101,9 @@ def batches_of_step(
         name = names[chosen[k]]
         segments = tasks[name].segments(row)
         for segment in segments:
-            if segment.weight:
-                counts[segment.tower] = counts.get(segment.tower, 0.0) + segment.weight * (
-                    len(segment.content) + 1
-                )
+            if isinstance(segment, Target):
+                tokens = segment.weight * (len(segment.content) + 1)
+                counts[segment.tower] = counts.get(segment.tower, 0.0) + tokens
         place, process = divmod(k, processes)
         turn = place * config.accumulate // len(range(process, config.batch, processes))
         first[turn].setdefault(name, segments)
