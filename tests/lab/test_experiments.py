@@ -344,8 +344,8 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
 ) -> None:
     whole = experiments.train
 
-    def told_to_stop(config: TrainConfig, resume: bool) -> Any:
-        return whole(config, resume, report=lambda row: signal.raise_signal(signal.SIGTERM))
+    def told_to_stop(config: TrainConfig, **others: Any) -> Any:
+        return whole(config, report=lambda row: signal.raise_signal(signal.SIGTERM), **others)
 
     monkeypatch.setattr(experiments, "train", told_to_stop)
     with pytest.raises(Stopped):
