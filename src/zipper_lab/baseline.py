@@ -28,7 +28,7 @@ from zipper.modality import Modality
 from zipper.sampling import Sampling, check_seed
 from zipper.saving import checkpoint, hub
 from zipper.saving.zips import TowerSource
-from zipper.strand import Ends, Segment, read_ids
+from zipper.strand import Ends, Produced, Segment, read_ids
 from zipper.tower import Past, PreTrainedModel, Strand, Tower
 from zipper.training import TrainConfig
 from zipper.training.building import check_pinned, mean_tokens
@@ -338,7 +338,7 @@ class Baseline(nn.Module):
         outputs: Sequence[str | Segment],
         sampling: Sampling | None = None,
         limits: Limits | None = None,
-    ) -> list[Segment]:
+    ) -> list[Produced]:
         """Read `segments`, then produce one segment per name in `outputs`, in that order; see
         `Zipper.generate`."""
         return generate(self, [segments], outputs, sampling or Sampling(), limits)[0]

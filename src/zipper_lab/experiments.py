@@ -47,28 +47,19 @@ from zipper_lab.baseline import Extend
 from zipper_lab.corpora import commands as corpus
 from zipper_lab.corpora import prose
 from zipper_lab.judges import Judge
-from zipper_lab.results import TITLES, plain, write
+from zipper_lab.results import BOTH, FROZEN, MATCHED, PLAIN, ROWS, TITLES, ZIP, plain, write
 
-VERSION = (
-    1  # raise it when a change of the code changes what a job finds: it is in every file's name
-)
+# Raise it when a change of the code changes what a job finds: it is in every file's name.
+VERSION = 1
 
 TABLES = tuple(TITLES)
 HEADLINE = ("table1", "table2", "figure2", "figure3", "towers")
 VARIED = ("figure4a", "figure4b", "gate", "positions", "depth", "lora")
-HEARD = {
-    "table2",
-    "figure2",
-}  # tables of sound: vocoder and independent ear, the dear part of an evaluation
+# Tables of sound: vocoder and judge, the dear part of an evaluation.
+HEARD = {"table2", "figure2"}
 SILENT = {"table1", "towers"}  # tables that need no produced speech
 
-ZIP, FROZEN, BOTH, LORA = (
-    "zip, speech trained",
-    "zip, speech frozen",
-    "zip, text trained too",
-    "zip, LoRA on text",
-)
-PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
+LORA = "zip, LoRA on text"
 #: What each arm has that others have not: fields of TrainConfig.
 ARMS: dict[str, dict[str, Any]] = {
     ZIP: {"train": ("speech",)},
@@ -99,12 +90,12 @@ TRIED: dict[str, tuple[dict[str, float], ...]] = {
     PLAIN: tuple({"lr_tower": rate} for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)),
 }
 TRIED |= {BOTH: TRIED[ZIP], LORA: TRIED[FROZEN], MATCHED: TRIED[PLAIN], ROWS: TRIED[PLAIN]}
-# of choices this near to the least dev loss the lowest is taken: what leads in a short run may not
-# bear a long one
+# Of choices this near to the least dev loss the lowest is taken: what leads in a short run may not
+# bear a long one.
 NEAR = 0.01
 LR_GATE = 3e-4
 LINK = {"gate_init": 1.2, "dropout": 0.1}
-# of the noisy test set: without a front the shipped model had 0.3 % at 40 dB, 28 % at 20 dB
+# Of the noisy test set: without a front the shipped model had 0.3 % at 40 dB, 28 % at 20 dB.
 NOISE_DB = 25.0
 TASKS = {"speech -> text": 1.0, "text -> voiced:speech": 1.26}  # the paper's shares (A.3)
 
@@ -114,8 +105,9 @@ TASKS = {"speech -> text": 1.0, "text -> voiced:speech": 1.26}  # the paper's sh
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation. name: unique. tables: those it is a part of (`TABLES`).
-    size: "S" or "L", of the text tower.
+    """One training and its evaluation.
+
+    name: unique. tables: those it is a part of (`TABLES`). size: "S" or "L", of the text tower.
     changes: fields of TrainConfig that differ from the arm's own; "link" holds fields of
     LinkConfig.
     """
@@ -146,10 +138,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell gave. parameters: total, trained, new. rates: learning rates, chosen on dev. dev:
-    nats per token of each task at the best step. perplexity: per tower "before", "after" (alone),
-    "zip" (the pair's other modality in front), "unrelated" (another pair's), and for text
-    "identical" (1 = logits equal to the bit). core_s: of the process that ended it.
+    """What a cell gave.
+
+    parameters: total, trained, new. rates: learning rates, chosen on dev. dev: nats per token of
+    each task at the best step. perplexity: per tower "before", "after" (alone), "zip" (the pair's
+    other modality in front), "unrelated" (another pair's), and for text "identical" (1 = logits
+    equal to the bit). core_s: of the process that ended it.
     """
 
     cell: Cell
@@ -181,11 +175,11 @@ class Budget:
     """How much a preset does.
 
     seeds: of the headline cells on the first corpus; all else has one. pairs: all there are. steps:
-    of a cell with all of them,
-    few: with less, ablation: that varies one thing, large: of size L, prose: on prose. search:
-    steps of each short run of the search. sweep: numbers of pairs beside all, the first two with
-    all seeds. shapes: of towers that are pre-trained here, for tower_steps steps, on so many
-    `unpaired` utterances of prose. arms, values: how many at most in side tables and ablations.
+    of a cell with all of them, few: with less, ablation: that varies one thing, large: of size L,
+    prose: on prose. search: steps of each short run of the search. sweep: numbers of pairs beside
+    all, the first two with all seeds. shapes: of towers that are pre-trained here, for tower_steps
+    steps, on so many `unpaired` utterances of prose. arms, values: how many at most in side tables
+    and ablations.
     """
 
     name: str
@@ -313,15 +307,14 @@ def cells(spend: Budget) -> list[Cell]:
         size: str = "S",
         **changes: Any,
     ) -> None:
-        steps = (
-            spend.few
-            if pairs < spend.pairs
-            else spend.large
-            if size == "L"
-            else spend.prose
-            if where == "prose"
-            else spend.steps
-        )
+        steps = spend.steps
+        if pairs < spend.pairs:
+            steps = spend.few
+        elif size == "L":
+            steps = spend.large
+        elif where == "prose":
+            steps = spend.prose
+
         said = [f"{key}={json.dumps(value, sort_keys=True)}" for key, value in changes.items()]
         name = "/".join([where, size, arm, f"pairs={pairs}", *said, f"seed={seed}"])
         found[name] = Cell(
@@ -344,26 +337,22 @@ def cells(spend: Budget) -> list[Cell]:
         add(arm, ("schedule",), pairs=spend.sweep[0], steps=spend.steps)
     for pairs, arm in product(spend.sweep[2:], main[:2]):
         add(arm, ("figure3",), 0, pairs)
+
+    # Both towers frozen: what differs is the links, and it learns fastest.
     short: dict[str, Any] = {"steps": spend.ablation}
-    add(
-        FROZEN, VARIED, **short
-    )  # both towers frozen: what differs is the links, and it learns fastest
+    add(FROZEN, VARIED, **short)
     for kind in ("paper", "residual")[: spend.values]:
         add(FROZEN, ("figure4a",), input_projection=kind, **short)
     for blocks in ((2,), (1, 3))[: spend.values]:
-        add(
-            FROZEN,
-            ("figure4b",),
-            every=None,
-            junctions=[{"text": n, "speech": n} for n in blocks],
-            **short,
-        )
+        junctions = [{"text": n, "speech": n} for n in blocks]
+        add(FROZEN, ("figure4b",), every=None, junctions=junctions, **short)
     for gate in (0.0, 0.6)[: spend.values]:
         add(FROZEN, ("gate",), link={"gate_init": gate}, **short)
     add(FROZEN, ("positions",), link={"rotary": False}, **short)
     for depth in (1, 0, 3)[: spend.values]:  # a link without a projection cannot be calibrated
         add(FROZEN, ("depth",), calibrate=0, link={"projection_depth": depth}, **short)
     add(LORA, ("lora",), **short)
+
     for arm in main[: min(3, spend.arms)]:
         add(arm, HEADLINE, size="L")
     return list(found.values())
@@ -374,8 +363,11 @@ def cells(spend: Budget) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Job:
-    """A process to be. kind: the function in `KINDS` that does it. spec: all that decides what it
-    finds, beside its needs, the jobs that must be done before."""
+    """A process to be.
+
+    kind: the function in `KINDS` that does it. spec: all that decides what it finds, beside its
+    needs, the jobs that must be done before.
+    """
 
     kind: str
     name: str
@@ -419,28 +411,20 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 
     def grounds(name: str, size: str) -> tuple[Job, ...]:
         """The corpus and the towers that it lacks."""
-        prose = name == "prose"
-        rows = {
-            "pairs": spend.pairs,
-            "dev": spend.dev,
-            "test": spend.test,
-            "unpaired": spend.unpaired if prose else 0,
-        }
-        ground = once(
-            Job("corpus", name, {"corpus": name} | rows | ({} if prose else {"judge": judge}))
-        )
-        fresh = [f"text-{size}", "speech"] if prose else [f"text-{size}"] * (size != "S")
+        rows = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test, "unpaired": 0}
+        if name == "prose":
+            made, fresh = rows | {"unpaired": spend.unpaired}, [f"text-{size}", "speech"]
+        else:
+            made, fresh = rows | {"judge": judge}, [f"text-{size}"] * (size != "S")
+        ground = once(Job("corpus", name, {"corpus": name} | made))
+
         training = {
             "steps": spend.tower_steps,
             "batch": spend.batch,
             "mixed_precision": spend.mixed_precision,
         }
-        towers = [
-            Job(
-                "tower", f"{name}-{n}", {"tower": n, "shape": spend.shapes[n]} | training, (ground,)
-            )
-            for n in fresh
-        ]
+        specs = [{"tower": tower, "shape": spend.shapes[tower]} | training for tower in fresh]
+        towers = [Job("tower", f"{name}-{spec['tower']}", spec, (ground,)) for spec in specs]
         return ground, *map(once, towers)
 
     for cell in some:
@@ -461,12 +445,13 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 
 @dataclass(frozen=True)
 class Ground:
-    """What the cells of a corpus stand on, as paths. modalities, towers: folders by name; towers
-    are called text-S, text-L, speech.
-    alone: per modality the manifests to pre-train on and its dev part. tests: manifests by test
-    set. sentences: the first `known` of them make the judge's language model, of n-grams to
-    `order`; ear: its acoustic model, "" for its own. judge: a pipeline that is the second judge, by
-    units; None where there is none.
+    """What the cells of a corpus stand on, as paths.
+
+    modalities, towers: folders by name; towers are called text-S, text-L, speech. alone: per
+    modality the manifests to pre-train on and its dev part. tests: manifests by test set.
+    sentences: the first `known` of them make the judge's language model, of n-grams to `order`;
+    ear: its acoustic model, "" for its own. judge: a pipeline that is the second judge, by units;
+    None where there is none.
     """
 
     modalities: dict[str, str]
@@ -482,9 +467,8 @@ class Ground:
     ear: str = ""
 
 
-Needs = Mapping[
-    str, Any
-]  # what the needed jobs found: "corpus", "tower" (all of them as one dict) and "rate"
+#: What the needed jobs found: "corpus", "tower" (all of them as one dict) and "rate".
+Needs = Mapping[str, Any]
 
 
 def work(path: str) -> None:
@@ -595,20 +579,20 @@ def tower_recipe(spec: Mapping[str, Any], needs: Needs, folder: Path) -> TrainCo
     """The recipe by which a tower is pre-trained."""
     ground, steps = Ground(**needs["corpus"]), spec["steps"]
     modality = spec["tower"].partition("-")[0]
+    tasks = {"-> text": 1.0}
+    if modality == "speech":
+        tasks = {"-> speech": 0.5, "-> voiced:speech": 0.5}
     return TrainConfig(
         output=str(folder),
         towers={modality: spec["shape"]},
         modalities={modality: ground.modalities[modality]},
         data=ground.alone[modality][0],
         dev=ground.alone[modality][1],
-        tasks={"-> text": 1.0}
-        if modality == "text"
-        else {"-> speech": 0.5, "-> voiced:speech": 0.5},
+        tasks=tasks,
         steps=steps,
         batch=spec["batch"],
-        lr_tower=2e-3
-        if spec["shape"]["hidden_size"] < 512
-        else 5e-4,  # the paper's for its large ones (A.3)
+        # 5e-4 is the paper's for its large ones (A.3).
+        lr_tower=2e-3 if spec["shape"]["hidden_size"] < 512 else 5e-4,
         mixed_precision=spec["mixed_precision"],
         corrupt={"speech": 0.05} if modality == "speech" else {},
         warmup=min(40, 1 + steps // 8) if steps < 2000 else 200,
@@ -667,28 +651,26 @@ def references(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str,
     """Oracle (true units through the judges) and floor (another sentence of the same kind) of every
     test set."""
     ground = Ground(**needs["corpus"])
-    ears, found = Ears(ground), {"oracle": list[Score](), "floor": list[Score]()}
+    judges, found = Judges(ground), {"oracle": list[Score](), "floor": list[Score]()}
     for test, path in ground.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         templates = [row["template"] for row in rows if "template" in row]
-        other = (
-            floor_template(texts, templates)
-            if len(templates) == len(texts)
-            else floor_random(texts)
-        )
+        other = floor_random(texts)
+        if len(templates) == len(texts):
+            other = floor_template(texts, templates)
         found["floor"].append(_score("asr", test, demo.EXACT, texts, other))
         if not _noisy(test):
-            for judge, heard in ears.hear([row["speech"] for row in rows], aloud=True).items():
+            heard_by = judges.hear([row["speech"] for row in rows], aloud=True)
+            for judge, heard in heard_by.items():
                 found["oracle"].append(_score("tts", test, judge, texts, heard))
                 found["floor"].append(_score("tts", test, judge, texts, other))
-    where = Path(ground.data).parent.name.partition("-")[0]
-    return {
-        arm: asdict(
-            Result(Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {}), scores=list(by))
-        )
-        for arm, by in found.items()
-    }
+
+    where, results = Path(ground.data).parent.name.partition("-")[0], {}
+    for arm, by in found.items():
+        cell = Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {})
+        results[arm] = asdict(Result(cell, scores=by))
+    return results
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Needs, Path], dict[str, Any]]] = {
@@ -757,33 +739,25 @@ def builder(spec: Mapping[str, Any], needs: Needs, folder: Path) -> Build:
 def scores(pipeline: Pipeline, ground: Ground, tables: Sequence[str]) -> list[Score]:
     """What the tables ask for: speech to text on every test set; text to speech on the clean ones,
     if any table needs it."""
-    ears, found = Ears(ground), []
+    judges, found = Judges(ground), []
     for test, path in ground.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         written = demo.transcribe(pipeline, [row["speech"] for row in rows])
-        found.append(
-            _score(
-                "asr",
-                test,
-                demo.EXACT,
-                texts,
-                [s.content for s in written],
-                [s.ended for s in written],
-            )
-        )
+        wrote, ended = [s.content for s in written], [s.ended for s in written]
+        found.append(_score("asr", test, demo.EXACT, texts, wrote, ended))
         if {*tables} <= SILENT or _noisy(test):
             continue
+
         said = demo.speak(pipeline, texts, [row["voice"] for row in rows])
-        for judge, heard in ears.hear(
-            [s.content for s in said], aloud=bool(HEARD & {*tables})
-        ).items():
-            found.append(_score("tts", test, judge, texts, heard, [s.ended for s in said]))
+        units, ended = [s.content for s in said], [s.ended for s in said]
+        for judge, heard in judges.hear(units, aloud=bool(HEARD & {*tables})).items():
+            found.append(_score("tts", test, judge, texts, heard, ended))
     return found
 
 
-class Ears:
-    """The judges of produced speech on a corpus."""
+class Judges:
+    """Who judges produced speech on a corpus."""
 
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
@@ -797,9 +771,8 @@ class Ears:
             second = Pipeline.from_pretrained(self.ground.judge)
             heard[demo.SECOND] = [s.content for s in demo.transcribe(second, units)]
         if aloud or not heard:
-            sentences = [
-                row["text"] for row in data.manifest(Path(self.ground.sentences), self.ground.known)
-            ]
+            known = data.manifest(Path(self.ground.sentences), self.ground.known)
+            sentences = [row["text"] for row in known]
             judge = Judge.from_sentences(sentences, self.ground.order, self.ground.ear)
             heard[judge.name] = [judge.transcribe(self.units.decode(list(ids))) for ids in units]
         return heard
@@ -839,15 +812,15 @@ def harm(
         turned = [{**row, other: rows[i - 1][other]} for i, row in enumerate(rows)]
         before, wanted = _nats(bare, pipeline, name, alone, rows)
         after, got = _nats(None, pipeline, name, alone, rows)
-        losses = {"before": before, "after": after}
-        losses |= {
-            when: _nats(None, pipeline, name, paired, some)[0]
-            for when, some in {"zip": rows, "unrelated": turned}.items()
+        losses = {
+            "before": before,
+            "after": after,
+            "zip": _nats(None, pipeline, name, paired, rows)[0],
+            "unrelated": _nats(None, pipeline, name, paired, turned)[0],
         }
+        same = all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
         found[name] = {when: math.exp(loss) for when, loss in losses.items()}
-        found[name]["identical"] = float(
-            all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-        )
+        found[name]["identical"] = float(same)
     return found, _continuations(pipeline, towers["text"], texts)
 
 
@@ -857,15 +830,15 @@ def _nats(
     """Nats per token of one modality, by a bare tower or else by the whole model, and all
     logits."""
     model, total, count, seen = pipeline.model, 0.0, 0, []
+    device = next(model.parameters()).device
     for start in range(0, len(rows), 32):
-        batch = collate([task.segments(row) for row in rows[start : start + 32]], model.ends()).to(
-            next(model.parameters()).device
-        )
+        some = [task.segments(row) for row in rows[start : start + 32]]
+        batch = collate(some, model.ends()).to(device)
         logits = bare(batch.strands[name]) if bare else model(batch.strands, outputs=(name,))[name]
+
         where = batch.weights[name] > 0
-        total += float(
-            F.cross_entropy(logits[where].float(), batch.targets[name][where], reduction="sum")
-        )
+        targets = batch.targets[name][where]
+        total += float(F.cross_entropy(logits[where].float(), targets, reduction="sum"))
         count += int(where.sum())
         seen.append(logits)
     return total / count, seen
@@ -880,18 +853,15 @@ def _continuations(pipeline: Pipeline, tower: str, texts: Sequence[str]) -> dict
         {"text": Tower.load(tower, dtype=torch.float32)}, ends={"text": model.ends()["text"]}
     )
     base.to(next(model.parameters()).device)
+
+    def goes_on(some: Any, begin: str) -> str:
+        plan = [Segment("text", text.encode(begin))]
+        (said,) = some.generate([], plan, limits={"text": 24})
+        return str(text.decode(said.content))
+
     return {
-        when: [
-            str(
-                text.decode(
-                    some.generate([], [Segment("text", text.encode(begin))], limits={"text": 24})[
-                        0
-                    ].content
-                )
-            )
-            for begin in begins
-        ]
-        for when, some in (("before", base), ("after", model))
+        "before": [goes_on(base, begin) for begin in begins],
+        "after": [goes_on(model, begin) for begin in begins],
     }
 
 
@@ -931,12 +901,11 @@ def cost(job: Job) -> float:
     cell = _cell(spec)
     step = {FROZEN: 0.35, MATCHED: 0.95, PLAIN: 0.26, ROWS: 0.26}.get(cell.arm, 0.52)
     start += 6.0 if cell.arm in BASELINES else 15.0
-    step *= (
-        (1.6 if cell.size == "L" else 1.0)
-        * (1.6 if cell.corpus == "prose" else 1.0)
-        * spec["batch"]
-        / 32
-    )
+    step *= spec["batch"] / 32
+    if cell.size == "L":
+        step *= 1.6
+    if cell.corpus == "prose":
+        step *= 1.6
     if job.kind == "rate":
         return start + len(spec["tried"]) * (3 + 1.1 * cell.changes["steps"] * step)
     heard = 0.15 if HEARD & {*cell.tables} else 0.0
@@ -977,46 +946,35 @@ def execute(
     waiting = [job for job in queue if not job.path(output).exists()]
     total, failed = len(waiting), dict[str, str]()
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    spent = [0.0, 0.0]  # seconds as guessed and as measured
+    guessed_s = measured_s = 0.0
     try:
         while waiting or running:
             for job in [job for job in waiting if any(need.name in failed for need in job.needs)]:
-                failed[job.name] = (
-                    f"{next(need.name for need in job.needs if need.name in failed)} has no result"
-                )
+                lacking = next(need.name for need in job.needs if need.name in failed)
+                failed[job.name] = f"{lacking} has no result"
                 waiting.remove(job)
+
             ready = [
                 job for job in waiting if all(need.path(output).exists() for need in job.needs)
             ]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                running[job.key] = (
-                    job,
-                    start(_told(job, output), output / "logs" / f"{job.readable}.log"),
-                    time.monotonic(),
-                )
+                process = start(_told(job, output), _log(job, output))
+                running[job.key] = job, process, time.monotonic()
+
             for key, (job, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[key]
-                spent[0], spent[1] = spent[0] + cost(job), spent[1] + time.monotonic() - began
+                guessed_s += cost(job)
+                measured_s += time.monotonic() - began
                 if job.path(output).exists():
                     done(job)
                 else:
-                    log = (
-                        (output / "logs" / f"{job.readable}.log")
-                        .read_text(errors="replace")
-                        .strip()
-                        .splitlines()
-                    )
-                    failed[job.name] = log[-1] if log else f"exit code {process.returncode}"
-                    print(
-                        f"FAILED {job.kind} {job.name}: {failed[job.name]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    failed[job.name] = _why(job, output, process.returncode)
+
                 left = sum(map(cost, [*waiting, *(other for other, _, _ in running.values())]))
-                minutes = left * spent[1] / spent[0] / workers / 60
+                minutes = left * measured_s / guessed_s / workers / 60
                 over = total - len(waiting) - len(running)
                 print(
                     f"-- {over} of {total} jobs done, about {minutes:.0f} minutes left", flush=True
@@ -1027,6 +985,19 @@ def execute(
             process.kill()
             process.wait()
     return failed
+
+
+def _log(job: Job, output: Path) -> Path:
+    """Where a worker leaves what it says."""
+    return output / "logs" / f"{job.readable}.log"
+
+
+def _why(job: Job, output: Path, code: int) -> str:
+    """Why a job has no result, as its worker said it; it is printed."""
+    said = _log(job, output).read_text(errors="replace").strip().splitlines()
+    why = said[-1] if said else f"exit code {code}"
+    print(f"FAILED {job.kind} {job.name}: {why}", file=sys.stderr, flush=True)
+    return why
 
 
 def _told(job: Job, output: Path) -> Path:
@@ -1063,9 +1034,8 @@ def reproduce(
     if unknown := sorted({*only} - {*TABLES}):
         raise ZipperError(f"There is no table {unknown[0]!r}. Take some of {', '.join(TABLES)}.")
     spend = budget(preset, quick)
-    queue = jobs(
-        [cell for cell in cells(spend) if not only or {*cell.tables} & {*only}], spend, judge
-    )
+    wanted = [cell for cell in cells(spend) if not only or {*cell.tables} & {*only}]
+    queue = jobs(wanted, spend, judge)
     minutes = sum(cost(job) for job in queue if not job.path(output).exists()) / workers / 60
     print(
         f"{len(queue)} jobs, {sum(job.kind == 'cell' for job in queue)} of them cells; about "
@@ -1078,19 +1048,15 @@ def reproduce(
             json.loads(job.path(output).read_text()) for job in queue if job.path(output).exists()
         ]
         results = [one["found"] for one in found if one["kind"] == "cell"]
-        results += [
-            result
-            for one in found
-            if one["kind"] == "reference"
-            for result in one["found"].values()
-        ]
+        for one in (one for one in found if one["kind"] == "reference"):
+            results += one["found"].values()
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         content = {
             "preset": spend.name,
             "commit": report.commit(),
             "command": command,
             "versions": report.environment(),
-            "machine": f"{os.cpu_count()} cores, "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+            "machine": f"{os.cpu_count()} cores, {gpu}",
             "core_hours": round(sum(one["core_s"] for one in found) / 3600, 3),
             "results": results,
         }
@@ -1098,9 +1064,9 @@ def reproduce(
         return content
 
     def done(job: Job) -> None:
-        if job.kind == "cell" and (
-            shown := [name for name in job.spec["cell"]["tables"] if name in (only or TABLES)]
-        ):
+        if job.kind != "cell":
+            return
+        if shown := [name for name in job.spec["cell"]["tables"] if name in (only or TABLES)]:
             print(f"\n{plain(gather(), shown)}", flush=True)
 
     failed = execute(queue, output, workers, done)
