@@ -604,7 +604,11 @@ def _grown(base: Tower, vocabulary: int, positions: int, parameters: int | None)
     ).to(base.model.device)
     old = dict(base.model.named_parameters(remove_duplicate=False))
     for owner, module in model.named_modules():
-        reads = 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, Conv1D) else None
+        reads = None  # the side of a matrix that it reads
+        if isinstance(module, nn.Linear):
+            reads = 1
+        elif isinstance(module, Conv1D):
+            reads = 0
         for name, new in module.named_parameters(owner, recurse=False):
             if reads is not None and new.ndim == 2 and new.shape[reads] > old[name].shape[reads]:
                 new.zero_()

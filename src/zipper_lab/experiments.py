@@ -411,12 +411,13 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 
     def grounds(name: str, size: str) -> tuple[Job, ...]:
         """The corpus and the towers that it lacks."""
-        rows = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test, "unpaired": 0}
+        rows: dict[str, Any] = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test}
         if name == "prose":
-            made, fresh = rows | {"unpaired": spend.unpaired}, [f"text-{size}", "speech"]
+            rows["unpaired"], fresh = spend.unpaired, [f"text-{size}", "speech"]
         else:
-            made, fresh = rows | {"judge": judge}, [f"text-{size}"] * (size != "S")
-        ground = once(Job("corpus", name, {"corpus": name} | made))
+            rows |= {"unpaired": 0, "judge": judge}
+            fresh = [f"text-{size}"] * (size != "S")
+        ground = once(Job("corpus", name, {"corpus": name} | rows))
 
         training = {
             "steps": spend.tower_steps,
