@@ -30,9 +30,8 @@ class ErrorRate:
 
     low, high: 95 % interval of `wer`, by bootstrap over utterances; without any error it is 0 to 0,
     which says nothing about how rare errors are. exact: share of utterances without a word error.
-    normaliser: the one of both texts. counted: what `wer` calls a
-    word: in scripts that write no spaces (Chinese, Japanese, Thai) a character, so that it is a
-    character error rate there.
+    normaliser: the one of both texts. counted: what `wer` calls a word: in scripts that write no
+    spaces (Chinese, Japanese, Thai) a character, so that it is a character error rate there.
     """
 
     wer: float
@@ -81,12 +80,11 @@ def lines(
                 f"The reference {reference!r} has no words after normalising ({normaliser}). Take "
                 "another normaliser."
             )
-        by = (words(wanted), words(got)), (wanted, got)
-        edits = [
-            _edits(jiwer.process_words(" ".join(by[0][0]), " ".join(by[0][1]))),
-            _edits(jiwer.process_characters(*by[1])),
-        ]
-        found.append(Line(reference, hypothesis, edits[0], len(by[0][0]), edits[1], len(wanted)))
+        count = len(words(wanted))
+        by_words = jiwer.process_words(*(" ".join(words(text)) for text in (wanted, got)))
+        edits, swaps = _edits(by_words), _edits(jiwer.process_characters(wanted, got))
+        found.append(Line(reference, hypothesis, edits, count, swaps, len(wanted)))
+
     if not any(line.words for line in found):
         raise ZipperError(
             f"None of the references has a word, e.g. {references[0]!r}. Give at least one that "

@@ -433,7 +433,9 @@ class Zipper(nn.Module):
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.towers, self.inputs, self.links, self.config.route, self.attention == "flex")
+        return Parts(
+            self.towers, self.inputs, self.links, self.config.route, self.attention == "flex"
+        )
 
     def _tower(self, name: str) -> Tower:
         named(name, self.config.towers)

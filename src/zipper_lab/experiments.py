@@ -44,8 +44,7 @@ from zipper.training import TrainConfig, build, gates, train
 from zipper.training.building import Build
 from zipper_lab import demo, report
 from zipper_lab.baseline import Extend
-from zipper_lab.corpora import commands as corpus
-from zipper_lab.corpora import prose
+from zipper_lab.corpora import commands, prose
 from zipper_lab.judges import Judge
 from zipper_lab.results import BOTH, FROZEN, MATCHED, PLAIN, ROWS, TITLES, ZIP, plain, write
 
@@ -409,7 +408,7 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
         "mixed_precision": spend.mixed_precision,
     }
 
-    def grounds(name: str, size: str) -> tuple[Job, ...]:
+    def stands_on(name: str, size: str) -> tuple[Job, ...]:
         """The corpus and the towers that it lacks."""
         rows: dict[str, Any] = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test}
         if name == "prose":
@@ -417,7 +416,7 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
         else:
             rows |= {"unpaired": 0, "judge": judge}
             fresh = [f"text-{size}"] * (size != "S")
-        ground = once(Job("corpus", name, {"corpus": name} | rows))
+        corpus = once(Job("corpus", name, {"corpus": name} | rows))
 
         training = {
             "steps": spend.tower_steps,
@@ -425,8 +424,8 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
             "mixed_precision": spend.mixed_precision,
         }
         specs = [{"tower": tower, "shape": spend.shapes[tower]} | training for tower in fresh]
-        towers = [Job("tower", f"{name}-{spec['tower']}", spec, (ground,)) for spec in specs]
-        return ground, *map(once, towers)
+        towers = [Job("tower", f"{name}-{spec['tower']}", spec, (corpus,)) for spec in specs]
+        return corpus, *map(once, towers)
 
     for cell in some:
         # One search an arm, at size S with all pairs of the first corpus: with 400 pairs it found
@@ -434,8 +433,8 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
         where = spend.corpora[0]
         probe = Cell("", (), cell.arm, "S", where, spend.pairs, 0, {"steps": spend.search})
         tried = {"cell": asdict(probe), "tried": TRIED[cell.arm], "near": NEAR, **common}
-        search = once(Job("rate", f"{where}/{cell.arm}", tried, grounds(where, "S")))
-        stands = grounds(cell.corpus, cell.size)
+        search = once(Job("rate", f"{where}/{cell.arm}", tried, stands_on(where, "S")))
+        stands = stands_on(cell.corpus, cell.size)
         once(Job("reference", cell.corpus, {}, stands[:1]))
         once(Job("cell", cell.name, {"cell": asdict(cell), **common}, (*stands, search)))
     return list(found.values())
@@ -445,7 +444,7 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 
 
 @dataclass(frozen=True)
-class Ground:
+class Corpus:
     """What the cells of a corpus stand on, as paths.
 
     modalities, towers: folders by name; towers are called text-S, text-L, speech. alone: per
@@ -509,7 +508,7 @@ def prepare_corpus(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[
     return asdict({"commands": _commands, "prose": _prose}[spec["corpus"]](spec, folder))
 
 
-def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
+def _commands(spec: Mapping[str, Any], folder: Path) -> Corpus:
     """The built-in corpus in the shipped units; its towers of size S are the shipped ones."""
     pipeline = Pipeline.from_pretrained()
     for name, part, n in (
@@ -517,7 +516,7 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
         ("dev", "dev", spec["dev"]),
         ("test", "test", spec["test"]),
     ):
-        data.write(folder / f"{name}.jsonl", corpus.rows(part, n, pipeline.units, workers=1))
+        data.write(folder / f"{name}.jsonl", commands.rows(part, n, pipeline.units, workers=1))
     said = data.manifest(folder / "test.jsonl")
     heard = zip(said, demo.recordings(said), strict=True)
     noise = Disturbance(snr_db=NOISE_DB)
@@ -527,8 +526,10 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
     ]
     data.write(folder / "test_noisy.jsonl", noisy)
     for name, part, n in (("text", "text", 60_000), ("text_dev", "dev", spec["dev"])):
-        data.write(folder / f"{name}.jsonl", [{"text": u.text} for u in corpus.sentences(part, n)])
-    return Ground(
+        data.write(
+            folder / f"{name}.jsonl", [{"text": u.text} for u in commands.sentences(part, n)]
+        )
+    return Corpus(
         modalities={name: str(SHIPPED / "modalities" / name) for name in ("text", "speech")},
         towers={"text-S": str(demo.TOWERS["text"]), "speech": str(demo.TOWERS["speech"])},
         data=str(folder / "pairs.jsonl"),
@@ -543,7 +544,7 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
     )
 
 
-def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
+def _prose(spec: Mapping[str, Any], folder: Path) -> Corpus:
     """Open vocabulary; both towers are pre-trained here, and no second judge knows its units."""
     names = {
         "pairs": spec["pairs"],
@@ -555,7 +556,7 @@ def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
     known = prose.domain()
     data.write(folder / "sentences.jsonl", [{"text": line} for line in known])
     at = {name: str(folder / f"{name}.jsonl") for name in (*prose.MANIFESTS, "sentences")}
-    return Ground(
+    return Corpus(
         modalities={name: str(folder / name) for name in ("text", "speech")},
         towers={},
         data=at["pairs"],
@@ -578,7 +579,7 @@ def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
 
 def tower_recipe(spec: Mapping[str, Any], needs: Needs, folder: Path) -> TrainConfig:
     """The recipe by which a tower is pre-trained."""
-    ground, steps = Ground(**needs["corpus"]), spec["steps"]
+    corpus, steps = Corpus(**needs["corpus"]), spec["steps"]
     modality = spec["tower"].partition("-")[0]
     tasks = {"-> text": 1.0}
     if modality == "speech":
@@ -586,9 +587,9 @@ def tower_recipe(spec: Mapping[str, Any], needs: Needs, folder: Path) -> TrainCo
     return TrainConfig(
         output=str(folder),
         towers={modality: spec["shape"]},
-        modalities={modality: ground.modalities[modality]},
-        data=ground.alone[modality][0],
-        dev=ground.alone[modality][1],
+        modalities={modality: corpus.modalities[modality]},
+        data=corpus.alone[modality][0],
+        dev=corpus.alone[modality][1],
         tasks=tasks,
         steps=steps,
         batch=spec["batch"],
@@ -620,7 +621,7 @@ def search_rates(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[st
 
 def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """Train a cell and evaluate its best model by dev loss: a `Result` as plain data."""
-    cell, ground = _cell(spec), Ground(**needs["corpus"])
+    cell, corpus = _cell(spec), Corpus(**needs["corpus"])
     config = configure(spec, needs, folder, needs["rate"]["rates"])
     pipeline = train(config, resume=True, build=builder(spec, needs, folder))
     pipeline.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -635,13 +636,13 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
         best_step=record["step"],
         rates=dict(needs["rate"]["rates"]),
         dev=record["dev"],
-        scores=scores(pipeline, ground, cell.tables),
+        scores=scores(pipeline, corpus, cell.tables),
         gates=gates(model),
     )
     if "towers" in cell.tables:
-        texts = [row["text"] for row in data.manifest(Path(ground.dev), 3)]
+        texts = [row["text"] for row in data.manifest(Path(corpus.dev), 3)]
         perplexity, continuations = harm(
-            pipeline, _towers(cell, needs), Path(ground.dev), spec["dev"], texts
+            pipeline, _towers(cell, needs), Path(corpus.dev), spec["dev"], texts
         )
         result = replace(result, perplexity=perplexity, continuations=continuations)
     shutil.rmtree(folder / "checkpoints")
@@ -651,9 +652,9 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
 def references(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """Oracle (true units through the judges) and floor (another sentence of the same kind) of every
     test set."""
-    ground = Ground(**needs["corpus"])
-    judges, found = Judges(ground), {"oracle": list[Score](), "floor": list[Score]()}
-    for test, path in ground.tests.items():
+    corpus = Corpus(**needs["corpus"])
+    judges, found = Judges(corpus), {"oracle": list[Score](), "floor": list[Score]()}
+    for test, path in corpus.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         templates = [row["template"] for row in rows if "template" in row]
@@ -667,7 +668,7 @@ def references(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str,
                 found["oracle"].append(_score("tts", test, judge, texts, heard))
                 found["floor"].append(_score("tts", test, judge, texts, other))
 
-    where, results = Path(ground.data).parent.name.partition("-")[0], {}
+    where, results = Path(corpus.data).parent.name.partition("-")[0], {}
     for arm, by in found.items():
         cell = Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {})
         results[arm] = asdict(Result(cell, scores=by))
@@ -687,15 +688,15 @@ def configure(
     spec: Mapping[str, Any], needs: Needs, folder: Path, rates: Mapping[str, float]
 ) -> TrainConfig:
     """The recipe of a cell: what all have in common, the arm's own, the cell's changes."""
-    cell, ground = _cell(spec), Ground(**needs["corpus"])
+    cell, corpus = _cell(spec), Corpus(**needs["corpus"])
     changes = dict(cell.changes)
     steps = changes["steps"]
     fields: dict[str, Any] = {
         "output": str(folder),
         "towers": _towers(cell, needs),
-        "modalities": ground.modalities,
-        "data": ground.data,
-        "dev": ground.dev,
+        "modalities": corpus.modalities,
+        "data": corpus.data,
+        "dev": corpus.dev,
         "tasks": TASKS,
         "rows": cell.pairs,
         "batch": spec["batch"],
@@ -737,11 +738,11 @@ def builder(spec: Mapping[str, Any], needs: Needs, folder: Path) -> Build:
     )  # as it is once calibrated
 
 
-def scores(pipeline: Pipeline, ground: Ground, tables: Sequence[str]) -> list[Score]:
+def scores(pipeline: Pipeline, corpus: Corpus, tables: Sequence[str]) -> list[Score]:
     """What the tables ask for: speech to text on every test set; text to speech on the clean ones,
     if any table needs it."""
-    judges, found = Judges(ground), []
-    for test, path in ground.tests.items():
+    judges, found = Judges(corpus), []
+    for test, path in corpus.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         written = demo.transcribe(pipeline, [row["speech"] for row in rows])
@@ -760,21 +761,21 @@ def scores(pipeline: Pipeline, ground: Ground, tables: Sequence[str]) -> list[Sc
 class Judges:
     """Who judges produced speech on a corpus."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
-        self.units = load_modality(Path(ground.modalities["speech"]))
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.units = load_modality(Path(corpus.modalities["speech"]))
 
     def hear(self, units: Sequence[Sequence[int]], aloud: bool) -> dict[str, list[str]]:
         """What each judge understands. aloud: as sound too, 0.15 core-s an utterance; always so
         where no judge reads units."""
         heard = {}
-        if self.ground.judge is not None:
-            second = Pipeline.from_pretrained(self.ground.judge)
+        if self.corpus.judge is not None:
+            second = Pipeline.from_pretrained(self.corpus.judge)
             heard[demo.SECOND] = [s.content for s in demo.transcribe(second, units)]
         if aloud or not heard:
-            known = data.manifest(Path(self.ground.sentences), self.ground.known)
+            known = data.manifest(Path(self.corpus.sentences), self.corpus.known)
             sentences = [row["text"] for row in known]
-            judge = Judge.from_sentences(sentences, self.ground.order, self.ground.ear)
+            judge = Judge.from_sentences(sentences, self.corpus.order, self.corpus.ear)
             heard[judge.name] = [judge.transcribe(self.units.decode(list(ids))) for ids in units]
         return heard
 

@@ -32,11 +32,8 @@ class History:
     @classmethod
     def read(cls, folder: Path) -> "History":
         """What lies in the folder of a run. Raises ZipperError where there is no row yet."""
-        lines = (
-            (folder / METRICS).read_text(encoding="utf-8").splitlines()
-            if (folder / METRICS).is_file()
-            else []
-        )
+        metrics, config = folder / METRICS, folder / "config.json"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         rows = []
         for number, line in enumerate(lines, 1):
             try:
@@ -45,19 +42,14 @@ class History:
             except (ValueError, TypeError, KeyError) as error:
                 if number < len(lines):  # the last one may just be being written
                     raise ZipperError(
-                        f"{folder / METRICS}, line {number} is no row of metrics: {line!r:.80}."
+                        f"{metrics}, line {number} is no row of metrics: {line!r:.80}."
                     ) from error
         if not rows:
             raise ZipperError(
                 f"{folder} holds no metrics yet. Give the folder of a run (TrainConfig.output) "
                 "that has taken steps."
             )
-        recipe = (
-            checkpoint.read_json(folder / "config.json")
-            if (folder / "config.json").is_file()
-            else {}
-        )
-        return cls(folder, recipe, rows)
+        return cls(folder, checkpoint.read_json(config) if config.is_file() else {}, rows)
 
     def lines(self, prefix: str) -> Lines:
         """Steps and values of every key that begins with `prefix`, without it."""
@@ -72,24 +64,24 @@ class History:
         (steps that a process began at, but 0), seconds (of all processes, as far as rows say),
         tokens_per_s and matmul_share (medians); None = not recorded.
         """
-        evaluated = {
-            row["step"]: {key[4:]: row[key] for key in row if key.startswith("dev/")}
-            for row in self.rows
-        }
-        means = {
-            step: statistics.fmean(found.values()) for step, found in evaluated.items() if found
-        }
-        best = min(means, key=lambda step: means[step], default=None)
-        spent = {
-            row.get("started", 0): row["seconds"] for row in self.rows if "seconds" in row
-        }  # of each process its last row
+        evaluated: dict[int, dict[str, float]] = {}
+        for row in self.rows:
+            if dev := {key[4:]: row[key] for key in row if key.startswith("dev/")}:
+                evaluated[row["step"]] = dev
+        means = {step: statistics.fmean(dev.values()) for step, dev in evaluated.items()}
+        best = None
+        if means:
+            step = min(means, key=lambda step: means[step])
+            best = {"step": step, "mean": means[step], "dev": evaluated[step]}
+
+        # Of each process its last row.
+        timed = (row for row in self.rows if "seconds" in row)
+        spent = {row.get("started", 0): row["seconds"] for row in timed}
         return {
             "folder": str(self.folder),
             "step": self.rows[-1]["step"],
             "steps": self.recipe.get("steps"),
-            "best": None
-            if best is None
-            else {"step": best, "mean": means[best], "dev": evaluated[best]},
+            "best": best,
             "loss": self.last("loss/"),
             "dev": self.last("dev/"),
             "gates": self.last("gate/"),
@@ -145,35 +137,24 @@ def directions(rows: Sequence[Mapping[str, Any]], prefix: str, title: str) -> di
 
 def text(found: Mapping[str, Any]) -> str:
     """`History.summary` for a terminal."""
-    lines = [
-        f"{found['folder']}: step {found['step']:,}"
-        + (f" of {found['steps']:,}" if found["steps"] else "")
-    ]
+    of = f" of {found['steps']:,}" if found["steps"] else ""
+    lines = [f"{found['folder']}: step {found['step']:,}{of}"]
     if best := found["best"]:
         each = ", ".join(f"{task} {loss:.4f}" for task, loss in best["dev"].items())
         lines.append(f"best        step {best['step']:,}, dev loss {best['mean']:.4f} ({each})")
-    for name, what in {
-        "loss": "loss",
-        "dev": "dev",
-        "gates": "gates",
-        "branches": "links add",
-    }.items():
+
+    named = {"loss": "loss", "dev": "dev", "gates": "gates", "branches": "links add"}
+    for name, what in named.items():
         if found[name]:
-            lines.append(
-                f"{what:11} "
-                + ", ".join(f"{key} {value:.4g}" for key, value in found[name].items())
-                + " at the end"
-            )
-    lines.append(
-        "time        "
-        + ("not recorded" if found["seconds"] is None else _duration(found["seconds"]))
-    )
+            each = ", ".join(f"{key} {value:.4g}" for key, value in found[name].items())
+            lines.append(f"{what:11} {each} at the end")
+
+    spent = "not recorded" if found["seconds"] is None else _duration(found["seconds"])
+    lines.append(f"time        {spent}")
     if found["tokens_per_s"] is not None:
-        share = (
-            ""
-            if found["matmul_share"] is None
-            else f", {found['matmul_share']:.0%} of the machine's matmul rate"
-        )
+        share = ""
+        if found["matmul_share"] is not None:
+            share = f", {found['matmul_share']:.0%} of the machine's matmul rate"
         lines.append(f"speed       {found['tokens_per_s']:,.0f} tokens/s{share} (medians)")
     if found["resumed"]:
         lines.append("resumed     at step " + ", ".join(f"{step:,}" for step in found["resumed"]))
