@@ -50,7 +50,7 @@ matrix: setup  ## tests on the lowest and newest versions and every transformers
 upgrade: setup  ## constraints.txt from today's versions, then the gate; says what moved (TORCH=2.14.1 moves torch too)
 	$(BIN)/python tools/versions.py upgrade $(if $(TORCH),--torch $(TORCH))
 
-docs: setup  ## write docs/cli.md from the command line's own parser, docs/towers.md by trying every causal LM
+docs: setup  ## write docs/cli.md from the commands themselves, docs/towers.md by trying every causal LM
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
 	$(BIN)/python -c "import pathlib, zipper.towers.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
 

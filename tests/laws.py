@@ -59,6 +59,8 @@ def zipped(
     every: Mapping[str, int] | None = None,
     *,
     junctions: Sequence[Mapping[str, int]] | None = None,
+    shows: Mapping[str, Any] | None = None,
+    links: Sequence[tuple[str, int, str, int]] | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     dtype: torch.dtype = torch.float32,
     train: Sequence[str] = (),
@@ -71,7 +73,19 @@ def zipped(
     """A zip of tiny towers, each the same for the same name and family. awake: gates (or not) and
     projections moved off birth."""
     key = repr(
-        (families, every, junctions, attention, dtype, train, preset, link, input_projection)
+        (
+            families,
+            every,
+            junctions,
+            shows,
+            links,
+            attention,
+            dtype,
+            train,
+            preset,
+            link,
+            input_projection,
+        )
     )
     if key not in _BORN:
         towers = {
@@ -89,6 +103,7 @@ def zipped(
         tokens = {name: TOKENS[name] for name in families}
         ends = {name: ENDS[name] for name in families}
         options = {"input_projection": input_projection, "tokens": tokens, "ends": ends}
+        options |= {"shows": shows, "links": links}
         _BORN[key] = Zipper.from_towers(towers, every, junctions, train, preset, link, **options)
     model = copy.deepcopy(_BORN[key])
     if awake:
@@ -279,7 +294,10 @@ def is_the_reference(
     its gradients too."""
     paper = model.config.link.projection_relu
     tokens = {name: tower.tokens for name, tower in model.config.towers.items()}
-    shape = reference.Shape(model.config.junctions, model.config.link.head_width, paper, tokens)
+    config = model.config
+    shows = config.shows or config.junctions
+    width = config.link.head_width
+    shape = reference.Shape(config.junctions, shows, width, paper, tokens)
     mine = model.new_parameters()
     theirs = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in mine.items()}
     towers = {

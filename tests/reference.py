@@ -11,6 +11,7 @@ Only the names of the weights are taken from zipper.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ State = list[Tensor]  # one vector per token of a tower
 
 @dataclass(frozen=True)
 class Shape:
-    """What the weights do not say. junctions: {tower: blocks before the exchange}. paper: ReLU on
-    projections, an input projection without residual, no rotary positions. tokens: per tower, its
-    usual tokens of a segment (a rate).
+    """What the weights do not say. junctions: {tower that is fused: blocks before}. shows: {tower
+    that is read: blocks before}. paper: ReLU on projections, an input projection without residual,
+    no rotary positions. tokens: per tower, its usual tokens of a segment (a rate).
     """
 
     junctions: Sequence[Mapping[str, int]]
+    shows: Sequence[Mapping[str, int]]
     head_width: int
     paper: bool
     tokens: Mapping[str, float]
@@ -43,7 +45,6 @@ def logits(
     names, two at least."""
     ids = {name: [i for tower, i in sequence if tower == name] for name in towers}
     time = {name: [t for t, (tower, _) in enumerate(sequence) if tower == name] for name in towers}
-    done = dict.fromkeys(towers, 0)
     h: dict[str, State] = {}
     for name, tower in towers.items():
         mlp = _part(weights, f"inputs.{name}.mlp")
@@ -51,28 +52,36 @@ def logits(
         for i in ids[name]:
             e = tower.model.embed_tokens.weight[i]
             h[name].append(_relu(_mlp(mlp, e)) if shape.paper else e + _mlp(mlp, e))
-    for n, junction in enumerate(shape.junctions):
-        m = dict(h)  # the states before this exchange: all that anyone may read
-        here = [name for name in junction if name in towers]
-        for name in here:
-            m[name] = _blocks(towers[name], h[name], done[name], junction[name])
-            done[name] = junction[name]
-        h = {name: list(states) for name, states in m.items()}
-        for target in here:
-            for source in here:
-                if source != target:
-                    w = _part(weights, f"links.{n}:{source}>{target}")
-                    rate = shape.tokens[source] / shape.tokens[target]
-                    for i, x in enumerate(m[target]):
-                        seen = [
-                            j for j in range(len(m[source])) if time[source][j] < time[target][i]
-                        ]
-                        if seen:  # else there is nothing to read and x stays what it is
-                            fused = _cross(w, x, i * rate, [(j, m[source][j]) for j in seen], shape)
-                            h[target][i] = h[target][i] + (fused - x)
+
+    @cache
+    def shown(name: str, depth: int) -> State:
+        """States behind so many blocks of a tower, before they are fused there."""
+        return _blocks(towers[name], fused(name, depth - 1), depth - 1, depth) if depth else h[name]
+
+    @cache
+    def fused(name: str, depth: int) -> State:
+        """The same once the tower has read, at that depth, what it reads there."""
+        before = shown(name, depth)
+        after = list(before)
+        for n, (targets, sources) in enumerate(zip(shape.junctions, shape.shows, strict=True)):
+            if targets.get(name) != depth:
+                continue
+            for source in sources:
+                if source == name or source not in towers:
+                    continue
+                w = _part(weights, f"links.{n}:{source}>{name}")
+                rate = shape.tokens[source] / shape.tokens[name]
+                read = shown(source, sources[source])
+                for i, x in enumerate(before):
+                    seen = [j for j in range(len(read)) if time[source][j] < time[name][i]]
+                    if seen and w:  # else there is nothing to read and x stays what it is
+                        found = _cross(w, x, i * rate, [(j, read[j]) for j in seen], shape)
+                        after[i] = after[i] + (found - x)
+        return after
+
     out = {}
     for name, tower in towers.items():
-        states = _blocks(tower, h[name], done[name], len(tower.model.layers))
+        states = shown(name, len(tower.model.layers))
         out[name] = torch.stack([tower.lm_head.weight @ _rms_norm(tower, x) for x in states])
     return out
 

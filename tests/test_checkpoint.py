@@ -24,7 +24,7 @@ from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.saving import checkpoint
+from zipper.saving import checkpoint, zips
 from zipper.strand import Segment
 
 
@@ -221,7 +221,7 @@ def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_p
         r"text=PATH",
     ):
         Zipper.from_pretrained(here)
-    Zipper.repin(here, {"text": tmp_path / "gone" / "text"})
+    zips.repin(here, {"text": tmp_path / "gone" / "text"})
     assert source(here) == tmp_path / "gone" / "text"
     before, after = files(project(world, tmp_path / "fresh") / "runs" / "a" / "zip"), files(here)
     assert {name for name in before if before[name] != after[name]} == {

@@ -1,12 +1,13 @@
 """The command line: it says what to type, does what it says, and answers bad input with one
 sentence and exit code 2."""
 
-import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,12 +42,7 @@ LOADS = {
     "prune": ["--below", "0.1", "-o", "out"],
     "push": ["me/zip"],
 }
-COMMANDS = sorted(
-    name
-    for action in cli.parser()._actions
-    if isinstance(action, argparse._SubParsersAction)
-    for name in action.choices
-)
+COMMANDS = sorted(context.command_path.removeprefix("zipper ") for context in cli.commands())
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +59,23 @@ class Answer(NamedTuple):
     err: str
 
 
+def run_python(*words: str, **environment: str) -> Answer:
+    """A process of its own."""
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | environment
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def read(*words: str) -> dict[str, Any]:
+    """What a command would be given for these words; nothing is done."""
+    program, given = cli.program(), dict[str, Any]()
+    for context in cli.commands(program):
+        context.command.callback = lambda **found: given.update(found)
+    program.main(list(words), standalone_mode=False)
+    return given
+
+
 Zipper = Callable[..., Answer]
 
 
@@ -77,7 +90,7 @@ def zipper(
     def run(*arguments: Any) -> Answer:
         try:
             code = cli.main([str(a) for a in arguments])
-        except SystemExit as stop:  # argparse
+        except SystemExit as stop:  # wrong usage, and --help
             code = int(stop.code or 0)
         said = capsys.readouterr()
         return Answer(code, said.out, said.err)
@@ -117,35 +130,56 @@ def test_a_recorded_run_is_told_again(zipper: Zipper, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(zipper: Zipper, command: str) -> None:
-    answer = zipper(command, "--help")
-    assert answer.code == 0
-    assert f"usage: zipper {command}" in answer.out
-    assert f"example: zipper {command}" in answer.out
+    for option in ("--help", "-h"):
+        answer = zipper(*command.split(), option)
+        assert answer.code == 0
+        assert answer.out.startswith(f"Usage: zipper {command} ")
+        assert f"example: zipper {command}" in answer.out
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_every_help_fits_the_window_and_cuts_nothing_off(
+    zipper: Zipper, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in ("", *COMMANDS):
+        lines = zipper(*command.split(), "--help").out.splitlines()
+        wide = [line for line in lines if len(line) > columns and "example:" not in line]
+        assert not wide and not any(line.endswith("...") for line in lines[2:])
+
+
+HELP = """
+import sys
+from zipper.cli import main
+try: main(["--help"])
+except SystemExit as stop: assert not stop.code
+print(sorted({"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "rich", "pydantic"}
+             & set(sys.modules)))
+"""
 
 
 def test_help_lists_every_command_and_loads_no_heavy_library() -> None:
-    program = (
-        "import sys, zipper.cli\n"
-        "try: zipper.cli.main(['--help'])\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "print(sorted({'torch', 'transformers', 'numpy', 'tqdm', 'huggingface_hub'} & "
-        "set(sys.modules)))"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
-    assert set(COMMANDS) <= {
-        line.split()[0] for line in said.splitlines() if line.startswith("    ")
-    }
+    said = run_python("-c", HELP).out
+    listed = {line.split()[0] for line in said.splitlines() if re.match("  [a-z]", line)}
+    assert {command.split()[0] for command in COMMANDS} <= listed
+    headings = [line for line in said.splitlines() if re.fullmatch("[A-Z][a-z]+:", line)]
+    assert headings[:5] == ["Options:", "Use:", "Make:", "Look:", "Laboratory:"]
     assert said.endswith("[]\n")
 
 
 def test_the_page_of_all_commands_has_them_all() -> None:
-    page = cli.markdown()
-    assert (
-        sorted({line.split()[2] for line in page.splitlines() if line.startswith("## zipper ")})
-        == COMMANDS
-    )
+    titles = [line for line in cli.markdown().splitlines() if line.startswith("## zipper ")]
+    assert sorted(title.removeprefix("## zipper ") for title in titles) == COMMANDS
+
+
+def test_a_shell_is_told_how_words_go_on() -> None:
+    def completed(*words: str) -> list[str]:
+        asked = {"COMP_WORDS": " ".join(["zipper", *words]), "COMP_CWORD": str(len(words))}
+        return run_python("-m", "zipper", _ZIPPER_COMPLETE="complete_bash", **asked).out.split()
+
+    assert completed("tr") == ["transcribe", "train"]
+    assert completed("units", "--mo") == ["--most-bad"]
+    assert completed("units", "--bad", "") == ["error", "warn", "skip"]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +195,123 @@ def test_the_page_of_all_commands_has_them_all() -> None:
 def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) -> None:
     answer = zipper(*arguments)
     assert answer.code == 2
-    assert "usage: zipper" in answer.err
+    usage, *said = answer.err.splitlines()
+    assert usage.startswith("Usage: zipper") and said[-1].startswith("zipper")
     assert answer.out == ""
+
+
+def test_an_option_with_dots_takes_all_words_up_to_the_next() -> None:
+    for words in ("--links a b -o x m", "m -o x --links a b", "m --links a --links b -o x"):
+        found = read("prune", *words.split())
+        assert (found["links"], found["output"], found["model"]) == (
+            ["a", "b"],
+            Path("x"),
+            Path("m"),
+        )
+
+
+def test_options_of_all_benchmarks_are_not_lost_before_one(zipper: Zipper) -> None:
+    answer = zipper("bench", "--json", "decode")
+    assert answer.code == 2 and "options of decode stand behind it" in answer.err
+
+
+# --- commands of other packages
+
+ROOT = Path(__file__).parents[1]
+
+
+def package(place: Path, name: str, commands: dict[str, str], **modules: str) -> None:
+    """An installed package of no more than entry points and modules."""
+    metadata = place / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{entry} = {value}" for entry, value in commands.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[zipper.commands]", *lines]))
+    for module, content in modules.items():
+        (place / f"{module}.py").write_text(content)
+
+
+def bare(place: Path, *words: str) -> Answer:
+    """`python -m zipper` that sees, of packages with commands, only those in a folder.
+
+    It is told so by a module that Python imports when it starts, before all others.
+    """
+    place.mkdir(exist_ok=True)
+    (place / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\n"
+        f"all_, place = m.entry_points, {str(place)!r}\n"
+        "m.entry_points = lambda **given: m.EntryPoints(\n"
+        "    e for e in all_(**given) if str(e.dist.locate_file('')) == place)\n"
+    )
+    return run_python(*words, PYTHONPATH=os.pathsep.join([str(place), str(ROOT / "src")]))
+
+
+OTHER = """
+import typer
+app = typer.Typer()
+@app.command()
+def sing(song: str) -> int:
+    "Sing a song."
+    from zipper.errors import ZipperError
+    if song == "none":
+        raise ZipperError("there is no song")
+    print(song)
+    return 1
+"""
+
+
+def test_the_library_knows_no_laboratory() -> None:
+    for path in (ROOT / "src" / "zipper").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) zipper_lab", path.read_text(), re.MULTILINE), path
+
+
+def test_the_laboratory_is_attached_by_its_entry_point(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["entry-points"]["zipper.commands"]
+    without = bare(tmp_path / "without", "-m", "zipper", "--help")
+    package(tmp_path / "with", "zipper_lm", named)
+    attached = bare(tmp_path / "with", "-m", "zipper", "--help")
+    assert (without.code, without.err, attached.code, attached.err) == (0, "", 0, "")
+    assert "Laboratory:" not in without.out and "  demo " not in without.out
+    assert "Laboratory:" in attached.out and "  demo " in attached.out
+    assert "  prune " in attached.out.partition("Make:")[2].partition("Look:")[0]
+
+
+def test_the_laboratory_runs_from_a_checkout(tmp_path: Path) -> None:
+    answer = bare(tmp_path, "-m", "zipper_lab", "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert "  demo " in answer.out and "  transcribe " in answer.out
+    assert bare(tmp_path, "-m", "zipper_lab", "demo", "--pairs", "0").code == 2
+    assert "No such command 'demo'" in bare(tmp_path, "-m", "zipper", "demo").err
+
+
+def test_another_package_brings_a_command_that_answers_as_ours_do(tmp_path: Path) -> None:
+    package(tmp_path, "choir", {"choir": "choir:app"}, choir=OTHER)
+    assert re.search("More:\n  sing +Sing a song", bare(tmp_path, "-m", "zipper", "-h").out)
+    assert bare(tmp_path, "-m", "zipper", "sing", "la") == Answer(1, "la\n", "")
+    refusal = Answer(2, "", "zipper sing: there is no song\n")
+    assert bare(tmp_path, "-m", "zipper", "sing", "none") == refusal
+
+
+@pytest.mark.parametrize(
+    ("value", "module", "why"),
+    [
+        ("gone:app", "", "ModuleNotFoundError: No module named 'gone'"),
+        ("choir:app", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("choir:app", "app = 'la\\nla'", "TypeError: it is a str, a typer.Typer was wanted"),
+        ("choir:app", OTHER.replace("sing(", "train("), "ValueError: there is another train"),
+        ("choir:app", OTHER.replace("str", "int | str"), "support Union types"),
+    ],
+)
+def test_a_broken_package_costs_one_line_and_only_where_it_is_asked(
+    tmp_path: Path, value: str, module: str, why: str
+) -> None:
+    package(tmp_path, "choir", {"choir": value}, choir=module)
+    answer = bare(tmp_path, "-m", "zipper", "--help")
+    assert answer.code == 0 and "  transcribe " in answer.out
+    assert answer.err.startswith(f"zipper: the commands of choir ({value}) are left out: ")
+    assert why in answer.err and answer.err.count("\n") == 1
+    assert bare(tmp_path, "-m", "zipper", "train", "--help").err == ""
 
 
 # --- raw in, raw out
@@ -395,6 +544,30 @@ def test_train_runs_a_recipe_with_fields_changed_and_resumes(
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [row["step"] for row in rows] == [2, 3]
+
+
+BUILD = """
+class Told:
+    course = {"of": "mine"}
+    def __call__(self, config, modalities, rows):
+        from zipper.training.building import build
+        Path("built").write_text(", ".join(sorted(modalities)))
+        return build(config, modalities, rows)
+build = Told()
+"""
+
+
+def test_a_recipe_may_build_its_own_model(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text() + BUILD)
+    assert zipper("train", recipe, "--plan", "--json").code == 0
+    assert (tmp_path / "built").read_text() == "speech, text"
+    (tmp_path / "built").unlink()
+    assert zipper("train", recipe).code == 0
+    assert (tmp_path / "built").exists()
+    recipe.write_text(recipe.read_text() + "build = None\n")
+    assert "has to be an object of zipper.training.building.Build" in refused(
+        zipper("train", recipe)
+    )
 
 
 def test_pretrain_wants_one_tower(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
@@ -922,18 +1095,13 @@ def test_a_lost_base_is_named_with_the_option_that_finds_it(
 def test_every_command_that_loads_a_model_takes_the_option(
     world: World, lost: tuple[Path, Path]
 ) -> None:
-    parser = cli.parser()
     for command in LOADS:
-        assert parser.parse_args(
-            [*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]
-        ).towers == ["a=b", "c=d"]
-    subparsers = next(
-        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-    ).choices
+        words = [*given(command, lost[0]), "--tower", "a=b", "--tower", "c=d"]
+        assert read(*words)["towers"] == ["a=b", "c=d"]
     takes = {
-        name
-        for name, sub in subparsers.items()
-        if any("a saved model" in str(action.help) for action in sub._actions)
+        context.command_path.removeprefix("zipper ")
+        for context in cli.commands()
+        if "a saved model" in context.get_help()
     }
     assert takes <= LOADS.keys()
 

@@ -24,7 +24,7 @@ from zipper.inspection import (
 from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.strand import Segment, collate
+from zipper.strand import Segment, Target, collate
 from zipper.tasks import ASR, Task
 from zipper.training import Objective
 
@@ -157,7 +157,7 @@ def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(
     pipe: Pipeline, world: World
 ) -> None:
     model = pipe.zip
-    batch = collate([[Segment("speech", [7, 8, 9]), Segment("text", [3, 4, 5], 1.0)]], model.ends())
+    batch = collate([[Segment("speech", [7, 8, 9]), Target("text", [3, 4, 5], 1.0)]], model.ends())
     assert set(gradient_norms(model).values()) == {0.0}  # no backward yet
     sum(Objective(model)([batch]).values()).backward()
     found = gradient_norms(model)
@@ -177,7 +177,7 @@ def test_gradient_norms_are_those_of_the_parts_and_add_up_to_the_whole(
 
 def test_activity_is_what_a_link_adds_as_a_share_of_the_stream(pipe: Pipeline) -> None:
     model = pipe.zip
-    batch = collate([[Segment("speech", [7, 8, 9]), Segment("text", [3, 4, 5], 1.0)]], model.ends())
+    batch = collate([[Segment("speech", [7, 8, 9]), Target("text", [3, 4, 5], 1.0)]], model.ends())
     added: dict[str, torch.Tensor] = {}
     original = Link.forward
 

@@ -261,7 +261,7 @@ def test_an_extra_that_is_missing_is_named_and_others_are_not_touched(
 
 
 def _programs() -> list[str]:
-    return [sub.prog for sub in cli._commands(cli.parser())]
+    return [context.command_path for context in cli.commands()]
 
 
 # --- the wheel

@@ -536,7 +536,7 @@ def test_a_damaged_configuration_is_refused(spoil: object) -> None:
         ({"every": {"text": 5}}, "gives no junction inside towers"),
         (
             {"every": {"text": 1}, "junctions": [{"text": 1, "speech": 1}]},
-            "either every=... or junctions=..., not both",
+            "one of every=..., junctions=... and links=..., not several",
         ),
         (
             {"junctions": [{"text": 5, "speech": 1}]},

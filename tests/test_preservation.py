@@ -4,7 +4,7 @@ no trace in a frozen one."""
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zipper.pipeline import SHIPPED, Pipeline
 from zipper.strand import Segment, collate
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand, Tower
-from zipper.training import loop as training
+from zipper.training import build, train
 from zipper_lab.corpora import commands as corpus
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -123,9 +123,7 @@ def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(
 # --- training
 
 
-def trained(
-    world: World, folder: Path, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Zipper, Zipper]:
+def trained(world: World, folder: Path, steps: int) -> tuple[Zipper, Zipper]:
     """The very model that was in the loop, with everything on that might creep into a tower, and a
     copy from before the first step.
 
@@ -133,13 +131,14 @@ def trained(
     base again.
     """
     models: list[Zipper] = []
-    build = training.build
 
-    def kept(*given: Any) -> Zipper:
-        models.extend([model := build(*given), copy.deepcopy(model)])
-        return model
+    class Kept:
+        course: Mapping[str, Any] = {}
 
-    monkeypatch.setattr(training, "build", kept)
+        def __call__(self, *given: Any) -> Zipper:
+            models.extend([model := build(*given), copy.deepcopy(model)])
+            return models[0]
+
     config = world.config(
         folder,
         steps=steps,
@@ -150,16 +149,16 @@ def trained(
         weight_decay=0.1,
         corrupt={"text": 0.1, "speech": 0.1},
     )
-    training.train(config)
+    train(config, build=Kept())
     model, before = models
     return model, before
 
 
 @pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_training_leaves_no_trace_in_a_frozen_tower(
-    world: World, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, steps: int
 ) -> None:
-    model, before = trained(world, tmp_path / "run", steps, monkeypatch)
+    model, before = trained(world, tmp_path / "run", steps)
     text, original = tower_of(model, "text"), Tower.load(world.folder / "text" / "tower")
     assert text.digest() == tower_of(before, "text").digest() == original.digest()
     prompts = [tiny.text().encode(row["text"]) for row in tiny.pairs(20, seed=5)]

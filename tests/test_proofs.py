@@ -130,8 +130,8 @@ def test_the_second_loading_takes_the_record_and_says_the_same_to_the_bit(place:
     assert not recalled(first) and len(place.records) == 1
     second = Pipeline.from_pretrained(place.zip)
     assert recalled(second)
-    assert isinstance(first.model, Zipper) and second._fast() is not None
-    assert torch.equal(logits(second._fast()), logits(Fused(first.model)))
+    assert isinstance(first.model, Zipper) and isinstance(second._reader, Fused)
+    assert torch.equal(logits(second._reader), logits(Fused(first.model)))
     assert said(second) == said(first) and recalled(second), "no model was needed"
     assert describe(second, place.zip) == describe(first, place.zip)
 
@@ -240,7 +240,7 @@ CHANGES: dict[str, Callable[[Place, pytest.MonkeyPatch], object]] = {
     "processor": lambda _, patch: patch.setattr(
         torch.backends.cpu, "get_cpu_capability", lambda: "another"
     ),
-    "the driver's code": lambda _, patch: other_code(patch, "zipper/driver.py"),
+    "the driver's code": lambda _, patch: other_code(patch, "zipper/towers/driver.py"),
     "the fast way's code": lambda _, patch: other_code(patch, "zipper/fast/reader.py"),
     "the model's code": lambda _, patch: other_code(patch, "models/llama/modeling_llama.py"),
     "the masks' code": lambda _, patch: other_code(patch, "transformers/masking_utils.py"),

@@ -15,13 +15,14 @@ from tiny import World
 from torch import nn
 
 from zipper import cli
+from zipper.config import LinkKey
 from zipper.data import manifests as data
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
-from zipper.strand import Segment, collate, visible
+from zipper.strand import Segment, Target, collate, visible
 from zipper.surgery import (
     Fate,
     SwapReport,
@@ -169,8 +170,8 @@ def test_between_two_strangers_nothing_is_kept() -> None:
 def test_links_of_towers_that_stay_keep_their_bits() -> None:
     old = zipped(THREE, train=["speech"])
     new, report = swap(old, {"image": tiny_tower("llama", 8, width=16, layers=3, vocabulary=20)})
-    for n, source, target in new.config.link_names():
-        name = f"{n}:{source}>{target}"
+    for key in new.config.links:
+        (_, source, target), name = key, str(key)
         assert (name in fates(report)) == ("image" in (source, target))
         assert (bits(new.links[name]) == bits(old.links[name])) == ("image" not in (source, target))
     for name in ("text", "speech"):
@@ -363,9 +364,9 @@ def test_after_the_disk_trained_towers_learn_and_frozen_ones_do_not(tmp_path: Pa
             [p for p in loaded.parameters() if p.requires_grad], 1e-2, weight_decay=0.1
         )
         sample = [
-            Segment("speech", [3, 4], 1.0),
-            Segment("text", [5, 6], 1.0),
-            Segment("speech", [7], 1.0),
+            Target("speech", [3, 4], 1.0),
+            Target("text", [5, 6], 1.0),
+            Target("speech", [7], 1.0),
         ]
         sum(Objective(loaded)([collate([sample], loaded.ends())]).values()).backward()
         optimizer.step()
@@ -424,12 +425,13 @@ def test_activity_is_what_links_add_relative_to_the_stream() -> None:
     sample = [Segment("text", [3, 4, 5]), Segment("speech", [6, 7])]
     batch = collate([sample, sample[:1]], model.ends())
     found = activity(model, [batch, batch])
-    strands, (taps, *_) = batch.strands, model.taps(batch.strands)
+    strands = batch.strands
+    tap = model.taps(strands)[LinkKey(0, "text", "speech")]
     link, mask = model.link(0, "text", "speech"), visible(strands["speech"], strands["text"])
-    memory = link.read(taps["text"], strands["text"].position)
-    added = link(taps["speech"], memory, mask, strands["speech"].position)
+    memory = link.read(tap.source, strands["text"].position)
+    added = link(tap.target, memory, mask, strands["speech"].position)
     shares = [
-        float(added[0, i].norm() / taps["speech"][0, i].norm()) for i in range(4)
+        float(added[0, i].norm() / tap.target[0, i].norm()) for i in range(4)
     ]  # the other row has no speech
     assert found["0:text>speech"].share == pytest.approx(sum(shares) / 4)
     assert found["0:text>speech"].seen == 8

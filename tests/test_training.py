@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -720,10 +720,10 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
     found = {"text": 0, "speech": 0}
     accelerator = Accelerator()
     for step in range(50):
-        (found,), _ = batches.batches_of_step(
+        (drawn,), _ = batches.batches_of_step(
             [batches.Part("", rows, 1.0)], tasks, config, step, model, accelerator
         )
-        for batch in found:
+        for batch in drawn:
             assert set(batch.strands) == {"text", "speech"}  # never "-> text"
             found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(
                 batch.targets["text"]

@@ -8,32 +8,38 @@ answer at once.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from zipper.former import install
+
 if TYPE_CHECKING:
     from zipper.audio.sound import Audio
+    from zipper.config import ZipperConfig
     from zipper.errors import ZipperError
     from zipper.link import LinkConfig
-    from zipper.model import Zipper, ZipperConfig
+    from zipper.model import Zipper
     from zipper.pipeline import Pipeline
     from zipper.sampling import Sampling
-    from zipper.strand import Segment
+    from zipper.strand import Produced, Segment, Strand
     from zipper.tasks import Task
-    from zipper.tower import Strand, Tower
-    from zipper.training.loop import TrainConfig
+    from zipper.tower import Tower
+    from zipper.training.config import TrainConfig
 
 __version__ = "0.1.0"
+
+install()
 
 _HOME = {
     "Audio": "audio",
     "LinkConfig": "link",
     "Pipeline": "pipeline",
+    "Produced": "strand",
     "Sampling": "sampling",
-    "Segment": "sequence",
-    "Strand": "tower",
+    "Segment": "strand",
+    "Strand": "strand",
     "Task": "tasks",
     "Tower": "tower",
     "TrainConfig": "training",
     "Zipper": "model",
-    "ZipperConfig": "model",
+    "ZipperConfig": "config",
     "ZipperError": "errors",
 }
 
@@ -41,6 +47,7 @@ __all__ = [
     "Audio",
     "LinkConfig",
     "Pipeline",
+    "Produced",
     "Sampling",
     "Segment",
     "Strand",

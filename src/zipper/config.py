@@ -7,10 +7,11 @@ schedule of a zip.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from zipper.errors import ZipperError
 from zipper.link import InputKind, LinkConfig
@@ -30,7 +31,8 @@ LIMITS = {
     "begin": (0, 1 << 27),
     "end": (0, 1 << 27),
     "tokens": (0.0, 1e6),
-    "junctions": (1, MOST_LAYERS),
+    "junctions": (0, MOST_LAYERS),
+    "shows": (0, MOST_LAYERS),
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -141,24 +143,30 @@ class TowerConfig:
 class ZipperConfig:
     """The whole shape of a zip.
 
-    junctions: for each, {tower: number of its blocks that run before the exchange}.
+    junctions: for each, {tower that is fused there: number of its blocks that run before}.
+    shows: for each junction, {tower that is read there: number of its blocks that run before it is
+        shown}; None = the towers of the junction, each where it is fused (the paper).
     dropped: names of links that are not there ("0:text>speech", see `zipper prune`).
+
+    A state is shown before it is fused. Any links that close no circle will do: a state may not
+    depend on itself.
     """
 
     towers: dict[str, TowerConfig]
     junctions: tuple[Junction, ...]
     link: LinkConfig = field(default_factory=LinkConfig)
     dropped: tuple[str, ...] = ()
+    shows: tuple[Junction, ...] | None = None
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
-        junctions_of(
-            {name: tower.layers for name, tower in self.towers.items()}, None, self.junctions
-        )
+        layers = {name: tower.layers for name, tower in self.towers.items()}
+        check_junctions(layers, self.junctions, self.shows)
         if foreign := {*self.dropped} - {str(key) for key in self._possible()}:
             raise ZipperError(
                 f"It drops {sorted(foreign)[0]!a:.80}, which is no link between its towers."
             )
+        Route.of(self)  # raises where links close a circle
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -183,15 +191,24 @@ class ZipperConfig:
         """The order in which the towers of this zip run and exchange."""
         return Route.of(self)
 
+    def shown(self, key: LinkKey) -> int:
+        """Behind how many blocks of its source a link reads it."""
+        return (self.shows or self.junctions)[key.junction][key.source]
+
+    def fused(self, key: LinkKey) -> int:
+        """Behind how many blocks of its target a link is fused."""
+        return self.junctions[key.junction][key.target]
+
     def _possible(self) -> Iterator[LinkKey]:
-        for n, junction in enumerate(self.junctions):
-            for target in junction:
-                yield from (LinkKey(n, source, target) for source in junction if source != target)
+        for n, fused in enumerate(self.junctions):
+            for target in fused:
+                sources = (self.shows or self.junctions)[n]
+                yield from (LinkKey(n, source, target) for source in sources if source != target)
 
 
 class Stop(NamedTuple):
-    """Where a tower halts: behind `layer` of its blocks it is read by the links in `shows`, then it
-    reads by those in `reads`."""
+    """Where a tower halts: behind `layer` of its blocks it is shown to the links in `shows`, then
+    it reads by those in `reads`."""
 
     tower: str
     layer: int
@@ -201,33 +218,71 @@ class Stop(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """The schedule of a zip. halts: for each exchange the stops of the towers that take part, in an
-    order that is not that of the dicts; all of them show their states before any of them reads."""
+    """The schedule of a zip: which towers halt together, and where.
+
+    halts: in order; at each, all its towers are shown before any of them reads. Where every tower
+    is shown where it is fused, these are the paper's junctions.
+    """
 
     halts: tuple[tuple[Stop, ...], ...]
 
     @classmethod
     def of(cls, config: ZipperConfig) -> "Route":
-        """The junctions of a configuration that have links, in their order."""
+        """The schedule that follows from the links: every tower goes on to its next stop, and
+        reads there once all that it reads has been shown. Raises a ZipperError that names the
+        links that close a circle."""
+        waiting = {name: _stops(config, name) for name in config.towers}
+        shown: set[LinkKey] = set()
         halts = []
-        for n, junction in enumerate(config.junctions):
-            here = [key for key in config.links if key.junction == n]
-            stops = [
-                Stop(
-                    tower,
-                    layer,
-                    tuple(key for key in here if key.source == tower),
-                    tuple(key for key in here if key.target == tower),
+        while any(waiting.values()):
+            here = {name: stops[0] for name, stops in waiting.items() if stops}
+            shown.update(key for stop in here.values() for key in stop.shows)
+            ready = {name for name, stop in here.items() if shown.issuperset(stop.reads)}
+            if not ready:
+                wanted = {key for stop in here.values() for key in stop.reads}
+                circle = sorted(map(str, wanted - shown))
+                raise ZipperError(
+                    f"The links {', '.join(circle)} close a circle: each reads a state that comes "
+                    "after the others. Show one of the towers earlier, or fuse one later."
                 )
-                for tower, layer in junction.items()
-            ]
-            if here:
-                halts.append(tuple(stop for stop in stops if stop.shows or stop.reads))
+            halt = []
+            for name, stop in here.items():
+                if name in ready:
+                    waiting[name] = waiting[name][1:]
+                    halt.append(stop)
+                elif stop.shows:  # it is shown now, and reads later
+                    waiting[name] = (stop._replace(shows=()), *waiting[name][1:])
+                    halt.append(stop._replace(reads=()))
+            halts.append(tuple(sorted(halt)))
         return cls(tuple(halts))
 
     def stops(self, tower: str) -> tuple[Stop, ...]:
         """Where one tower halts, in order."""
         return tuple(stop for halt in self.halts for stop in halt if stop.tower == tower)
+
+    def last_shown(self, tower: str, towers: Collection[str]) -> int:
+        """Behind how many blocks a tower is last read by one of these; -1 where it is not."""
+        layers = [
+            stop.layer
+            for stop in self.stops(tower)
+            if any(key.target in towers for key in stop.shows)
+        ]
+        return max(layers, default=-1)
+
+
+def _stops(config: ZipperConfig, tower: str) -> tuple[Stop, ...]:
+    """Where a tower is shown or fused, by depth."""
+    shows: dict[int, list[LinkKey]] = {}
+    reads: dict[int, list[LinkKey]] = {}
+    for key in config.links:
+        if key.source == tower:
+            shows.setdefault(config.shown(key), []).append(key)
+        if key.target == tower:
+            reads.setdefault(config.fused(key), []).append(key)
+    return tuple(
+        Stop(tower, layer, tuple(shows.get(layer, ())), tuple(reads.get(layer, ())))
+        for layer in sorted({*shows, *reads})
+    )
 
 
 def limit(
@@ -262,20 +317,20 @@ def default_limit(own: float, given: Mapping[str, tuple[int, float]], room: int)
     return max(1, min(math.ceil(3 * max(ratios, default=own or 64)) + 16, room))
 
 
-def check(config: ZipperConfig, rooms: Mapping[str, int], segments: Sequence[Segment]) -> None:
+def check(config: ZipperConfig, room: Callable[[str], int], segments: Sequence[Segment]) -> None:
     """Raises ZipperError for a sample that a zip cannot read: unknown tower, contents that
-    `read_ids` refuses, more than its positions. rooms: positions that each tower was made for."""
+    `read_ids` refuses, more than its positions. room: positions that a tower was made for."""
     read: dict[str, int] = {}
     for segment in segments:
         tower = named(segment.tower, config.towers)
         ids = read_ids(segment.content, segment.tower, tower.ends, tower.vocabulary)
         read[segment.tower] = read.get(segment.tower, 0) + len(ids) + 2
     for name, count in read.items():
-        if count > rooms[name]:
+        if count > room(name):
             raise ZipperError(
                 f"{name!r} would read {count} tokens, begin and end of segments included, but it "
                 "can read at most "
-                f"{rooms[name]}. Give it shorter pieces."
+                f"{room(name)}. Give it shorter pieces."
             )
 
 
@@ -295,19 +350,80 @@ def known(option: str, given: Collection[str], towers: Mapping[str, Any]) -> Non
             )
 
 
-def junctions_of(
+#: Where a tower is shown: "same" as it is fused, at the depth of the junction "before" (its
+#: embeddings at the first), at one depth, or at one for each junction.
+Shows = Literal["same", "before"] | int | Sequence[int]
+#: (source, blocks before it is shown, target, blocks before it is fused).
+Directed = tuple[str, int, str, int]
+
+
+def shape(
     layers: Mapping[str, int],
-    every: Mapping[str, int] | None,
-    explicit: Sequence[Mapping[str, int]] | None,
-) -> tuple[Junction, ...]:
-    """Junctions from intervals or an explicit list, checked: at least two towers, rising, inside
-    the blocks."""
-    if explicit is not None and every is not None:
-        raise ZipperError("Give either every=... or junctions=..., not both.")
-    if explicit is None:
-        explicit = _paired(layers, every or {})
+    every: Mapping[str, int] | None = None,
+    junctions: Sequence[Mapping[str, int]] | None = None,
+    shows: Mapping[str, Shows] | None = None,
+    links: Sequence[Directed] | None = None,
+) -> tuple[tuple[Junction, ...], tuple[Junction, ...] | None]:
+    """Where towers are fused, and where they are shown (`ZipperConfig.junctions`, `shows`).
+
+    layers: blocks of each tower. every: intervals between junctions. junctions: the same as a list.
+    shows: for towers that are not shown where they are fused. links: each by itself, instead of
+    all of these. Raises a ZipperError for what does not fit.
+    """
+    if [every is not None, junctions is not None, links is not None].count(True) > 1:
+        raise ZipperError("Give one of every=..., junctions=... and links=..., not several.")
+    if links is not None:
+        if shows:
+            raise ZipperError("links=... says where towers are shown; leave shows=... out.")
+        fused = tuple({target: depth} for _, _, target, depth in links)
+        shown = tuple({source: depth} for source, depth, _, _ in links)
+        check_junctions(layers, fused, shown)
+        return fused, shown
+    fused = tuple(dict(junction) for junction in junctions or _paired(layers, every or {}))
+    check_junctions(layers, fused, None)
+    if not shows:
+        return fused, None
+    known("shows", shows, layers)
+    shown = tuple(dict(junction) for junction in fused)
+    for name, where in shows.items():
+        mine = [junction for junction in shown if name in junction]
+        for junction, depth in zip(mine, _depths(name, where, mine), strict=True):
+            junction[name] = depth
+    check_junctions(layers, fused, shown)
+    return fused, shown
+
+
+def _depths(name: str, where: Shows, junctions: Sequence[Junction]) -> list[int]:
+    """At which depth a tower is shown at each of its junctions."""
+    fused = [junction[name] for junction in junctions]
+    if where == "same":
+        return fused
+    if where == "before":
+        return [0, *fused[:-1]]
+    depths = [where] * len(fused) if isinstance(where, int) else where
+    if isinstance(depths, str) or len(depths) != len(fused):
+        raise ZipperError(
+            f"shows[{name!r}] is {where!r}; it must be 'same', 'before', one depth, or a list of "
+            f"{len(fused)}, one for each junction."
+        )
+    return [*depths]
+
+
+def check_junctions(
+    layers: Mapping[str, int],
+    fused: Sequence[Mapping[str, int]],
+    shown: Sequence[Mapping[str, int]] | None,
+) -> None:
+    """Raises a ZipperError for junctions that do not fit towers of so many blocks.
+
+    Without `shown`, each has at least two towers and they rise; a tower is never fused behind its
+    last block. It may be shown there.
+    """
+    if shown is not None:
+        _check_directed(layers, fused, shown)
+        return
     before = dict.fromkeys(layers, 0)
-    for junction in explicit:
+    for junction in fused:
         if len(junction) < 2:
             raise ZipperError(f"The junction {dict(junction)} names fewer than two towers.")
         known("junctions", junction, layers)
@@ -315,11 +431,45 @@ def junctions_of(
             if not before[name] < layer < layers[name]:
                 raise ZipperError(
                     f"The junction {dict(junction)} stands after block {layer} of {name!r}; it "
-                    "must come after block "
-                    f"{before[name]} and before block {layers[name]}, the last."
+                    f"must come after block {before[name]} and before block {layers[name]}, the "
+                    "last."
                 )
             before[name] = layer
-    return tuple(dict(junction) for junction in explicit)
+
+
+def _check_directed(
+    layers: Mapping[str, int],
+    fused: Sequence[Mapping[str, int]],
+    shown: Sequence[Mapping[str, int]],
+) -> None:
+    if len(shown) != len(fused):
+        raise ZipperError(f"There are {len(fused)} junctions, but {len(shown)} are shown.")
+    seen: set[Directed] = set()
+    for targets, sources in zip(fused, shown, strict=True):
+        known("links", [*targets, *sources], layers)
+        for name, layer in targets.items():
+            if not 0 <= layer < layers[name]:
+                raise ZipperError(
+                    f"A link is fused behind block {layer} of {name!r}; it must come before block "
+                    f"{layers[name]}, the last."
+                )
+            if not layer:
+                warnings.warn(
+                    f"A link is fused before the first block of {name!r}: what a frozen tower "
+                    "knows at its input is overwritten there (docs/log.md).",
+                    stacklevel=5,
+                )
+        for name, layer in sources.items():
+            if not 0 <= layer <= layers[name]:
+                raise ZipperError(
+                    f"{name!r} is shown behind block {layer}; it has {layers[name]} blocks."
+                )
+        pairs = [(s, a, t, b) for s, a in sources.items() for t, b in targets.items() if s != t]
+        if not pairs:
+            raise ZipperError(f"The junction {dict(targets)} reads no other tower.")
+        if twice := [pair for pair in pairs if pair in seen]:
+            raise ZipperError(f"The link {twice[0]} is there twice.")
+        seen.update(pairs)
 
 
 def _paired(layers: Mapping[str, int], every: Mapping[str, int]) -> list[Junction]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.reading import Logits, Model, Piece, Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, choose
 from zipper.strand import Produced, Segment
@@ -621,3 +622,6 @@ def _heirs(
         if len(beams) == search.width:
             break
     return beams, ended
+
+
+__getattr__ = names_of(__name__, ("zipper.config", "zipper.reading"))

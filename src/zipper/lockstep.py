@@ -15,8 +15,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from zipper.config import LinkKey, Route, Stop
+from zipper.config import LinkKey, Route
 from zipper.link import Link, Memory, block_mask
+from zipper.saving.files import MOST_LAYERS
 from zipper.strand import Strand, visible
 from zipper.tower import Past, Tower
 
@@ -144,58 +145,64 @@ def advance(
             h = _projected(parts.inputs[name], h, name, strands, cached)
         hidden[name], passes[name] = h, towers[name].start(strand, h, past)
 
+    shown: dict[LinkKey, Tensor] = {}
+    ends = {name: _end(parts.route, name, state) for name in strands}
     for halt in parts.route.halts if fused else ():
-        for stop in halt:
-            if stop.tower in strands:
-                name, layer = stop.tower, stop.layer
-                hidden[name] = towers[name].run(
-                    hidden[name], range(done[name], layer), passes[name]
-                )
-                done[name] = layer
+        stops = [stop for stop in halt if stop.tower in strands and stop.layer <= ends[stop.tower]]
+        for name, layer, _, _ in stops:
+            hidden[name] = towers[name].run(hidden[name], range(done[name], layer), passes[name])
+            done[name] = layer
+        for key in (key for stop in stops for key in stop.shows):
+            shown[key] = hidden[key.source]
+            if key.target in state.towers:
+                state.unread[key] = (*state.unread.get(key, ()), shown[key])
+        # Behind where it is last shown, a silent tower need not be fused.
+        fused_here = [stop for stop in stops if stop.layer < ends[stop.tower]]
+        keys = [key for stop in fused_here for key in stop.reads]
         if taps is not None:
-            for key in (key for stop in halt for key in stop.reads):
-                if key.source in strands and key.target in strands:
-                    taps[key] = Tap(hidden[key.source], hidden[key.target])
-        hidden = _exchange(parts, halt, hidden, strands, state, sight)
+            taps.update((k, Tap(shown[k], hidden[k.target])) for k in keys if k in shown)
+        hidden = _exchange(parts, keys, hidden, strands, state, sight)
 
     for name in (name for name in strands if name in state.outputs):
-        hidden[name] = towers[name].run(
-            hidden[name], range(done[name], towers[name].layers), passes[name]
-        )
+        rest = range(done[name], towers[name].layers)
+        hidden[name] = towers[name].run(hidden[name], rest, passes[name])
     return {name: h for name, h in hidden.items() if name in state.outputs}, state
 
 
 def _exchange(
     parts: Parts,
-    halt: Sequence[Stop],
+    keys: Sequence[LinkKey],
     hidden: dict[str, Tensor],
     strands: Mapping[str, Strand],
     state: State,
     sight: Sight,
 ) -> dict[str, Tensor]:
-    """Every target reads the states that its sources had before the exchange: the new dict is made
-    from the old one.
+    """Every target reads, by these links, states that were shown before it is fused: the new dict
+    is made from the old one.
 
     Several sources add up. A pair in which nothing is visible is skipped, which is exact: it would
     add 0 everywhere.
     """
-    for key in (key for stop in halt for key in stop.shows):
-        if key.source in strands and key.target in state.towers:
-            state.unread[key] = (*state.unread.get(key, ()), hidden[key.source])
     new = dict(hidden)
-    for key in (key for stop in halt for key in stop.reads):
+    for key in keys:
         pair = key.source, key.target
         if pair in sight.masks:
             link, strand = parts.link(key), strands[key.target]
-            memory = _memory(
-                link, state.read[key.source], state.memory.get(key), state.unread.pop(key, ())
-            )
+            unread = state.unread.pop(key, ())
+            memory = _memory(link, state.read[key.source], state.memory.get(key), unread)
             state.memory[key] = memory
             blocks = sight.blocks.get(pair)
             new[key.target] = new[key.target] + link(
                 hidden[key.target], memory, sight.masks[pair], strand.position, blocks
             )
     return new
+
+
+def _end(route: Route, tower: str, state: State) -> int:
+    """Behind how many blocks a tower of a plan may stop: a silent one where it is last read."""
+    if tower in state.outputs or not state.outputs:  # without outputs all is run, to be looked at
+        return MOST_LAYERS
+    return route.last_shown(tower, state.towers)
 
 
 def _entered(state: State, strands: Mapping[str, Strand], fresh: Mapping[str, Past]) -> State:

@@ -20,15 +20,18 @@ from zipper import config as configuration
 from zipper import loss
 from zipper.config import (
     Adapter,
+    Directed,
     LinkKey,
+    Shows,
     TowerConfig,
     ZipperConfig,
-    junctions_of,
     known,
     named,
+    shape,
 )
 from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.generation import Limits, generate
 from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig
 from zipper.lockstep import Parts, State, Tap, advance
@@ -86,6 +89,8 @@ class Zipper(nn.Module):
         tokens: Mapping[str, float] | None = None,
         lora: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
+        shows: Mapping[str, Shows] | None = None,
+        links: Sequence[Directed] | None = None,
     ) -> "Zipper":
         """Zip towers that were pre-trained alone.
 
@@ -141,11 +146,10 @@ class Zipper(nn.Module):
                 tokens=(tokens or {}).get(name, 0.0),
                 lora=None if settings is None else dict(settings),
             )
-        config = ZipperConfig(
-            configs,
-            junctions_of({name: tower.layers for name, tower in loaded.items()}, every, junctions),
-            link or (PAPER_LINK if preset == "paper" else LinkConfig()),
-        )
+        layers = {name: tower.layers for name, tower in loaded.items()}
+        fused, shown = shape(layers, every, junctions, shows, links)
+        wanted = link or (PAPER_LINK if preset == "paper" else LinkConfig())
+        config = ZipperConfig(configs, fused, wanted, shows=shown)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(loaded, config)
@@ -274,7 +278,7 @@ class Zipper(nn.Module):
 
     def check(self, segments: Sequence[Segment]) -> None:
         """Raises ZipperError for a sample this model cannot read; see `zipper.config.check`."""
-        configuration.check(self.config, {name: self._room(name) for name in self.towers}, segments)
+        configuration.check(self.config, self._room, segments)
 
     def pads(self, tower: str) -> bool:
         """Whether rows of a tower may have padding on their left."""
@@ -556,3 +560,8 @@ def _tower_config(
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+__getattr__ = names_of(
+    __name__, ("zipper.config", "zipper.lockstep", "zipper.saving.zips", "zipper.strand")
+)

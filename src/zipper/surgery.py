@@ -179,9 +179,12 @@ def swap(
             Change(before, after, kin),
         )
     junctions = _moved(model.config.junctions, changes)
-    places = [
-        n for n, junction in enumerate(junctions) if junction
-    ]  # old number of each new junction
+    shows = _shown(model.config, junctions, changes)
+    junctions = [
+        junction if _pairs(junction, shown) else {}
+        for junction, shown in zip(junctions, shows, strict=True)
+    ]
+    places = [n for n, junction in enumerate(junctions) if junction]  # their old numbers
     if model.config.junctions and not places:
         raise ZipperError(
             f"No junction fits inside {', '.join(sorted(towers))} of so few blocks. Give towers "
@@ -190,7 +193,8 @@ def swap(
 
     def moved(key: LinkKey) -> str:
         """What a link is called in the new zip, "" where its junction is gone."""
-        stays = {key.source, key.target} <= (junctions[key.junction] or {}).keys()
+        n = key.junction
+        stays = key.target in junctions[n] and key.source in shows[n]
         return str(key._replace(junction=places.index(key.junction))) if stays else ""
 
     absent = [
@@ -204,7 +208,8 @@ def swap(
             name: changes[name].after if name in changes else t
             for name, t in model.config.towers.items()
         },
-        junctions=tuple(junction for junction in junctions if junction),
+        junctions=tuple(junctions[n] for n in places),
+        shows=tuple(shows[n] for n in places) if model.config.shows else None,
         dropped=tuple(name for key in absent if (name := moved(key))),
     )
     new = _born(_towers(model, without=alone) | alone, config, seed)
@@ -234,7 +239,9 @@ def swap(
             fates.append(_fate(was, name, link, reborn) if name else Fate(was, ""))
     new.train(model.training)
     return new, SwapReport(
-        changes, tuple(zip(model.config.junctions, junctions, strict=True)), tuple(fates)
+        changes,
+        tuple(zip(model.config.junctions, (now or None for now in junctions), strict=True)),
+        tuple(fates),
     )
 
 
@@ -423,10 +430,9 @@ def _towers(model: Zipper, without: Container[str] = ()) -> dict[str, Tower]:
     return found
 
 
-def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction | None]:
+def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction]:
     """Junctions at the same share of each new depth: rising, distinct, never after the last block.
-    Where a tower has too few blocks it leaves some junctions, evenly; a junction of fewer than two
-    towers is None.
+    Where a tower has too few blocks it leaves some junctions, evenly.
     """
     moved = [dict(junction) for junction in junctions]
     for name, change in changes.items():
@@ -444,7 +450,33 @@ def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list
             junction[name] = block = min(
                 max(round(share * change.after.layers), block + 1), room - left
             )
-    return [junction if len(junction) > 1 else None for junction in moved]
+    return moved
+
+
+def _shown(
+    config: ZipperConfig, junctions: Sequence[Junction], changes: Mapping[str, Change]
+) -> list[Junction]:
+    """Where towers are shown now: embeddings stay embeddings and what is behind the last block
+    stays there; a tower that is shown where it is fused goes along with the junction."""
+    if config.shows is None:
+        return list(junctions)
+    shows = [dict(shown) for shown in config.shows]
+    for name, change in changes.items():
+        old, new = change.before.layers, change.after.layers
+        places = {0: 0, old: new}
+        for before, after in zip(config.junctions, junctions, strict=True):
+            if name in before and name in after:
+                places.setdefault(before[name], after[name])
+        for shown in shows:
+            if name in shown:
+                share = round(shown[name] / old * new)
+                shown[name] = places.get(shown[name], min(max(share, 1), new))
+    return shows
+
+
+def _pairs(targets: Junction, sources: Junction) -> bool:
+    """Whether any tower reads another there."""
+    return any(source != target for source in sources for target in targets)
 
 
 def _facing_source(link: nn.Module) -> tuple[str, ...]:

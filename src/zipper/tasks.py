@@ -57,11 +57,10 @@ class Task:
 
     def segments(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The training sample of one row: {field: ids} -> segments, those with a loss as targets."""
-        produced = [Target(tower_of(item), _field(row, item)) for item in self.produced]
-        if not self.train_given:
-            return [*self.prompt(row), *produced]
-        given = [Target(tower_of(item), _field(row, item), self.train_given) for item in self.given]
-        return [*given, *produced]
+        given = self.prompt(row)
+        if self.train_given:
+            given = [Target(part.tower, part.content, self.train_given) for part in given]
+        return [*given, *(Target(tower_of(item), _field(row, item)) for item in self.produced)]
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zipper.environment import extra
 from zipper.errors import ZipperError as ZipperError
+from zipper.former import names_of
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import place
 from zipper.strand import Strand as Strand
@@ -465,3 +466,6 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         set_tqdm_hook(before)
+
+
+__getattr__ = names_of(__name__, ("zipper.towers.proof", "zipper.towers.driver"))

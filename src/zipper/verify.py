@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 from itertools import permutations
 from typing import Any, final
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from zipper.errors import ZipperError
-from zipper.generation import generate
+from zipper.generation import Engine, generate
 from zipper.link import InputProjection, Link, Memory
 from zipper.model import Zipper
+from zipper.reading import Logits, Model, Piece, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving.zips import TowerSource
 from zipper.strand import PADDING, Ends, Segment, collate
@@ -310,11 +311,10 @@ def _writes(trial: _Trial, name: str) -> Found:
             break
         written.append(token)
         said.append(read([token]))
-    wrong = (
-        int((torch.cat(said) != torch.cat(recorder.said)).sum())
-        if len(said) == len(recorder.said)
-        else -1
-    )
+    _, *heard = recorder.said  # the first are those behind the prompt: a product of another shape
+    wrong = -1
+    if len(said) == len(heard):
+        wrong = int((torch.cat(said) != torch.cat(heard)).sum())
     return (
         found.content == written and wrong == 0,
         f"wrote {found.content}, bare {written}; {wrong} logits differ",
@@ -454,40 +454,41 @@ def _defined(trial: _Trial, order: Sequence[str]) -> Found:
 def _definition(
     model: Zipper, strands: Mapping[str, Strand]
 ) -> dict[str, Float[Tensor, "1 length vocabulary"]]:
-    """Logits of one sample by the definition of a zip (sec. 3), without mask, cache, batch,
-    padding: at each junction a token reads the states that the earlier tokens of other towers had
-    just before it. A sample of one tower is that tower's alone.
+    """Logits of one sample by the definition of a zip (sec. 3), without mask, cache, batch, padding
+    or order of running: a state behind a block is what the block makes of the fused state before
+    it; a fused state is that and what links add, which read earlier tokens' states before fusion.
+    A sample of one tower is that tower's alone.
     """
     if len(strands) == 1:
         return {name: _bare(model, name, strand.ids, {}) for name, strand in strands.items()}
     towers = {name: _tower(model, name) for name in strands}
     strands = {name: strand.to(towers[name].device) for name, strand in strands.items()}
-    hidden = {name: tower.embed(strands[name]) for name, tower in towers.items()}
-    hidden = {
-        name: model.inputs[name](h) if name in model.inputs else h for name, h in hidden.items()
-    }
-    passes = {name: tower.start(strands[name], hidden[name]) for name, tower in towers.items()}
-    done = dict.fromkeys(towers, 0)
-    for number, junction in enumerate(model.config.junctions):
-        for name in junction.keys() & towers.keys():
-            hidden[name] = towers[name].run(
-                hidden[name], range(done[name], junction[name]), passes[name]
-            )
-            done[name] = junction[name]
-        read = dict(hidden)
+    inputs = {}
+    for name, tower in towers.items():
+        h = tower.embed(strands[name])
+        inputs[name] = model.inputs[name](h) if name in model.inputs else h
+    passes = {name: tower.start(strands[name], inputs[name]) for name, tower in towers.items()}
+
+    @cache
+    def state(name: str, depth: int) -> Tensor:
+        """Behind so many blocks of a tower, before it is fused there."""
+        if not depth:
+            return inputs[name]
+        return towers[name].run(fused(name, depth - 1), range(depth - 1, depth), passes[name])
+
+    @cache
+    def fused(name: str, depth: int) -> Tensor:
+        """The same, and what its links add there."""
+        h = whole = state(name, depth)
         for key in model.config.links:
-            if key.junction == number and key.source in towers and key.target in towers:
-                target, at = key.target, strands[key.target]
-                added = _added(
-                    model.link(*key), read[key.source], read[target], strands[key.source], at
-                )
-                hidden[target] = hidden[target] + added
-    return {
-        name: tower.unembed(
-            tower.run(hidden[name], range(done[name], tower.layers), passes[name])
-        ).cpu()
-        for name, tower in towers.items()
-    }
+            if key.target == name and key.source in towers and model.config.fused(key) == depth:
+                source = state(key.source, model.config.shown(key))
+                added = _added(model.link(*key), source, h, strands[key.source], strands[name])
+                whole = whole + added
+        return whole
+
+    # The last block is behind the last depth at which a tower may be fused.
+    return {name: tower.unembed(state(name, tower.layers)).cpu() for name, tower in towers.items()}
 
 
 def _added(
@@ -571,8 +572,9 @@ def _closed(trial: _Trial, order: Sequence[str]) -> Found:
     ]
     plan: list[str | Segment] = [Segment(order[0], trial.ids(order[0], 1)), *order[1:], *order]
     recorder = _Recorder(trial.model, trial.random)
-    produced = generate(
-        recorder, prompts, plan, Sampling(temperature=1.0), dict.fromkeys(order, trial.length)
+    limits = dict.fromkeys(order, trial.length)
+    produced = Engine(recorder, _Held(recorder), rows).generate(
+        prompts, plan, Sampling(temperature=1.0), limits
     )
     ends = trial.model.ends()
     wrong = cut = 0
@@ -596,6 +598,25 @@ def _closed(trial: _Trial, order: Sequence[str]) -> Found:
         wrong == 0,
         f"{wrong} of {rows} rows are not; {cut} segments were cut, {len(plan) * rows - cut} ended",
     )
+
+
+@final
+class _Held:
+    """A reader by steps whose sequences stay the rows that they were, also when they are done."""
+
+    def __init__(self, model: Model) -> None:
+        self._reader = Stepwise(model)
+        self._opened: list[Any] = []
+
+    def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Any:
+        self._opened.append(self._reader.open(towers, outputs))
+        return self._opened[-1]
+
+    def fork(self, session: Any) -> Any:
+        return self._reader.fork(session)
+
+    def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
+        return self._reader.read(pieces)
 
 
 @final
@@ -634,6 +655,9 @@ class _Recorder:
 
     def check(self, segments: Sequence[Segment]) -> None:
         self.model.check(segments)
+
+    def pads(self, tower: str) -> bool:
+        return self.model.pads(tower)
 
     def heard(self, row: int) -> list[tuple[int, str, int, int]]:
         """What a row has read so far: (time, tower, position, id), in order of time."""

@@ -70,6 +70,7 @@ class Fused:
         }
         self._stops = {name: model.config.route.stops(name) for name in self._towers}
         self._between = _between(self._stops)
+        self._ends = {name: model.config.route.last_shown(name, towers) for name in towers}
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._far = 0
         self._pool = self._pooled() if pooled else None
@@ -175,6 +176,10 @@ class Fused:
         """A link of the model."""
         return self._links[key]
 
+    def _halts(self, name: str, linked: bool, end: int) -> list[Stop]:
+        """Where a tower halts on its way, none on the unimodal path."""
+        return [stop for stop in self._stops[name] if stop.layer <= end] if linked else []
+
     def _heard(self, name: str) -> list[LinkKey]:
         """The links by which a tower reads others."""
         return [key for stop in self._stops[name] for key in stop.reads]
@@ -207,7 +212,7 @@ class Fused:
             cache = session.caches[name]
             cache.reserve(len(ids))
             if session.unread:
-                self._listen(name, session)
+                self._listen(name, session, self._end(name, speaks))
             places.append(Place(session, cache, row, row := row + len(ids)))
         positions: list[int] = []
         for place in places:
@@ -222,12 +227,19 @@ class Fused:
                     shown.append((session, pair, Shown(kept, start, stop)))
         return spoken
 
-    def _listen(self, name: str, session: Session) -> None:
-        """The links into a tower read what was kept for them, in one batch each."""
+    def _end(self, name: str, speaks: bool) -> int:
+        """Behind how many blocks a tower may stop: a silent one where it is last shown."""
+        return self._towers[name].layers if speaks else self._ends[name]
+
+    def _listen(self, name: str, session: Session, end: int) -> None:
+        """The links into a tower read what was kept for them, in one batch each; those that are
+        fused at its end, or behind it, are of no use to it."""
         for pair in [pair for pair in session.unread if pair[1] == name]:
             shown = session.unread.pop(pair)
             session.stamp = next(STAMPS)
             for number, key in self._between[pair]:
+                if self.model.config.fused(key) >= end:
+                    continue
                 states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
                 memory = session.memory[key] = self._links[key].extend(
                     session.memory.get(key), states
@@ -288,10 +300,11 @@ class Fused:
         tower, done = self._towers[name], 0
         kept: list[Tensor] = []
         angles = tower.angles.at(way.position)
-        for stop in self._stops[name] if linked else ():
+        end = self._end(name, spoken is not None)
+        for stop in self._halts(name, linked, end):
             h, done = tower.run(h, range(done, stop.layer), angles, way), stop.layer
             kept.append(h)
-            for link in stop.reads:
+            for link in stop.reads if stop.layer < end else ():
                 h = way.exchange(link, kept[-1], h)
         if spoken is None:
             return None, kept
@@ -400,14 +413,14 @@ class Fused:
         """What is the same in every step of these sessions, as long as they see no more."""
         tower, done, alive = self._towers[name], 0, list[Any]()
         stages, keeps = [self._inputs[name].stage] if linked and name in self._inputs else [], []
-        for stop in self._stops[name] if linked else ():
+        end = self._end(name, speaks)
+        for stop in self._halts(name, linked, end):
             stages += tower.stages[done : stop.layer]
             done = stop.layer
             keeps.append(len(stages))
             stages.append(native.Stage())
-            seen = [
-                link for link in stop.reads if any(link in place.session.memory for place in places)
-            ]
+            reads = stop.reads if stop.layer < end else ()
+            seen = [key for key in reads if any(key in p.session.memory for p in places)]
             for number, link in enumerate(seen, 1):
                 turns = self._turns.get(self._links[link].scale)
                 angles = turns.single if turns else (None, None)

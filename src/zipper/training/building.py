@@ -113,6 +113,8 @@ def _zipped(
         towers,
         every=config.every,
         junctions=config.junctions,
+        shows=config.shows,
+        links=config.links,
         train=tuple(towers) if len(towers) == 1 else config.train,
         link=config.link,
         input_projection=config.input_projection,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zipper.config import Adapter
+from zipper.config import Adapter, Directed
 from zipper.data.extraction import Policy
 from zipper.errors import ZipperError
 from zipper.link import InputKind, LinkConfig
@@ -88,6 +88,8 @@ class TrainConfig:
     train: tuple[str, ...] = ()
     every: Mapping[str, int] | None = None
     junctions: Sequence[Mapping[str, int]] | None = None
+    shows: Mapping[str, Any] | None = None
+    links: Sequence[Directed] | None = None
     link: LinkConfig = field(default_factory=LinkConfig)
     start: str | None = None
     calibrate: int = 0
@@ -202,7 +204,7 @@ class TrainConfig:
                 f"loss_weight is {dict(self.loss_weight)}: nothing that is produced has a loss. "
                 "Raise one."
             )
-        for option in ("every", "junctions", "calibrate") if len(self.towers) == 1 else ():
+        for option in ("every", "junctions", "shows", "links", "calibrate") if len(self.towers) == 1 else ():
             if getattr(self, option):
                 raise ZipperError(
                     f"{option} is {getattr(self, option)}, but one tower has no links: leave it "

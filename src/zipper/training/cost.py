@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zipper import loss
-from zipper.config import Stop
+from zipper.config import LinkKey, Stop
 from zipper.errors import ZipperError
 from zipper.inspection import parts
 from zipper.link import Link
@@ -197,9 +197,7 @@ def cost(model: Model, load: Load, recompute: bool = False) -> Cost:
     given, and nothing else, until they are run again. It goes through the lock-step loop as the
     model does, with numbers of tokens in place of states.
     """
-    if not isinstance(
-        model, Zipper
-    ):  # one stream: every token reads all before it, whatever their modalities
+    if not isinstance(model, Zipper):  # one stream: every token reads all before it
         load = load.as_one()
     found = Cost()
     towers = {name: _tower(model, name) for name in load.tokens}
@@ -232,22 +230,27 @@ def cost(model: Model, load: Load, recompute: bool = False) -> Cost:
                 model.inputs[name],
                 load.tokens[name],
                 graph[name],
-                needed[name] > 0,
+                needed[name] >= 0,
             )
+    shown: dict[LinkKey, bool] = {}
+    ends = {}
+    for name, tower in towers.items():
+        speaks = bool(load.targets.get(name))
+        silent = model.config.route.last_shown(name, towers) if fused else -1
+        ends[name] = tower.layers if speaks else silent
     for halt in halts:
-        stops = [stop for stop in halt if stop.tower in towers]
+        stops = [stop for stop in halt if stop.tower in towers and stop.layer <= ends[stop.tower]]
         for stop in stops:
             run(stop.tower, stop.layer)
+            shown.update(dict.fromkeys(stop.shows, graph[stop.tower]))
         after = dict(graph)
         for stop in stops:
-            for key in stop.reads:
+            for key in stop.reads if stop.layer < ends[stop.tower] else ():
                 source, target, pairs = key.source, key.target, load.seen.get(key[1:])
                 if pairs:
                     part, wanted = f"{source}>{target}", stop.layer < needed[target]
-                    tokens, graphs = (
-                        (load.tokens[source], load.tokens[target]),
-                        (graph[source], graph[target]),
-                    )
+                    tokens = load.tokens[source], load.tokens[target]
+                    graphs = shown[key], graph[target]
                     added = found.link(part, model.link(*key), tokens, pairs, graphs, wanted)
                     after[target] = after[target] or added
         graph |= after
@@ -265,8 +268,8 @@ def _needed(
     load: Load, towers: Mapping[str, Tower], halts: Sequence[Sequence[Stop]]
 ) -> dict[str, int]:
     """How many blocks of each tower a loss depends on: all where it has targets, else those before
-    it is last read."""
-    found = {name: tower.layers if load.targets.get(name) else 0 for name, tower in towers.items()}
+    it is last read; -1 where it is read by nobody."""
+    found = {name: tower.layers if load.targets.get(name) else -1 for name, tower in towers.items()}
     for stop in (stop for halt in halts for stop in halt if stop.tower in towers):
         if any(load.seen.get(key[1:]) for key in stop.shows):
             found[stop.tower] = max(found[stop.tower], stop.layer)

@@ -1,0 +1,496 @@
+"""Commands that make: units from sound, towers and zips from recipes, one model from another.
+
+What they do stands in the library; here is what is asked of the user before, and told after.
+"""
+
+import dataclasses
+import json
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from zipper.cli.options import MAKE, Bases, absent, command, count, named, writable
+from zipper.environment import extra
+from zipper.errors import ZipperError
+
+app = typer.Typer()
+
+# --- units
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="sound files or folders of them; or one manifest (.jsonl), or KIND:PLACE, the kind "
+        "one of librispeech, libritts, librilight, sounds, parquet, arrow, audiofolder, jsonl; "
+        "behind it, where columns have other names, #text=COLUMN,...",
+    ),
+]
+UnitsOutput = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="manifest (JSONL) or, of a corpus, folder to write"),
+]
+Codebook = Annotated[
+    Path | None, typer.Option(help="codebook folder", show_default="the shipped one")
+]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        help="tokenizer folder, for the texts of a corpus", show_default="the shipped one"
+    ),
+]
+Fit = Annotated[
+    int | None,
+    typer.Option(
+        parser=count,
+        metavar="CODES",
+        help="fit a new codebook of so many codes on this audio, saved at --units",
+    ),
+]
+Split = Annotated[str | None, typer.Option(help="only this part of a corpus, e.g. train-clean-100")]
+Limit = Annotated[
+    int | None, typer.Option(parser=count, metavar="N", help="only its first so many samples")
+]
+Takes = Annotated[
+    int | None,
+    typer.Option(
+        parser=count, metavar="N", help="N rows a sample, each with a disturbed take of its sound"
+    ),
+]
+Bad = Annotated[Literal["error", "warn", "skip"], typer.Option(help="what becomes of bad samples")]
+MostBad = Annotated[float, typer.Option(metavar="SHARE", help="refuse a corpus with more")]
+Workers = Annotated[
+    int | None,
+    typer.Option(parser=count, metavar="N", help="processes", show_default="one a core"),
+]
+Ray = Annotated[
+    bool, typer.Option("--ray", help="work on the Ray cluster at hand instead, or on a local one")
+]
+
+
+@command(
+    app, MAKE, "zipper units librispeech:data/LibriSpeech --split train-clean-100 -o units/clean100"
+)
+def units(
+    source: Sources,
+    output: UnitsOutput,
+    units: Codebook = None,
+    text: Tokenizer = None,
+    fit: Fit = None,
+    split: Split = None,
+    limit: Limit = None,
+    takes: Takes = None,
+    bad: Bad = "error",
+    most_bad: MostBad = 0.01,
+    workers: Workers = None,
+    ray: Ray = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
+) -> None:
+    """Turn a corpus into units, for training, on all cores.
+
+    It goes on where it was stopped. Sound files become a manifest, other sources a folder of unit
+    files.
+    """
+    import shutil
+
+    from zipper.data import extraction, layouts, rows
+
+    corpus = len(source) == 1 and layouts.names(source[0])
+    place: layouts.Source = source[0] if corpus else [Path(path) for path in source]
+    policy = extraction.Policy(bad, most_bad)
+    _check_units(corpus, output, units, fit, takes)
+    if fit and units:
+        _fitted(place, fit, policy).save(units)
+    beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
+    folder, speed = output if corpus else beside, [0.0]
+    try:
+        found = extraction.extract(
+            place,
+            folder,
+            _modalities(units, text, corpus),
+            policy,
+            split,
+            limit,
+            spread=extraction.on_ray if ray else extraction.processes(workers),
+            report=lambda said: speed.append(said["real_time"]),
+            takes=takes or 0,
+        )
+    except ZipperError:
+        if not corpus and len(list(beside.glob("units-*"))) < 2:  # nothing worth keeping
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    counts = rows.provenance(folder)
+    bad_list = output / rows.BAD
+    if not corpus:
+        bad_list = _manifest(found, folder, output, bool(counts["bad"]))
+        shutil.rmtree(beside)
+    _tell_units(counts, output, bad_list, speed[-1], "samples" if corpus else "files", as_json)
+
+
+def _check_units(
+    corpus: bool, output: Path, units: Path | None, fit: int | None, takes: int | None
+) -> None:
+    """Raise ZipperError where options do not go together, or a place cannot be written."""
+    from zipper.modality.speech import SpeechUnits
+
+    if takes and not corpus:
+        raise ZipperError(
+            "--takes wants sound with its texts. Give a corpus, or a manifest of both."
+        )
+    if not corpus:
+        writable(output)
+    if not fit:
+        return
+    if corpus:
+        raise ZipperError(
+            "--fit wants sound files. Fit a codebook on some of this corpus first, then pass it "
+            "as --units."
+        )
+    if units is None:
+        raise ZipperError("--fit makes a new codebook. Pass --units FOLDER to say where it goes.")
+    if (units / SpeechUnits.CONFIG).exists():
+        raise ZipperError(
+            f"{units} holds a codebook already. Leave out --fit to use it, or choose another "
+            "folder."
+        )
+    writable(units / SpeechUnits.CONFIG)
+
+
+def _modalities(units: Path | None, text: Path | None, corpus: bool) -> dict[str, Any]:
+    """What encodes a corpus; sound files have no texts."""
+    from zipper.modality import load
+    from zipper.pipeline import SHIPPED
+
+    found = {"speech": load(units or SHIPPED / "modalities" / "speech")}
+    if corpus:
+        found["text"] = load(text or SHIPPED / "modalities" / "text")
+    return found
+
+
+def _fitted(source: Any, codes: int, policy: Any) -> Any:
+    """A codebook of so many codes for the sound of a source; what cannot be read is left out where
+    the policy says so."""
+    from tqdm import tqdm
+
+    from zipper.audio import sound
+    from zipper.data import layouts
+    from zipper.modality.speech import SpeechUnits, UnitsConfig
+
+    paths = [sample.folder / sample.row["speech"] for sample in layouts.samples(source)]
+    config = UnitsConfig(fitted_on=f"{len(paths)} sound files")
+    mels = []
+    for path in tqdm(paths, desc="log-mel", unit="file", disable=None):
+        try:
+            mels.append(config.mel.picture(sound.read(path)))
+        except ZipperError:
+            if policy.bad == "error":
+                raise
+    return SpeechUnits.fit(mels, codes, config)
+
+
+def _manifest(found: Any, folder: Path, output: Path, bad: bool) -> Path:
+    """Write the units of sound files as a manifest, and which were bad; returns where the latter
+    goes."""
+    from zipper.data import manifests, rows
+
+    bad_list = output.with_suffix(".bad.jsonl")
+    if bad:
+        manifests.write(bad_list, manifests.manifest(folder / rows.BAD))
+    each = zip(range(len(found)), found, found.seconds.tolist(), strict=True)
+    lines = [
+        {"id": found.name(n), "speech": row["speech"], "duration": round(seconds, 3)}
+        for n, row, seconds in each
+    ]
+    manifests.write(output, lines)
+    return bad_list
+
+
+def _tell_units(
+    counts: Mapping[str, Any], output: Path, bad_list: Path, speed: float, what: str, as_json: bool
+) -> None:
+    """How it went. counts: of the corpus. speed: times real time. what: it was made of."""
+    from zipper.data import extraction
+
+    told = {key: counts[key] for key in ("samples", "bad", "passed", "rows", "seconds", "fields")}
+    if as_json:
+        where = str(bad_list) if told["bad"] else None
+        print(json.dumps(told | {"real_time": round(speed, 1), "bad_list": where}))
+        return
+    ids = ", ".join(f"{field['ids']} of {name}" for name, field in told["fields"].items())
+    left = f"{told['bad']} bad ones left out" + f", see {bad_list}" * bool(told["bad"])
+    print(
+        f"{output}: {told['rows']} {what} ({left}), {told['seconds']:.0f} s, ids: {ids}; "
+        f"{speed:.0f} x real time. {extraction.told(told['passed'])}".strip()
+    )
+
+
+# --- recipes
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="a Python file with config() -> TrainConfig and, where it needs them, prepare() for "
+        "its data and build, which makes its model",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=JSON", help="change a field of the recipe, e.g. steps=100"
+    ),
+]
+Plan = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="train nothing: print what trains, FLOPs, memory and time, once the data are there",
+    ),
+]
+PlanJson = Annotated[bool, typer.Option("--json", help="print the plan as JSON")]
+
+
+@command(app, MAKE, "zipper pretrain recipes/text_tower.py")
+def pretrain(
+    recipe: Recipe,
+    resume: Resume = False,
+    changes: Changes = None,
+    plan: Plan = False,
+    as_json: PlanJson = False,
+) -> None:
+    """Train one tower alone by next-token prediction."""
+    config, rest = _read(recipe, changes or [])
+    if len(config.towers) != 1:
+        raise ZipperError(
+            f"{recipe} has the towers {sorted(config.towers)}; pretrain wants one. Use "
+            "`zipper train` for several."
+        )
+    _follow(config, rest, resume, plan, as_json)
+
+
+@command(app, MAKE, "zipper train recipes/spoken_commands.py")
+def train(
+    recipe: Recipe,
+    resume: Resume = False,
+    changes: Changes = None,
+    plan: Plan = False,
+    as_json: PlanJson = False,
+) -> None:
+    """Align towers on pairs."""
+    config, rest = _read(recipe, changes or [])
+    _follow(config, rest, resume, plan, as_json)
+
+
+def _read(path: Path, changes: list[str]) -> tuple[Any, Mapping[str, Any]]:
+    """The TrainConfig of a recipe, changed as --set says, and all that the file defines."""
+    from zipper.saving.files import place
+    from zipper.training.building import Build
+
+    if not path.is_file():
+        raise ZipperError(
+            f"The recipe {path} does not exist. Give a Python file such as "
+            "recipes/spoken_commands.py."
+        )
+    found = runpy.run_path(str(path))
+    if "config" not in found:
+        raise ZipperError(
+            f"{path} has no function config(). A recipe is a Python file with config() -> "
+            "TrainConfig."
+        )
+    if "build" in found and not isinstance(found["build"], Build):
+        raise ZipperError(
+            f"build in {path} is {found['build']!r}. It has to be an object of "
+            "zipper.training.building.Build, which is called and has a `course`."
+        )
+    config = found["config"]()
+    for item in changes:
+        config = _changed(config, item)
+    return dataclasses.replace(config, output=str(place(config.output))), found
+
+
+def _follow(
+    config: Any, recipe: Mapping[str, Any], resume: bool, plan: bool, as_json: bool
+) -> None:
+    """Do what a recipe says, or say what it would cost."""
+    from zipper.training import building, loop
+
+    build = recipe.get("build", building.build)
+    if not plan:
+        writable(Path(config.output) / "config.json")
+    if "prepare" in recipe:
+        with extra("accelerate").PartialState().main_process_first():
+            recipe["prepare"]()
+    if plan:
+        _plan(config, build, as_json)
+        return
+    loop.train(config, resume=resume, build=build)
+    model = f"{config.output}/model"
+    print(f"{model}: the best by dev loss. See it with: zipper show {model}")
+
+
+def _plan(config: Any, build: Any, as_json: bool) -> None:
+    """What a recipe will cost; builds its model and reads its data as training does."""
+    import torch
+
+    from zipper import modality
+    from zipper.data import extraction
+    from zipper.training import cost
+
+    modalities = {name: modality.load(Path(path)) for name, path in config.modalities.items()}
+    most = min(config.rows or cost.SAMPLE, cost.SAMPLE)
+    policy = extraction.Policy(config.bad, config.most_bad)
+    rows: list[Any] = []
+    for source in [config.data] if isinstance(config.data, str) else config.data:
+        rows += extraction.load(source, modalities, most, policy)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(config, modalities, rows)
+    if config.frozen_dtype:
+        for weight in model.towers.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(getattr(torch, config.frozen_dtype))
+    how = (config.mixed_precision, config.accumulate, config.recompute, device)
+    found = cost.plan(model, rows, config.tasks, config.batch, config.steps, *how)
+    print(json.dumps(found, indent=1) if as_json else cost.table(found))
+
+
+def _changed(config: Any, item: str) -> Any:
+    """A TrainConfig with one field changed as --set says."""
+    field, _, text = item.partition("=")
+    if field not in {each.name for each in dataclasses.fields(config)}:
+        raise ZipperError(
+            f"--set {item}: TrainConfig has no field {field!r}. Its fields stand in "
+            "zipper.training.config.TrainConfig."
+        )
+    old = getattr(config, field)
+    try:
+        new = _as_before(json.loads(text), old)
+    except json.JSONDecodeError:
+        raise ZipperError(
+            f"--set {item}: {text!r} is not JSON. Write e.g. steps=100 or output='\"runs/x\"'."
+        ) from None
+    except TypeError as error:
+        raise ZipperError(f"--set {item}: {error}. It is {old!r} in the recipe.") from error
+    if old is not None and not isinstance(new, type(old)):
+        raise ZipperError(
+            f"--set {item}: {field} is a {type(new).__name__} here; in the recipe it is {old!r}."
+        )
+    return dataclasses.replace(config, **{field: new})
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """What JSON says, as the field it is for: settings change in part, lists are tuples, whole
+    numbers are floats. Raises TypeError."""
+    if dataclasses.is_dataclass(old) and not isinstance(old, type):
+        return dataclasses.replace(old, **new)
+    if isinstance(old, tuple):
+        return tuple(new)
+    if isinstance(old, float) and isinstance(new, int):
+        return float(new)
+    return new
+
+
+# --- one model from another
+
+
+@command(
+    app,
+    MAKE,
+    "zipper swap runs/demo/model text=runs/larger --modality text=runs/larger -o runs/swapped",
+)
+def swap(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a saved model")],
+    tower: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=SOURCE", help="the new tower: a folder or hub id"),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="new folder for the model")],
+    train: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="a new tower that learns; else it is frozen"),
+    ] = None,
+    modality: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER", help="its tokenizer or codebook, where that is another"
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MEAN", help="its mean tokens per segment", show_default="as before"
+        ),
+    ] = None,
+    towers: Bases = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Put another tower in a saved model: what still fits is kept, the rest is born again with
+    closed gates."""
+    from zipper import modality as modalities
+    from zipper import surgery
+    from zipper.pipeline import Pipeline
+    from zipper.saving import checkpoint
+
+    new_towers = named("swap", tower)
+    means = _means(tokens or [])
+    absent(output)
+    folders = named("--modality", modality)
+    new_modalities = {name: modalities.load(folder) for name, folder in folders.items()}
+    record = checkpoint.load(model)[1]
+    old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
+    new, report = surgery.swap_pipeline(old, new_towers, new_modalities, train or [], means)
+    told = dataclasses.asdict(report)
+    new.save_pretrained(output, surgery.inside(new.zip, model), record | {"swap": told})
+    print(json.dumps(told, indent=1) if as_json else f"{report.table()}\n{output}: saved")
+
+
+def _means(tokens: list[str]) -> dict[str, float]:
+    """NAME=MEAN items as numbers."""
+    try:
+        return {name: float(mean) for name, mean in named("--tokens", tokens).items()}
+    except ValueError as error:
+        raise ZipperError(f"--tokens {tokens}: {error}. Write e.g. --tokens text=15.9.") from None
+
+
+@command(app, MAKE, "zipper push runs/demo/model me/my-zip --private")
+def push(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a saved model")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="hub repository; made if there is none")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="if the repository is new, only its owner sees it")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="branch to commit to, made from main if there is none", show_default="main"
+        ),
+    ] = None,
+    message: Annotated[str, typer.Option(help="of the commit")] = "Upload a zip",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="a frozen tower to upload too: others lack its folder"),
+    ] = None,
+    towers: Bases = None,
+) -> None:
+    """Upload a saved model to the hub, in one commit."""
+    import tempfile
+
+    from zipper.model import Zipper
+    from zipper.pipeline import PINS, Pipeline
+    from zipper.saving import checkpoint, hub
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = model
+        if include or towers:
+            kind = Pipeline if (model / PINS).is_file() else Zipper
+            record = checkpoint.load(model)[1]
+            loaded = kind.from_pretrained(model, named("--tower", towers), dtype=None)
+            folder = Path(place) / "zip"
+            inside = [*(include or []), *loaded.inside(model)]
+            loaded.save_pretrained(folder, inside, record)
+        print(hub.push(folder, repo, private=private, revision=revision, message=message))

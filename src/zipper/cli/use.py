@@ -1,0 +1,188 @@
+"""Commands that use a model: raw in, raw out. Each is a few lines over `zipper.pipeline`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zipper.cli.options import USE, AllowMismatch, Bases, Json, Model, command, pipeline, writable
+from zipper.errors import ZipperError
+
+app = typer.Typer()
+
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token")]
+TopK = Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")]
+TopP = Annotated[float, typer.Option(help="keep the smallest set of this probability")]
+Seed = Annotated[int, typer.Option(help="of what is drawn")]
+Guidance = Annotated[
+    float,
+    typer.Option(
+        help="beyond what the tower would say alone; 1 is off, 2 is worth a try for speech"
+    ),
+]
+
+
+@command(app, USE, "zipper transcribe hello.wav")
+def transcribe(
+    audio: Annotated[
+        list[Path], typer.Argument(metavar="AUDIO", help="sound files (wav, flac, ogg, mp3)")
+    ],
+    model: Model = None,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+    least: Annotated[
+        float, typer.Option(metavar="SHARE", help="no words where it is less sure, 0 to 1")
+    ] = 0.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object per file: file, text, confidence")
+    ] = False,
+) -> None:
+    """Speech to text."""
+    from zipper.audio import sound
+
+    if not 0 <= least <= 1:
+        raise ZipperError(f"--least is {least}; confidence goes from 0 to 1.")
+    heard = [sound.read(path) for path in audio]  # all are checked before the model is loaded
+    pipe = pipeline(model, towers, allow_mismatch)
+    for path, clip in zip(audio, heard, strict=True):
+        said = pipe.hear(clip)
+        text = said.text if said.confidence >= least else ""
+        found = {"file": str(path), "text": text, "confidence": round(said.confidence, 4)}
+        print(json.dumps(found) if as_json else text)
+
+
+@command(app, USE, 'zipper speak "send forty two oranges to vienna" -o out.wav')
+def speak(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="what to say")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="sound file to write; its ending is its format")
+    ],
+    voice: Annotated[
+        str | None,
+        typer.Option(
+            help="one of the model's voices (see zipper show)", show_default="the model chooses"
+        ),
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+    model: Model = None,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+    as_json: Json = False,
+) -> None:
+    """Text to speech."""
+    from zipper.audio import sound
+    from zipper.strand import Segment
+
+    sound.check_writable(output)
+    pipe = pipeline(model, towers, allow_mismatch)
+    how = _sampling(temperature, top_k, top_p, seed, guidance)
+    said = pipe.run([Segment("text", text)], outputs=[pipe.voice(voice)], sampling=how)[0]
+    sound.write(output, said.content)
+    seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
+    if as_json:
+        print(json.dumps({"file": str(output), "seconds": seconds, "ended": said.ended}))
+    else:
+        cut = "" if said.ended else ", cut off at the cap: the model did not end by itself"
+        print(f"{output}: {seconds} s{cut}")
+
+
+@command(app, USE, "zipper run --given speech=hello.wav --outputs text,speech -o out")
+def run(
+    outputs: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="modalities to produce, in order")
+    ],
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CONTENT", help="a segment: text, or the path of a sound file; in order"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="folder for the sound, where speech is produced"),
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+    model: Model = None,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per segment")] = False,
+) -> None:
+    """Any order of modalities in and out."""
+    from zipper.modality.speech import SpeechUnits
+
+    segments = _segments(given or ())
+    names = [name.strip() for name in outputs.split(",") if name.strip()]
+    if guidance != 1 and len({*names, *(segment.tower for segment in segments)}) < 2:
+        raise ZipperError(
+            "--guidance leads away from what a tower would say alone, and this plan names no "
+            "other. Leave it out."
+        )
+    pipe = pipeline(model, towers, allow_mismatch)
+    if any(isinstance(pipe.modalities.get(name), SpeechUnits) for name in names):
+        if output is None:
+            raise ZipperError(
+                "This plan produces speech. Pass -o FOLDER to say where the sound goes."
+            )
+        writable(output / "0-speech.wav")
+    how = _sampling(temperature, top_k, top_p, seed, guidance)
+    for number, segment in enumerate(pipe.run(segments, names, sampling=how)):
+        content = _written(segment, number, output)
+        if as_json:
+            print(json.dumps({segment.tower: content, "ended": segment.ended}))
+        else:
+            print(f"{segment.tower}: {content}")
+
+
+def _segments(items: Sequence[str]) -> list[Any]:
+    """NAME=CONTENT items as segments."""
+    from zipper.strand import Segment
+
+    segments = []
+    for item in items:
+        name, equals, content = item.partition("=")
+        if not equals:
+            raise ZipperError(
+                f"--given {item!r} is not NAME=CONTENT. Write e.g. --given text='call anna' or "
+                "--given speech=hello.wav."
+            )
+        segments.append(Segment(name, content))
+    return segments
+
+
+def _written(segment: Any, number: int, output: Path | None) -> Any:
+    """What is told of a segment: sound is written to a file and told by its path."""
+    from zipper.audio.sound import Audio, write
+
+    if not isinstance(segment.content, Audio):
+        return segment.content
+    assert output is not None
+    output.mkdir(parents=True, exist_ok=True)
+    if not len(segment.content.samples):  # a model may say nothing, and a file of that is no sound
+        return ""
+    path = output / f"{number}-{segment.tower}.wav"
+    write(path, segment.content)
+    return str(path)
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, seed: int, guidance: float) -> Any:
+    """How tokens are drawn; options that would do nothing are refused."""
+    from zipper.sampling import Sampling
+
+    said = {"top-k": (top_k, 0), "top-p": (top_p, 1.0), "seed": (seed, 0)}
+    for name, (value, plain) in said.items():
+        if not temperature and value != plain:
+            raise ZipperError(
+                f"--{name} says how tokens are drawn, and at temperature 0 none are. Pass "
+                "--temperature, e.g. 0.8."
+            )
+    return Sampling(temperature, top_k, top_p, seed, guidance)

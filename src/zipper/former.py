@@ -1,0 +1,107 @@
+"""Names of before: what was moved can still be imported from where it was.
+
+Outsiders' programs say `from zipper.engine import Engine`. A module that is gone is found here, and looks its names up
+in the files that took them over. Nothing inside of zipper imports by such a name.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, final
+
+#: By module of before, the modules that have its names now; the first that has one gives it.
+MOVED = {
+    "zipper.adaptation": ("zipper_lab.adaptation",),
+    "zipper.baseline": ("zipper_lab.baseline", "zipper.config"),
+    "zipper.bench": ("zipper_lab.bench",),
+    "zipper.bench.decode": ("zipper_lab.bench.decode",),
+    "zipper.bench.speech": ("zipper_lab.bench.speech",),
+    "zipper.bench.start": ("zipper_lab.bench.start",),
+    "zipper.bench.summary": ("zipper_lab.bench.summary",),
+    "zipper.bench.train": ("zipper_lab.bench.train",),
+    "zipper.card": ("zipper.saving.card",),
+    "zipper.checkpoint": ("zipper.saving.checkpoint", "zipper.saving.files"),
+    "zipper.containers": ("zipper.audio.containers",),
+    "zipper.corpus": ("zipper_lab.corpora.commands",),
+    "zipper.demo": ("zipper_lab.demo",),
+    "zipper.disturbance": ("zipper.audio.disturbance",),
+    "zipper.driver": ("zipper.towers.driver",),
+    "zipper.engine": ("zipper.fast", "zipper.generation", "zipper.reading", "zipper.sampling"),
+    "zipper.experiments": ("zipper_lab.experiments",),
+    "zipper.extraction": ("zipper.data.extraction",),
+    "zipper.families": ("zipper.towers.families",),
+    "zipper.files": ("zipper.saving.files",),
+    "zipper.fused": (
+        "zipper.fast.reader",
+        "zipper.fast.weights",
+        "zipper.fast.session",
+        "zipper.fast.blocks",
+    ),
+    "zipper.graphs": ("zipper.fast.graphs",),
+    "zipper.history": ("zipper.training.history",),
+    "zipper.hub": ("zipper.saving.hub",),
+    "zipper.layouts": ("zipper.data.layouts",),
+    "zipper.native": ("zipper.fast.native",),
+    "zipper.packing": ("zipper.training.packing",),
+    "zipper.plain": ("zipper.fast.plain",),
+    "zipper.plan": ("zipper.training.cost",),
+    "zipper.proofs": ("zipper.fast.recall",),
+    "zipper.prose": ("zipper_lab.corpora.prose",),
+    "zipper.report": ("zipper_lab.report",),
+    "zipper.results": ("zipper_lab.results",),
+    "zipper.rows": ("zipper.data.rows",),
+    "zipper.sequence": ("zipper.strand",),
+    "zipper.sharding": ("zipper.training.sharding",),
+}
+#: By module of before and name, what that name is now, where it is another.
+RENAMED = {
+    ("zipper.engine", "Engine"): ("zipper.fast", "engine"),
+    ("zipper.engine", "Life"): ("zipper.generation", "Course"),
+    ("zipper.engine", "Wish"): ("zipper.generation", "Wanted"),
+    ("zipper.model", "link_name"): ("zipper.config", "LinkKey"),  # a tuple that prints as the name
+    ("zipper.training", "Model"): ("zipper.reading", "Model"),
+}
+
+
+def names_of(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module whose names have moved to others."""
+
+    def lookup(name: str) -> Any:
+        package = vars(sys.modules[module]).get("__path__")
+        if package is not None and find_spec(f"{module}.{name}") is not None:
+            # `from zipper.training import history` asks for the name before it imports the file.
+            raise AttributeError(f"module {module!r} has not imported {name!r} yet")
+        home, now = RENAMED.get((module, name), ("", name))
+        for place in (home,) if home else homes:
+            found = import_module(place)
+            if now in vars(found):
+                return vars(found)[now]
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return lookup
+
+
+@final
+class Former(MetaPathFinder, Loader):
+    """Finds modules of before; asked last, so that what is there comes first."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """See `MetaPathFinder`."""
+        if fullname not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=f"{fullname}.train" in MOVED)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See `Loader`."""
+        module.__doc__ = f"Moved to {', '.join(MOVED[module.__name__])}."
+        vars(module)["__getattr__"] = names_of(module.__name__, MOVED[module.__name__])
+
+
+def install() -> None:
+    """Lets names of before be imported."""
+    if not any(isinstance(finder, Former) for finder in sys.meta_path):
+        sys.meta_path.append(Former())

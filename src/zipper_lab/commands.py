@@ -1,0 +1,520 @@
+"""Commands of the laboratory: the main job on the built-in corpus, the paper's tables, benchmarks.
+
+`commands` is what pyproject.toml names as an entry point, by which the command line finds it; from
+a checkout, `python -m zipper_lab` has it too. `prune` is one of them because it measures on the
+built-in corpus where it gets no other.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from zipper import environment
+from zipper.cli.options import (
+    LABORATORY,
+    MAKE,
+    AllowMismatch,
+    Bases,
+    Json,
+    Model,
+    Panels,
+    absent,
+    command,
+    count,
+    named,
+    number,
+    pipeline,
+    threads,
+    writable,
+)
+from zipper.errors import ZipperError
+
+commands = typer.Typer()
+
+
+@command(commands, LABORATORY, "zipper demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"),
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch", help="pre-train both towers too, instead of taking the shipped ones"
+        ),
+    ] = False,
+    pairs: Annotated[
+        int, typer.Option(parser=count, help="aligned pairs to render and train on")
+    ] = 8000,
+    steps: Annotated[
+        int,
+        typer.Option(parser=count, help="alignment steps; 960 fit ten minutes on two cores"),
+    ] = 960,
+    test: Annotated[int, typer.Option(parser=count, help="test utterances")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="print report.json at the end")] = False,
+) -> None:
+    """Align a new zip on spoken commands, evaluate it, write a report."""
+    from zipper.saving.files import held
+    from zipper_lab.demo import demo as run_demo
+
+    writable(output / "report.json")
+    with held(output):
+        report = run_demo(output, from_scratch, pairs, steps, test)
+    if as_json:
+        print(json.dumps(report, indent=1))
+
+
+@command(commands, LABORATORY, "zipper evaluate --test 300 --json")
+def evaluate(
+    test: Annotated[
+        int, typer.Option(parser=count, help="utterances of the built-in test part")
+    ] = 300,
+    task: Annotated[
+        Literal["asr", "tts", "both"], typer.Option(help="speech to text, text to speech")
+    ] = "both",
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="a second judge for TTS: a saved pipeline that transcribes units"),
+    ] = None,
+    robust: Annotated[
+        bool,
+        typer.Option(
+            "--robust", help="ASR also of sound that is later, in noise, faster and so on"
+        ),
+    ] = False,
+    model: Model = None,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+    output: Annotated[
+        Path | None, typer.Option(help="write the results with every raw text to this JSON file")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure word error rates of ASR and TTS, with oracle and floor."""
+    from zipper.pipeline import Pipeline
+    from zipper.saving import checkpoint
+    from zipper_lab import demo, report
+    from zipper_lab.corpora import commands as corpus
+
+    environment.need("speech")
+    if output:
+        writable(output)
+    pipe = pipeline(model, towers, allow_mismatch)
+    second = Pipeline.from_pretrained(judge) if judge else None
+    tasks = ["asr", "tts"] if task == "both" else [task]
+    rows = corpus.rows("test", test, pipe.units)
+    found = demo.evaluate(pipe, rows, tasks, second, robust)
+    scores = {task: report.summary(found.scores[task]) for task in tasks}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        told = {"model": model or "shipped", **scores, "words": found.words}
+        checkpoint.write_json(output, told)
+    if as_json:
+        print(json.dumps(scores, indent=1))
+        return
+    lines: list[Any] = []
+    for name in tasks:
+        lines += found.scores[name]
+    print(report.text_table(lines))
+
+
+@command(commands, LABORATORY, "zipper reproduce --preset cpu --quick")
+def reproduce(
+    preset: Annotated[
+        Literal["cpu", "gpu", "quick"], typer.Option(help="how much is done")
+    ] = "cpu",
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="every table of the preset with a few steps, to see that all works"
+        ),
+    ] = False,
+    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("runs/reproduce"),
+    only: Annotated[
+        str, typer.Option(metavar="TABLE,TABLE", help="only these tables, e.g. table1,figure3")
+    ] = "",
+    workers: Annotated[
+        int, typer.Option(parser=count, help="cells side by side, a thread each")
+    ] = 2,
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            help="a pipeline as second judge on the commands", show_default="the shipped one"
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="run nothing: write results.md and results.html of this results.json to --output",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="print results.json at the end; the tables go to stderr"),
+    ] = False,
+) -> int:
+    """Run the paper's experiments: every table, each cell once; 1 if a cell failed.
+
+    It goes on where it was stopped.
+    """
+    from contextlib import nullcontext, redirect_stdout
+
+    from zipper.saving.files import held, read_json
+    from zipper_lab import experiments, results
+
+    if report:
+        results.write(read_json(report), output)
+        return 0
+    writable(output / "results.json")
+    tables = [name.strip() for name in only.split(",") if name.strip()]
+    said = f"zipper reproduce --preset {preset}" + " --quick" * quick
+    said += f" --only {only}" * bool(tables) + f" --judge {judge}" * bool(judge)
+    second = str(judge.absolute()) if judge else ""
+    with held(output), redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found, failed = experiments.reproduce(preset, output, quick, tables, workers, second, said)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    for name, why in failed.items():
+        print(f"zipper reproduce: {name} failed: {why}", file=sys.stderr)
+    return int(bool(failed))
+
+
+# --- prune
+
+
+@command(commands, MAKE, "zipper prune runs/demo/model --below 0.02 -o runs/pruned")
+def prune(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a saved model")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="new folder for the model")],
+    below: Annotated[
+        float | None,
+        typer.Option(
+            parser=number,
+            metavar="SHARE",
+            help="links that add less than this share of their target's states",
+        ),
+    ] = None,
+    links: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LINK ...", help="or these links, e.g. '0:text>speech'"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="measure on this manifest (JSONL)", show_default="the built-in dev part"),
+    ] = None,
+    rows: Annotated[int, typer.Option(parser=count, help="rows to measure on")] = 60,
+    towers: Bases = None,
+    as_json: Json = False,
+) -> None:
+    """Take idle links out of a saved model, and say what they added and what it costs to be without
+    them."""
+    from zipper import surgery
+    from zipper.pipeline import Pipeline
+    from zipper.saving import checkpoint
+
+    if (below is None) == (not links):
+        raise typer.BadParameter("give one of --below and --links")
+    absent(output)
+    record = checkpoint.load(model)[1]
+    bases = named("--tower", towers)
+    whole = Pipeline.from_pretrained(model, bases)
+    raw, measured = _rows(whole, data, rows)
+    samples = surgery.batches(whole.zip, measured)
+    batches: list[Any] = []
+    for some in samples.values():
+        batches += some
+    found = surgery.activity(whole.zip, batches)
+    idle = links or [] if below is None else surgery.idle(found, below)
+    if not idle:
+        least = min(link.share for link in found.values())
+        raise ZipperError(f"No link adds less than {below}: the least is {least:.4f}.")
+    # As it is stored, so that what stays keeps its bits on the disk too.
+    stored = Pipeline.from_pretrained(model, bases, dtype=None)
+    pruned = Pipeline(surgery.prune(stored.zip, idle), stored.modalities)
+    costs = surgery.costs(whole.zip, samples)
+    result: dict[str, Any] = {
+        "links": {
+            name: dataclasses.asdict(link) | {"cost": costs[name], "dropped": name in idle}
+            for name, link in found.items()
+        },
+        "new_parameters": {"before": _size(stored), "after": _size(pruned)},
+        "rows": len(measured),
+    }
+    before = _measured(whole, samples, raw, measured)
+    inside = surgery.inside(pruned.zip, model)
+    pruned.save_pretrained(output, inside, record | {"pruned": result})
+    after = _measured(Pipeline.from_pretrained(output, bases), samples, raw, measured)
+    for what, tasks in before.items():
+        result[what] = {
+            task: {"before": value, "after": after[what][task]} for task, value in tasks.items()
+        }
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(_told(surgery.table(found, costs, idle), result), f"{output}: saved", sep="\n")
+
+
+def _rows(pipe: Any, data: Path | None, most: int) -> tuple[Sequence[Any] | None, Sequence[Any]]:
+    """The rows to measure on; those of the built-in corpus also as they are, with their texts."""
+    from zipper.data import manifests
+    from zipper_lab.corpora import commands as corpus
+
+    if data:
+        return None, manifests.read(data, pipe.modalities, most)
+    raw = corpus.rows("dev", most, pipe.units)
+    encoded = [
+        manifests.encode(row, pipe.modalities, Path(), f"dev, row {n}") for n, row in enumerate(raw)
+    ]
+    return raw, encoded
+
+
+def _size(pipe: Any) -> int:
+    """Parameters that are the zip's own."""
+    return sum(parameter.numel() for parameter in pipe.model.new_parameters().values())
+
+
+def _measured(
+    pipe: Any, samples: Mapping[str, Any], raw: Sequence[Any] | None, rows: Sequence[Any]
+) -> dict[str, dict[str, float]]:
+    """Losses and word error rates, by task."""
+    from zipper import surgery
+
+    losses = surgery.losses(pipe.zip, samples)
+    return {"nats_per_token": dict(losses), "wer": _rates(pipe, raw, rows)}
+
+
+def _rates(pipe: Any, raw: Sequence[Any] | None, rows: Sequence[Any]) -> dict[str, float]:
+    """Word error rates: of both tasks on the built-in corpus (raw); elsewhere of what speech says,
+    if the rows have text and speech."""
+    from zipper.evaluation import error_rate
+    from zipper_lab import demo
+
+    if raw is not None:
+        scores = demo.evaluate(pipe, raw).scores
+        return {task: of_task[0].rate.wer for task, of_task in scores.items()}
+    if not all({"text", "speech"} <= row.keys() for row in rows):
+        return {}
+    texts = [pipe.modalities["text"].decode(row["text"]) for row in rows]
+    if not any(map(str.isalnum, "".join(texts))):  # nobody speaks: there is no rate
+        return {}
+    said = demo.transcribe(pipe, [row["speech"] for row in rows])
+    return {"asr": error_rate(texts, [segment.content for segment in said]).wer}
+
+
+def _told(links: str, result: Mapping[str, Any]) -> str:
+    """What pruning did, as text. links: their table."""
+    sizes = result["new_parameters"]
+    lines = [links, f"new parameters: {sizes['before']:,} -> {sizes['after']:,}"]
+    lines += [
+        f"{task}: {loss['before']:.3f} -> {loss['after']:.3f} nats per token"
+        for task, loss in result["nats_per_token"].items()
+    ]
+    lines += [
+        f"WER of {task}: {rate['before']:.1%} -> {rate['after']:.1%} ({result['rows']} rows)"
+        for task, rate in result["wer"].items()
+    ]
+    return "\n".join(lines)
+
+
+# --- bench
+
+Rounds = Annotated[int, typer.Option(parser=count, help="turns of each arm that count")]
+Warm = Annotated[int, typer.Option(parser=count, help="turns before them")]
+Arms = Annotated[
+    str,
+    typer.Option(metavar="ARM,ARM", help="only these", show_default="all that the device has"),
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Threads = Annotated[
+    int,
+    typer.Option(parser=threads, help="of every arm", show_default="as many as torch takes"),
+]
+Pipe = Annotated[str, typer.Option(help="a saved pipeline", show_default="the shipped one")]
+Hardware = Annotated[str, typer.Option(help="what to call this machine")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="write OUTPUT.json and OUTPUT.md too")
+]
+
+bench = typer.Typer(cls=Panels, subcommand_metavar="[WHAT ...]")
+commands.add_typer(
+    bench,
+    name="bench",
+    rich_help_panel=LABORATORY,
+    invoke_without_command=True,
+    epilog="\b\nexample: zipper bench decode --size 30m",
+)
+
+
+@bench.callback()
+def bench_all(
+    context: typer.Context, hardware: Hardware = "", output: Output = None, as_json: Json = False
+) -> None:
+    """Measure this machine: all in short, beside what was recorded, or WHAT in full.
+
+    All in short takes five minutes on two cores.
+    """
+    if what := context.invoked_subcommand:
+        if hardware or output or as_json:
+            raise typer.BadParameter(f"options of {what} stand behind it")
+        return
+
+    from zipper_lab.bench import summary
+
+    _benchmark(partial(summary.bench, hardware=hardware), summary.table, output, as_json)
+
+
+@command(bench, "What", "zipper bench train --size tiny", "train")
+def bench_train(
+    size: Annotated[
+        str, typer.Option(help="tiny, 30m (text) + 10m (speech), 0.5b or 1.5b + 138m")
+    ] = "30m",
+    rounds: Rounds = 15,
+    warm: Warm = 2,
+    arms: Arms = "",
+    pairs: Annotated[int, typer.Option(parser=count, help="pairs in a step")] = 16,
+    room: Annotated[
+        int, typer.Option(parser=count, help="tokens of speech in a packed row")
+    ] = 1024,
+    device: Device = "cpu",
+    precision: Annotated[
+        Literal["float32", "bf16"],
+        typer.Option(help="bf16: autocast, frozen towers in bfloat16"),
+    ] = "float32",
+    attention: Annotated[
+        Literal["sdpa", "flex"], typer.Option(help="of the links; flex is for cuda")
+    ] = "sdpa",
+    threads: Threads = 0,
+    hardware: Hardware = "",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Training steps of zips, of the decoder with an extended vocabulary and of the bare tower, in
+    turn; medians of ratios."""
+    from zipper_lab.bench import train as benchmark
+
+    measure = partial(
+        benchmark.bench,
+        size,
+        rounds,
+        warm,
+        arms.split(",") if arms else (),
+        pairs,
+        room,
+        device,
+        precision,
+        attention,
+        threads,
+        hardware,
+    )
+    _benchmark(measure, benchmark.table, output, as_json)
+
+
+@command(bench, "What", "zipper bench decode --size 120m --device cuda", "decode")
+def bench_decode(
+    size: Annotated[
+        str, typer.Option(help="tiny, 30m, 120m, 0.5b, 1.5b or 8b: the text tower")
+    ] = "30m",
+    rounds: Rounds = 15,
+    warm: Warm = 2,
+    arms: Arms = "",
+    source: Annotated[
+        int, typer.Option(parser=count, help="tokens of speech that are visible")
+    ] = 128,
+    batch: Annotated[
+        int, typer.Option(parser=count, help="sequences side by side, in every arm")
+    ] = 1,
+    tokens: Annotated[int, typer.Option(parser=count, help="tokens of text in a turn")] = 32,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="of weights and states")
+    ] = "float32",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    hardware: Hardware = "",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens of a zip, of its tower alone, of stock transformers and of other designs, in turn;
+    medians of ratios."""
+    from zipper_lab.bench import decode as benchmark
+
+    measure = partial(
+        benchmark.bench,
+        size,
+        rounds,
+        warm,
+        arms.split(",") if arms else (),
+        source,
+        tokens,
+        precision,
+        device,
+        threads,
+        hardware,
+        batch,
+    )
+    _benchmark(measure, benchmark.table, output, as_json)
+
+
+@command(bench, "What", "zipper bench speech --utterances 8", "speech")
+def bench_speech(
+    rounds: Rounds = 5,
+    utterances: Annotated[int, typer.Option(parser=count, help="in a turn")] = 16,
+    model: Pipe = "",
+    towers: Bases = None,
+    threads: Threads = 0,
+    hardware: Hardware = "",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """A model of text and speech against real time: recordings and sentences, one and eight at a
+    time, and the first sound."""
+    from zipper_lab.bench import speech as benchmark
+
+    bases = named("--tower", towers)
+    how = (rounds, 1, model, utterances, threads, hardware, bases)
+    _benchmark(partial(benchmark.bench, *how), benchmark.table, output, as_json)
+
+
+@command(bench, "What", "zipper bench start -o start", "start")
+def bench_start(
+    rounds: Rounds = 9,
+    model: Pipe = "",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="another zipper that takes its turns too: a name, and PYTHONPATH for it",
+        ),
+    ] = None,
+    hardware: Hardware = "",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Whole processes: a bare import of torch, --help, show, transcribe, speak, in turn; CPU
+    seconds, medians of ratios."""
+    from zipper_lab.bench import start as benchmark
+
+    others = named("--beside", beside)
+    measure = partial(benchmark.bench, rounds, 1, model, others, hardware)
+    _benchmark(measure, benchmark.table, output, as_json)
+
+
+def _benchmark(
+    measure: Callable[[], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure, write where it was asked for, print."""
+    from zipper_lab import bench as benches
+
+    if output:
+        writable(output.with_suffix(".json"))
+    found = measure()
+    lines = table(found)
+    benches.write(output, found, lines)
+    print(json.dumps(found, indent=1) if as_json else lines)
