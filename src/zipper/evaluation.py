@@ -16,9 +16,12 @@ import numpy as np
 
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.normaliser import NORMALISER, spaceless, words
 from zipper.normaliser import normalise as normalise
 from zipper.statistics import bootstrap, share
+
+__getattr__ = names_of(__name__, ("zipper_lab.judges",))
 
 # --- rates ---
 

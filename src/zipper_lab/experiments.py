@@ -733,9 +733,8 @@ def builder(spec: Mapping[str, Any], needs: Needs, folder: Path) -> Build:
     if cell.arm != MATCHED:
         return Extend("text", ("speech",) if cell.arm == ROWS else ())
     like = configure({**spec, "cell": asdict(replace(cell, arm=ZIP))}, needs, folder, {})
-    return Extend(
-        "text", parameters=_size(replace(like, link=replace(like.link, whiten=True)))
-    )  # as it is once calibrated
+    calibrated = replace(like, link=replace(like.link, whiten=True))
+    return Extend("text", parameters=_size(calibrated))
 
 
 def scores(pipeline: Pipeline, corpus: Corpus, tables: Sequence[str]) -> list[Score]:

@@ -169,3 +169,11 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_noise_lies_as_far_under_the_speech_as_the_documentation_says() -> None:
     assert 20 * math.log10(LOUD / NOISE) == pytest.approx(41, abs=0.5)
+
+
+def test_the_judge_can_be_imported_from_where_it_was() -> None:
+    from zipper import evaluation
+
+    assert evaluation.Judge is Judge and evaluation.arpa is arpa
+    with pytest.raises(AttributeError, match="no attribute 'by_voice'"):
+        _ = evaluation.by_voice

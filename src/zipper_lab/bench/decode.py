@@ -465,9 +465,8 @@ def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if room else model.forward
     named = _cache_argument(model)
-    static = (
-        StaticCache(model.config, max_cache_len=room) if room else None
-    )  # one for ever: its addresses are in the graphs
+    # One for ever: its addresses are in the graphs.
+    static = StaticCache(model.config, max_cache_len=room) if room else None
 
     def start() -> Callable[[int], Tensor]:
         cache = DynamicCache(config=model.config) if static is None else static
