@@ -54,7 +54,7 @@ docs: setup  ## write docs/cli.md from the commands themselves, docs/towers.md b
 	$(BIN)/python -c "import pathlib, zipper.cli; pathlib.Path('docs/cli.md').write_text(zipper.cli.markdown(), encoding='utf-8')"
 	$(BIN)/python -c "import pathlib, zipper.towers.families as f; pathlib.Path('docs/towers.md').write_text(f.markdown(f.survey()), encoding='utf-8')"
 
-report: setup  ## docs/results.md and docs/results.html from the recorded run of `zipper reproduce`
+report: setup  ## docs/results.md, and beside it results.html with figures, from the recorded run of `zipper reproduce`
 	$(BIN)/zipper reproduce --report $(lastword $(sort $(wildcard benchmarks/results/reproduce_cpu_*.json))) --output docs
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results

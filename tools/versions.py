@@ -29,7 +29,7 @@ HEAD = """\
 LEFT_OUT = re.compile(r"(nvidia|cuda)-.*|triton|pip|setuptools|wheel")
 #: The tests of what stands closest to other packages; --tests names others, `tests` all.
 TESTS = "tests/test_tower.py tests/test_families.py tests/test_lora.py tests/test_audio.py tests/test_speech.py tests/test_text.py"
-TESTS += " tests/test_layouts.py tests/test_report.py tests/test_hub.py tests/test_training.py tests/test_cli.py"
+TESTS += " tests/test_layouts.py tests/lab/test_report.py tests/test_hub.py tests/test_training.py tests/test_cli.py"
 
 
 def canonical(name: str) -> str:

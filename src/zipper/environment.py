@@ -51,7 +51,8 @@ def extras() -> dict[str, tuple[str, ...]]:
 
 def importable(package: str) -> str:
     """The module that a package of an extra is imported by."""
-    return {"pytest-xdist": "xdist"}.get(package, package.replace("-", "_"))
+    others = {"pytest-xdist": "xdist", "scikit-learn": "sklearn"}
+    return others.get(package, package.replace("-", "_"))
 
 
 def install(extra: str) -> str:

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import JUDGE_NORMALISER, normalise, pronunciations, pulses
+from zipper.normaliser import normalise
+from zipper_lab.judges import JUDGE_NORMALISER, pcm, pronunciations
 
 # pocketsphinx's en-us model (-model ptm, -feat 1s_c_d_dd): for each phone and each of three streams
-# a codebook of 128 Gaussians
+# a codebook of 128 Gaussians.
 SHAPE = PHONES, STREAMS, GAUSSIANS, CEPSTRA = 42, 3, 128, 13
 DESCRIBED = struct.pack(
     "<8i",
@@ -49,21 +50,16 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
     everything, or for words without a pronunciation.
     """
     source, folder = Path(extra("pocketsphinx").get_model_path("en-us/en-us")), Path(folder)
-    means, variances = (
-        _gaussians(source / "means"),
-        np.maximum(_gaussians(source / "variances"), 1e-4),
-    )
+    means = _gaussians(source / "means")
+    variances = np.maximum(_gaussians(source / "variances"), 1e-4)
     names = (source / "mdef").read_bytes()
     phones = names[names.index(FIRST_PHONE) :].split(b"\0")[:PHONES]
+
     weight, total, shown = np.zeros(SHAPE[:3]), np.zeros(SHAPE), 0
     texts = [normalise(text, JUDGE_NORMALISER) for text, _ in said]
-    dictionary = pronunciations({word for text in texts for word in text.split()})
+    dictionary = pronunciations({*" ".join(texts).split()})
     for text, (_, audio) in tqdm(
-        zip(texts, said, strict=True),
-        total=len(said),
-        desc="adapt the judge",
-        unit="utterance",
-        disable=None,
+        zip(texts, said, strict=True), "adapt the judge", len(said), unit="utterance", disable=None
     ):
         aligned, features = _listen(text, audio, dictionary)
         shown += bool(aligned)
@@ -71,12 +67,7 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
             phone = phones.index(name.encode())
             for stream in range(STREAMS):
                 points = features[start : start + frames, stream]
-                away = np.square(points[:, None] - means[phone, stream]) / variances[
-                    phone, stream
-                ] + np.log(variances[phone, stream])
-                likely = -away.sum(axis=2) / 2
-                share = np.exp(likely - likely.max(axis=1, keepdims=True))
-                share /= share.sum(axis=1, keepdims=True)
+                share = _posteriors(points, means[phone, stream], variances[phone, stream])
                 weight[phone, stream] += share.sum(axis=0)
                 total[phone, stream] += share.T @ points
     if not shown:
@@ -84,12 +75,25 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
             "no utterance could be aligned with its text. Give sounds, each with what is said in "
             "it."
         )
+
     moved = (TAU * means + total) / (TAU + weight[..., None])
     shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / "means").write_bytes(
         b"s3\nversion 1.0\nendhdr\n" + DESCRIBED + moved.astype("<f4").tobytes()
     )
     return shown
+
+
+def _posteriors(
+    points: Float64[np.ndarray, "frames cepstra"],
+    means: Float64[np.ndarray, "gaussians cepstra"],
+    variances: Float64[np.ndarray, "gaussians cepstra"],
+) -> Float64[np.ndarray, "frames gaussians"]:
+    """How likely each Gaussian made each frame, all being as likely before."""
+    away = np.square(points[:, None] - means) / variances + np.log(variances)
+    likely = -away.sum(axis=2) / 2
+    share = np.exp(likely - likely.max(axis=1, keepdims=True))
+    return share / share.sum(axis=1, keepdims=True)
 
 
 def _gaussians(path: Path) -> Float64[np.ndarray, "phones streams gaussians cepstra"]:
@@ -99,11 +103,8 @@ def _gaussians(path: Path) -> Float64[np.ndarray, "phones streams gaussians ceps
             f"{path} is not of the acoustic model that pocketsphinx 5 carries. Do: pip install "
             "'pocketsphinx>=5.0.4,<6'."
         )
-    return (
-        np.frombuffer(body, "<f4", int(np.prod(SHAPE)), len(DESCRIBED))
-        .reshape(SHAPE)
-        .astype(np.float64)
-    )
+    numbers = np.frombuffer(body, "<f4", int(np.prod(SHAPE)), len(DESCRIBED))
+    return numbers.reshape(SHAPE).astype(np.float64)
 
 
 def _listen(
@@ -111,8 +112,7 @@ def _listen(
 ) -> tuple[list[tuple[str, int, int]], Float64[np.ndarray, "frames streams cepstra"]]:
     """The phones of a text, each with its first frame and number of frames, and the features of all
     frames; [] for no alignment."""
-    pocketsphinx = extra("pocketsphinx")
-    heard = pulses(audio)
+    pocketsphinx, sound = extra("pocketsphinx"), pcm(audio)
     with tempfile.TemporaryDirectory() as place:
         words, cepstra = Path(place, "domain.dict"), Path(place, "cepstra")
         words.write_text(dictionary, encoding="utf-8")
@@ -128,26 +128,23 @@ def _listen(
         )
         try:
             decoder.set_align_text(text)
-            _decode(decoder, heard)
+            _decode(decoder, sound)
             decoder.set_alignment()  # of the words just found, now by phones
-            _decode(decoder, heard)
-            # values at once: the iterators' objects die with the next step
-            aligned = [
-                (phone.name, phone.start, phone.duration)
-                for word in decoder.get_alignment()
-                for phone in word
-            ]
+            _decode(decoder, sound)
+            # Values at once: the iterators' objects die with the next step.
+            aligned = []
+            for word in decoder.get_alignment():
+                aligned += [(phone.name, phone.start, phone.duration) for phone in word]
         except RuntimeError:  # no path through the text
             aligned = []
         logged = sorted(cepstra.iterdir())[-1].read_bytes()
-    return aligned, _features(
-        np.frombuffer(logged, ">f4", offset=4).reshape(-1, CEPSTRA).astype(np.float64)
-    )
+    heard_cepstra = np.frombuffer(logged, ">f4", offset=4).reshape(-1, CEPSTRA)
+    return aligned, _features(heard_cepstra.astype(np.float64))
 
 
-def _decode(decoder: Any, heard: bytes) -> None:
+def _decode(decoder: Any, sound: bytes) -> None:
     decoder.start_utt()
-    decoder.process_raw(heard, full_utt=True)
+    decoder.process_raw(sound, full_utt=True)
     decoder.end_utt()
 
 

@@ -2,9 +2,8 @@
 arXiv:2405.18669, sec. 4).
 
 A pre-trained tower gets more ids in its vocabulary, one block of them for each other modality, and
-all of it is trained. From
-outside it looks like a zip: strands in, states of each modality out, every modality's ids counted
-from 0. Nothing here knows how it is trained, nor what the ids mean.
+all of it is trained. From outside it looks like a zip: strands in, states of each modality out,
+every modality's ids counted from 0. Nothing here knows how it is trained, nor what the ids mean.
 """
 
 import copy
@@ -35,20 +34,19 @@ from zipper.training import TrainConfig
 from zipper.training.building import check_pinned, mean_tokens
 
 KIND = "baseline"  # tells its saved configuration from that of a zip
-FEEDFORWARD_WIDTHS = (
-    "ffn_dim",
-    "n_inner",
-    "intermediate_size",
-)  # what configurations call it; the first that is there counts
-# logits at birth against the bare tower's, relative to the largest: wider matrices round otherwise
+# What configurations call it; the first that is there counts.
+FEEDFORWARD_WIDTHS = ("ffn_dim", "n_inner", "intermediate_size")
+# Logits at birth against the bare tower's, relative to the largest: wider matrices round otherwise.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """What a baseline knows of its modalities. towers: the first is the pre-trained one, the others
-    are blocks of ids behind its vocabulary, in this order. `vocabulary` counts a modality's own
-    ids; width and layers are those of the one decoder.
+    """What a baseline knows of its modalities.
+
+    towers: the first is the pre-trained one, the others are blocks of ids behind its vocabulary, in
+    this order. `vocabulary` counts a modality's own ids; width and layers are those of the one
+    decoder.
     """
 
     towers: dict[str, TowerConfig]
@@ -77,9 +75,8 @@ class BaselineConfig:
         """Plain data for JSON. There the first tower has the ids of all, as the decoder that lies
         beside it does."""
         data = dataclasses.asdict(self)
-        data["towers"][self.base]["vocabulary"] = sum(
-            tower.vocabulary for tower in self.towers.values()
-        )
+        every = sum(tower.vocabulary for tower in self.towers.values())
+        data["towers"][self.base]["vocabulary"] = every
         return {"kind": KIND, **data}
 
     @classmethod
@@ -134,9 +131,8 @@ class Baseline(nn.Module):
                 f"{sorted(config.towers)} have {wanted}."
             )
         self.config = config
-        self.towers = nn.ModuleDict(
-            dict.fromkeys(config.towers, tower)
-        )  # one and the same under every name
+        # One and the same under every name.
+        self.towers = nn.ModuleDict(dict.fromkeys(config.towers, tower))
         self.links = nn.ModuleDict()  # none: for those who list a model's gates
         self.train(False)
 
@@ -179,39 +175,20 @@ class Baseline(nn.Module):
             )
         ((name, source),) = tower.items()
         base = _load(source).eval()
-        sizes = {name: base.vocabulary, **added}
+        sizes, tokens = {name: base.vocabulary, **added}, tokens or {}
         known: dict[str, tuple[Any, Any]] = {name: (base.begin, base.end), **ends}
         own = {other: _load(start) for other, start in (rows or {}).items()}
-        for option, given, possible in (
-            ("ends", known, sizes),
-            ("tokens", tokens or {}, sizes),
-            ("rows", own, added),
-        ):
-            if unknown := sorted({*given} - {*possible}):
-                raise ZipperError(f"{option} names {unknown}; it can name {sorted(possible)} here.")
-        if unended := [other for other in sizes if None in known.get(other, (None,))]:
-            raise ZipperError(
-                f"No begin and end token is known for {unended}. Pass "
-                f"ends={{{unended[0]!r}: (begin, end)}}."
-            )
-        for other, pair in known.items():
-            if outside := [token for token in pair if not 0 <= token < sizes[other]]:
-                raise ZipperError(
-                    f"The token {outside[0]} that begins or ends {other!r} is outside its "
-                    f"{sizes[other]} ids."
-                )
-        for other, start in own.items():
-            if start.vocabulary != sizes[other]:
-                raise ZipperError(
-                    f"The tower that the rows of {other!r} start from has {start.vocabulary} ids, "
-                    f"not {sizes[other]}."
-                )
+        _check_names("ends", known, sizes)
+        _check_names("tokens", tokens, sizes)
+        _check_names("rows", own, added)
+        _check_ends(known, sizes)
+        _check_sizes(own, sizes)
+
+        origin = hub.absolute(source) if isinstance(source, str | Path) else ""
         config = BaselineConfig(
             {
                 other: TowerConfig(
-                    source=hub.absolute(source)
-                    if other == name and isinstance(source, str | Path)
-                    else "",
+                    source=origin if other == name else "",
                     width=base.width,
                     layers=base.layers,
                     vocabulary=size,
@@ -219,12 +196,13 @@ class Baseline(nn.Module):
                     end=known[other][1],
                     train=True,
                     input_projection="none",
-                    tokens=(tokens or {}).get(other, 0.0),
+                    tokens=tokens.get(other, 0.0),
                     dtype=_dtype(base),
                 )
                 for other, size in sizes.items()
             }
         )
+
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             grown = _grown(base, sum(sizes.values()), positions, parameters)
@@ -335,15 +313,14 @@ class Baseline(nn.Module):
             self._shift(segment.tower)
             tower = self.config.towers[segment.tower]
             read_ids(segment.content, segment.tower, Ends(tower.begin, tower.end), tower.vocabulary)
-        read, room = (
-            sum(len(segment.content) + 2 for segment in segments),
-            _positions(self._decoder),
-        )
+
+        read = sum(len(segment.content) + 2 for segment in segments)
+        room = _positions(self._decoder)
         if read > room:
             raise ZipperError(
                 f"The decoder would read {read} tokens, begin and end of segments included, but "
-                f"it can read at most {room}. "
-                "Give it shorter pieces, or build it with more positions=..."
+                f"it can read at most {room}. Give it shorter pieces, or build it with more "
+                "positions=..."
             )
 
     def pads(self, tower: str) -> bool:
@@ -429,13 +406,10 @@ class Baseline(nn.Module):
     def new_parameters(self) -> dict[str, Tensor]:
         """The rows of the ids that were added, in the embedding and in an untied head; not the
         neurons of a wider feed-forward."""
-        head, embedding = (
-            table[self.config.towers[self.config.base].vocabulary :]
-            for table in _tables(self._decoder.model)
-        )
-        return {"embedding": embedding} | (
-            {} if head.data_ptr() == embedding.data_ptr() else {"head": head}
-        )
+        own = self.config.towers[self.config.base].vocabulary
+        head, embedding = (table[own:] for table in _tables(self._decoder.model))
+        tied = head.data_ptr() == embedding.data_ptr()
+        return {"embedding": embedding} | ({} if tied else {"head": head})
 
     @property
     def _decoder(self) -> Tower:
@@ -464,16 +438,18 @@ class Baseline(nn.Module):
         document = torch.cat([strand.document for strand in strands.values()], 1)
         valid = document >= 0
         time = torch.where(valid, torch.cat([strand.time for strand in strands.values()], 1), 0)
-        order = torch.where(valid, time, -1 if past is not None else int(time.max()) + 1).argsort(
-            dim=1, stable=True
-        )
+
+        padded = -1 if past is not None else int(time.max()) + 1
+        order = torch.where(valid, time, padded).argsort(dim=1, stable=True)
         width = int(valid.sum(1).max())
         first = ids.shape[1] - width if past is not None else 0
         kept = order[:, first : first + width]
         time = time.gather(1, kept)
         stream = Strand(ids.gather(1, kept), time, time, document.gather(1, kept))
+
         h = self._decoder.embed(stream, past)
         h = self._decoder.run(h, range(self._decoder.layers), self._decoder.start(stream, h, past))
+
         place = (order.argsort(dim=1) - first).clamp(0, width - 1)
         parts = place.split([strand.ids.shape[1] for strand in strands.values()], dim=1)
         return {
@@ -529,13 +505,12 @@ class Extend:
             )
         for name in named:
             check_pinned(name, Path(config.towers[name]), modalities[name])
+
+        added = {name: modality.vocabulary for name, modality in modalities.items()}
+        del added[self.base]
         return Baseline.from_tower(
             {self.base: Tower.load(config.towers[self.base], dtype=torch.float32)},
-            added={
-                name: modality.vocabulary
-                for name, modality in modalities.items()
-                if name != self.base
-            },
+            added=added,
             ends={name: (modality.begin, modality.end) for name, modality in modalities.items()},
             tokens=mean_tokens(config, rows),
             rows={name: config.towers[name] for name in self.rows},
@@ -543,6 +518,35 @@ class Extend:
             positions=self.positions,
             seed=config.seed,
         )
+
+
+def _check_names(option: str, given: Collection[str], possible: Collection[str]) -> None:
+    if unknown := sorted({*given} - {*possible}):
+        raise ZipperError(f"{option} names {unknown}; it can name {sorted(possible)} here.")
+
+
+def _check_ends(ends: Mapping[str, tuple[Any, Any]], sizes: Mapping[str, int]) -> None:
+    """Every modality has a begin and an end among its own ids."""
+    if unended := [name for name in sizes if None in ends.get(name, (None,))]:
+        raise ZipperError(
+            f"No begin and end token is known for {unended}. Pass "
+            f"ends={{{unended[0]!r}: (begin, end)}}."
+        )
+    for name, pair in ends.items():
+        if outside := [token for token in pair if not 0 <= token < sizes[name]]:
+            raise ZipperError(
+                f"The token {outside[0]} that begins or ends {name!r} is outside its "
+                f"{sizes[name]} ids."
+            )
+
+
+def _check_sizes(rows: Mapping[str, Tower], sizes: Mapping[str, int]) -> None:
+    for name, start in rows.items():
+        if start.vocabulary != sizes[name]:
+            raise ZipperError(
+                f"The tower that the rows of {name!r} start from has {start.vocabulary} ids, "
+                f"not {sizes[name]}."
+            )
 
 
 def _load(source: TowerSource) -> Tower:
@@ -593,13 +597,18 @@ def _grown(base: Tower, vocabulary: int, positions: int, parameters: int | None)
         text.max_position_embeddings = positions
     if parameters is not None:
         _widen(config, parameters)
+
     attention = base.model.config._attn_implementation
     model = AutoModelForCausalLM.from_config(
         config, dtype=base.model.dtype, attn_implementation=attention
     ).to(base.model.device)
     old = dict(base.model.named_parameters(remove_duplicate=False))
     for owner, module in model.named_modules():
-        reads = 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, Conv1D) else None
+        reads = None  # the side of a matrix that it reads
+        if isinstance(module, nn.Linear):
+            reads = 1
+        elif isinstance(module, Conv1D):
+            reads = 0
         for name, new in module.named_parameters(owner, recurse=False):
             if reads is not None and new.ndim == 2 and new.shape[reads] > old[name].shape[reads]:
                 new.zero_()
@@ -638,17 +647,14 @@ def _widen(config: Any, parameters: int) -> None:
 def _same(base: Tower, grown: Tower) -> None:
     """Raises ZipperError unless the grown tower says of the old ids what the bare one says, up to
     rounding."""
-    ids = torch.randint(base.vocabulary, (2, 8), generator=torch.Generator().manual_seed(0)).to(
-        base.model.device
-    )
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.vocabulary, (2, 8), generator=chance)
+    strand = Strand.alone(ids.to(base.model.device))
     with torch.no_grad():
-        wanted, found = (
-            tower(Strand.alone(ids))[..., : base.vocabulary].float() for tower in (base, grown)
-        )
+        wanted, found = (tower(strand)[..., : base.vocabulary].float() for tower in (base, grown))
     gap = float((found - wanted).abs().max() / wanted.abs().max())
     if not gap <= TOLERANCE:
         raise ZipperError(
             f"{base.name} cannot be extended: its logits of its own ids change by {gap:.1e}. "
-            "Leave out parameters=..., or use "
-            "another model."
+            "Leave out parameters=..., or use another model."
         )

@@ -1,6 +1,7 @@
-"""The main job, end to end on the built-in corpus: towers -> zip -> alignment on pairs -> speech to
-text and text to speech -> evaluation -> report. Also the evaluation of any saved model on that
-corpus, for `zipper evaluate`.
+"""The main job, end to end on the built-in corpus: towers, zip, alignment on pairs, evaluation of
+speech to text and text to speech, report.
+
+Also the evaluation of any saved model on that corpus, for `zipper evaluate`.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from zipper.audio import disturbance
 from zipper.audio.sound import Audio
 from zipper.data import manifests as data
 from zipper.environment import need
-from zipper.evaluation import Judge, error_rate, floor_template, judge_audio
+from zipper.evaluation import error_rate, floor_template
 from zipper.inspection import attention
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
@@ -29,17 +30,17 @@ from zipper.modality.text import Text
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint
-from zipper.strand import Segment, collate
+from zipper.strand import Produced, Segment, collate
 from zipper.training import TrainConfig, train
 from zipper.workers import spread
 from zipper_lab import report
 from zipper_lab.corpora import commands as corpus
+from zipper_lab.judges import Judge, judge_audio
 from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
 
 CHUNK = 100  # utterances that are generated together
 JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
 DOMAIN = 20_000  # sentences of the unpaired text part that the judge's language model is made of
-FEW = 8  # utterances for which no process is started
 SHOWN = 6  # utterances to listen to in the report
 
 #: The pre-trained towers that come with the package, before any alignment.
@@ -91,15 +92,51 @@ def demo(
     need("speech", "train")  # what is needed at the end should not be missed there
     if (output / "run").exists():
         shutil.rmtree(output / "run")
+
     clock = Clock()
     with clock.phase("towers"):
         towers, modalities = _pretrain(output) if from_scratch else _shipped()
     units = SpeechUnits.load(modalities["speech"])
     with clock.phase(f"render {pairs} pairs"):
-        for name, part, n in [("pairs", "pairs", pairs), ("dev", "dev", 200)]:
-            data.write(output / f"{name}.jsonl", corpus.rows(part, n, units, takes=1))
+        for name, count in (("pairs", pairs), ("dev", 200)):
+            data.write(output / f"{name}.jsonl", corpus.rows(name, count, units, takes=1))
         tests = corpus.rows("test", test, units)
-    config = TrainConfig(
+    config = _recipe(output, towers, modalities, steps)
+    with clock.phase("align"):
+        pipeline = train(config)
+    second = None if from_scratch else Pipeline.from_pretrained()
+    with clock.phase(f"evaluate on {test} utterances"):
+        result = evaluate(pipeline, tests, second=second, robust=True)
+
+    metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()
+    directions = (("speech", "text"), ("text", "speech"))
+    made = Report(
+        asr=result.scores["asr"],
+        tts=result.scores["tts"],
+        seconds=round(sum(clock.seconds.values()), 1),
+        phases=clock.seconds,
+        corpus={"pairs": pairs, "dev": 200, "test": test},
+        recipe=dataclasses.asdict(config),
+        environment=report.environment(),
+        command="make demo",
+        metrics=[json.loads(line) for line in metrics],
+        attention=[_map(pipeline, tests[0], given, said) for given, said in directions],
+        samples=result.samples,
+    )
+    found = made.to_json()
+    checkpoint.write_json(output / "report.json", found)
+    report.write(output / "report.html", made)
+
+    print(_summary(found))
+    print(f"{output / 'report.html'} after {made.seconds:.0f} s")
+    return found
+
+
+def _recipe(
+    output: Path, towers: dict[str, str], modalities: dict[str, str], steps: int
+) -> TrainConfig:
+    """How the zip is aligned."""
+    return TrainConfig(
         output=str(output / "run"),
         towers=towers,
         modalities=modalities,
@@ -121,46 +158,18 @@ def demo(
         eval_rows=100,
         save_every=steps,
     )
-    with clock.phase("align"):
-        pipeline = train(config)
-    second = None if from_scratch else Pipeline.from_pretrained()
-    with clock.phase(f"evaluate on {test} utterances"):
-        result = evaluate(pipeline, tests, second=second, robust=True)
-    seconds = round(sum(clock.seconds.values()), 1)
-    metrics = [
-        json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    made = Report(
-        asr=result.scores["asr"],
-        tts=result.scores["tts"],
-        seconds=seconds,
-        phases=clock.seconds,
-        corpus={"pairs": pairs, "dev": 200, "test": test},
-        recipe=dataclasses.asdict(config),
-        environment=report.environment(),
-        command="make demo",
-        metrics=metrics,
-        attention=[
-            _map(pipeline, tests[0], given, produced)
-            for given, produced in (("speech", "text"), ("text", "speech"))
-        ],
-        samples=result.samples,
-    )
-    found = made.to_json()
-    checkpoint.write_json(output / "report.json", found)
-    report.write(output / "report.html", made)
+
+
+def _summary(found: dict[str, Any]) -> str:
+    """The rates of report.json in two lines."""
     asr, tts = found["asr"], found["tts"]
     hardest = max(asr["robust"], key=asr["robust"].get)
-    print(
+    return (
         f"ASR WER {asr['wer']:.1%} (floor {asr['floor']:.1%}; {hardest}: "
-        f"{asr['robust'][hardest]:.1%})"
-    )
-    print(
+        f"{asr['robust'][hardest]:.1%})\n"
         f"TTS WER {tts['wer']:.1%} by {JUDGE} (oracle {tts['oracle']:.1%}, floor "
         f"{tts['floor']:.1%})"
     )
-    print(f"{output / 'report.html'} after {seconds:.0f} s")
-    return found
 
 
 @dataclass(frozen=True)
@@ -188,105 +197,98 @@ def evaluate(
     """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
     floor = floor_template(texts, [row["template"] for row in rows])
+    written = transcribe(pipeline, [row["speech"] for row in rows])
+    wrote = [segment.content for segment in written]
     scores: dict[str, list[Score]] = {"asr": [], "tts": []}
 
-    def add(
-        task: str,
-        system: str,
-        judge: str,
-        heard: Sequence[str],
-        ended: Sequence[bool] | None = None,
-    ) -> None:
-        for voice in ("", *dict.fromkeys(voices)):
-            mine = [i for i, v in enumerate(voices) if voice in ("", v)]
-            unended = None if ended is None else sum(not ended[i] for i in mine) / len(mine)
-            scores[task].append(
-                Score(
-                    system,
-                    judge,
-                    error_rate([texts[i] for i in mine], [heard[i] for i in mine]),
-                    voice,
-                    unended,
-                )
-            )
-
-    true = [row["speech"] for row in rows]
-    written = transcribe(pipeline, true)
     if "asr" in tasks:
-        add("asr", "model", EXACT, [s.content for s in written], [s.ended for s in written])
-        add("asr", "floor", EXACT, floor)
-        for name, ids in (disturbed(pipeline.units, rows) if robust else {}).items():
-            heard = [s.content for s in transcribe(pipeline, ids)]
-            scores["asr"].append(Score("model", EXACT, error_rate(texts, heard), disturbed=name))
-    words = {"reference": texts, "transcript": [s.content for s in written]}
+        scores["asr"] += _by_voice("model", EXACT, texts, wrote, voices, written)
+        scores["asr"] += _by_voice("floor", EXACT, texts, floor, voices)
+    if "asr" in tasks and robust:
+        for name, ids in disturbed(pipeline.units, rows).items():
+            heard = [segment.content for segment in transcribe(pipeline, ids)]
+            rate = error_rate(texts, heard)
+            scores["asr"].append(Score("model", EXACT, rate, disturbed=name))
+    words = {"reference": texts, "transcript": wrote}
     if "tts" not in tasks:
         return Evaluation(scores, [], words)
+
     said = speak(pipeline, texts, voices)
-    units = {"model": [s.content for s in said], "oracle": true}
+    units = {
+        "model": [segment.content for segment in said],
+        "oracle": [row["speech"] for row in rows],
+    }
     sounds = {name: vocode(pipeline, ids) for name, ids in units.items()}
     judge = Judge.from_sentences([u.text for u in corpus.sentences("text", DOMAIN)])
-    by_judge = {name: {JUDGE: judge_audio(judge, audios)} for name, audios in sounds.items()}
+    heard_by = {name: {JUDGE: judge_audio(judge, some)} for name, some in sounds.items()}
     if second is not None:
         for name, ids in units.items():
-            by_judge[name][SECOND] = [s.content for s in transcribe(second, ids)]
-    for by in by_judge["model"]:
-        add("tts", "model", by, by_judge["model"][by], [s.ended for s in said])
-        add("tts", "oracle", by, by_judge["oracle"][by])
-        add("tts", "floor", by, floor)
+            heard_by[name][SECOND] = [segment.content for segment in transcribe(second, ids)]
 
-    def sound(name: str, i: int) -> Sound:
-        return Sound(sounds[name][i], {by: words[i] for by, words in by_judge[name].items()})
+    for by in heard_by["model"]:
+        scores["tts"] += _by_voice("model", by, texts, heard_by["model"][by], voices, said)
+        scores["tts"] += _by_voice("oracle", by, texts, heard_by["oracle"][by], voices)
+        scores["tts"] += _by_voice("floor", by, texts, floor, voices)
 
     samples = []
     for i, recorded in enumerate(recordings(rows[:SHOWN])):
-        true_sound = Sound(recorded, {JUDGE: judge.transcribe(recorded)})
-        samples.append(
-            Sample(
-                rows[i]["id"],
-                texts[i],
-                voices[i],
-                written[i].content,
-                true_sound,
-                sound("oracle", i),
-                sound("model", i),
-            )
+        rebuilt, spoken = (
+            Sound(sounds[name][i], {by: heard[i] for by, heard in heard_by[name].items()})
+            for name in ("oracle", "model")
         )
-    words |= {
-        f"{name} by {by}": list(said)
-        for name, judges in by_judge.items()
-        for by, said in judges.items()
-    }
+        true = Sound(recorded, {JUDGE: judge.transcribe(recorded)})
+        name = rows[i]["id"]
+        samples.append(Sample(name, texts[i], voices[i], wrote[i], true, rebuilt, spoken))
+    for name, judges in heard_by.items():
+        words |= {f"{name} by {by}": list(heard) for by, heard in judges.items()}
     return Evaluation(scores, samples, words)
 
 
-def transcribe(pipeline: Pipeline, units: Sequence[Sequence[int]]) -> list[Segment]:
+def _by_voice(
+    system: str,
+    judge: str,
+    texts: Sequence[str],
+    heard: Sequence[str],
+    voices: Sequence[str],
+    produced: Sequence[Produced] = (),
+) -> list[Score]:
+    """The score in all voices and in each. produced: the segments behind what was heard."""
+    found = []
+    for voice in ("", *dict.fromkeys(voices)):
+        mine = [i for i, v in enumerate(voices) if voice in ("", v)]
+        rate = error_rate([texts[i] for i in mine], [heard[i] for i in mine])
+        unended = None
+        if produced:
+            unended = sum(not produced[i].ended for i in mine) / len(mine)
+        found.append(Score(system, judge, rate, voice, unended))
+    return found
+
+
+def transcribe(pipeline: Pipeline, units: Sequence[Sequence[int]]) -> list[Produced]:
     """Speech to text for many lists of units, in batches of like length."""
+    prompts = [[Segment("speech", list(ids))] for ids in units]
     return _in_chunks(
         [len(ids) for ids in units],
-        lambda some: pipeline.run_batch(
-            [[Segment("speech", list(units[i]))] for i in some], ["text"]
-        ),
+        lambda some: pipeline.run_batch([prompts[i] for i in some], ["text"]),
     )
 
 
-def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> list[Segment]:
+def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> list[Produced]:
     """Text to units, each in its voice, greedy; contents are ids."""
     text = pipeline.modalities["text"]
-    found: dict[int, Segment] = {}
+    found: dict[int, Produced] = {}
     for voice in dict.fromkeys(voices):
         mine = [i for i, v in enumerate(voices) if v == voice]
         prompts = [[Segment("text", text.encode(texts[i]))] for i in mine]
-        produced = _in_chunks(
-            [len(texts[i]) for i in mine],
-            partial(_say, pipeline, prompts, voice),
-        )
+        lengths = [len(texts[i]) for i in mine]
+        produced = _in_chunks(lengths, partial(_say, pipeline, prompts, voice))
         found |= dict(zip(mine, produced, strict=True))
     return [found[i] for i in range(len(texts))]
 
 
 def _say(
     pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, some: Sequence[int]
-) -> list[list[Segment]]:
+) -> list[list[Produced]]:
     return pipeline.generate([prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
 
 
@@ -316,19 +318,17 @@ def _disturbed(units: SpeechUnits, row: Row) -> dict[str, list[int]]:
 
 def recordings(rows: Sequence[Row]) -> list[Audio]:
     """The utterances behind rows of the corpus, said again."""
-    return [
-        corpus.synthesize(corpus.Utterance(row["id"], row["text"], row["template"], row["voice"]))
-        for row in rows
-    ]
+    said = (corpus.Utterance(row["id"], row["text"], row["template"], row["voice"]) for row in rows)
+    return [corpus.synthesize(utterance) for utterance in said]
 
 
 def _in_chunks(
-    lengths: Sequence[int], produce: Callable[[list[int]], list[list[Segment]]]
-) -> list[Segment]:
+    lengths: Sequence[int], produce: Callable[[list[int]], list[list[Produced]]]
+) -> list[Produced]:
     """The one segment that `produce` makes for each index, asked for in chunks of like length; in
     the order of the indices."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    found: dict[int, Segment] = {}
+    found: dict[int, Produced] = {}
     for start in range(0, len(order), CHUNK):
         some = order[start : start + CHUNK]
         found |= {i: segments[0] for i, segments in zip(some, produce(some), strict=True)}
@@ -338,9 +338,8 @@ def _in_chunks(
 def _map(pipeline: Pipeline, row: Row, given: str, produced: str) -> AttentionMap:
     """Where the produced segment of a true pair looks in the given one."""
     ids = {"text": pipeline.modalities["text"].encode(row["text"]), "speech": row["speech"]}
-    strands = collate(
-        [[Segment(name, ids[name]) for name in (given, produced)]], pipeline.model.ends()
-    ).strands
+    sample = [Segment(name, ids[name]) for name in (given, produced)]
+    strands = collate([sample], pipeline.model.ends()).strands
     weights = attention(pipeline.zip, strands, given, produced).numpy()
     labels = {
         name: [_label(pipeline, name, i) for i in strand.ids[0].tolist()]
@@ -357,9 +356,8 @@ def _label(pipeline: Pipeline, name: str, token: int) -> str:
 
 def _shipped() -> tuple[dict[str, str], dict[str, str]]:
     """Folders of the pre-trained towers and of their modalities, as the package brings them."""
-    return {name: str(path) for name, path in TOWERS.items()}, {
-        name: str(SHIPPED / "modalities" / name) for name in TOWERS
-    }
+    towers = {name: str(path) for name, path in TOWERS.items()}
+    return towers, {name: str(SHIPPED / "modalities" / name) for name in TOWERS}
 
 
 def _pretrain(output: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from zipper.audio.disturbance import Disturbance
 from zipper.data import manifests as data
 from zipper.errors import ZipperError
-from zipper.evaluation import Judge, floor_random, floor_template, lines
+from zipper.evaluation import floor_random, floor_template, lines
 from zipper.link import LinkConfig
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
@@ -44,30 +44,21 @@ from zipper.training import TrainConfig, build, gates, train
 from zipper.training.building import Build
 from zipper_lab import demo, report
 from zipper_lab.baseline import Extend
-from zipper_lab.corpora import commands as corpus
-from zipper_lab.corpora import prose
-from zipper_lab.results import TITLES, plain, write
+from zipper_lab.corpora import commands, prose
+from zipper_lab.judges import Judge
+from zipper_lab.results import BOTH, FROZEN, MATCHED, PLAIN, ROWS, TITLES, ZIP, plain, write
 
-VERSION = (
-    1  # raise it when a change of the code changes what a job finds: it is in every file's name
-)
+# Raise it when a change of the code changes what a job finds: it is in every file's name.
+VERSION = 1
 
 TABLES = tuple(TITLES)
 HEADLINE = ("table1", "table2", "figure2", "figure3", "towers")
 VARIED = ("figure4a", "figure4b", "gate", "positions", "depth", "lora")
-HEARD = {
-    "table2",
-    "figure2",
-}  # tables of sound: vocoder and independent ear, the dear part of an evaluation
+# Tables of sound: vocoder and judge, the dear part of an evaluation.
+HEARD = {"table2", "figure2"}
 SILENT = {"table1", "towers"}  # tables that need no produced speech
 
-ZIP, FROZEN, BOTH, LORA = (
-    "zip, speech trained",
-    "zip, speech frozen",
-    "zip, text trained too",
-    "zip, LoRA on text",
-)
-PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
+LORA = "zip, LoRA on text"
 #: What each arm has that others have not: fields of TrainConfig.
 ARMS: dict[str, dict[str, Any]] = {
     ZIP: {"train": ("speech",)},
@@ -98,12 +89,12 @@ TRIED: dict[str, tuple[dict[str, float], ...]] = {
     PLAIN: tuple({"lr_tower": rate} for rate in (1e-3, 2.5e-3, 5e-3, 1e-2)),
 }
 TRIED |= {BOTH: TRIED[ZIP], LORA: TRIED[FROZEN], MATCHED: TRIED[PLAIN], ROWS: TRIED[PLAIN]}
-# of choices this near to the least dev loss the lowest is taken: what leads in a short run may not
-# bear a long one
+# Of choices this near to the least dev loss the lowest is taken: what leads in a short run may not
+# bear a long one.
 NEAR = 0.01
 LR_GATE = 3e-4
 LINK = {"gate_init": 1.2, "dropout": 0.1}
-# of the noisy test set: without a front the shipped model had 0.3 % at 40 dB, 28 % at 20 dB
+# Of the noisy test set: without a front the shipped model had 0.3 % at 40 dB, 28 % at 20 dB.
 NOISE_DB = 25.0
 TASKS = {"speech -> text": 1.0, "text -> voiced:speech": 1.26}  # the paper's shares (A.3)
 
@@ -113,8 +104,9 @@ TASKS = {"speech -> text": 1.0, "text -> voiced:speech": 1.26}  # the paper's sh
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation. name: unique. tables: those it is a part of (`TABLES`).
-    size: "S" or "L", of the text tower.
+    """One training and its evaluation.
+
+    name: unique. tables: those it is a part of (`TABLES`). size: "S" or "L", of the text tower.
     changes: fields of TrainConfig that differ from the arm's own; "link" holds fields of
     LinkConfig.
     """
@@ -145,10 +137,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell gave. parameters: total, trained, new. rates: learning rates, chosen on dev. dev:
-    nats per token of each task at the best step. perplexity: per tower "before", "after" (alone),
-    "zip" (the pair's other modality in front), "unrelated" (another pair's), and for text
-    "identical" (1 = logits equal to the bit). core_s: of the process that ended it.
+    """What a cell gave.
+
+    parameters: total, trained, new. rates: learning rates, chosen on dev. dev: nats per token of
+    each task at the best step. perplexity: per tower "before", "after" (alone), "zip" (the pair's
+    other modality in front), "unrelated" (another pair's), and for text "identical" (1 = logits
+    equal to the bit). core_s: of the process that ended it.
     """
 
     cell: Cell
@@ -180,11 +174,11 @@ class Budget:
     """How much a preset does.
 
     seeds: of the headline cells on the first corpus; all else has one. pairs: all there are. steps:
-    of a cell with all of them,
-    few: with less, ablation: that varies one thing, large: of size L, prose: on prose. search:
-    steps of each short run of the search. sweep: numbers of pairs beside all, the first two with
-    all seeds. shapes: of towers that are pre-trained here, for tower_steps steps, on so many
-    `unpaired` utterances of prose. arms, values: how many at most in side tables and ablations.
+    of a cell with all of them, few: with less, ablation: that varies one thing, large: of size L,
+    prose: on prose. search: steps of each short run of the search. sweep: numbers of pairs beside
+    all, the first two with all seeds. shapes: of towers that are pre-trained here, for tower_steps
+    steps, on so many `unpaired` utterances of prose. arms, values: how many at most in side tables
+    and ablations.
     """
 
     name: str
@@ -312,15 +306,14 @@ def cells(spend: Budget) -> list[Cell]:
         size: str = "S",
         **changes: Any,
     ) -> None:
-        steps = (
-            spend.few
-            if pairs < spend.pairs
-            else spend.large
-            if size == "L"
-            else spend.prose
-            if where == "prose"
-            else spend.steps
-        )
+        steps = spend.steps
+        if pairs < spend.pairs:
+            steps = spend.few
+        elif size == "L":
+            steps = spend.large
+        elif where == "prose":
+            steps = spend.prose
+
         said = [f"{key}={json.dumps(value, sort_keys=True)}" for key, value in changes.items()]
         name = "/".join([where, size, arm, f"pairs={pairs}", *said, f"seed={seed}"])
         found[name] = Cell(
@@ -343,26 +336,22 @@ def cells(spend: Budget) -> list[Cell]:
         add(arm, ("schedule",), pairs=spend.sweep[0], steps=spend.steps)
     for pairs, arm in product(spend.sweep[2:], main[:2]):
         add(arm, ("figure3",), 0, pairs)
+
+    # Both towers frozen: what differs is the links, and it learns fastest.
     short: dict[str, Any] = {"steps": spend.ablation}
-    add(
-        FROZEN, VARIED, **short
-    )  # both towers frozen: what differs is the links, and it learns fastest
+    add(FROZEN, VARIED, **short)
     for kind in ("paper", "residual")[: spend.values]:
         add(FROZEN, ("figure4a",), input_projection=kind, **short)
     for blocks in ((2,), (1, 3))[: spend.values]:
-        add(
-            FROZEN,
-            ("figure4b",),
-            every=None,
-            junctions=[{"text": n, "speech": n} for n in blocks],
-            **short,
-        )
+        junctions = [{"text": n, "speech": n} for n in blocks]
+        add(FROZEN, ("figure4b",), every=None, junctions=junctions, **short)
     for gate in (0.0, 0.6)[: spend.values]:
         add(FROZEN, ("gate",), link={"gate_init": gate}, **short)
     add(FROZEN, ("positions",), link={"rotary": False}, **short)
     for depth in (1, 0, 3)[: spend.values]:  # a link without a projection cannot be calibrated
         add(FROZEN, ("depth",), calibrate=0, link={"projection_depth": depth}, **short)
     add(LORA, ("lora",), **short)
+
     for arm in main[: min(3, spend.arms)]:
         add(arm, HEADLINE, size="L")
     return list(found.values())
@@ -373,8 +362,11 @@ def cells(spend: Budget) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Job:
-    """A process to be. kind: the function in `KINDS` that does it. spec: all that decides what it
-    finds, beside its needs, the jobs that must be done before."""
+    """A process to be.
+
+    kind: the function in `KINDS` that does it. spec: all that decides what it finds, beside its
+    needs, the jobs that must be done before.
+    """
 
     kind: str
     name: str
@@ -416,31 +408,24 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
         "mixed_precision": spend.mixed_precision,
     }
 
-    def grounds(name: str, size: str) -> tuple[Job, ...]:
+    def stands_on(name: str, size: str) -> tuple[Job, ...]:
         """The corpus and the towers that it lacks."""
-        prose = name == "prose"
-        rows = {
-            "pairs": spend.pairs,
-            "dev": spend.dev,
-            "test": spend.test,
-            "unpaired": spend.unpaired if prose else 0,
-        }
-        ground = once(
-            Job("corpus", name, {"corpus": name} | rows | ({} if prose else {"judge": judge}))
-        )
-        fresh = [f"text-{size}", "speech"] if prose else [f"text-{size}"] * (size != "S")
+        rows: dict[str, Any] = {"pairs": spend.pairs, "dev": spend.dev, "test": spend.test}
+        if name == "prose":
+            rows["unpaired"], fresh = spend.unpaired, [f"text-{size}", "speech"]
+        else:
+            rows |= {"unpaired": 0, "judge": judge}
+            fresh = [f"text-{size}"] * (size != "S")
+        corpus = once(Job("corpus", name, {"corpus": name} | rows))
+
         training = {
             "steps": spend.tower_steps,
             "batch": spend.batch,
             "mixed_precision": spend.mixed_precision,
         }
-        towers = [
-            Job(
-                "tower", f"{name}-{n}", {"tower": n, "shape": spend.shapes[n]} | training, (ground,)
-            )
-            for n in fresh
-        ]
-        return ground, *map(once, towers)
+        specs = [{"tower": tower, "shape": spend.shapes[tower]} | training for tower in fresh]
+        towers = [Job("tower", f"{name}-{spec['tower']}", spec, (corpus,)) for spec in specs]
+        return corpus, *map(once, towers)
 
     for cell in some:
         # One search an arm, at size S with all pairs of the first corpus: with 400 pairs it found
@@ -448,8 +433,8 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
         where = spend.corpora[0]
         probe = Cell("", (), cell.arm, "S", where, spend.pairs, 0, {"steps": spend.search})
         tried = {"cell": asdict(probe), "tried": TRIED[cell.arm], "near": NEAR, **common}
-        search = once(Job("rate", f"{where}/{cell.arm}", tried, grounds(where, "S")))
-        stands = grounds(cell.corpus, cell.size)
+        search = once(Job("rate", f"{where}/{cell.arm}", tried, stands_on(where, "S")))
+        stands = stands_on(cell.corpus, cell.size)
         once(Job("reference", cell.corpus, {}, stands[:1]))
         once(Job("cell", cell.name, {"cell": asdict(cell), **common}, (*stands, search)))
     return list(found.values())
@@ -459,13 +444,14 @@ def jobs(some: Sequence[Cell], spend: Budget, judge: str = "") -> list[Job]:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What the cells of a corpus stand on, as paths. modalities, towers: folders by name; towers
-    are called text-S, text-L, speech.
-    alone: per modality the manifests to pre-train on and its dev part. tests: manifests by test
-    set. sentences: the first `known` of them make the judge's language model, of n-grams to
-    `order`; ear: its acoustic model, "" for its own. judge: a pipeline that is the second judge, by
-    units; None where there is none.
+class Corpus:
+    """What the cells of a corpus stand on, as paths.
+
+    modalities, towers: folders by name; towers are called text-S, text-L, speech. alone: per
+    modality the manifests to pre-train on and its dev part. tests: manifests by test set.
+    sentences: the first `known` of them make the judge's language model, of n-grams to `order`;
+    ear: its acoustic model, "" for its own. judge: a pipeline that is the second judge, by units;
+    None where there is none.
     """
 
     modalities: dict[str, str]
@@ -481,9 +467,8 @@ class Ground:
     ear: str = ""
 
 
-Needs = Mapping[
-    str, Any
-]  # what the needed jobs found: "corpus", "tower" (all of them as one dict) and "rate"
+#: What the needed jobs found: "corpus", "tower" (all of them as one dict) and "rate".
+Needs = Mapping[str, Any]
 
 
 def work(path: str) -> None:
@@ -515,9 +500,7 @@ def _end_with(parent: int) -> None:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    write_json(beside, content)
-    beside.replace(path)
+    write_json(path, content)
 
 
 def prepare_corpus(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
@@ -525,7 +508,7 @@ def prepare_corpus(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[
     return asdict({"commands": _commands, "prose": _prose}[spec["corpus"]](spec, folder))
 
 
-def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
+def _commands(spec: Mapping[str, Any], folder: Path) -> Corpus:
     """The built-in corpus in the shipped units; its towers of size S are the shipped ones."""
     pipeline = Pipeline.from_pretrained()
     for name, part, n in (
@@ -533,7 +516,7 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
         ("dev", "dev", spec["dev"]),
         ("test", "test", spec["test"]),
     ):
-        data.write(folder / f"{name}.jsonl", corpus.rows(part, n, pipeline.units, workers=1))
+        data.write(folder / f"{name}.jsonl", commands.rows(part, n, pipeline.units, workers=1))
     said = data.manifest(folder / "test.jsonl")
     heard = zip(said, demo.recordings(said), strict=True)
     noise = Disturbance(snr_db=NOISE_DB)
@@ -543,8 +526,10 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
     ]
     data.write(folder / "test_noisy.jsonl", noisy)
     for name, part, n in (("text", "text", 60_000), ("text_dev", "dev", spec["dev"])):
-        data.write(folder / f"{name}.jsonl", [{"text": u.text} for u in corpus.sentences(part, n)])
-    return Ground(
+        data.write(
+            folder / f"{name}.jsonl", [{"text": u.text} for u in commands.sentences(part, n)]
+        )
+    return Corpus(
         modalities={name: str(SHIPPED / "modalities" / name) for name in ("text", "speech")},
         towers={"text-S": str(demo.TOWERS["text"]), "speech": str(demo.TOWERS["speech"])},
         data=str(folder / "pairs.jsonl"),
@@ -559,7 +544,7 @@ def _commands(spec: Mapping[str, Any], folder: Path) -> Ground:
     )
 
 
-def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
+def _prose(spec: Mapping[str, Any], folder: Path) -> Corpus:
     """Open vocabulary; both towers are pre-trained here, and no second judge knows its units."""
     names = {
         "pairs": spec["pairs"],
@@ -571,7 +556,7 @@ def _prose(spec: Mapping[str, Any], folder: Path) -> Ground:
     known = prose.domain()
     data.write(folder / "sentences.jsonl", [{"text": line} for line in known])
     at = {name: str(folder / f"{name}.jsonl") for name in (*prose.MANIFESTS, "sentences")}
-    return Ground(
+    return Corpus(
         modalities={name: str(folder / name) for name in ("text", "speech")},
         towers={},
         data=at["pairs"],
@@ -594,22 +579,22 @@ def pretrain(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
 
 def tower_recipe(spec: Mapping[str, Any], needs: Needs, folder: Path) -> TrainConfig:
     """The recipe by which a tower is pre-trained."""
-    ground, steps = Ground(**needs["corpus"]), spec["steps"]
+    corpus, steps = Corpus(**needs["corpus"]), spec["steps"]
     modality = spec["tower"].partition("-")[0]
+    tasks = {"-> text": 1.0}
+    if modality == "speech":
+        tasks = {"-> speech": 0.5, "-> voiced:speech": 0.5}
     return TrainConfig(
         output=str(folder),
         towers={modality: spec["shape"]},
-        modalities={modality: ground.modalities[modality]},
-        data=ground.alone[modality][0],
-        dev=ground.alone[modality][1],
-        tasks={"-> text": 1.0}
-        if modality == "text"
-        else {"-> speech": 0.5, "-> voiced:speech": 0.5},
+        modalities={modality: corpus.modalities[modality]},
+        data=corpus.alone[modality][0],
+        dev=corpus.alone[modality][1],
+        tasks=tasks,
         steps=steps,
         batch=spec["batch"],
-        lr_tower=2e-3
-        if spec["shape"]["hidden_size"] < 512
-        else 5e-4,  # the paper's for its large ones (A.3)
+        # 5e-4 is the paper's for its large ones (A.3).
+        lr_tower=2e-3 if spec["shape"]["hidden_size"] < 512 else 5e-4,
         mixed_precision=spec["mixed_precision"],
         corrupt={"speech": 0.05} if modality == "speech" else {},
         warmup=min(40, 1 + steps // 8) if steps < 2000 else 200,
@@ -636,7 +621,7 @@ def search_rates(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[st
 
 def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """Train a cell and evaluate its best model by dev loss: a `Result` as plain data."""
-    cell, ground = _cell(spec), Ground(**needs["corpus"])
+    cell, corpus = _cell(spec), Corpus(**needs["corpus"])
     config = configure(spec, needs, folder, needs["rate"]["rates"])
     pipeline = train(config, resume=True, build=builder(spec, needs, folder))
     pipeline.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -651,13 +636,13 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
         best_step=record["step"],
         rates=dict(needs["rate"]["rates"]),
         dev=record["dev"],
-        scores=scores(pipeline, ground, cell.tables),
+        scores=scores(pipeline, corpus, cell.tables),
         gates=gates(model),
     )
     if "towers" in cell.tables:
-        texts = [row["text"] for row in data.manifest(Path(ground.dev), 3)]
+        texts = [row["text"] for row in data.manifest(Path(corpus.dev), 3)]
         perplexity, continuations = harm(
-            pipeline, _towers(cell, needs), Path(ground.dev), spec["dev"], texts
+            pipeline, _towers(cell, needs), Path(corpus.dev), spec["dev"], texts
         )
         result = replace(result, perplexity=perplexity, continuations=continuations)
     shutil.rmtree(folder / "checkpoints")
@@ -667,29 +652,27 @@ def run_cell(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, A
 def references(spec: Mapping[str, Any], needs: Needs, folder: Path) -> dict[str, Any]:
     """Oracle (true units through the judges) and floor (another sentence of the same kind) of every
     test set."""
-    ground = Ground(**needs["corpus"])
-    ears, found = Ears(ground), {"oracle": list[Score](), "floor": list[Score]()}
-    for test, path in ground.tests.items():
+    corpus = Corpus(**needs["corpus"])
+    judges, found = Judges(corpus), {"oracle": list[Score](), "floor": list[Score]()}
+    for test, path in corpus.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         templates = [row["template"] for row in rows if "template" in row]
-        other = (
-            floor_template(texts, templates)
-            if len(templates) == len(texts)
-            else floor_random(texts)
-        )
+        other = floor_random(texts)
+        if len(templates) == len(texts):
+            other = floor_template(texts, templates)
         found["floor"].append(_score("asr", test, demo.EXACT, texts, other))
         if not _noisy(test):
-            for judge, heard in ears.hear([row["speech"] for row in rows], aloud=True).items():
+            heard_by = judges.hear([row["speech"] for row in rows], aloud=True)
+            for judge, heard in heard_by.items():
                 found["oracle"].append(_score("tts", test, judge, texts, heard))
                 found["floor"].append(_score("tts", test, judge, texts, other))
-    where = Path(ground.data).parent.name.partition("-")[0]
-    return {
-        arm: asdict(
-            Result(Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {}), scores=list(by))
-        )
-        for arm, by in found.items()
-    }
+
+    where, results = Path(corpus.data).parent.name.partition("-")[0], {}
+    for arm, by in found.items():
+        cell = Cell(f"{where}/{arm}", TABLES, arm, "S", where, 0, 0, {})
+        results[arm] = asdict(Result(cell, scores=by))
+    return results
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Needs, Path], dict[str, Any]]] = {
@@ -705,15 +688,15 @@ def configure(
     spec: Mapping[str, Any], needs: Needs, folder: Path, rates: Mapping[str, float]
 ) -> TrainConfig:
     """The recipe of a cell: what all have in common, the arm's own, the cell's changes."""
-    cell, ground = _cell(spec), Ground(**needs["corpus"])
+    cell, corpus = _cell(spec), Corpus(**needs["corpus"])
     changes = dict(cell.changes)
     steps = changes["steps"]
     fields: dict[str, Any] = {
         "output": str(folder),
         "towers": _towers(cell, needs),
-        "modalities": ground.modalities,
-        "data": ground.data,
-        "dev": ground.dev,
+        "modalities": corpus.modalities,
+        "data": corpus.data,
+        "dev": corpus.dev,
         "tasks": TASKS,
         "rows": cell.pairs,
         "batch": spec["batch"],
@@ -750,58 +733,48 @@ def builder(spec: Mapping[str, Any], needs: Needs, folder: Path) -> Build:
     if cell.arm != MATCHED:
         return Extend("text", ("speech",) if cell.arm == ROWS else ())
     like = configure({**spec, "cell": asdict(replace(cell, arm=ZIP))}, needs, folder, {})
-    return Extend(
-        "text", parameters=_size(replace(like, link=replace(like.link, whiten=True)))
-    )  # as it is once calibrated
+    calibrated = replace(like, link=replace(like.link, whiten=True))
+    return Extend("text", parameters=_size(calibrated))
 
 
-def scores(pipeline: Pipeline, ground: Ground, tables: Sequence[str]) -> list[Score]:
+def scores(pipeline: Pipeline, corpus: Corpus, tables: Sequence[str]) -> list[Score]:
     """What the tables ask for: speech to text on every test set; text to speech on the clean ones,
     if any table needs it."""
-    ears, found = Ears(ground), []
-    for test, path in ground.tests.items():
+    judges, found = Judges(corpus), []
+    for test, path in corpus.tests.items():
         rows = data.manifest(Path(path))
         texts = [row["text"] for row in rows]
         written = demo.transcribe(pipeline, [row["speech"] for row in rows])
-        found.append(
-            _score(
-                "asr",
-                test,
-                demo.EXACT,
-                texts,
-                [s.content for s in written],
-                [s.ended for s in written],
-            )
-        )
+        wrote, ended = [s.content for s in written], [s.ended for s in written]
+        found.append(_score("asr", test, demo.EXACT, texts, wrote, ended))
         if {*tables} <= SILENT or _noisy(test):
             continue
+
         said = demo.speak(pipeline, texts, [row["voice"] for row in rows])
-        for judge, heard in ears.hear(
-            [s.content for s in said], aloud=bool(HEARD & {*tables})
-        ).items():
-            found.append(_score("tts", test, judge, texts, heard, [s.ended for s in said]))
+        units, ended = [s.content for s in said], [s.ended for s in said]
+        for judge, heard in judges.hear(units, aloud=bool(HEARD & {*tables})).items():
+            found.append(_score("tts", test, judge, texts, heard, ended))
     return found
 
 
-class Ears:
-    """The judges of produced speech on a corpus."""
+class Judges:
+    """Who judges produced speech on a corpus."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
-        self.units = load_modality(Path(ground.modalities["speech"]))
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.units = load_modality(Path(corpus.modalities["speech"]))
 
     def hear(self, units: Sequence[Sequence[int]], aloud: bool) -> dict[str, list[str]]:
         """What each judge understands. aloud: as sound too, 0.15 core-s an utterance; always so
         where no judge reads units."""
         heard = {}
-        if self.ground.judge is not None:
-            second = Pipeline.from_pretrained(self.ground.judge)
+        if self.corpus.judge is not None:
+            second = Pipeline.from_pretrained(self.corpus.judge)
             heard[demo.SECOND] = [s.content for s in demo.transcribe(second, units)]
         if aloud or not heard:
-            sentences = [
-                row["text"] for row in data.manifest(Path(self.ground.sentences), self.ground.known)
-            ]
-            judge = Judge.from_sentences(sentences, self.ground.order, self.ground.ear)
+            known = data.manifest(Path(self.corpus.sentences), self.corpus.known)
+            sentences = [row["text"] for row in known]
+            judge = Judge.from_sentences(sentences, self.corpus.order, self.corpus.ear)
             heard[judge.name] = [judge.transcribe(self.units.decode(list(ids))) for ids in units]
         return heard
 
@@ -840,15 +813,15 @@ def harm(
         turned = [{**row, other: rows[i - 1][other]} for i, row in enumerate(rows)]
         before, wanted = _nats(bare, pipeline, name, alone, rows)
         after, got = _nats(None, pipeline, name, alone, rows)
-        losses = {"before": before, "after": after}
-        losses |= {
-            when: _nats(None, pipeline, name, paired, some)[0]
-            for when, some in {"zip": rows, "unrelated": turned}.items()
+        losses = {
+            "before": before,
+            "after": after,
+            "zip": _nats(None, pipeline, name, paired, rows)[0],
+            "unrelated": _nats(None, pipeline, name, paired, turned)[0],
         }
+        same = all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
         found[name] = {when: math.exp(loss) for when, loss in losses.items()}
-        found[name]["identical"] = float(
-            all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-        )
+        found[name]["identical"] = float(same)
     return found, _continuations(pipeline, towers["text"], texts)
 
 
@@ -858,15 +831,15 @@ def _nats(
     """Nats per token of one modality, by a bare tower or else by the whole model, and all
     logits."""
     model, total, count, seen = pipeline.model, 0.0, 0, []
+    device = next(model.parameters()).device
     for start in range(0, len(rows), 32):
-        batch = collate([task.segments(row) for row in rows[start : start + 32]], model.ends()).to(
-            next(model.parameters()).device
-        )
+        some = [task.segments(row) for row in rows[start : start + 32]]
+        batch = collate(some, model.ends()).to(device)
         logits = bare(batch.strands[name]) if bare else model(batch.strands, outputs=(name,))[name]
+
         where = batch.weights[name] > 0
-        total += float(
-            F.cross_entropy(logits[where].float(), batch.targets[name][where], reduction="sum")
-        )
+        targets = batch.targets[name][where]
+        total += float(F.cross_entropy(logits[where].float(), targets, reduction="sum"))
         count += int(where.sum())
         seen.append(logits)
     return total / count, seen
@@ -881,18 +854,15 @@ def _continuations(pipeline: Pipeline, tower: str, texts: Sequence[str]) -> dict
         {"text": Tower.load(tower, dtype=torch.float32)}, ends={"text": model.ends()["text"]}
     )
     base.to(next(model.parameters()).device)
+
+    def goes_on(some: Any, begin: str) -> str:
+        plan = [Segment("text", text.encode(begin))]
+        (said,) = some.generate([], plan, limits={"text": 24})
+        return str(text.decode(said.content))
+
     return {
-        when: [
-            str(
-                text.decode(
-                    some.generate([], [Segment("text", text.encode(begin))], limits={"text": 24})[
-                        0
-                    ].content
-                )
-            )
-            for begin in begins
-        ]
-        for when, some in (("before", base), ("after", model))
+        "before": [goes_on(base, begin) for begin in begins],
+        "after": [goes_on(model, begin) for begin in begins],
     }
 
 
@@ -932,12 +902,11 @@ def cost(job: Job) -> float:
     cell = _cell(spec)
     step = {FROZEN: 0.35, MATCHED: 0.95, PLAIN: 0.26, ROWS: 0.26}.get(cell.arm, 0.52)
     start += 6.0 if cell.arm in BASELINES else 15.0
-    step *= (
-        (1.6 if cell.size == "L" else 1.0)
-        * (1.6 if cell.corpus == "prose" else 1.0)
-        * spec["batch"]
-        / 32
-    )
+    step *= spec["batch"] / 32
+    if cell.size == "L":
+        step *= 1.6
+    if cell.corpus == "prose":
+        step *= 1.6
     if job.kind == "rate":
         return start + len(spec["tried"]) * (3 + 1.1 * cell.changes["steps"] * step)
     heard = 0.15 if HEARD & {*cell.tables} else 0.0
@@ -978,46 +947,35 @@ def execute(
     waiting = [job for job in queue if not job.path(output).exists()]
     total, failed = len(waiting), dict[str, str]()
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    spent = [0.0, 0.0]  # seconds as guessed and as measured
+    guessed_s = measured_s = 0.0
     try:
         while waiting or running:
             for job in [job for job in waiting if any(need.name in failed for need in job.needs)]:
-                failed[job.name] = (
-                    f"{next(need.name for need in job.needs if need.name in failed)} has no result"
-                )
+                lacking = next(need.name for need in job.needs if need.name in failed)
+                failed[job.name] = f"{lacking} has no result"
                 waiting.remove(job)
+
             ready = [
                 job for job in waiting if all(need.path(output).exists() for need in job.needs)
             ]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                running[job.key] = (
-                    job,
-                    start(_told(job, output), output / "logs" / f"{job.readable}.log"),
-                    time.monotonic(),
-                )
+                process = start(_told(job, output), _log(job, output))
+                running[job.key] = job, process, time.monotonic()
+
             for key, (job, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[key]
-                spent[0], spent[1] = spent[0] + cost(job), spent[1] + time.monotonic() - began
+                guessed_s += cost(job)
+                measured_s += time.monotonic() - began
                 if job.path(output).exists():
                     done(job)
                 else:
-                    log = (
-                        (output / "logs" / f"{job.readable}.log")
-                        .read_text(errors="replace")
-                        .strip()
-                        .splitlines()
-                    )
-                    failed[job.name] = log[-1] if log else f"exit code {process.returncode}"
-                    print(
-                        f"FAILED {job.kind} {job.name}: {failed[job.name]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    failed[job.name] = _why(job, output, process.returncode)
+
                 left = sum(map(cost, [*waiting, *(other for other, _, _ in running.values())]))
-                minutes = left * spent[1] / spent[0] / workers / 60
+                minutes = left * measured_s / guessed_s / workers / 60
                 over = total - len(waiting) - len(running)
                 print(
                     f"-- {over} of {total} jobs done, about {minutes:.0f} minutes left", flush=True
@@ -1028,6 +986,19 @@ def execute(
             process.kill()
             process.wait()
     return failed
+
+
+def _log(job: Job, output: Path) -> Path:
+    """Where a worker leaves what it says."""
+    return output / "logs" / f"{job.readable}.log"
+
+
+def _why(job: Job, output: Path, code: int) -> str:
+    """Why a job has no result, as its worker said it; it is printed."""
+    said = _log(job, output).read_text(errors="replace").strip().splitlines()
+    why = said[-1] if said else f"exit code {code}"
+    print(f"FAILED {job.kind} {job.name}: {why}", file=sys.stderr, flush=True)
+    return why
 
 
 def _told(job: Job, output: Path) -> Path:
@@ -1064,9 +1035,8 @@ def reproduce(
     if unknown := sorted({*only} - {*TABLES}):
         raise ZipperError(f"There is no table {unknown[0]!r}. Take some of {', '.join(TABLES)}.")
     spend = budget(preset, quick)
-    queue = jobs(
-        [cell for cell in cells(spend) if not only or {*cell.tables} & {*only}], spend, judge
-    )
+    wanted = [cell for cell in cells(spend) if not only or {*cell.tables} & {*only}]
+    queue = jobs(wanted, spend, judge)
     minutes = sum(cost(job) for job in queue if not job.path(output).exists()) / workers / 60
     print(
         f"{len(queue)} jobs, {sum(job.kind == 'cell' for job in queue)} of them cells; about "
@@ -1079,19 +1049,15 @@ def reproduce(
             json.loads(job.path(output).read_text()) for job in queue if job.path(output).exists()
         ]
         results = [one["found"] for one in found if one["kind"] == "cell"]
-        results += [
-            result
-            for one in found
-            if one["kind"] == "reference"
-            for result in one["found"].values()
-        ]
+        for one in (one for one in found if one["kind"] == "reference"):
+            results += one["found"].values()
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         content = {
             "preset": spend.name,
             "commit": report.commit(),
             "command": command,
             "versions": report.environment(),
-            "machine": f"{os.cpu_count()} cores, "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+            "machine": f"{os.cpu_count()} cores, {gpu}",
             "core_hours": round(sum(one["core_s"] for one in found) / 3600, 3),
             "results": results,
         }
@@ -1099,9 +1065,9 @@ def reproduce(
         return content
 
     def done(job: Job) -> None:
-        if job.kind == "cell" and (
-            shown := [name for name in job.spec["cell"]["tables"] if name in (only or TABLES)]
-        ):
+        if job.kind != "cell":
+            return
+        if shown := [name for name in job.spec["cell"]["tables"] if name in (only or TABLES)]:
             print(f"\n{plain(gather(), shown)}", flush=True)
 
     failed = execute(queue, output, workers, done)

@@ -6,11 +6,9 @@ nothing and knows no model. The paper is Zipper, arXiv:2405.18669.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from html import escape
+from itertools import chain, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -19,29 +17,28 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from zipper.environment import extra
+from zipper import pages
 from zipper.errors import ZipperError
-from zipper.evaluation import RESAMPLES
 from zipper.saving import files
-from zipper_lab import report
+from zipper.statistics import bootstrap, share, wilcoxon
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PAGE = Path(__file__).parent / "templates" / "results.html"
+ABOUT = (
+    "The experiments of the Zipper paper (arXiv:2405.18669) on other and smaller data, with "
+    "baselines of equal size, several seeds and intervals. What it claims, and what was found."
+)
 ZIP, FROZEN, BOTH = "zip, speech trained", "zip, speech frozen", "zip, text trained too"
 PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
 ORACLE, FLOOR = "oracle", "floor"
 ARMS = (ZIP, FROZEN, BOTH, PLAIN, MATCHED, ROWS)
-COLOURS = dict(zip((ZIP, MATCHED, FROZEN, PLAIN, BOTH, ROWS), report.PALETTE, strict=True))
+COLOURS = dict(zip((ZIP, MATCHED, FROZEN, PLAIN, BOTH, ROWS), pages.PALETTE, strict=True))
+SAID = {"asr": "speech to text", "tts": "text to speech"}
 SEEDS, SENTENCES = 3, 300  # a comparison of fewer is shown, and decides nothing
-LENGTHS = (
-    0,
-    40,
-    60,
-    80,
-    100,
-    150,
-)  # characters at which a bin of figure 2 begins; in the paper the lines cross at about 100
+# Characters at which a bin of figure 2 begins; in the paper the lines cross at about 100.
+LENGTHS = (0, 40, 60, 80, 100, 150)
 TITLES = {
     "table1": "Table 1: speech to text",
     "table2": "Table 2: text to speech",
@@ -78,7 +75,8 @@ PAPER = {
     },
 }
 PAPER_SWEEP = {
-    30: (4.6, 5.1), 10: (5.9, 7.2), 3: (8.6, 17), 2: (11.3, 31), 1: (16, 103), 0.5: (72, 111), 0.3: (91, 114), 0.1: (133, 113),
+    30: (4.6, 5.1), 10: (5.9, 7.2), 3: (8.6, 17), 2: (11.3, 31),
+    1: (16, 103), 0.5: (72, 111), 0.3: (91, 114), 0.1: (133, 113),
 }  # fmt: skip
 NOTES = {
     "table1": "The paper: WER on LibriSpeech test-clean / test-other, other data than ours. Its "
@@ -114,13 +112,8 @@ READING = (
     "two-sided. Floor: what a system gets that does not listen; oracle: the true units through "
     "the same chain."
 )
-STYLE = """<style>
-td { white-space: nowrap; }
-td.words, th.words { text-align: left; white-space: normal; }
-.holds { color: var(--accent); } .not { color: var(--wrong); } .undecided { color: var(--quiet); }
-.holds, .not, .undecided { font-weight: 650; white-space: nowrap; }
-.note { max-width: 80ch; }
-</style>"""
+#: What a run says of itself.
+HEAD = ("preset", "commit", "command", "versions", "machine", "core_hours")
 
 Key: TypeAlias = tuple[str, str, str]  # task, test set, judge
 Numbers: TypeAlias = Float64[np.ndarray, " sentences"]
@@ -153,62 +146,46 @@ class Group:
     @property
     def arm(self) -> str:
         """Name of the arm, with the size of its text tower where it is not S."""
-        return self.cell["arm"] + (
-            f", size {self.cell['size']}" if self.cell["size"] not in ("", "S") else ""
-        )
+        arm, size = self.cell["arm"], self.cell["size"]
+        return str(arm) if size in ("", "S") else f"{arm}, size {size}"
 
     def mean(self, name: str) -> dict[str, float]:
         """A field that holds numbers by name, averaged over seeds."""
-        found = [result[name] for result in self.results]
-        return {
-            key: fmean(one[key] for one in found if key in one)
-            for key in dict.fromkeys(key for one in found for key in one)
-        }
+        found: dict[str, list[float]] = {}
+        for result in self.results:
+            for key, value in result[name].items():
+                found.setdefault(key, []).append(value)
+        return {key: fmean(values) for key, values in found.items()}
 
 
 def _read(found: Mapping[str, Any]) -> list[Group]:
-    missing = {
-        "preset",
-        "commit",
-        "command",
-        "versions",
-        "machine",
-        "core_hours",
-        "results",
-    } - found.keys()
-    if missing:
+    if missing := {*HEAD, "results"} - found.keys():
         raise ZipperError(
             f"These results lack {', '.join(sorted(missing))}. Give the results.json that `zipper "
             "reproduce` writes."
         )
 
-    def same(result: Mapping[str, Any]) -> str:
-        return json.dumps(
-            {
-                key: value
-                for key, value in result["cell"].items()
-                if key not in ("name", "seed", "tables")
-            },
-            sort_keys=True,
-        )
+    def same(cell: Mapping[str, Any]) -> str:
+        own = {key: cell[key] for key in cell.keys() - {"name", "seed", "tables"}}
+        return json.dumps(own, sort_keys=True)
+
+    def place(group: Group) -> int:
+        return (*ARMS, group.cell["arm"]).index(group.cell["arm"])
 
     ordered: dict[str, list[Mapping[str, Any]]] = {}
     for result in found["results"]:
-        ordered.setdefault(same(result), []).append(result)
+        ordered.setdefault(same(result["cell"]), []).append(result)
     groups = [Group(results[0]["cell"], results, _rates(results)) for results in ordered.values()]
-    return sorted(
-        groups,
-        key=lambda group: ARMS.index(group.cell["arm"]) if group.cell["arm"] in ARMS else len(ARMS),
-    )
+    return sorted(groups, key=place)
 
 
 def _rates(results: Sequence[Mapping[str, Any]]) -> dict[Key, Rate]:
     scores: dict[Key, dict[int, Mapping[str, Any]]] = {}
     for result in results:
         for score in result["scores"]:
-            scores.setdefault((score["task"], score["test"], score["judge"]), {})[
-                result["cell"]["seed"]
-            ] = score
+            by_seed = scores.setdefault((score["task"], score["test"], score["judge"]), {})
+            by_seed[result["cell"]["seed"]] = score
+
     rates = {}
     for key, by_seed in scores.items():
         one = next(iter(by_seed.values()))
@@ -227,42 +204,25 @@ def _rates(results: Sequence[Mapping[str, Any]]) -> dict[Key, Rate]:
     return rates
 
 
-@cache
-def _draws(count: int) -> Float64[np.ndarray, "resamples sentences"]:
-    """How often each of `count` sentences is drawn when as many are drawn with replacement."""
-    return (
-        np.random.default_rng(0)
-        .multinomial(count, np.full(count, 1 / count), RESAMPLES)
-        .astype(float)
-    )
-
-
 def interval(edits: Numbers, words: Int64[np.ndarray, " sentences"]) -> tuple[float, float, float]:
     """Edits per word of a corpus and its 95 % interval by bootstrap over sentences. Edits may be
     differences, and negative."""
-    drawn = _draws(len(words))
-    low, high = np.quantile((drawn @ edits) / (drawn @ words), (0.025, 0.975))
-    return (
-        round(float(edits.sum() / words.sum()), 12),
-        round(float(low), 12),
-        round(float(high), 12),
-    )  # a bar just reached is reached
+    low, high = bootstrap(share, edits, words)
+    value = float(share(edits, words))
+    return round(value, 12), round(low, 12), round(high, 12)  # a bar just reached is reached
 
 
 def significance(first: Rate, second: Rate) -> float:
-    """p of a two-sided Wilcoxon signed-rank test over the sentences' own error rates, averaged over
-    seeds; 1 where all are ties."""
+    """p of `wilcoxon` over the sentences' own error rates, averaged over seeds."""
     _same_sentences(first, second)
-    rates = np.round((first.edits - second.edits) / first.words, 12)  # 2/3 - 1/3 and 1/3 are a tie
-    return float(extra("scipy.stats").wilcoxon(rates).pvalue) if rates.any() else 1.0
+    return wilcoxon((first.edits - second.edits) / first.words)
 
 
 def _same_sentences(first: Rate, second: Rate) -> None:
     if not np.array_equal(first.words, second.words):
         raise ZipperError(
             f"Two systems were tested on different sentences, {len(first.words)} and "
-            f"{len(second.words)}, under one name. "
-            "Evaluate both on the same test set."
+            f"{len(second.words)}, under one name. Evaluate both on the same test set."
         )
 
 
@@ -272,9 +232,11 @@ def _same_sentences(first: Rate, second: Rate) -> None:
 @dataclass(frozen=True)
 class Rule:
     """A claim about word errors: those of `ours` do not lie above a bar, which is `share` of theirs
-    (above the oracle where `over_oracle`) plus `margin`. part, least: at which share of the pairs,
-    or at so many if that is more. fails: the claim is that they do lie above. measured: an aim of
-    ours, for which the measured figure counts, and not a claim of the paper's.
+    (above the oracle where `over_oracle`) plus `margin`.
+
+    part, least: at which share of the pairs, or at so many if that is more. fails: the claim is
+    that they do lie above. measured: an aim of ours, for which the measured figure counts, and not
+    a claim of the paper's.
     """
 
     claim: str
@@ -297,7 +259,8 @@ class Rule:
         return "" if self.part == 1 else f", with {100 * self.part:g} % of the pairs{least}"
 
     def __str__(self) -> str:
-        return f"WER of '{self.ours}' {'above' if self.fails else 'at or below'} {self.bar}{self.pairs}"
+        side = "above" if self.fails else "at or below"
+        return f"WER of '{self.ours}' {side} {self.bar}{self.pairs}"
 
 
 RULES = (
@@ -397,41 +360,44 @@ def _comparisons(rule: Rule, groups: Sequence[Group]) -> list[Comparison]:
     most: dict[str, int] = {}
     for group in groups:
         most[group.cell["corpus"]] = max(group.cell["pairs"], most.get(group.cell["corpus"], 0))
-    table = "figure3" if rule.part < 1 else "table1" if rule.task == "asr" else "table2"
+
+    table = "table1" if rule.task == "asr" else "table2"
+    if rule.part < 1:
+        table = "figure3"
     found = []
     for group in _of(groups, table):
-        corpus, size, pairs = (group.cell[name] for name in ("corpus", "size", "pairs"))
-        if group.cell["arm"] != rule.ours or pairs != max(
-            round(rule.part * most[corpus]), min(rule.least, most[corpus])
-        ):
+        every = most[group.cell["corpus"]]
+        pairs = max(round(rule.part * every), min(rule.least, every))
+        if group.cell["arm"] != rule.ours or group.cell["pairs"] != pairs:
             continue
-        for key, ours in group.rates.items():
-            reference = _reference(groups, ORACLE, key)
-            theirs = (
-                _reference(groups, FLOOR, key)
-                if rule.theirs == FLOOR
-                else _rival(groups, group, rule.theirs, table, key)
-            )
-            if key[0] != rule.task or theirs is None or (rule.over_oracle and reference is None):
+        for key in [key for key in group.rates if key[0] == rule.task]:
+            oracle, theirs = _reference(groups, ORACLE, key), _reference(groups, FLOOR, key)
+            if rule.theirs != FLOOR:
+                theirs = _rival(groups, group, rule.theirs, table, key)
+            if theirs is None or (rule.over_oracle and oracle is None):
                 continue
-            oracle = (
-                reference.edits if rule.over_oracle and reference else np.zeros(len(ours.words))
-            )
-            for other in (theirs, reference or ours):
-                _same_sentences(ours, other)
-            bar = rule.share * theirs.edits + (1 - rule.share) * oracle + rule.margin * ours.words
-            rates = [
-                float(edits.sum() / ours.words.sum()) for edits in (ours.edits, theirs.edits, bar)
-            ]
-            seeds = min(
-                len(rate.by_seed) for rate in ((ours,) if rule.theirs == FLOOR else (ours, theirs))
-            )
+            size = group.cell["size"]
             place = _place(key) + ("" if size == "S" else f", size {size}")
-            room = interval(bar - ours.edits, ours.words)
-            found.append(
-                Comparison(rule, place, rates[0], rates[1], rates[2], room, seeds, len(ours.words))
-            )
+            found.append(_comparison(rule, place, group.rates[key], theirs, oracle))
     return found
+
+
+def _comparison(
+    rule: Rule, place: str, ours: Rate, theirs: Rate, oracle: Rate | None
+) -> Comparison:
+    for other in (theirs, oracle or ours):
+        _same_sentences(ours, other)
+    sure = np.zeros(len(ours.words))
+    if rule.over_oracle and oracle:
+        sure = oracle.edits
+    bar = rule.share * theirs.edits + (1 - rule.share) * sure + rule.margin * ours.words
+
+    wer = [float(edits.sum() / ours.words.sum()) for edits in (ours.edits, theirs.edits, bar)]
+    seeds = len(ours.by_seed)
+    if rule.theirs != FLOOR:
+        seeds = min(seeds, len(theirs.by_seed))
+    room = interval(bar - ours.edits, ours.words)
+    return Comparison(rule, place, wer[0], wer[1], wer[2], room, seeds, len(ours.words))
 
 
 def _verdict(rule: Rule, comparisons: Sequence[Comparison]) -> Verdict:
@@ -443,35 +409,30 @@ def _verdict(rule: Rule, comparisons: Sequence[Comparison]) -> Verdict:
         state: [c for c in counted or comparisons if c.state == state]
         for state in ("holds", "does not hold", "undecided")
     }
-    said = [
-        f"{state}: " * (len({c.state for c in counted}) != 1)
-        + ", ".join(
+    states, said = {c.state for c in counted}, []
+    for state, some in by_state.items():
+        places = [
             f"{c.place} {_percent(c.ours)} % against a bar of {_percent(c.bar)} %" for c in some
-        )
-        for state, some in by_state.items()
-        if some
-    ]
-    states = {c.state for c in counted}
-    clear = "too close to tell: " * (states == {"undecided"})
-    why = {0: f"fewer than {SEEDS} seeds or {SENTENCES} sentences; so far ", 1: clear}.get(
-        len(states), "the places disagree; "
-    )
-    return Verdict(
-        rule.claim,
-        states.pop() if len(states) == 1 else "undecided",
-        why + "; ".join(said) + ".",
-        str(rule),
-    )
+        ]
+        if some:
+            said.append(f"{state}: " * (len(states) != 1) + ", ".join(places))
+
+    state, why = "undecided", "the places disagree; "
+    if not states:
+        why = f"fewer than {SEEDS} seeds or {SENTENCES} sentences; so far "
+    elif len(states) == 1:
+        (state,) = states
+        why = "too close to tell: " * (state == "undecided")
+    return Verdict(rule.claim, state, why + "; ".join(said) + ".", str(rule))
 
 
 def _preserved(groups: Sequence[Group]) -> list[Verdict]:
     """Claim (d): the text tower of every zip that froze it, on the path of one modality."""
-    frozen = [
-        (result["cell"]["name"], result["perplexity"]["text"])
-        for group in groups
-        for result in group.results
-        if group.cell["arm"] in (ZIP, FROZEN) and "text" in result["perplexity"]
-    ]
+    frozen = []
+    for group in groups:
+        if group.cell["arm"] in (ZIP, FROZEN):
+            measured = [result for result in group.results if "text" in result["perplexity"]]
+            frozen += [(one["cell"]["name"], one["perplexity"]["text"]) for one in measured]
     tested = {
         "(d) the text tower keeps what it could do": (
             f"perplexity alone after at most {KEPT} times that before, in every zip with a frozen "
@@ -554,13 +515,16 @@ class Drawing:
     inches: tuple[float, float]
 
 
+Block: TypeAlias = str | Grid | Drawing
+
+
 @dataclass(frozen=True)
 class Section:
     """name: of the table of a cell, "" for the head."""
 
     name: str
     title: str
-    blocks: Sequence[str | Grid | Drawing]
+    blocks: Sequence[Block]
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -568,44 +532,43 @@ def tables(found: Mapping[str, Any]) -> str:
     ZipperError where it lacks something, or where systems that are compared were tested on
     different sentences.
     """
-    return (
-        "\n\n".join(
-            ["# The paper's experiments", *(_markdown(section) for section in _document(found))]
-        )
-        + "\n"
-    )
+    sections = [_markdown(section) for section in _document(found)]
+    return "\n\n".join(["# The paper's experiments", *sections]) + "\n"
 
 
 def plain(found: Mapping[str, Any], only: Sequence[str] = ()) -> str:
     """Tables for a terminal, without notes. only: those a cell is a part of ("table1", ...); none =
     all, with the verdicts."""
-    shown = [section for section in _document(found) if section.name in only or not only]
-    return "\n\n".join(
-        _lined(block, section.title)
-        for section in shown
-        for block in section.blocks
-        if isinstance(block, Grid)
-    )
+    said = []
+    for section in _document(found):
+        if section.name in only or not only:
+            grids = (block for block in section.blocks if isinstance(block, Grid))
+            said += [_lined(grid, section.title) for grid in grids]
+    return "\n\n".join(said)
 
 
 def write(found: Mapping[str, Any], folder: Path) -> None:
     """Write results.md and results.html, one page that asks the network for nothing. Raises
-    ZipperError as `tables` does, and where matplotlib is missing."""
-    written = {"results.md": tables(found), "results.html": _page(found)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in written.items():
-        files.write(folder / name, text.encode())
+    ZipperError as `tables` does, and where matplotlib or jinja2 is missing."""
+    text = tables(found)
+    pages.write(
+        folder / "results.html",
+        PAGE,
+        title="The paper's experiments, run again",
+        about=ABOUT,
+        sections=_document(found),
+        drawn=lambda drawing: pages.svg(drawing.draw, drawing.inches, drawing.label),
+    )
+    files.write(folder / "results.md", text.encode())
 
 
 def _document(found: Mapping[str, Any]) -> list[Section]:
     groups = _read(found)
     sections = [_head(found, groups), _verdict_section(groups)]
     for name, title in TITLES.items():
-        builder = BUILDERS.get(name, _ablation)
-        if blocks := builder(groups, name):
-            sections.append(
-                Section(name, title, [*blocks, *([NOTES[name]] if name in NOTES else [])])
-            )
+        if blocks := BUILDERS.get(name, _ablation)(groups, name):
+            notes = [NOTES[name]] if name in NOTES else []
+            sections.append(Section(name, title, [*blocks, *notes]))
     ends = {
         "What was trained": _trained(groups),
         "The comparisons behind the verdicts": _behind(groups),
@@ -614,10 +577,12 @@ def _document(found: Mapping[str, Any]) -> list[Section]:
 
 
 def _head(found: Mapping[str, Any], groups: Sequence[Group]) -> Section:
-    cells = [
-        result["cell"] for group in groups for result in group.results if not _is_reference(group)
-    ]
-    tested = {key[1]: len(rate.words) for group in groups for key, rate in group.rates.items()}
+    seeds, done, tested = set[int](), 0, dict[str, int]()
+    for group in groups:
+        tested |= {key[1]: len(rate.words) for key, rate in group.rates.items()}
+        if not _is_reference(group):
+            done += len(group.results)
+            seeds |= {result["cell"]["seed"] for result in group.results}
     facts = {
         "preset": str(found["preset"]),
         "command": str(found["command"]),
@@ -625,8 +590,7 @@ def _head(found: Mapping[str, Any], groups: Sequence[Group]) -> Section:
         "cost": f"{found['core_hours']:,.1f} core-hours",
         "machine": str(found["machine"]),
         "versions": ", ".join(f"{name} {value}" for name, value in found["versions"].items()),
-        "cells": f"{len(cells)} done, seeds "
-        f"{', '.join(map(str, sorted({cell['seed'] for cell in cells}))) or '-'}",
+        "cells": f"{done} done, seeds {', '.join(map(str, sorted(seeds))) or '-'}",
         "test sentences": ", ".join(f"{test} {count}" for test, count in sorted(tested.items()))
         or "-",
     }
@@ -645,6 +609,7 @@ def _verdict_section(groups: Sequence[Group]) -> Section:
 
 
 def _behind(groups: Sequence[Group]) -> Grid:
+    compared = chain.from_iterable(_comparisons(rule, groups) for rule in RULES)
     rows = [
         (
             c.rule.claim,
@@ -655,8 +620,7 @@ def _behind(groups: Sequence[Group]) -> Grid:
             str(c.sentences),
             c.state if c.counts else f"{c.state}, not counted",
         )
-        for rule in RULES
-        for c in _comparisons(rule, groups)
+        for c in compared
     ]
     head = (
         "claim",
@@ -672,7 +636,7 @@ def _behind(groups: Sequence[Group]) -> Grid:
     return Grid("WER in %", head, rows, words=2)
 
 
-def _scores(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
+def _scores(groups: Sequence[Group], name: str) -> list[Block]:
     """Tables 1 and 2: one grid per test set and judge."""
     task = "asr" if name == "table1" else "tts"
     shown = _of(groups, name)
@@ -687,84 +651,70 @@ def _scores(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
         "never ended, %",
         "paper, other data",
     )
-    grids: list[str | Grid | Drawing] = []
+    grids: list[Block] = []
     for key in _keys(shown, task):
-        rows = []
-        for group in [*shown, *filter(_is_reference, groups)]:
-            if key not in group.rates:
-                continue
-            rate = group.rates[key]
-            value, low, high = interval(rate.edits, rate.words)
-            rivals = [
-                None if _is_reference(group) else _rival(groups, group, arm, name, key)
-                for arm in (MATCHED, PLAIN)
-            ]
-            seeds = [100 * wer for wer in rate.by_seed.values()]
-            rows.append(
-                (
-                    group.arm,
-                    "" if _is_reference(group) else str(len(seeds)),
-                    _percent(value),
-                    f"{min(seeds):.1f} - {max(seeds):.1f}" if len(seeds) > 1 else "",
-                    f"{_percent(low)} to {_percent(high)}",
-                    *("" if rival is None else _p(significance(rate, rival)) for rival in rivals),
-                    "" if _is_reference(group) else _percent(rate.unended),
-                    PAPER[name].get(
-                        ("" if _is_reference(group) else group.cell["size"], group.cell["arm"]), ""
-                    ),
-                )
-            )
+        rows = [_score(groups, group, key, name) for group in shown if key in group.rates]
+        references = filter(_is_reference, groups)
+        rows += [_score(groups, group, key, name) for group in references if key in group.rates]
         grids.append(Grid(f"{key[1]}, by {key[2]}", head, rows))
     return grids
 
 
-def _lengths(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
+def _score(groups: Sequence[Group], group: Group, key: Key, table: str) -> Sequence[str]:
+    """A row of tables 1 and 2."""
+    rate, trained = group.rates[key], not _is_reference(group)
+    value, low, high = interval(rate.edits, rate.words)
+    seeds = [100 * wer for wer in rate.by_seed.values()]
+    ps = ["", ""]
+    if trained:
+        rivals = [_rival(groups, group, arm, table, key) for arm in (MATCHED, PLAIN)]
+        ps = ["" if rival is None else _p(significance(rate, rival)) for rival in rivals]
+
+    return (
+        group.arm,
+        str(len(seeds)) if trained else "",
+        _percent(value),
+        f"{min(seeds):.1f} - {max(seeds):.1f}" if len(seeds) > 1 else "",
+        f"{_percent(low)} to {_percent(high)}",
+        *ps,
+        _percent(rate.unended) if trained else "",
+        PAPER[table].get((group.cell["size"] if trained else "", group.cell["arm"]), ""),
+    )
+
+
+def _lengths(groups: Sequence[Group], name: str) -> list[Block]:
     """Figure 2: WER of the sentences of each length."""
-    grids: list[str | Grid | Drawing] = []
+    grids: list[Block] = []
     panels: list[Panel] = []
     for (key, size), column in _columns(_of(groups, name), "tts").items():
         characters = column[0].rates[key].characters
-        bins = [
-            (low, high)
-            for low, high in zip(LENGTHS, (*LENGTHS[1:], 10**9), strict=True)
-            if _within(characters, low, high).any()
-        ]
+        edges = zip(LENGTHS, (*LENGTHS[1:], 10**9), strict=True)
+        bins = [some for some in edges if _within(characters, *some).any()]
         labels = [
             f"{low} - {high - 1}" if high < 10**9 else f"{low} and more" for low, high in bins
         ]
-        lines = {
-            group.cell["arm"]: [
-                interval(group.rates[key].edits[inside], group.rates[key].words[inside])
-                for inside in (
-                    _within(group.rates[key].characters, low, high) for low, high in bins
-                )
-            ]
-            for group in column
-        }
-        counts = [str(int(_within(characters, low, high).sum())) for low, high in bins]
+        lines = {}
+        for group in column:
+            rate = group.rates[key]
+            inside = [_within(rate.characters, *some) for some in bins]
+            lines[group.cell["arm"]] = [interval(rate.edits[i], rate.words[i]) for i in inside]
+
+        counts = [str(int(_within(characters, *some).sum())) for some in bins]
         rows = [
             (label, count, *(_bracketed(line[n]) for line in lines.values()))
             for n, (label, count) in enumerate(zip(labels, counts, strict=True))
         ]
-        title = f"{key[1]}, by {key[2]}, size {size}"
+        title, across = f"{key[1]}, by {key[2]}, size {size}", "characters of the transcript"
         grids.append(Grid(title, ("characters", "sentences", *lines), rows))
-        panels.append(
-            Panel(
-                title,
-                "characters of the transcript",
-                [float(n) for n in range(len(bins))],
-                lines,
-                labels,
-            )
-        )
+        panels.append(Panel(title, across, [float(n) for n in range(len(bins))], lines, labels))
     return [*_drawn("Word errors of text to speech by length of the transcript", panels), *grids]
 
 
-def _sweep(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
+def _sweep(groups: Sequence[Group], name: str) -> list[Block]:
     """Figure 3: WER by number of pairs."""
-    grids: list[str | Grid | Drawing] = []
+    grids: list[Block] = []
     panels: list[Panel] = []
-    for task in ("asr", "tts"):
+    for task, said in SAID.items():
         for (key, size), column in _columns(_of(groups, name), task).items():
             counts = sorted({group.cell["pairs"] for group in column})
             if len(counts) < 2:
@@ -772,75 +722,65 @@ def _sweep(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
             arms = list(dict.fromkeys(group.cell["arm"] for group in column))
             at = {(group.cell["arm"], group.cell["pairs"]): group.rates[key] for group in column}
             found = {place: interval(rate.edits, rate.words) for place, rate in at.items()}
+
             rows = []
             for pairs in counts:
                 share = 100 * pairs / counts[-1]
                 paper = PAPER_SWEEP.get(round(share, 2)) if task == "asr" else None
-                seeds = "".join(
-                    sorted({str(len(at[arm, pairs].by_seed)) for arm in arms if (arm, pairs) in at})
-                )
-                cells = (
+                there = [(arm, pairs) for arm in arms if (arm, pairs) in at]
+                seeds = sorted({str(len(at[place].by_seed)) for place in there})
+                cells = [
                     _bracketed(found[arm, pairs]) if (arm, pairs) in found else "" for arm in arms
-                )
-                rows.append(
-                    (
-                        f"{pairs:,}",
-                        f"{share:g}",
-                        " / ".join(seeds),
-                        *cells,
-                        f"{paper[0]} / {paper[1]}" if paper else "",
-                    )
-                )
-            title = f"{'Speech to text' if task == 'asr' else 'Text to speech'}, {_place(key)}, size {size}"
-            grids.append(
-                Grid(
-                    title, ("pairs", "share, %", "seeds", *arms, "paper, other data"), rows, words=0
-                )
-            )
-            lines = {
-                arm: [found.get((arm, pairs), (np.nan,) * 3) for pairs in counts] for arm in arms
-            }
+                ]
+                theirs = f"{paper[0]} / {paper[1]}" if paper else ""
+                rows.append((f"{pairs:,}", f"{share:g}", " / ".join(seeds), *cells, theirs))
+
+            title = f"{said.capitalize()}, {_place(key)}, size {size}"
+            head = ("pairs", "share, %", "seeds", *arms, "paper, other data")
+            grids.append(Grid(title, head, rows, words=0))
+            nothing = (np.nan,) * 3
+            lines = {arm: [found.get((arm, pairs), nothing) for pairs in counts] for arm in arms}
             panels.append(Panel(title, "aligned pairs", [float(pairs) for pairs in counts], lines))
     return [*_drawn("Word errors by number of aligned pairs", panels), *grids]
 
 
-def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
+def _ablation(groups: Sequence[Group], name: str) -> list[Block]:
     """One thing varied: a row per value, a column per test set and judge."""
     shown = sorted(_of(groups, name), key=lambda group: len(group.cell["changes"]))
     if name == "schedule":
         what = itemgetter("arm", "corpus", "size", "pairs")
         same = [what(group.cell) for group in shown]
-        found = [group for group in _of(groups, "figure3") if what(group.cell) in same]
-        shown = sorted(
-            [*found, *shown], key=lambda group: (-group.cell["pairs"], group.cell["arm"])
+        shown += [group for group in _of(groups, "figure3") if what(group.cell) in same]
+        shown.sort(
+            key=lambda group: (
+                -group.cell["pairs"],
+                group.cell["arm"],
+                name in group.cell["tables"],
+            )
         )
     if not shown:
         return []
-    keys = [key for task in ("asr", "tts") for key in _keys(shown, task)]
-    tasks = list(dict.fromkeys(task for group in shown for task in group.mean("dev")))
-    rows = [
-        (
-            " ".join(filter(None, [(name == "schedule") * group.arm, _changed(group.cell)]))
-            or group.arm,
-            f"{group.cell['pairs']:,}",
-            f"{group.cell['changes'].get('steps', 0):,}",
-            str(len(group.results)),
-            f"{group.mean('parameters').get('trained', 0):,.0f}",
-            _gates(group),
-            *(
-                f"{group.mean('dev')[task]:.3f}" if task in group.mean("dev") else ""
-                for task in tasks
-            ),
-            *(
-                _bracketed(interval(group.rates[key].edits, group.rates[key].words))
-                if key in group.rates
-                else ""
-                for key in keys
-            ),
+    keys = [*_keys(shown, "asr"), *_keys(shown, "tts")]
+    tasks = list(dict.fromkeys(chain.from_iterable(group.mean("dev") for group in shown)))
+
+    rows = []
+    for group in shown:
+        dev, said = group.mean("dev"), _changed(group.cell)
+        if name == "schedule":
+            said = f"{group.arm} {said}".strip()
+        rates = [group.rates.get(key) for key in keys]
+        rows.append(
+            (
+                said or group.arm,
+                f"{group.cell['pairs']:,}",
+                f"{group.cell['changes'].get('steps', 0):,}",
+                str(len(group.results)),
+                f"{group.mean('parameters').get('trained', 0):,.0f}",
+                _gates(group),
+                *(f"{dev[task]:.3f}" if task in dev else "" for task in tasks),
+                *(_bracketed(interval(rate.edits, rate.words)) if rate else "" for rate in rates),
+            )
         )
-        for group in shown
-    ]
-    named = {"asr": "speech to text", "tts": "text to speech"}
     head = (
         "",
         "pairs",
@@ -849,53 +789,25 @@ def _ablation(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
         "trained parameters",
         "gates at the end",
         *(f"dev, {task}" for task in tasks),
+        *(f"{SAID[key[0]]}, {_place(key)}" for key in keys),
     )
-    columns = [f"{named[key[0]]}, {_place(key)}" for key in keys]
-    return [Grid("WER in % (95 % interval); dev: nats per token", (*head, *columns), rows)]
+    return [Grid("WER in % (95 % interval); dev: nats per token", head, rows)]
 
 
-def _kept(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
+def _kept(groups: Sequence[Group], name: str) -> list[Block]:
     """Perplexities before and after, and some continuations."""
     shown = [
         group
         for group in _of(groups, name)
         if any(result["perplexity"] for result in group.results)
     ]
-    towers = list(
-        dict.fromkeys(
-            tower for group in shown for result in group.results for tower in result["perplexity"]
-        )
-    )
+    results = chain.from_iterable(group.results for group in shown)
+    towers = list(dict.fromkeys(chain.from_iterable(one["perplexity"] for one in results)))
     rows = []
-    for group, tower in ((group, tower) for tower in towers for group in shown):
-        measured = [
-            result["perplexity"][tower] for result in group.results if tower in result["perplexity"]
-        ]
-        if not measured:
-            continue
-        means = [
-            [one[when] for one in measured if when in one]
-            for when in ("before", "after", "zip", "unrelated")
-        ]
-        identical = [one["identical"] == 1.0 for one in measured if "identical" in one]
-        said = (
-            (
-                "identical to the bit"
-                if all(identical)
-                else f"{sum(identical)} of {len(identical)} identical"
-            )
-            if identical
-            else ""
-        )
-        rows.append(
-            (
-                tower,
-                group.cell["corpus"],
-                group.arm,
-                *(f"{fmean(some):.3f}" if some else "" for some in means),
-                said,
-            )
-        )
+    for tower, group in product(towers, shown):
+        measured = [one["perplexity"] for one in group.results]
+        if measured := [one[tower] for one in measured if tower in one]:
+            rows.append((tower, group.cell["corpus"], group.arm, *_perplexities(measured)))
     head = (
         "tower",
         "corpus",
@@ -906,46 +818,52 @@ def _kept(groups: Sequence[Group], name: str) -> list[str | Grid | Drawing]:
         "unrelated in front",
         "logits alone",
     )
-    grids: list[str | Grid | Drawing] = [Grid("Perplexity", head, rows, words=3)] if rows else []
+    grids: list[Block] = [Grid("Perplexity", head, rows, words=3)] if rows else []
+
     for group in shown:
         said = group.results[0]["continuations"]
         if said and group.cell["arm"] in (ZIP, BOTH, MATCHED):
-            spoken = [
-                tuple(line) for line in zip(*(texts[:4] for texts in said.values()), strict=False)
-            ]
-            grids.append(
-                Grid(
-                    f"Continuations, {group.cell['corpus']}, {group.arm}",
-                    tuple(said),
-                    spoken,
-                    words=len(said),
-                )
-            )
+            lines = list(zip(*(texts[:4] for texts in said.values()), strict=False))
+            title = f"Continuations, {group.cell['corpus']}, {group.arm}"
+            grids.append(Grid(title, tuple(said), lines, words=len(said)))
     return grids
 
 
+def _perplexities(measured: Sequence[Mapping[str, float]]) -> list[str]:
+    """Means over seeds, and whether logits are equal to the bit."""
+    cells = []
+    for when in ("before", "after", "zip", "unrelated"):
+        some = [one[when] for one in measured if when in one]
+        cells.append(f"{fmean(some):.3f}" if some else "")
+
+    identical = [one["identical"] == 1.0 for one in measured if "identical" in one]
+    said = f"{sum(identical)} of {len(identical)} identical" if identical else ""
+    return [*cells, "identical to the bit" if identical and all(identical) else said]
+
+
 def _trained(groups: Sequence[Group]) -> Grid:
-    rows = [
-        (
-            group.arm,
-            group.cell["corpus"],
-            _changed(group.cell),
-            f"{group.cell['pairs']:,}",
-            str(len(group.results)),
-            *(f"{group.mean('parameters').get(kind, 0):,.0f}" for kind in ("total", "trained")),
-            ", ".join(
-                f"{name.removeprefix('lr_')} {rate:.2g}"
-                for name, rate in group.mean("rates").items()
-            ),
-            " of ".join(
-                f"{fmean(result[count] for result in group.results):,.0f}"
-                for count in ("best_step", "steps")
-            ),
-            f"{fmean(result['core_s'] for result in group.results):,.0f}",
+    rows = []
+    for group in groups:
+        if _is_reference(group):
+            continue
+        sizes, rates = group.mean("parameters"), group.mean("rates")
+        steps = [
+            f"{fmean(result[count] for result in group.results):,.0f}"
+            for count in ("best_step", "steps")
+        ]
+        rows.append(
+            (
+                group.arm,
+                group.cell["corpus"],
+                _changed(group.cell),
+                f"{group.cell['pairs']:,}",
+                str(len(group.results)),
+                *(f"{sizes.get(kind, 0):,.0f}" for kind in ("total", "trained")),
+                ", ".join(f"{name.removeprefix('lr_')} {rate:.2g}" for name, rate in rates.items()),
+                " of ".join(steps),
+                f"{fmean(result['core_s'] for result in group.results):,.0f}",
+            )
         )
-        for group in groups
-        if not _is_reference(group)
-    ]
     head = (
         "arm",
         "corpus",
@@ -958,12 +876,11 @@ def _trained(groups: Sequence[Group]) -> Grid:
         "best step",
         "core-s each",
     )
-    return Grid(
-        "Learning rates were searched on dev; numbers are means over seeds", head, rows, words=3
-    )
+    title = "Learning rates were searched on dev; numbers are means over seeds"
+    return Grid(title, head, rows, words=3)
 
 
-BUILDERS: Mapping[str, Callable[[Sequence[Group], str], list[str | Grid | Drawing]]] = {
+BUILDERS: Mapping[str, Callable[[Sequence[Group], str], list[Block]]] = {
     "table1": _scores,
     "table2": _scores,
     "figure2": _lengths,
@@ -978,20 +895,19 @@ def _is_reference(group: Group) -> bool:
 
 def _keys(groups: Iterable[Group], task: str) -> list[Key]:
     """Test sets and judges of a task, in the order in which they appear."""
-    return list(dict.fromkeys(key for group in groups for key in group.rates if key[0] == task))
+    there = dict.fromkeys(chain.from_iterable(group.rates for group in groups))
+    return [key for key in there if key[0] == task]
 
 
 def _columns(groups: Sequence[Group], task: str) -> dict[tuple[Key, str], list[Group]]:
     """The groups that may be compared: same test set, judge and size of tower."""
     sizes = sorted({group.cell["size"] for group in groups}, reverse=True)
-    found = {
-        (key, size): [
-            group for group in groups if key in group.rates and group.cell["size"] == size
-        ]
-        for key in _keys(groups, task)
-        for size in sizes
-    }
-    return {place: column for place, column in found.items() if column}
+    found = {}
+    for key, size in product(_keys(groups, task), sizes):
+        mine = [group for group in groups if key in group.rates and group.cell["size"] == size]
+        if mine:
+            found[key, size] = mine
+    return found
 
 
 def _within(characters: Int64[np.ndarray, " sentences"], low: int, high: int) -> np.ndarray:
@@ -1004,10 +920,8 @@ def _changed(cell: Mapping[str, Any]) -> str:
     said = []
     for name, value in cell["changes"].items():
         if name == "junctions":
-            said.append(
-                f"{_many(len(value), 'junction')}, after blocks "
-                f"{', '.join(str(one['text']) for one in value)}"
-            )
+            blocks = ", ".join(str(one["text"]) for one in value)
+            said.append(f"{_many(len(value), 'junction')}, after blocks {blocks}")
         elif isinstance(value, Mapping):
             said += [f"{name}.{inner} {setting}" for inner, setting in value.items()]
         elif name != "steps" and value is not None:
@@ -1062,66 +976,66 @@ def _drawn(label: str, panels: Sequence[Panel]) -> list[Drawing]:
         grid = list(figure.subplots(down, 2, squeeze=False).flat)
         for axes in grid[len(panels) :]:
             axes.remove()
+        named: dict[str, Any] = {}
         for axes, panel in zip(grid, panels, strict=False):
-            for n, (arm, line) in enumerate(panel.lines.items()):
-                value, low, high = 100 * np.array(line).T
-                x = np.array(panel.x)
-                shift = (
-                    n - (len(panel.lines) - 1) / 2
-                ) * 0.08  # so that intervals do not hide one another
-                x = x + shift if panel.labels else x * np.exp(shift)
-                style = {
-                    "color": COLOURS.get(arm),
-                    "linestyle": "--" if arm.startswith("baseline") else "-",
-                }
-                axes.plot(x, value, label=arm, marker="o", markersize=3.5, **style)
-                axes.vlines(x, low, high, color=style["color"], linewidth=1)
-            if panel.labels:
-                axes.set_xticks(panel.x, panel.labels)
-            else:
-                axes.set_xscale("log")
-                axes.set_xticks(panel.x, [f"{count:,.0f}" for count in panel.x])
-                axes.minorticks_off()
-            axes.set(title=panel.title, xlabel=panel.across, ylabel="WER, %", ylim=(0, None))
-            axes.grid()
-        named = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+            _draw(axes, panel)
+            named |= {str(line.get_label()): line for line in axes.get_lines()}
         figure.legend(list(named.values()), list(named), loc="outside upper left", ncols=len(ARMS))
 
     return [Drawing(label, draw, (9.6, 0.4 + 3.0 * down))]
 
 
-# --- the document as Markdown, as text and as HTML ---
+def _draw(axes: Any, panel: Panel) -> None:
+    for n, (arm, line) in enumerate(panel.lines.items()):
+        value, low, high = 100 * np.array(line).T
+        x = np.array(panel.x)
+        # So that intervals do not hide one another.
+        shift = (n - (len(panel.lines) - 1) / 2) * 0.08
+        x = x + shift if panel.labels else x * np.exp(shift)
+        colour = COLOURS.get(arm)
+        dashes = "--" if arm.startswith("baseline") else "-"
+        axes.plot(x, value, label=arm, marker="o", markersize=3.5, color=colour, linestyle=dashes)
+        axes.vlines(x, low, high, color=colour, linewidth=1)
+
+    if panel.labels:
+        axes.set_xticks(panel.x, panel.labels)
+    else:
+        axes.set_xscale("log")
+        axes.set_xticks(panel.x, [f"{count:,.0f}" for count in panel.x])
+        axes.minorticks_off()
+    axes.set(title=panel.title, xlabel=panel.across, ylabel="WER, %", ylim=(0, None))
+    axes.grid()
+
+
+# --- the document as Markdown and as text ---
 
 
 def _markdown(section: Section) -> str:
     said = [f"## {section.title}"]
     for block in section.blocks:
         if isinstance(block, Grid):
-            rows = [
-                [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
-                for row in (block.head, *block.rows)
-            ]
+            rows = [[*map(_cell, row)] for row in (block.head, *block.rows)]
             lines = _aligned(rows, block.words)
-            lines.insert(
-                1,
-                [
-                    "-" * (len(cell) - 1) + ("-" if n < block.words else ":")
-                    for n, cell in enumerate(lines[0])
-                ],
-            )
-            said += [f"**{block.title}**"] * bool(block.title) + [
-                "\n".join(f"|{'|'.join(line)}|" for line in lines)
+            rule = [
+                "-" * (len(cell) - 1) + ("-" if n < block.words else ":")
+                for n, cell in enumerate(lines[0])
             ]
+            lines.insert(1, rule)
+            said += [f"**{block.title}**"] * bool(block.title)
+            said.append("\n".join(f"|{'|'.join(line)}|" for line in lines))
         elif isinstance(block, str):
             said.append(block)
     return "\n\n".join(said)
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def _lined(grid: Grid, title: str) -> str:
     lines = ["".join(line).rstrip() for line in _aligned([grid.head, *grid.rows], grid.words)]
-    return "\n".join(
-        [f"{title}{f': {grid.title}' if grid.title else ''}", *(line for line in lines if line)]
-    )
+    head = f"{title}: {grid.title}" if grid.title else title
+    return "\n".join([head, *filter(None, lines)])
 
 
 def _aligned(rows: Sequence[Sequence[str]], words: int) -> list[list[str]]:
@@ -1137,57 +1051,3 @@ def _aligned(rows: Sequence[Sequence[str]], words: int) -> list[list[str]]:
         ]
         for row in rows
     ]
-
-
-def _page(found: Mapping[str, Any]) -> str:
-    style = re.findall(r"<style>.*?</style>", report.PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
-    title, sections = "The paper's experiments, run again", _document(found)
-    about = (
-        "The experiments of the Zipper paper (arXiv:2405.18669) on other and smaller data, with "
-        "baselines of equal size, several "
-        "seeds and intervals. What it claims, and what was found."
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta '
-        'name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n{style}\n{STYLE}\n</head>\n"
-        f"<body>\n<header><h1>{title}</h1><p class=about>{about}</p></header>\n<main>\n"
-        + "\n".join(
-            f"<section><h2>{escape(s.title)}</h2>{''.join(map(_html, s.blocks))}</section>"
-            for s in sections
-        )
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _html(block: str | Grid | Drawing) -> str:
-    if isinstance(block, str):
-        return f'<p class="quiet note">{_text(block)}</p>'
-    if isinstance(block, Drawing):
-        return f"<figure>{report.svg(block.draw, block.inches, block.label)}</figure>"
-    states = {"holds": "holds", "does not hold": "not", "undecided": "undecided"}
-
-    def cell(n: int, text: str) -> str:
-        kind = f"{'words' * (n < block.words)} {states.get(text, '')}".strip()
-        shown = (
-            _text(text)
-            if n < block.words
-            else re.sub(r" (\(.*\))$", r"<small>\1</small>", _text(text))
-        )
-        return f'<td class="{kind}">{shown}</td>' if n else f"<th scope=row>{shown}</th>"
-
-    head = "".join(
-        f'<th scope=col class="{"words" * (n < block.words)}">{escape(text)}</th>'
-        for n, text in enumerate(block.head)
-    )
-    body = "".join(
-        f"<tr>{''.join(cell(n, text) for n, text in enumerate(row))}</tr>" for row in block.rows
-    )
-    caption = f"<caption>{escape(block.title)}</caption>" if block.title else ""
-    head = f"<thead><tr>{head}</tr></thead>" if any(block.head) else ""
-    return f"<div class=wide tabindex=0><table>{caption}{head}<tbody>{body}</tbody></table></div>"
-
-
-def _text(text: str) -> str:
-    return escape(text).replace(" %", "&nbsp;%")

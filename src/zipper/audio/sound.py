@@ -8,7 +8,6 @@ import functools
 import io
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Complex64, Float32, Float64
 from zipper.audio import containers
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.saving.files import place
+from zipper.saving.files import place, replacing
 
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 8_000, 192_000
 MOST_CHANNELS = 8
@@ -264,25 +263,19 @@ def write(path: str | Path, audio: Audio) -> None:
     check_writable(path)
     if not len(audio.samples):
         raise ZipperError(f"There is no sound to write to {path} (0 samples).")
-    handle, temporary = tempfile.mkstemp(
-        suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent
-    )
-    os.close(handle)
+    kind, scale = path.suffix[1:].upper(), np.float32(max(1.0, np.abs(audio.samples).max()))
     try:
-        scale = np.float32(max(1.0, np.abs(audio.samples).max()))
-        with soundfile.SoundFile(temporary, "w", audio.rate_hz, 1) as file:
-            for at in range(
-                0, len(audio.samples), BLOCK
-            ):  # libsndfile lays a whole Vorbis file on its stack, and dies of it
+        with (
+            replacing(path) as beside,
+            soundfile.SoundFile(beside, "w", audio.rate_hz, 1, format=kind) as file,
+        ):
+            # libsndfile lays a whole Vorbis file on its stack, and dies of it
+            for at in range(0, len(audio.samples), BLOCK):
                 file.write(audio.samples[at : at + BLOCK] / scale)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
         raise ZipperError(
             f"{path} cannot be written ({error}). Try another place, or .wav, which takes any rate."
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:

@@ -8,7 +8,6 @@ changed costs only what changed; who does the work leaves no trace.
 
 import hashlib
 import json
-import os
 import pickle
 import time
 import warnings
@@ -364,9 +363,7 @@ def _finish(
         "fields": {name: _counts(rows, name) for name in rows.fields},
         "shards": [{"file": path.name, "sha256": sha256(path)} for path in paths],
     }
-    beside = folder / f".{PROVENANCE}.{os.getpid()}"
-    write_json(beside, counted)
-    os.replace(beside, folder / PROVENANCE)
+    write_json(folder / PROVENANCE, counted)
     for path in {*folder.glob("units-*.safetensors")} - {*paths}:  # of what the source was before
         path.unlink()
     return rows

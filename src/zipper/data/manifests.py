@@ -32,6 +32,7 @@ from zipper.modality import Modality
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
 from zipper.saving.files import as_json, lines, place, unique
+from zipper.saving.files import write as write_file
 
 #: Endings of files that hold sound, also those that cannot be read: they are tried, and refused by
 #: name.
@@ -128,12 +129,7 @@ def _good(path: Path, limit: int | None) -> list[Sample]:
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a manifest; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text("".join(f"{as_json(row)}\n" for row in rows), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, "".join(f"{as_json(row)}\n" for row in rows).encode())
 
 
 def read(path: Path, modalities: Mapping[str, Modality], limit: int | None = None) -> Sequence[Row]:

@@ -8,9 +8,7 @@ data nor models.
 """
 
 import json
-import os
 import re
-import tempfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -23,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from zipper.errors import ZipperError
-from zipper.saving.files import header, read_json, sha256
+from zipper.saving.files import header, read_json, replacing, sha256
 
 #: One sample, encoded: {field: ids without begin and end}.
 Row = dict[str, list[int]]
@@ -186,13 +184,9 @@ def write_shard(
         tensors[f"lengths.{field}"] = np.array(
             [len(row[field]) if field in row else -1 for row in rows], np.int32
         )
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as beside:
-        temporary = Path(beside, path.name)
+    with replacing(path) as beside:
         # One entry: the order of several is not defined.
-        save_file(tensors, temporary, {"record": json.dumps(record, sort_keys=True)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        save_file(tensors, beside, {"record": json.dumps(record, sort_keys=True)})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.saving.files import header, parse, read_json
 
@@ -376,60 +377,27 @@ def nearest(
 def kmeans(
     points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int
 ) -> Float32[np.ndarray, "codes dim"]:
-    """Mini-batch k-means (Sculley 2010) from a k-means++ start (Arthur and Vassilvitskii 2007),
-    finished by three full rounds.
+    """Mini-batch k-means (Sculley 2010) from a k-means++ start, as scikit-learn has it, of at most
+    so many steps.
 
     The same centroids for the same arguments. Raises ZipperError if there are fewer different
     points than codes.
     """
-    chance = np.random.default_rng(seed)
-    sample = points[chance.choice(len(points), min(len(points), 20 * codes), replace=False)]
-    if len(np.unique(sample, axis=0)) < codes:
+    if len(np.unique(points, axis=0)) < codes:
         raise ZipperError(
             f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give "
             "more sound or ask for fewer codes."
         )
-    centroids = _spread(sample, codes, chance)
-    counts = np.ones(codes, np.float32)
-    for _ in range(steps):
-        batch = points[chance.integers(len(points), size=BATCH)]
-        total, size = _sums(batch, nearest(batch, centroids), codes)
-        counts += size
-        centroids = centroids + (total - size[:, None] * centroids) / counts[:, None]
-    for _ in range(3):
-        total, size = _sums(points, nearest(points, centroids), codes)
-        centroids = np.where(size[:, None] > 0, total / np.maximum(size, 1)[:, None], centroids)
-    return centroids
-
-
-def _spread(
-    points: Float32[np.ndarray, "points dim"], codes: int, chance: np.random.Generator
-) -> Float32[np.ndarray, "codes dim"]:
-    """k-means++: each next centroid is a point drawn by its squared distance to the nearest one so
-    far."""
-    chosen = [points[chance.integers(len(points))]]
-    distance = np.square(points - chosen[0]).sum(axis=1)
-    while len(chosen) < codes:
-        chosen.append(
-            points[chance.choice(len(points), p=distance / distance.sum(dtype=np.float64))]
-        )
-        distance = np.minimum(distance, np.square(points - chosen[-1]).sum(axis=1))
-    return np.stack(chosen)
-
-
-def _sums(
-    points: Float32[np.ndarray, "points dim"], owner: Int64[np.ndarray, " points"], codes: int
-) -> tuple[Float32[np.ndarray, "codes dim"], Float32[np.ndarray, " codes"]]:
-    """Sum and number of each code's points."""
-    size = np.bincount(owner, minlength=codes)
-    ends = np.cumsum(size)
-    running = np.concatenate(
-        [
-            np.zeros((1, points.shape[1])),
-            np.cumsum(points[np.argsort(owner, kind="stable")], axis=0, dtype=np.float64),
-        ]
+    batch = min(BATCH, len(points))
+    fitted = extra("sklearn.cluster").MiniBatchKMeans(
+        codes,
+        batch_size=batch,
+        max_iter=-(-steps * batch // len(points)),  # it counts rounds over all points
+        n_init=1,
+        random_state=seed,
     )
-    return (running[ends] - running[ends - size]).astype(np.float32), size.astype(np.float32)
+    centroids: np.ndarray = fitted.fit(points).cluster_centers_
+    return centroids
 
 
 def _sha256(codebook: Float32[np.ndarray, "codes stacked_bins"]) -> str:

@@ -159,12 +159,22 @@ def write(path: Path, content: bytes) -> None:
     if path.exists() and not path.is_file():  # a pipe or a terminal, which nothing may replace
         path.write_bytes(content)
         return
-    beside = path.with_name(
-        f".{path.name}.zipper-new"
-    )  # one that a killed writer left is written over
-    beside.write_bytes(content)
-    flush(beside)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`write` for who writes a file by other means: a place beside it, which takes its place at the
+    end, and is not there any more after an error."""
+    # One that a killed writer left is written over.
+    beside = path.with_name(f".{path.name}.zipper-new")
+    try:
+        yield beside
+        flush(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

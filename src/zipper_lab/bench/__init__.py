@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -23,11 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from zipper.errors import ZipperError
+from zipper.statistics import bootstrap
 from zipper_lab import report
 
 Turn = dict[str, float]
-RESAMPLES = 2000
 
 
 class Ratio(NamedTuple):
@@ -41,12 +42,8 @@ class Ratio(NamedTuple):
 def ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """How many times as fast one arm is as another: the median of the ratios within each round that
     both took."""
-    rounds = [a / b for a, b in zip(above, below, strict=False)]
-    dice = random.Random(0)
-    medians = sorted(
-        statistics.median(dice.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES)
-    )
-    return Ratio(statistics.median(rounds), medians[RESAMPLES // 40], medians[-RESAMPLES // 40 - 1])
+    rounds = np.array([a / b for a, b in zip(above, below, strict=False)])
+    return Ratio(float(np.median(rounds)), *bootstrap(partial(np.median, axis=-1), rounds))
 
 
 def take_turns(
@@ -147,6 +144,29 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def llama(
+    width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """The configuration of a tower in Llama's architecture; more: what is otherwise."""
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": hidden,
+        "max_position_embeddings": 4096,
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+SPEECH = llama(768, 16, 12, 2720, 1028)  # 138M
+#: Qwen2.5's shapes (arXiv:2412.15115, table 1).
+QWEN = {"model_type": "qwen2", "num_key_value_heads": 2}
 #: Operations a second in bfloat16, dense, by the vendor's sheets, of the cards with the fastest
 #: clocks (SXM); others of the name do less, which the name may not say.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -255,11 +275,18 @@ def machine(hardware: str) -> dict[str, Any]:
 
 
 def head(title: str, command: str, found: Mapping[str, Any]) -> list[str]:
-    """The first lines of a benchmark's table: where, how and with what it was taken."""
+    """The first lines of a benchmark's results: where, how and with what they were taken."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    how = f"`{command}`: {settings}. {versions}. {found['rounds']} rounds, the arms in turn (A B B A)."
+    rounds = f"{found['rounds']} rounds, the arms in turn (A B B A)."
+    how = f"`{command}`: {settings}. {versions}. {rounds}"
     return [f"# {title}, {found['hardware']}, {found['month']}", "", how, ""]
+
+
+def losses(found: Mapping[str, Any]) -> list[str]:
+    """A line for each arm that failed."""
+    lost = found.get("lost", {})
+    return [f"\nLost: {arm}: {why.strip().splitlines()[-1]}" for arm, why in lost.items()]
 
 
 def write(output: Path | None, found: Mapping[str, Any], lines: str) -> None:

@@ -13,9 +13,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +37,13 @@ from zipper.model import Zipper
 from zipper.reading import Reader, Stepwise
 from zipper.tower import Tower
 from zipper_lab.bench import (
+    QWEN,
+    SPEECH,
     Here,
-    Ratio,
     Turn,
     head,
+    llama,
+    losses,
     machine,
     ratio,
     serve,
@@ -97,44 +101,13 @@ MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 29}, 3
 EVERY = 2  # blocks between junctions
 
 
-def _llama(
-    width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    shape = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": hidden,
-    }
-    ends = {
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    return {
-        "model_type": "llama",
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 4096,
-        **shape,
-        **ends,
-        **more,
-    }
-
-
-_SPEECH = _llama(768, 16, 12, 2720, 1028)  # 138M
-_QWEN = {
-    "model_type": "qwen2",
-    "num_key_value_heads": 2,
-}  # Qwen2.5's shapes (arXiv:2412.15115, table 1)
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"text": _llama(64, 4, 2, 96, 96), "speech": _llama(64, 4, 2, 96, 64)},
-    "30m": {"text": _llama(384, 10, 6, 1024, 32_000), "speech": _llama(320, 10, 5, 864, 1028)},
-    "120m": {"text": _llama(768, 12, 12, 2048, 32_000), "speech": _llama(512, 12, 8, 1376, 1028)},
-    "0.5b": {"text": _llama(896, 24, 14, 4864, 151_936, **_QWEN), "speech": _SPEECH},
-    "1.5b": {"text": _llama(1536, 28, 12, 8960, 151_936, **_QWEN), "speech": _SPEECH},
-    "8b": {"text": _llama(4096, 32, 32, 14_336, 128_000), "speech": _SPEECH},
+    "tiny": {"text": llama(64, 4, 2, 96, 96), "speech": llama(64, 4, 2, 96, 64)},
+    "30m": {"text": llama(384, 10, 6, 1024, 32_000), "speech": llama(320, 10, 5, 864, 1028)},
+    "120m": {"text": llama(768, 12, 12, 2048, 32_000), "speech": llama(512, 12, 8, 1376, 1028)},
+    "0.5b": {"text": llama(896, 24, 14, 4864, 151_936, **QWEN), "speech": SPEECH},
+    "1.5b": {"text": llama(1536, 28, 12, 8960, 151_936, **QWEN), "speech": SPEECH},
+    "8b": {"text": llama(4096, 32, 32, 14_336, 128_000), "speech": SPEECH},
 }
 
 
@@ -182,7 +155,7 @@ def bench(
     batch: int = 1,
     here: Here | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the
+    """Measure; the result is plain data for JSON, `markdown` shows it. arms: default all that the
     device has. here: in this process, where an arm may be lost; default for CUDA. Raises
     ZipperError for unknown names, and where arms that compute the same thing choose other tokens in
     float32.
@@ -196,72 +169,71 @@ def bench(
             f"There is no size {size!r} in {precision}; there are {', '.join(SIZES)} in float32 "
             "and bfloat16."
         )
-    shared = asdict(Settings("", size, source, 16, tokens, precision, device, threads, batch))
-    settings = {arm: {**shared, "arm": arm} for arm in arms}
-    about = {
-        **machine(hardware),
-        "settings": {name: value for name, value in shared.items() if name != "arm"},
-    }
-    here = Here() if here is None and not device.startswith("cpu") else here
+
+    shared = Settings("", size, source, 16, tokens, precision, device, threads, batch)
+    settings = {arm: replace(shared, arm=arm) for arm in arms}
+    said = {name: value for name, value in asdict(shared).items() if name != "arm"}
+    about = {**machine(hardware), "settings": said}
+    if here is None and not device.startswith("cpu"):
+        here = Here()
     if here is None:
-        return about | _found(
-            take_turns("zipper_lab.bench.decode", settings, rounds, warm), {}, precision
-        )
-    told, each = here.told, {arm: Settings(**given) for arm, given in settings.items()}
+        plain = {arm: asdict(one) for arm, one in settings.items()}
+        turns = take_turns("zipper_lab.bench.decode", plain, rounds, warm)
+        return about | _found(turns, {}, precision)
+
+    told = here.told
 
     def tell(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> None:
         told(about | _found(turns, lost, precision))
 
-    return about | _found(*take_turns_here(_turns, each, rounds, warm, here, tell), precision)
+    return about | _found(*take_turns_here(_turns, settings, rounds, warm, here, tell), precision)
 
 
 def _found(
     turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str], precision: str
 ) -> dict[str, Any]:
     """What the turns say. lost: why arms took none."""
-    _same(turns, precision)
-    ratios = []
-    for fast, slow, target in RATIOS:
-        if fast in turns and slow in turns:
-            rates = [
-                [turn["tokens"] / turn["decode_s"] for turn in turns[arm]] for arm in (fast, slow)
-            ]
-            if turns[fast][0]["beside_s"]:  # rates of the arm and of what goes beside it
-                rates = [
-                    [1 / turn[key] for turn in turns[fast]] for key in ("in_turn_s", "beside_s")
-                ]
-            wanted = target[precision] if isinstance(target, dict) else target
-            if wanted is None:
-                wanted = round(1 / (turns[fast][0]["bytes"] / turns[slow][0]["bytes"] + 0.03), 3)
-            ratios.append(
-                {"above": fast, "below": slow, "target": wanted, **ratio(*rates)._asdict()}
-            )
-    prefill = {}
-    if {"zip", "expanded"} <= turns.keys():
-        seconds = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
-        work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
-        prefill = {
-            "work": round(work, 3),
-            "target": round(0.9 * work, 3),
-            **ratio(*seconds)._asdict(),
-        }
+    if precision == "float32":
+        _check_same(turns)
     return {
         "rounds": min(map(len, turns.values()), default=0),
         "arms": {arm: _summary(said) for arm, said in turns.items()},
-        "ratios": ratios,
-        "prefill": prefill,
+        "ratios": list(_ratios(turns, precision)),
+        "prefill": _prefill(turns),
         "lost": dict(lost),
     }
 
 
-def _same(turns: Mapping[str, Sequence[Turn]], precision: str) -> None:
+def _ratios(turns: Mapping[str, Sequence[Turn]], precision: str) -> Iterator[dict[str, Any]]:
+    """What is compared, of what was measured."""
+    for fast, slow, target in RATIOS:
+        if fast not in turns or slow not in turns:
+            continue
+        rates = [[turn["tokens"] / turn["decode_s"] for turn in turns[arm]] for arm in (fast, slow)]
+        first = turns[fast][0]
+        if first["beside_s"]:  # rates of the arm and of what goes beside it
+            rates = [[1 / turn[key] for turn in turns[fast]] for key in ("in_turn_s", "beside_s")]
+
+        wanted = target[precision] if isinstance(target, dict) else target
+        if wanted is None:
+            wanted = round(1 / (first["bytes"] / turns[slow][0]["bytes"] + 0.03), 3)
+        yield {"above": fast, "below": slow, "target": wanted, **ratio(*rates)._asdict()}
+
+
+def _prefill(turns: Mapping[str, Sequence[Turn]]) -> dict[str, float]:
+    """How fast the zip reads a source beside the decoder that reads it in its own sequence."""
+    if not {"zip", "expanded"} <= turns.keys():
+        return {}
+    rates = [[1 / turn["prefill_s"] for turn in turns[arm]] for arm in ("zip", "expanded")]
+    work = turns["expanded"][0]["prefill_flops"] / turns["zip"][0]["prefill_flops"]
+    return {"work": round(work, 3), "target": round(0.9 * work, 3), **ratio(*rates)._asdict()}
+
+
+def _check_same(turns: Mapping[str, Sequence[Turn]]) -> None:
     for one, other in SAME:
-        if (
-            precision == "float32"
-            and one in turns
-            and other in turns
-            and turns[one][0]["choice"] != turns[other][0]["choice"]
-        ):
+        if not {one, other} <= turns.keys():
+            continue
+        if turns[one][0]["choice"] != turns[other][0]["choice"]:
             raise ZipperError(
                 f"The arms {one!r} and {other!r} choose other tokens: what they take cannot be "
                 "compared."
@@ -280,63 +252,67 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
     return {**found, "turns": list(turns)}
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The results in markdown."""
-    lines = head("Decoding", "zipper bench decode", found)
-    lines += [
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results, for people."""
+    lines = [
+        *head("Decoding", "zipper bench decode", found),
         "| arm | tokens/s | prefill, ms | a step reads, MB | of the read bandwidth |",
         "|---|---|---|---|---|",
     ]
     for name, arm in found["arms"].items():
-        known = f"{arm['bytes_a_step'] / 1e6:.1f} | {100 * arm['bytes_per_s'] / arm['read_bytes_per_s']:.0f} %"
+        known = "- | -"
+        if arm["bytes_a_step"]:
+            share = arm["bytes_per_s"] / arm["read_bytes_per_s"]
+            known = f"{arm['bytes_a_step'] / 1e6:.1f} | {100 * share:.0f} %"
         lines.append(
             f"| {name}: {ARMS[name]} | {arm['tokens_per_s']:.1f} | {1000 * arm['prefill_s']:.0f} | "
-            f"{known if arm['bytes_a_step'] else '- | -'} |"
+            f"{known} |"
         )
-    lines += [
-        "",
-        "| tokens/s | median of the rounds | 95 % interval | target |",
-        "|---|---|---|---|",
-    ]
+
+    lines += ["", "| tokens/s | median of the rounds | 95 % interval | target |", "|---" * 4 + "|"]
     for row in found["ratios"]:
-        held = Ratio(row["median"], row["low"], row["high"])
-        verdict = f"{row['target']} ({'held' if held.median >= row['target'] else 'missed'})"
         lines.append(
-            f"| {row['above']} / {row['below']} | {held.median:.3f} | {held.low:.3f} to "
-            f"{held.high:.3f} | {verdict} |"
+            f"| {row['above']} / {row['below']} | {row['median']:.3f} | {row['low']:.3f} to "
+            f"{row['high']:.3f} | {row['target']} ({_verdict(row)}) |"
         )
+
+    return "\n".join([*lines, *_notes(found), *losses(found)]) + "\n"
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return "held" if row["median"] >= row["target"] else "missed"
+
+
+def _notes(found: Mapping[str, Any]) -> Iterator[str]:
+    """What stands below the tables."""
     if row := found["prefill"]:
-        lines += [
-            "",
+        yield ""
+        yield (
             f"Prefill: the zip is {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
-            "times as fast as the expanded decoder"
-            f", which does {row['work']:.2f} times its work in products with weights: "
-            f"{row['target']:.2f} was wanted "
-            f"({'held' if row['median'] >= row['target'] else 'missed'}).",
-        ]
-    if {"zip", "bare"} <= found["arms"].keys() and found["arms"]["bare"]["bytes_a_step"]:
-        share = found["arms"]["zip"]["bytes_a_step"] / found["arms"]["bare"]["bytes_a_step"]
-        lines += [
-            "",
+            "times as fast as the expanded decoder, which does "
+            f"{row['work']:.2f} times its work in products with weights: {row['target']:.2f} was "
+            f"wanted ({_verdict(row)})."
+        )
+
+    arms = found["arms"]
+    if {"zip", "bare"} <= arms.keys() and arms["bare"]["bytes_a_step"]:
+        share = arms["zip"]["bytes_a_step"] / arms["bare"]["bytes_a_step"]
+        yield ""
+        yield (
             f"A step of the zip reads {share:.3f} times the bytes of the bare tower's: by them "
-            f"zip / bare is {1 / share:.3f}.",
-        ]
+            f"zip / bare is {1 / share:.3f}."
+        )
+
     kind = torch.device(found["settings"]["device"]).type
     how = f"sums over {4e-6 * MEMORY[kind]:.0f} MB of float32"
     if kind != "cpu":
         how = f"copies of {2e-6 * MEMORY[kind]:.0f} MB, read and written"
-    lines += [
-        "",
+    yield ""
+    yield (
         f"Read bandwidth: {how}, in the same process. Prefill: the source and 16 tokens of text. "
-        "On a "
-        "CPU blind / bare is taken on the same weights, token by token in turn: two processes "
-        "with equal weights differ by 3 %.",
-    ]
-    lines += [
-        f"\nLost: {arm}: {why.strip().splitlines()[-1]}"
-        for arm, why in found.get("lost", {}).items()
-    ]
-    return "\n".join(lines) + "\n"
+        "On a CPU blind / bare is taken on the same weights, token by token in turn: two processes "
+        "with equal weights differ by 3 %."
+    )
 
 
 @cache
@@ -344,13 +320,11 @@ def _made(settings: Settings, tower: str, wider: int = 0) -> Any:
     """A tower in stock transformers, with random weights. wider: more ids."""
     shape = SIZES[settings.size][tower]
     torch.manual_seed(0)
-    with torch.device(
-        settings.device
-    ):  # made where it is used: a billion random numbers take a CPU a minute
-        config = AutoConfig.for_model(**{**shape, "vocab_size": shape["vocab_size"] + wider})
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings.precision)
-        ).eval()
+    config = AutoConfig.for_model(**{**shape, "vocab_size": shape["vocab_size"] + wider})
+    # Made where it is used: a billion random numbers take a CPU a minute.
+    with torch.device(settings.device):
+        dtype = getattr(torch, settings.precision)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @cache
@@ -371,23 +345,21 @@ def _zip(settings: Settings, *towers: str) -> Zipper:
 def _reader(settings: Settings, kind: str, *towers: str) -> Reader:
     """A zip, or one tower, laid out for decoding. kind: "", or the arm that reads otherwise."""
     model = _zip(settings, *towers)
-    return (
-        Stepwise(model)
-        if kind == "steps"
-        else Fused(model, int8=kind == "int8", compiled=kind == "whole")
-    )
+    if kind == "steps":
+        return Stepwise(model)
+    return Fused(model, int8=kind == "int8", compiled=kind == "whole")
 
 
 def build(settings: Settings) -> Arm:
     """An arm by its settings, with random weights; in one process arms of a size share them."""
     shapes, arm, batch = SIZES[settings.size], settings.arm, settings.batch
     numbers = torch.Generator().manual_seed(1)
-    source = torch.randint(
-        2, shapes["speech"]["vocab_size"], (settings.source,), generator=numbers
-    ).tolist()
-    prompt = torch.randint(
-        2, shapes["text"]["vocab_size"], (settings.prompt,), generator=numbers
-    ).tolist()
+
+    def drawn(tower: str, count: int) -> list[int]:
+        ids = torch.randint(2, shapes[tower]["vocab_size"], (count,), generator=numbers)
+        return list(map(int, ids))
+
+    source, prompt = drawn("speech", settings.source), drawn("text", settings.prompt)
     alike = Settings("", settings.size, precision=settings.precision, device=settings.device)
     if arm == "mllama":
         dtype = getattr(torch, settings.precision)
@@ -406,14 +378,12 @@ def build(settings: Settings) -> Arm:
     reader = _reader(alike, arm if arm in ("steps", "int8", "whole") else "", *towers)
     if arm in ("bare", "blind"):
         made = _ours(reader, towers, [], prompt, batch)
-        if (
-            arm == "bare" or settings.device != "cpu"
-        ):  # on CUDA a second session has another row, a graph of another shape
+        # On CUDA a second session has another row, a graph of another shape.
+        if arm == "bare" or settings.device != "cpu":
             return made
         return made._replace(beside=_ours(reader, ["text"], [], prompt, batch).start)
-    made = _ours(
-        reader, ["speech", "text"], source, prompt, batch * (STREAMS if arm == "streams" else 1)
-    )
+    streams = batch * STREAMS if arm == "streams" else batch
+    made = _ours(reader, ["speech", "text"], source, prompt, streams)
     return made._replace(prefill_flops=_zip_prefill(_zip(alike, *towers), len(source), len(prompt)))
 
 
@@ -446,7 +416,8 @@ def _ours(
 
 def _products(parts: Iterable[nn.Module], tokens: int) -> float:
     """FLOPs of so many tokens through the matrices of modules."""
-    return 2.0 * tokens * sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
+    weights = chain.from_iterable(part.parameters() for part in parts)
+    return 2.0 * tokens * sum(p.numel() for p in weights if p.ndim == 2)
 
 
 def _blocks(model: Zipper, name: str) -> Sequence[nn.Module]:
@@ -459,9 +430,8 @@ def _zip_prefill(model: Zipper, source: int, prompt: int) -> float:
     """The source goes as far as its last junction and into the links, the prompt through the text
     tower and what links do to it."""
     last = max(junction["speech"] for junction in model.config.junctions)
-    done = _products(_blocks(model, "speech")[:last], source) + _products(
-        _blocks(model, "text"), prompt
-    )
+    done = _products(_blocks(model, "speech")[:last], source)
+    done += _products(_blocks(model, "text"), prompt)
     for n, _ in enumerate(model.config.junctions):
         link = model.link(n, "speech", "text")
         done += _products(
@@ -484,9 +454,8 @@ def _read(
     reader.read({"text": [(session, prompt)]})
     tower, links = reader.bytes("text")
     cache = session.caches["text"]
-    held = cache.held[:, :, :, : cache.length].nbytes + sum(
-        part.nbytes for memory in session.memory.values() for part in memory
-    )
+    held = cache.held[:, :, :, : cache.length].nbytes
+    held += sum(part.nbytes for part in chain.from_iterable(session.memory.values()))
     return tower + links * bool(source) + streams * held
 
 
@@ -496,9 +465,8 @@ def _stock(model: Any, prompts: Sequence[Sequence[int]], room: int) -> Arm:
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if room else model.forward
     named = _cache_argument(model)
-    static = (
-        StaticCache(model.config, max_cache_len=room) if room else None
-    )  # one for ever: its addresses are in the graphs
+    # One for ever: its addresses are in the graphs.
+    static = StaticCache(model.config, max_cache_len=room) if room else None
 
     def start() -> Callable[[int], Tensor]:
         cache = DynamicCache(config=model.config) if static is None else static
@@ -539,6 +507,7 @@ def _mllama(
         **text,
         "num_hidden_layers": text["num_hidden_layers"] + len(places),
         "cross_attention_layers": places,
+        "pad_token_id": 1,
     }
     del shape["model_type"]
     made: Any = MllamaForCausalLM

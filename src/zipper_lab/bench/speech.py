@@ -55,7 +55,7 @@ def bench(
     hardware: str = "",
     towers: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it."""
+    """Measure; the result is plain data for JSON, `markdown` shows it."""
     settings = {
         arm: asdict(Settings(arm, model, utterances, threads, towers or {})) for arm in ARMS
     }
@@ -78,8 +78,8 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
     return {**medians, "turns": list(turns)}
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The results in markdown."""
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results, for people."""
     lines = head("Speech in real time", "zipper bench speech", found)
     lines += [
         "| arm | seconds of work a second of sound | of it units <-> sound | first sound after, "
@@ -176,10 +176,8 @@ def main() -> None:
     utterances = corpus.sentences("test", settings.utterances)
     if settings.arm not in ARMS:
         raise ZipperError(f"There is no arm {settings.arm!r}; there are {', '.join(ARMS)}.")
-    task, streams = (
-        heard if settings.arm.startswith("asr") else said,
-        STREAMS if "8" in settings.arm else 1,
-    )
+    task = heard if settings.arm.startswith("asr") else said
+    streams = STREAMS if "8" in settings.arm else 1
     serve(partial(task, pipeline, utterances, streams))
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ def bench(
     beside: Mapping[str, str] | None = None,
     hardware: str = "",
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it.
+    """Measure; the result is plain data for JSON, `markdown` shows it.
 
     model: a folder, "" = the shipped one. beside: other versions of zipper that take their turns
     too, by a name, each as what PYTHONPATH is for it. Raises ZipperError where a command fails.
     """
-    path = str(Path(model).absolute()) if model else ""
-    options = {
-        name: [] if not path else [path] if name == "show" else ["--model", path] for name in MODEL
-    }
+    options: dict[str, list[str]] = {name: [] for name in MODEL}
+    if model:
+        path = str(Path(model).absolute())
+        options = {name: ["--model", path] for name in MODEL} | {"show": [path]}
+
     with tempfile.TemporaryDirectory() as folder:
         turn = partial(_turn, Path(folder))
         turn(["-m", "zipper", "speak", SAID, "-o", "said.wav", *options["speak"]], None)
@@ -62,7 +64,7 @@ def bench(
         found = in_turn(turns, rounds, warm)
     cpu = {name: [said["cpu_s"] for said in turns] for name, turns in found.items()}
     pairs = [(name, BARE) for name in found if name != BARE]
-    pairs += [(f"{name}, {other}", name) for other in beside or {} for name in COMMANDS]
+    pairs += [(f"{name}, {other}", name) for other, name in product(beside or {}, COMMANDS)]
     return {
         **machine(hardware),
         "rounds": rounds,
@@ -75,8 +77,8 @@ def bench(
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The results in markdown."""
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results, for people."""
     lines = head("From a command to its answer", "zipper bench start", found)
     lines += ["| process | CPU, s | clock, s |", "|---|---|---|"]
     lines += [

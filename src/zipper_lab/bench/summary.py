@@ -21,7 +21,7 @@ SIZE = "30m"
 
 
 def bench(size: str = SIZE, rounds: int = ROUNDS, hardware: str = "") -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it. size: of `train.SIZES` and
+    """Measure; the result is plain data for JSON, `markdown` shows it. size: of `train.SIZES` and
     `decode.SIZES`."""
     found = {
         "decode": decode.bench(
@@ -49,12 +49,11 @@ def digest(found: Mapping[str, Any]) -> dict[str, Any]:
             rates[name] = {"rate": arm["pairs_per_s"], "unit": "pairs/s"}
         else:
             rates[name] = {"rate": 1 / arm["real_time"], "unit": "s of sound/s"}
-    ratios = {
-        f"{row['above']} / {row['below']}" + (f", {row['what']}" if "what" in row else ""): row[
-            "median"
-        ]
-        for row in found.get("ratios", [])
-    }
+
+    ratios = {}
+    for row in found.get("ratios", []):
+        what = f", {row['what']}" if "what" in row else ""
+        ratios[f"{row['above']} / {row['below']}{what}"] = row["median"]
     return {
         "hardware": found["hardware"],
         "month": found["month"],
@@ -63,41 +62,34 @@ def digest(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> str:
-    """The results in markdown, beside the recorded ones (default: those that come with the
+def markdown(found: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> str:
+    """The results, for people, beside the recorded ones (default: those that come with the
     package)."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if recorded is None else recorded
-    lines = [f"# All benchmarks in short, {found['hardware']}, {found['month']}", ""]
-    lines += [
+    if recorded is None:
+        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    lines = [
+        f"# All benchmarks in short, {found['hardware']}, {found['month']}",
+        "",
         f"`zipper bench`: size {found['size']}, {found['rounds']} rounds, arms in turn (A B B A), "
         "medians.",
         "",
+        "| | here | recorded | here / recorded |",
+        "|---|---|---|---|",
     ]
-    lines += ["| | here | recorded | here / recorded |", "|---|---|---|---|"]
-    places = {}
+    places = []
     for kind in ("decode", "train", "speech"):
-        there = recorded.get(
-            f"{kind}, {found['size']}" if kind != "speech" else kind, {"rates": {}, "ratios": {}}
-        )
+        name = kind if kind == "speech" else f"{kind}, {found['size']}"
+        there = recorded.get(name, {"rates": {}, "ratios": {}})
         if there["rates"]:
-            places[kind] = f"{kind} on {there['hardware']}, {there['month']}"
+            places.append(f"{kind} on {there['hardware']}, {there['month']}")
         for name, arm in found[kind]["rates"].items():
-            lines.append(
-                _line(
-                    f"{kind}: {name}, {arm['unit']}",
-                    arm["rate"],
-                    there["rates"].get(name, {}).get("rate"),
-                )
-            )
+            rate = there["rates"].get(name, {}).get("rate")
+            lines.append(_line(f"{kind}: {name}, {arm['unit']}", arm["rate"], rate))
         for name, value in found[kind]["ratios"].items():
             lines.append(_line(f"{kind}: ratio {name}", value, there["ratios"].get(name)))
-    lines += [
-        "",
-        f"Recorded: {'; '.join(places.values())}."
-        if places
-        else "Nothing was recorded at this size.",
-    ]
-    return "\n".join(lines) + "\n"
+
+    said = f"Recorded: {'; '.join(places)}." if places else "Nothing was recorded at this size."
+    return "\n".join([*lines, "", said]) + "\n"
 
 
 def _line(what: str, here: float, there: float | None) -> str:
@@ -110,14 +102,15 @@ def main() -> None:
     kept = {}
     for path in sys.argv[1:]:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        settings = found["settings"]
-        kind = (
-            "speech"
-            if "utterances" in settings
-            else f"{'train' if 'pairs' in settings else 'decode'}, {settings['size']}"
-        )
-        kept[kind] = digest(found)
+        kept[_kind(found["settings"])] = digest(found)
     print(json.dumps(kept, indent=1))
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """Which benchmark has such settings, and at which size."""
+    if "utterances" in settings:
+        return "speech"
+    return f"{'train' if 'pairs' in settings else 'decode'}, {settings['size']}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -29,11 +29,14 @@ from zipper.training import Objective
 from zipper.training import cost as plan
 from zipper.training.packing import lengths, pack
 from zipper_lab.bench import (
+    QWEN,
+    SPEECH,
     Here,
-    Ratio,
     Turn,
     head,
     limits,
+    llama,
+    losses,
     machine,
     ratio,
     resident,
@@ -71,53 +74,26 @@ EQUAL = {"speech": 350, "text": 50}  # seven seconds of speech; no arm pads
 LONGEST = 1002  # tokens of speech in `mix`: 20 seconds
 
 
-def _llama(
-    width: int, layers: int, heads: int, hidden: int, vocabulary: int, **more: Any
-) -> dict[str, Any]:
-    shape = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": hidden,
-    }
-    ends = {
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    return {
-        "model_type": "llama",
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 4096,
-        **shape,
-        **ends,
-        **more,
-    }
-
-
-_SPEECH = _llama(768, 16, 12, 2720, 1028)  # 138M
-_QWEN = {"model_type": "qwen2", "num_key_value_heads": 2}
 #: Name -> towers and the blocks between their junctions.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
-        "text": _llama(64, 4, 2, 96, 96),
-        "speech": _llama(32, 3, 2, 64, 40),
+        "text": llama(64, 4, 2, 96, 96),
+        "speech": llama(32, 3, 2, 64, 40),
         "every": {"text": 1, "speech": 1},
     },
     "30m": {
-        "text": _llama(384, 10, 6, 1024, 32_000),
-        "speech": _llama(320, 8, 5, 864, 1028),
+        "text": llama(384, 10, 6, 1024, 32_000),
+        "speech": llama(320, 8, 5, 864, 1028),
         "every": {"text": 3, "speech": 2},
     },
     "0.5b": {
-        "text": _llama(896, 24, 14, 4864, 151_936, **_QWEN),
-        "speech": _SPEECH,
+        "text": llama(896, 24, 14, 4864, 151_936, **QWEN),
+        "speech": SPEECH,
         "every": {"text": 6, "speech": 4},
     },
     "1.5b": {
-        "text": _llama(1536, 28, 12, 8960, 151_936, **_QWEN),
-        "speech": _SPEECH,
+        "text": llama(1536, 28, 12, 8960, 151_936, **QWEN),
+        "speech": SPEECH,
         "every": {"text": 7, "speech": 4},
     },
 }
@@ -145,21 +121,16 @@ def mix(pairs: int, seed: int) -> list[Pair]:
     training parts: most between 11 and 17 seconds, the others anywhere below. Half are like
     LibriTTS: log-normal around 4.4 seconds, a mean of 5.8, at most 20.
     """
-    dice = random.Random(seed)
-    made = []
+    dice, made = random.Random(seed), []
     for number in range(pairs):
         if number % 2:
             seconds = min(20.0, max(0.8, dice.lognormvariate(1.48, 0.75)))
+        elif dice.random() < 0.7:
+            seconds = dice.triangular(10, 16.7, 15)
         else:
-            seconds = (
-                dice.triangular(10, 16.7, 15) if dice.random() < 0.7 else dice.uniform(1.5, 11)
-            )
-        made.append(
-            {
-                "speech": round(50 * seconds) + 2,
-                "text": max(2, round(3.3 * seconds * dice.gauss(1, 0.12))) + 2,
-            }
-        )
+            seconds = dice.uniform(1.5, 11)
+        words = max(2, round(3.3 * seconds * dice.gauss(1, 0.12)))
+        made.append({"speech": round(50 * seconds) + 2, "text": words + 2})
     return made
 
 
@@ -177,7 +148,7 @@ def bench(
     hardware: str = "",
     here: Here | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is plain data for JSON, `table` shows it. arms: default all that the
+    """Measure; the result is plain data for JSON, `markdown` shows it. arms: default all that the
     device has. here: in this process, where an arm may be lost; default for CUDA, one arm after the
     other. Raises ZipperError for unknown names.
     """
@@ -192,34 +163,27 @@ def bench(
             f"The mix has up to {LONGEST} tokens of speech, a packed row has room for {room}. "
             f"Give --room {LONGEST}."
         )
-    settings = [
-        Settings(arm, size, pairs, room, device, precision, attention, threads) for arm in arms
-    ]
-    about = {
-        **machine(hardware),
-        "settings": {name: value for name, value in asdict(settings[0]).items() if name != "arm"},
-    }
-    here = Here(apart=True) if here is None and not device.startswith("cpu") else here
+
+    shared = Settings("", size, pairs, room, device, precision, attention, threads)
+    settings = {arm: replace(shared, arm=arm) for arm in arms}
+    said = {name: value for name, value in asdict(shared).items() if name != "arm"}
+    about = {**machine(hardware), "settings": said}
+    if here is None and not device.startswith("cpu"):
+        here = Here(apart=True)
     if here is None:
-        return about | _found(
-            take_turns(
-                "zipper_lab.bench.train", {s.arm: asdict(s) for s in settings}, rounds, warm
-            ),
-            {},
-        )
+        plain = {arm: asdict(one) for arm, one in settings.items()}
+        return about | _found(take_turns("zipper_lab.bench.train", plain, rounds, warm), {})
+
     told, about["limits"] = here.told, limits(device)
 
     def tell(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> None:
         told(about | _found(turns, lost))
 
-    return about | _found(
-        *take_turns_here(_turns, {s.arm: s for s in settings}, rounds, warm, here, tell)
-    )
+    return about | _found(*take_turns_here(_turns, settings, rounds, warm, here, tell))
 
 
 def _found(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> dict[str, Any]:
     """What the turns say. lost: why arms took none."""
-    found = {arm: _summary(said) for arm, said in turns.items()}
     ratios = []
     for what, above, below, target in RATIOS:
         if above in turns and below in turns:
@@ -227,18 +191,11 @@ def _found(turns: Mapping[str, Sequence[Turn]], lost: Mapping[str, str]) -> dict
             rates = [
                 [turn[unit] / turn["seconds"] for turn in turns[arm]] for arm in (above, below)
             ]
-            ratios.append(
-                {
-                    "what": what,
-                    "above": above,
-                    "below": below,
-                    "target": target,
-                    **ratio(*rates)._asdict(),
-                }
-            )
+            row = {"what": what, "above": above, "below": below, "target": target}
+            ratios.append(row | ratio(*rates)._asdict())
     return {
         "rounds": min(map(len, turns.values()), default=0),
-        "arms": found,
+        "arms": {arm: _summary(said) for arm, said in turns.items()},
         "ratios": ratios,
         "lost": dict(lost),
     }
@@ -257,61 +214,49 @@ def _summary(turns: Sequence[Turn]) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The results in markdown."""
-    lines = head("Training steps", "zipper bench train", found)
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results, for people."""
     most = {name: rate for name, rate in found.get("limits", {}).items() if rate and name != "copy"}
-    lines += [
-        "| arm | pairs/s | GFLOP a pair | GFLOP/s "
-        f"|{' of the ' * bool(most)}{' | of the '.join(most)}{' |' * bool(most)} padding |"
+    shares = "".join(f" of the {name} |" for name in most)
+    lines = [
+        *head("Training steps", "zipper bench train", found),
+        f"| arm | pairs/s | GFLOP a pair | GFLOP/s |{shares} padding | trains | peak memory, MB |",
+        "|---" * (7 + len(most)) + "|",
     ]
-    lines[-1] += " trains | peak memory, MB |"
-    lines += ["|---" * (7 + len(most)) + "|"]
     for name, arm in found["arms"].items():
         shares = "".join(f"{1e11 * arm['gflop_per_s'] / rate:.1f} % | " for rate in most.values())
         lines.append(
             f"| {name}: {ARMS[name]} | {arm['pairs_per_s']:.2f} | {arm['gflop_per_pair']:.2f} | "
-            f"{arm['gflop_per_s']:,.1f} | "
-            f"{shares}{100 * arm['padding']:.1f} % | {arm['trained_parameters'] / 1e6:.1f}M | "
-            f"{arm['peak_memory'] / 1e6:,.0f} |"
+            f"{arm['gflop_per_s']:,.1f} | {shares}{100 * arm['padding']:.1f} % | "
+            f"{arm['trained_parameters'] / 1e6:.1f}M | {arm['peak_memory'] / 1e6:,.0f} |"
         )
+
     lines += ["", "| ratio | median of the rounds | 95 % interval | target |", "|---|---|---|---|"]
     for row in found["ratios"]:
-        held = Ratio(row["median"], row["low"], row["high"])
-        verdict = "held" if held.median >= row["target"] else "missed"
+        verdict = "held" if row["median"] >= row["target"] else "missed"
         lines.append(
-            f"| {row['what']}: {row['above']} / {row['below']} | {held.median:.2f} | "
-            f"{held.low:.2f} to {held.high:.2f} | "
-            f"{row['target']} ({verdict}) |"
+            f"| {row['what']}: {row['above']} / {row['below']} | {row['median']:.2f} | "
+            f"{row['low']:.2f} to {row['high']:.2f} | {row['target']} ({verdict}) |"
         )
+
     lines += [
         "",
         "GFLOP by formula, of what cannot be left out: tokens without padding, frozen parts as "
         "far as a gradient goes",
-    ]
-    lines += [
         "through them. Memory is what a process has over its imports (on CUDA, what torch "
-        "allocated). Pairs of the first"
-    ]
-    lines += [
+        "allocated). Pairs of the first",
         f"arms: {EQUAL['speech']} tokens of speech, {EQUAL['text']} of text; of the mix: "
-        "`zipper_lab.bench.train.mix`."
+        "`zipper_lab.bench.train.mix`.",
     ]
     if most:
         lines += [
             "",
             "Peak: operations in bfloat16 by the name of the card, which says nothing of its "
             "clocks; matmul: as measured here",
-        ]
-        lines += [
             f"({found['limits']['matmul'] / 1e12:.0f} TFLOP/s). The arms one after the other, "
-            "data made before a step begins."
+            "data made before a step begins.",
         ]
-    lines += [
-        f"\nLost: {arm}: {why.strip().splitlines()[-1]}"
-        for arm, why in found.get("lost", {}).items()
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *losses(found)]) + "\n"
 
 
 class Given(NamedTuple):
@@ -335,47 +280,51 @@ class Arm(NamedTuple):
 def build(settings: Settings) -> Arm:
     """An arm by its settings, with random weights."""
     torch.manual_seed(0)
-    shapes, device = SIZES[settings.size], torch.device(settings.device)
     half = torch.bfloat16 if settings.precision == "bf16" else None
-    size = settings.pairs
     if settings.arm in ("bare", "expanded"):
-        more = (
-            {"vocab_size": shapes["text"]["vocab_size"] + shapes["speech"]["vocab_size"]}
-            if settings.arm == "expanded"
-            else {}
-        )
-        stock: Any = _made({**shapes["text"], **more}, device, torch.float32).train()
-        optimizer = torch.optim.AdamW(stock.parameters())
-        row = sum(EQUAL.values())
-        alone = Zipper.from_towers({"text": Tower(stock)}, train=("text",))
+        return _stock(settings, half)
+    return _zipped(settings, half)
 
-        def drawn(number: int) -> Given:
-            return Given(
-                [EQUAL] * size,
-                0.0,
-                torch.randint(2, stock.config.vocab_size, (size, row), device=device),
-            )
 
-        def plain(given: Given) -> None:
-            ids: Tensor = given.data
-            labels = ids.clone()
-            if settings.arm == "expanded":
-                labels[:, : EQUAL["speech"] + 1] = -100  # of the text, all but its begin
-            with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
-                loss = stock(ids, labels=labels).loss
-            _learn(stock, optimizer, loss)
+def _stock(settings: Settings, half: torch.dtype | None) -> Arm:
+    """The text tower in stock transformers, or one whose vocabulary has the units too."""
+    shapes, device = SIZES[settings.size], torch.device(settings.device)
+    shape = dict(shapes["text"])
+    if settings.arm == "expanded":
+        shape["vocab_size"] += shapes["speech"]["vocab_size"]
+    model: Any = _made(shape, device, torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    row = sum(EQUAL.values())
 
-        reads = {
-            "text": row * (row + 1) / 2.0
-        }  # every token itself and those before it; stock makes logits at every position
-        each = plan.Load(1.0, {"text": float(row)}, {"text": float(row)}, reads)
-        return Arm(
-            stock, drawn, plain, lambda pairs: plan.cost(alone, each * float(len(pairs))).flops
-        )
+    def given(number: int) -> Given:
+        ids = torch.randint(2, model.config.vocab_size, (settings.pairs, row), device=device)
+        return Given([EQUAL] * settings.pairs, 0.0, ids)
 
-    model = (_zip if settings.arm == "trained" else _frozen)(
-        settings.size, settings.arm == "trained", device, half
-    )
+    def step(given: Given) -> None:
+        ids: Tensor = given.data
+        labels = ids.clone()
+        if settings.arm == "expanded":
+            labels[:, : EQUAL["speech"] + 1] = -100  # of the text, all but its begin
+        with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
+            loss = model(ids, labels=labels).loss
+        _learn(model, optimizer, loss)
+
+    # Every token reads itself and those before it; stock makes logits at every position.
+    tokens, reads = {"text": float(row)}, {"text": row * (row + 1) / 2.0}
+    each = plan.Load(1.0, tokens, tokens, reads)
+    alone = Zipper.from_towers({"text": Tower(model)}, train=("text",))
+
+    def flops(pairs: Sequence[Pair]) -> float:
+        return plan.cost(alone, each * float(len(pairs))).flops
+
+    return Arm(model, given, step, flops)
+
+
+def _zipped(settings: Settings, half: torch.dtype | None) -> Arm:
+    """A zip that learns to write down speech."""
+    shapes, device = SIZES[settings.size], torch.device(settings.device)
+    trained, mixed = settings.arm == "trained", settings.arm in ("padded", "packed", "flex")
+    model = (_zip if trained else _frozen)(settings.size, trained, device, half)
     objective = Objective(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     contents = {
@@ -384,38 +333,31 @@ def build(settings: Settings) -> Arm:
     }
 
     def sample(pair: Pair) -> list[Segment]:
-        return [
-            Target(name, contents[name][: pair[name] - 2], weight=float(name == "text"))
-            for name in ("speech", "text")
-        ]
+        speech, text = (contents[name][: pair[name] - 2] for name in ("speech", "text"))
+        return [Target("speech", speech, weight=0.0), Target("text", text, weight=1.0)]
 
-    def flops(pairs: Sequence[Pair]) -> float:
-        return plan.cost(
-            model, plan.Load.of([collate([sample(pair) for pair in pairs], model.ends())])
-        ).flops
-
-    def collated(number: int) -> Given:
-        chosen = (
-            mix(size, number) if settings.arm in ("padded", "packed", "flex") else [EQUAL] * size
-        )
-        samples = [sample(pair) for pair in chosen]
-        rows = (
-            pack([lengths(some) for some in samples], {"speech": settings.room})
-            if settings.arm in ("packed", "flex")
-            else None
-        )
+    def given(number: int) -> Given:
+        pairs = mix(settings.pairs, number) if mixed else [EQUAL] * settings.pairs
+        samples, rows = [sample(pair) for pair in pairs], None
+        if settings.arm in ("packed", "flex"):
+            rows = pack([lengths(some) for some in samples], {"speech": settings.room})
         batch = collate(samples, model.ends(), packed=rows).to(device)
-        slots = sum(strand.ids.numel() for strand in batch.strands.values())
-        return Given(chosen, 1 - sum(sum(pair.values()) for pair in chosen) / slots, batch)
 
-    def zipped(given: Given) -> None:
+        slots = sum(strand.ids.numel() for strand in batch.strands.values())
+        return Given(pairs, 1 - sum(sum(pair.values()) for pair in pairs) / slots, batch)
+
+    def step(given: Given) -> None:
         batch: Batch = given.data
         model.attention = "flex" if "flex" in (settings.arm, settings.attention) else "sdpa"
         with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
             loss = objective([batch])["text"] / batch.weights["text"].sum()
         _learn(model, optimizer, loss)
 
-    return Arm(model, collated, zipped, flops)
+    def flops(pairs: Sequence[Pair]) -> float:
+        batch = collate([sample(pair) for pair in pairs], model.ends())
+        return plan.cost(model, plan.Load.of([batch])).flops
+
+    return Arm(model, given, step, flops)
 
 
 def _zip(size: str, trained: bool, device: torch.device, half: torch.dtype | None) -> Zipper:
@@ -431,9 +373,8 @@ def _zip(size: str, trained: bool, device: torch.device, half: torch.dtype | Non
     return model.train()
 
 
-_frozen = cache(
-    _zip
-)  # arms in one process share it: what they learn does not change how fast they are
+# Arms in one process share it: what they learn does not change how fast they are.
+_frozen = cache(_zip)
 
 
 def _made(shape: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -454,22 +395,20 @@ def timed(arm: Arm, before: int, numbers: Iterator[int]) -> Turn:
     """One turn: a step and how long it took; `before` is what was in memory before there was a
     model."""
     device = next(arm.model.parameters()).device
-    if (
-        device.type == "cuda"
-    ):  # there a step takes as long as its data, which whoever trains makes beside it
+    cuda = device.type == "cuda"
+    if cuda:  # there a step takes as long as its data, which whoever trains makes beside it
         given, lap = arm.given(next(numbers)), stopwatch(str(device))
     else:
         lap, given = stopwatch("cpu"), arm.given(next(numbers))
     arm.step(given)
     seconds = lap()
+
     return {
         "seconds": seconds,
         "pairs": len(given.pairs),
         "padding": given.padding,
         "flops": arm.flops(given.pairs),
-        "peak_memory": torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resident()[1] - before,
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else resident()[1] - before,
         "trained_parameters": sum(p.numel() for p in arm.model.parameters() if p.requires_grad),
     }
 

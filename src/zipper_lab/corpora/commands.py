@@ -1,35 +1,37 @@
 """The built-in corpus: spoken commands, written by a small grammar and said by eSpeak NG.
 
 A toy domain with honest edges: every sentence belongs to exactly one part by its own hash, so no
-test is ever trained on.
-eSpeak NG is GPL and optional: it is loaded only when something has to be said.
+test is ever trained on. eSpeak NG is GPL and optional: it is loaded only when something has to be
+said.
 """
 
 import _ctypes
 import ctypes
 import hashlib
 import json
-import os
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from zipper.audio import disturbance
 from zipper.audio.sound import Audio
+from zipper.data import manifests as data
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.workers import spread
+
+T = TypeVar("T")
 
 # Two pitches (0 .. 99) of the voice that an independent recogniser heard best among those that say
 # the same bits twice: WER 2.0 and 2.6 %, the women's voices 8 % and more. Voices with breath (f2,
@@ -38,21 +40,25 @@ ESPEAK_VOICE, PITCH = "en-us+m6", {"low": 50, "high": 95}
 VOICES = tuple(PITCH)
 CHUNK = 32  # utterances handed to a process at once
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-CITIES = "vienna london paris berlin madrid boston chicago dallas denver toronto sydney lisbon munich dublin houston geneva".split()
+CITIES = (
+    "vienna london paris berlin madrid boston chicago dallas denver toronto sydney lisbon munich "
+    "dublin houston geneva"
+).split()
 ITEMS = (
     "oranges apples bottles boxes chairs tickets books letters lamps candles flowers shirts "
-    "pencils baskets blankets carpets "
-    "mirrors bananas"
+    "pencils baskets blankets carpets mirrors bananas"
 ).split()
-NAMES = "anna peter maria david emma robert laura oliver susan thomas julia martin sarah kevin daniel helen victor alice".split()
+NAMES = (
+    "anna peter maria david emma robert laura oliver susan thomas julia martin sarah kevin daniel "
+    "helen victor alice"
+).split()
 COLOURS = "red blue green yellow white purple black brown".split()
 ROOMS = "kitchen bedroom bathroom garden garage office hallway cellar".split()
 DEVICES = "lights heating music radio camera television fan oven".split()
 SIGNS = "plus minus times".split()
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen "
-    "nineteen"
+    "fifteen sixteen seventeen eighteen nineteen"
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
@@ -63,20 +69,22 @@ def number(n: int) -> str:
     if n < 20:
         return ONES[n]
     if n < 100:
-        return TENS[n // 10 - 2] + (f" {ONES[n % 10]}" if n % 10 else "")
-    size, word = (1000, "thousand") if n >= 1000 else (100, "hundred")
-    rest = n % size
-    return f"{number(n // size)} {word}" + (
-        f" {'and ' if rest < 100 else ''}{number(rest)}" if rest else ""
-    )
+        return f"{TENS[n // 10 - 2]} {ONES[n % 10] if n % 10 else ''}".rstrip()
+    size, word = 100, "hundred"
+    if n >= 1000:
+        size, word = 1000, "thousand"
+
+    said, rest = f"{number(n // size)} {word}", n % size
+    if not rest:
+        return said
+    return f"{said} and {number(rest)}" if rest < 100 else f"{said} {number(rest)}"
 
 
+RANGES = [(1, 10), (10, 100), (100, 1000), (1000, 10_000)]
 # What may stand in a template's braces. Each draws from many values, so that no part of the corpus
 # exhausts a template.
 SLOTS: dict[str, Callable[[random.Random], str]] = {
-    "thousands": lambda r: number(
-        r.randrange(*r.choices([(1, 10), (10, 100), (100, 1000), (1000, 10_000)], [1, 6, 6, 5])[0])
-    ),
+    "thousands": lambda r: number(r.randrange(*r.choices(RANGES, [1, 6, 6, 5])[0])),
     "hundreds": lambda r: number(r.randrange(*r.choice([(1, 100), (100, 1000)]))),
     "tens": lambda r: number(r.randrange(1, 100)),
     "seats": lambda r: number(r.randrange(2, 21)),
@@ -111,26 +119,10 @@ TEMPLATES = (
 
 # The share of all sentences that a part owns, in hundredths.
 PARTS = {"text": 36, "speech": 25, "pairs": 31, "dev": 3, "test": 5}
-GRAMMAR_VERSION = (
-    2  # raise it when SLOTS, number() or what happens to sound change: it names the cached files
-)
-GRAMMAR = repr(
-    (
-        GRAMMAR_VERSION,
-        TEMPLATES,
-        DAYS,
-        CITIES,
-        ITEMS,
-        NAMES,
-        COLOURS,
-        ROOMS,
-        DEVICES,
-        SIGNS,
-        PARTS,
-        ESPEAK_VOICE,
-        PITCH,
-    )
-)
+# Raise it when SLOTS, number() or what happens to sound change: it names the cached files.
+GRAMMAR_VERSION = 2
+_WORDS = (DAYS, CITIES, ITEMS, NAMES, COLOURS, ROOMS, DEVICES, SIGNS)
+GRAMMAR = repr((GRAMMAR_VERSION, TEMPLATES, *_WORDS, PARTS, ESPEAK_VOICE, PITCH))
 
 
 @dataclass(frozen=True)
@@ -170,9 +162,8 @@ def _drawn(part: str, seed: int) -> Iterator[Utterance]:
         template = chance.randrange(len(TEMPLATES))
         text = re.sub(r"\{(\w+)\}", lambda slot: SLOTS[slot[1]](chance), TEMPLATES[template])
         if part_of(text) == part and text not in seen:
-            yield Utterance(
-                f"{part}-{seed}-{len(seen):06d}", text, template, VOICES[len(seen) % len(VOICES)]
-            )
+            name, voice = f"{part}-{seed}-{len(seen):06d}", VOICES[len(seen) % len(VOICES)]
+            yield Utterance(name, text, template, voice)
             seen.add(text)
 
 
@@ -211,25 +202,20 @@ def say(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> Audio:
         library = ctypes.CDLL(loader.get_library_path())
         try:
             synchronous, utf8, rate, pitched = 2, 1, 1, 3  # speak_lib.h
-            rate_hz = library.espeak_Initialize(
-                synchronous, 0, str(loader.get_data_path()).encode(), 0
-            )
+            place = loader.get_data_path()
+            rate_hz = library.espeak_Initialize(synchronous, 0, str(place).encode(), 0)
             callback = _CALLBACK(hear)
             library.espeak_SetSynthCallback(callback)
-            variant = Path(
-                loader.get_data_path(), "voices", "!v", voice.partition("+")[2]
-            )  # an unknown one is ignored in silence
-            if (
-                rate_hz <= 0
-                or not variant.exists()
-                or library.espeak_SetVoiceByName(voice.encode())
-            ):
+            # An unknown variant is ignored in silence.
+            known = Path(place, "voices", "!v", voice.partition("+")[2]).exists()
+            if rate_hz <= 0 or not known or library.espeak_SetVoiceByName(voice.encode()):
                 raise ZipperError(
                     f"eSpeak NG has no voice {voice}. Take another, or complete the installation: "
                     "pip install -U espeakng-loader."
                 )
             library.espeak_SetParameter(rate, rate_wpm, 0)
             library.espeak_SetParameter(pitched, pitch, 0)
+
             encoded = text.encode() + b"\0"
             library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, 0, 0, utf8, None, None)
             library.espeak_Synchronize()
@@ -246,9 +232,8 @@ def fit_units(n: int = 600, codes: int = 256, seed: int = 0) -> SpeechUnits:
         voices=VOICES, fitted_on=f"{n} utterances of the built-in corpus, part speech, seed {seed}"
     )
     said = tqdm(sentences("speech", n, seed), desc="say", unit="utterance", disable=None)
-    return SpeechUnits.fit(
-        [config.mel.picture(synthesize(utterance)) for utterance in said], codes, config, seed
-    )
+    pictures = [config.mel.picture(synthesize(utterance)) for utterance in said]
+    return SpeechUnits.fit(pictures, codes, config, seed)
 
 
 def rows(
@@ -267,14 +252,9 @@ def rows(
     "heard:speech", what is said in it "said:text" (`disturbance.take`). What is to be understood is
     learnt from these, what is to be said from the clean one, which stays "speech". Kept as JSONL in
     `cache` under a name made of all that decides the content; a shorter file there is continued, a
-    longer one cut.
-    workers: processes of one thread each; 1 works in this process.
+    longer one cut. workers: processes of one thread each; 1 works in this process.
     """
-    wanted = [
-        (utterance, number)
-        for utterance in sentences(part, n, seed)
-        for number in range(max(1, takes))
-    ]
+    wanted = list(product(sentences(part, n, seed), range(max(1, takes))))
     n = len(wanted)
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,30 +267,19 @@ def rows(
             done = [json.loads(line) for line in islice(lines, n)]
     if len(done) == n:
         return done
-    with closing(
-        spread(partial(_row, units, takes > 0), wanted[len(done) :], workers, CHUNK)
-    ) as fresh:
-        done += tqdm(
-            fresh,
-            desc=f"say {part}",
-            total=n - len(done),
-            unit="utterance",
-            smoothing=0.01,
-            mininterval=1,
-            disable=None,
-        )
-    _keep(folder / f"{part}-{key}-{n}.jsonl", done)
+
+    left, work = wanted[len(done) :], partial(_row, units, takes > 0)
+    with closing(spread(work, left, workers, CHUNK)) as fresh:
+        done += watched(fresh, part, len(left))
+    data.write(folder / f"{part}-{key}-{n}.jsonl", done)
     return done
 
 
-def _keep(path: Path, content: list[dict[str, Any]]) -> None:
-    """There whole or not at all: written beside, then renamed."""
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        beside.write_text("".join(json.dumps(row) + "\n" for row in content))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def watched(rows: Iterable[T], part: str, total: int) -> Iterable[T]:
+    """With a progress bar that does not jump: chunks come in all at once."""
+    said, smooth = f"say {part}", {"smoothing": 0.01, "mininterval": 1}
+    shown: Iterable[T] = tqdm(rows, said, total, unit="utterance", disable=None, **smooth)
+    return shown
 
 
 def _row(units: SpeechUnits, disturbed: bool, wanted: tuple[Utterance, int]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from zipper.data import manifests as data
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits, UnitsConfig
 from zipper.modality.text import Text
+from zipper.saving.files import write_json
 from zipper.workers import spread
 from zipper_lab import adaptation
 from zipper_lab.corpora import commands as corpus
@@ -130,14 +131,12 @@ def sentences(
     for i in range(n):
         turn, place = divmod(i, len(all_lines))
         chapter, text = all_lines[place]
-        utterance = Utterance(
-            f"{part}-{seed}-{i:06d}", text, chapter, voices[(place + turn) % len(voices)]
-        )
+        voice = voices[(place + turn) % len(voices)]
+        utterance = Utterance(f"{part}-{seed}-{i:06d}", text, chapter, voice)
         if noisy:
             chance = random.Random(f"noise {utterance.id}")
-            utterance = replace(
-                utterance, noise=chance.choice(NOISES), snr_db=chance.choice(SNR_DB)
-            )
+            noise, snr_db = chance.choice(NOISES), chance.choice(SNR_DB)
+            utterance = replace(utterance, noise=noise, snr_db=snr_db)
         drawn.append(utterance)
     return drawn
 
@@ -167,9 +166,8 @@ def _say(text: str, voice: str) -> Audio:
 
 def _white(seed: str, samples: int) -> np.ndarray:
     digest = hashlib.sha256(seed.encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8])).standard_normal(
-        samples, dtype=np.float32
-    )
+    chance = np.random.default_rng(int.from_bytes(digest[:8]))
+    return chance.standard_normal(samples, dtype=np.float32)
 
 
 def _babble(seed: str, samples: int) -> np.ndarray:
@@ -179,13 +177,8 @@ def _babble(seed: str, samples: int) -> np.ndarray:
         _say(text, chance.choice(VOICES)).level(0.1)
         for _, text in chance.sample(lines("speech"), SPEAKERS_OF_BABBLE)
     ]
-    return np.sum(
-        [
-            np.resize(np.roll(voice.samples, chance.randrange(len(voice.samples))), samples)
-            for voice in said
-        ],
-        axis=0,
-    )
+    begun = (np.roll(voice.samples, chance.randrange(len(voice.samples))) for voice in said)
+    return np.sum([np.resize(voice, samples) for voice in begun], axis=0)
 
 
 def fit_units(
@@ -197,9 +190,8 @@ def fit_units(
         fitted_on=f"{n} utterances of the prose corpus, part speech, seed {seed}",
     )
     said = tqdm(sentences("speech", n, seed, voices), desc="say", unit="utterance", disable=None)
-    return SpeechUnits.fit(
-        [config.mel.picture(synthesize(utterance)) for utterance in said], codes, config, seed
-    )
+    pictures = [config.mel.picture(synthesize(utterance)) for utterance in said]
+    return SpeechUnits.fit(pictures, codes, config, seed)
 
 
 def adapt_judge(folder: str | Path, n: int = 400, voices: Sequence[str] = VOICES) -> None:
@@ -228,37 +220,26 @@ def rows(
     """
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
-    # the list of each wanted file is whole, so that a longer run shares the files of a shorter one
+    # The list of each wanted file is whole, so that a longer run shares the files of a shorter one.
     total = len(lines(part)) * len(voices)
     wanted = sentences(part, n, seed, voices, noisy)
     filled = sentences(part, min(total, -(-len(wanted) // BLOCK) * BLOCK), seed, voices, noisy)
+
     made_of = (VERSION, _fingerprint(), importlib.metadata.version("espeakng-loader"))
-    key = hashlib.sha256(
-        repr((made_of, seed, tuple(voices), noisy, units.fingerprint)).encode()
-    ).hexdigest()[:16]
+    said = repr((made_of, seed, tuple(voices), noisy, units.fingerprint))
+    key = hashlib.sha256(said.encode()).hexdigest()[:16]
     files = {
         folder / f"prose-{part}-{key}-{i // BLOCK:04d}.jsonl": filled[i : i + BLOCK]
         for i in range(0, len(filled), BLOCK)
     }
+
     missing = {file: block for file, block in files.items() if not file.exists()}
-    left = sum(map(len, missing.values()))
-    with closing(
-        spread(partial(_row, units), chain.from_iterable(missing.values()), workers, corpus.CHUNK)
-    ) as made:
-        fresh = iter(
-            tqdm(
-                made,
-                desc=f"say {part}",
-                total=left,
-                unit="utterance",
-                smoothing=0.01,
-                mininterval=1,
-                disable=None,
-            )
-        )
+    left = list(chain.from_iterable(missing.values()))
+    with closing(spread(partial(_row, units), left, workers, corpus.CHUNK)) as made:
+        fresh = iter(corpus.watched(made, part, len(left)))
         for file, block in missing.items():
             data.write(file, list(islice(fresh, len(block))))
-    return [row for file in files for row in data.manifest(file)][: len(wanted)]
+    return list(chain.from_iterable(map(data.manifest, files)))[: len(wanted)]
 
 
 def _row(units: SpeechUnits, utterance: Utterance) -> dict[str, Any]:
@@ -302,9 +283,13 @@ def prepare(
         "dev": dev,
         "test": test,
         "voices": list(voices),
+        "codes": codes,
+        "merges": merges,
+        "fitted": fitted,
+        "adapted": adapted,
+        "version": VERSION,
+        "content": _fingerprint(),
     }
-    settings |= {"codes": codes, "merges": merges, "fitted": fitted, "adapted": adapted}
-    settings |= {"version": VERSION, "content": _fingerprint()}
     made = folder / "prose.json"
     if made.exists():
         if (before := json.loads(made.read_text())) != settings:
@@ -315,18 +300,19 @@ def prepare(
         if all((folder / f"{name}.jsonl").exists() for name in MANIFESTS):
             return
     folder.mkdir(parents=True, exist_ok=True)
-    made.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(made, settings)
+
     unpaired = [{"id": u.id, "text": u.text} for u in sentences("text", text)]
     Text.train([row["text"] for row in unpaired], merges).save(folder / "text")
     fit_units(fitted, codes, voices=voices).save(folder / "speech")
     units = SpeechUnits.load(folder / "speech")
     adapt_judge(folder / "judge", adapted, voices)
+
     say = partial(rows, units=units, workers=workers, cache=cache)
     data.write(folder / "text.jsonl", unpaired)
     said = say("speech", speech, voices=voices)
-    data.write(
-        folder / "speech.jsonl", [{k: row[k] for k in ("id", "speech", "voice")} for row in said]
-    )
+    alone = [{key: row[key] for key in ("id", "speech", "voice")} for row in said]
+    data.write(folder / "speech.jsonl", alone)
     data.write(folder / "pairs.jsonl", say("pairs", pairs, voices=voices))
     data.write(folder / "dev.jsonl", say("dev", dev, voices=voices))
     data.write(folder / "test_clean.jsonl", say("test", test, voices=voices))

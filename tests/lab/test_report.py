@@ -18,6 +18,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zipper import pages
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.evaluation import ErrorRate
@@ -284,17 +285,20 @@ WORDS = st.lists(st.sampled_from("send forty fourteen oranges to vienna".split()
 def test_struck_out_words_complete_the_reference_and_marked_words_the_hypothesis(
     reference: str, hypothesis: str
 ) -> None:
-    marked = report._difference(reference, hypothesis)
+    marked = report.marked(reference, hypothesis)
     without = {
-        tag: " ".join(re.sub(rf"<{tag}>.*?</{tag}>|<[^>]*>", " ", marked).split())
-        for tag in ("del", "ins")
+        tag: " ".join(words for kind, words in marked if kind != tag) for tag in ("del", "ins")
     }
     assert without == {"del": hypothesis, "ins": reference}
 
 
-def test_words_are_marked_as_the_word_error_rate_counts_them() -> None:
-    marked = report._difference("send forty oranges to vienna", "send fourteen oranges vienna")
-    assert marked == "send <del>forty</del> <ins>fourteen</ins> oranges <del>to</del> vienna"
+def test_words_are_marked_as_the_word_error_rate_counts_them(tmp_path: Path) -> None:
+    said = replace(
+        sample("send forty oranges to vienna"), transcript="send fourteen oranges vienna"
+    )
+    report.write(tmp_path / "one.html", replace(whole(), samples=[said], metrics=[], attention=[]))
+    marked = "send <del>forty</del> <ins>fourteen</ins> oranges <del>to</del> vienna"
+    assert f"</span> {marked}</p>" in (tmp_path / "one.html").read_text(encoding="utf-8")
 
 
 def test_report_json_quotes_the_first_judge_over_all_voices_in_fractions() -> None:
@@ -357,7 +361,7 @@ def test_curves_are_one_drawing_in_the_colour_of_the_text_around() -> None:
     }
     assert {"text", "speech", "speech -> text", "junction 0", "junction 1", "step"} <= names
     assert "currentColor" in drawing
-    assert report.INK not in drawing
+    assert pages.INK not in drawing
 
 
 def test_curves_of_a_tower_that_trained_alone_have_no_gates() -> None:

@@ -9,9 +9,10 @@ import pytest
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.evaluation import Judge, error_rate, pronunciations
+from zipper.evaluation import error_rate
 from zipper_lab import adaptation
 from zipper_lab.corpora import prose
+from zipper_lab.judges import Judge, pronunciations
 
 ORIGINAL = Path(extra("pocketsphinx").get_model_path("en-us/en-us"))
 SHOWN = [(u.text, prose.synthesize(u)) for u in prose.sentences("speech", 24)]

@@ -16,7 +16,7 @@ from zipper_lab.bench import speech, summary
 from zipper_lab.bench.speech import ARMS, Stopwatch, heard, said
 from zipper_lab.corpora import commands as corpus
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 UTTERANCES = corpus.sentences("test", 2)
 
 
@@ -105,15 +105,15 @@ def test_rates_stand_beside_the_recorded_ones() -> None:
         "train": empty,
         "speech": empty,
     }
-    shown = summary.table(here, {"decode, 30m": found(40.0)})
+    shown = summary.markdown(here, {"decode, 30m": found(40.0)})
     assert (
         "| decode: zip, tokens/s | 30.00 | 40.00 | 0.75 |" in shown
         and "| decode: ratio a / b | 1.50 | 1.50 | 1.00 |" in shown
     )
     assert "decode on a box, 2026-11" in shown
-    assert "| decode: zip, tokens/s | 30.00 | - | - |" in summary.table(
+    assert "| decode: zip, tokens/s | 30.00 | - | - |" in summary.markdown(
         here, {}
-    ) and "Nothing was recorded" in summary.table(here, {})
+    ) and "Nothing was recorded" in summary.markdown(here, {})
 
 
 #: What a row of the README's table of speed is about, and what was recorded of it: file, arm, arm
@@ -189,7 +189,7 @@ def test_a_rate_is_sound_a_second_of_work() -> None:
         "arms": arms,
     }
     assert summary.digest(found)["rates"]["asr"] == {"rate": 4.0, "unit": "s of sound/s"}
-    assert "| 0.250 | 0.250 | 100 |" in speech.table(found)
+    assert "| 0.250 | 0.250 | 100 |" in speech.markdown(found)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from zipper.data import manifests as data
 from zipper.errors import ZipperError
 from zipper.training import Stopped, TrainConfig
 from zipper_lab import experiments
-from zipper_lab.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Ground, Job, Result
+from zipper_lab.experiments import ARMS, BASELINES, FROZEN, TABLES, ZIP, Cell, Corpus, Job, Result
 
 PRESETS = pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
 
@@ -30,7 +30,7 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data.write(
         world.folder / "test.jsonl", [row | {"template": 0} for row in tiny.pairs(5, seed=2)]
     )
-    ground = Ground(
+    corpus = Corpus(
         modalities={name: str(world.folder / name) for name in ("text", "speech")},
         towers={
             "text-S": str(world.folder / "text" / "tower"),
@@ -47,7 +47,7 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         judge=str(world.zip),
     )
     return {
-        "corpus": dataclasses.asdict(ground),
+        "corpus": dataclasses.asdict(corpus),
         "rate": {"rates": {"lr_new": 4e-3, "lr_tower": 1e-3}},
     }
 
@@ -188,9 +188,9 @@ def worker(program: str) -> experiments.Start:
 
 
 def queue() -> list[Job]:
-    ground = Job("corpus", "c", {"corpus": "commands", "pairs": 1, "unpaired": 0})
-    cells = [Job("cell", f"cell {n}", spec() | {"number": n}, (ground,)) for n in range(3)]
-    return [ground, *cells, Job("cell", "late", spec(), (cells[1],))]
+    corpus = Job("corpus", "c", {"corpus": "commands", "pairs": 1, "unpaired": 0})
+    cells = [Job("cell", f"cell {n}", spec() | {"number": n}, (corpus,)) for n in range(3)]
+    return [corpus, *cells, Job("cell", "late", spec(), (cells[1],))]
 
 
 def test_a_job_that_is_done_is_not_run_again(tmp_path: Path) -> None:
@@ -344,9 +344,8 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
 ) -> None:
     whole = experiments.train
 
-    def told_to_stop(config: TrainConfig, resume: bool, build: Any) -> Any:
-        report = lambda row: signal.raise_signal(signal.SIGTERM)  # noqa: E731
-        return whole(config, resume, report, build)
+    def told_to_stop(config: TrainConfig, **others: Any) -> Any:
+        return whole(config, report=lambda row: signal.raise_signal(signal.SIGTERM), **others)
 
     monkeypatch.setattr(experiments, "train", told_to_stop)
     with pytest.raises(Stopped):

@@ -46,7 +46,7 @@ from zipper.tasks import ASR, TTS
 from zipper.testing import FAMILIES, tiny_tower
 from zipper.tower import Strand, Tower
 from zipper.training import train
-from zipper_lab.baseline import Baseline, BaselineConfig
+from zipper_lab.baseline import Baseline, BaselineConfig, Extend
 
 ADDED = ("speech", "image")
 SHIFT = {
@@ -432,9 +432,8 @@ def test_it_is_trained_resumed_and_used_like_a_zip(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     world = tiny.world(tmp_path / "world")
-    settings = {"base": "text", "rows": ["speech"], "parameters": 40_000}
+    extend = Extend("text", rows=("speech",), parameters=40_000)
     options = {
-        "baseline": settings,
         "steps": 4,
         "eval_every": 4,
         "save_every": 2,
@@ -442,10 +441,11 @@ def test_it_is_trained_resumed_and_used_like_a_zip(tmp_path: Path) -> None:
         "corrupt": {"speech": 0.1},
     }
     whole, cut = (world.config(tmp_path / name, **options) for name in ("whole", "cut"))
-    pipe = train(whole)
+    pipe = train(whole, build=extend)
     with pytest.raises(Killed):
-        train(cut, report=kill)
-    wanted, found = pipe.model.state_dict(), train(cut, resume=True).model.state_dict()
+        train(cut, report=kill, build=extend)
+    wanted = pipe.model.state_dict()
+    found = train(cut, resume=True, build=extend).model.state_dict()
     assert wanted.keys() == found.keys() and all(
         torch.equal(wanted[name], found[name]) for name in wanted
     )

@@ -9,7 +9,7 @@ from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper_lab.bench import in_turn, start
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BUSY = "import time\nwhile time.process_time() < 0.3: pass"
 ASLEEP = "import time; time.sleep(0.3)"
 PARENT = (
@@ -59,7 +59,7 @@ def test_another_version_is_the_one_that_runs_in_its_turn(
     assert found["settings"]["model"] == "zip" and str(tmp_path) not in json.dumps(
         found["settings"]
     )
-    shown = start.table(found)
+    shown = start.markdown(found)
     assert shown.count("\n| ") == 2 + 9 + 8 + 4 and "| speak, before / speak |" in shown
 
 
@@ -89,7 +89,7 @@ def test_turns_go_there_and_back() -> None:
 
 def test_what_the_readme_says_of_it_is_what_was_measured() -> None:
     found = json.loads((RESULTS / "start_2cpu_202611.json").read_text(encoding="utf-8"))
-    assert (RESULTS / "start_2cpu_202611.md").read_text(encoding="utf-8") == start.table(found)
+    assert (RESULTS / "start_2cpu_202611.md").read_text(encoding="utf-8") == start.markdown(found)
     arms = found["arms"]
     readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
     for name in ("transcribe", "speak"):

@@ -12,7 +12,7 @@ import torch
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper_lab.bench import Here, decode
-from zipper_lab.bench.decode import ARMS, SAME, SIZES, Settings, bench, build, table, timed
+from zipper_lab.bench.decode import ARMS, SAME, SIZES, Settings, bench, build, markdown, timed
 
 MEMORY = torch.ones(1000)
 IDS = [5, 9, 7, 30]
@@ -82,7 +82,7 @@ def test_arms_in_one_process_share_weights_take_turns_and_may_be_lost(
     assert [*found["arms"]] == ["zip", "bare"] and found["rounds"] == 3 and len(told) == 4
     assert "CUDA out of memory" in found["lost"][
         "stock"
-    ] and "Lost: stock: RuntimeError: CUDA out of memory" in table(found)
+    ] and "Lost: stock: RuntimeError: CUDA out of memory" in markdown(found)
     assert "stock" in told[2]["arms"] or "stock" in told[1]["arms"]
     order.clear()
     assert bench("tiny", 9, 1, ["zip", "bare"], here=Here(apart=True, seconds=0.0))["rounds"] == 3
@@ -216,7 +216,7 @@ def test_the_command_measures_what_it_is_asked(
     )
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "decode.json").read_text())
-    lines = table(found)
+    lines = markdown(found)
     assert lines == (tmp_path / "decode.md").read_text()
     assert all(f"| {arm}: {ARMS[arm]}" in lines for arm in arms.split(","))
     assert {(row["above"], row["below"]) for row in found["ratios"]} == {

@@ -14,7 +14,17 @@ from zipper.errors import ZipperError
 from zipper.tower import Tower
 from zipper_lab.baseline import Baseline
 from zipper_lab.bench import ratio, take_turns, write
-from zipper_lab.bench.train import ARMS, EQUAL, LONGEST, RATIOS, Settings, bench, build, mix, table
+from zipper_lab.bench.train import (
+    ARMS,
+    EQUAL,
+    LONGEST,
+    RATIOS,
+    Settings,
+    bench,
+    build,
+    markdown,
+    mix,
+)
 
 TURNS = """
 import json, sys, time
@@ -192,7 +202,7 @@ def test_the_table_has_every_arm_and_a_verdict_for_every_ratio(tmp_path: Path) -
         "settings": {"size": "tiny"},
     }
     found |= {"arms": arms, "ratios": rows}
-    lines = table(found)
+    lines = markdown(found)
     assert all(f"| {name}: {about} |" in lines for name, about in ARMS.items())
     assert [
         line.count("(held)") - line.count("(missed)")
