@@ -4,10 +4,10 @@ two voices."""
 from pathlib import Path
 
 from zipper.data import manifests as data
-from zipper_lab.corpora import commands as corpus
-from zipper_lab.demo import SPEECH_TOWER
 from zipper.modality.speech import SpeechUnits
 from zipper.training import TrainConfig
+from zipper_lab.corpora import commands as corpus
+from zipper_lab.demo import SPEECH_TOWER
 
 FOLDER = Path("runs/data")
 

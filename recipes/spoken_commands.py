@@ -4,10 +4,10 @@ directions."""
 from pathlib import Path
 
 from zipper.data import manifests as data
-from zipper_lab.corpora import commands as corpus
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
 from zipper.training import TrainConfig
+from zipper_lab.corpora import commands as corpus
 
 FOLDER = Path("runs/data")
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from zipper.data import manifests as data
-from zipper_lab.corpora import commands as corpus
-from zipper_lab.demo import TEXT_TOWER
 from zipper.modality.text import Text
 from zipper.training import TrainConfig
+from zipper_lab.corpora import commands as corpus
+from zipper_lab.demo import TEXT_TOWER
 
 FOLDER = Path("runs/data")
 

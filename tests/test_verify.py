@@ -276,7 +276,7 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "unimodal text is the bare tower",
     ),
     "a tower gets the cache of another": (
-        [(model, "advance", READ, f"next(iter(state.past.values()), None) if cached else None")],
+        [(model, "advance", READ, "next(iter(state.past.values()), None) if cached else None")],
         "cached is full",
     ),
     "the cache is cut at the wrong end": (

@@ -247,8 +247,8 @@ def steps(told: Told) -> Found:
 def align(told: Told) -> Found:
     """Both towers of the preset `gpu` pre-trained, zipped, aligned and tried: a share of the
     preset's steps, resumable."""
-    from zipper_lab import experiments
     from zipper.training.loop import Stopped, train
+    from zipper_lab import experiments
 
     size, budget = told.size, experiments.BUDGETS["gpu"]
     tiny = size.share == 0
@@ -332,8 +332,8 @@ def recognised(model: Path, ground: Found, device: str, most: int) -> Found:
     """Word errors of speech to text on test sentences, greedy, beside those of another sentence of
     the test."""
     from zipper.data import manifests as data
-    from zipper_lab.demo import transcribe
     from zipper.pipeline import Pipeline
+    from zipper_lab.demo import transcribe
 
     pipeline = Pipeline.from_pretrained(model)
     pipeline.model.to(device)
@@ -404,9 +404,9 @@ def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
     import numpy as np
 
     from zipper.data import manifests as data
-    from zipper_lab.corpora import prose
     from zipper.modality.speech import SpeechUnits, UnitsConfig
     from zipper.modality.text import Text
+    from zipper_lab.corpora import prose
 
     codes, settings = (
         512,
@@ -471,9 +471,9 @@ def _synthetic(folder: Path, pairs: int, unpaired: int, tests: int) -> None:
 def prepare(folder: Path, pairs: int, speech: int, tests: int, **more: int) -> None:
     """The corpus of the preset `gpu`, said by eSpeak NG, as unit files: for a machine that cannot
     speak. Half an hour of a core."""
-    from zipper_lab.corpora import prose
     from zipper.data.extraction import extract
     from zipper.modality import load
+    from zipper_lab.corpora import prose
 
     said = folder.parent / "said"
     prose.prepare(said, pairs=pairs, speech=speech, dev=tests, test=tests, **more)

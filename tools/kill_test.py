@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny
 import torch
 
-from zipper.saving import checkpoint
 from zipper.errors import ZipperError
+from zipper.saving import checkpoint
 from zipper.training import CLOCK, train
 
 STEPS, EVERY = 40, 2

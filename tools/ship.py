@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from zipper.pipeline import SHIPPED, Pipeline
 from zipper.saving import checkpoint
 from zipper_lab.demo import TOWERS
-from zipper.pipeline import SHIPPED, Pipeline
 
 RUN = Path("runs/spoken-commands-2/model")
 SPEECH = Path("runs/speech-tower/model/towers/speech")

@@ -1,7 +1,8 @@
 """Names of before: what was moved can still be imported from where it was.
 
-Outsiders' programs say `from zipper.engine import Engine`. A module that is gone is found here, and looks its names up
-in the files that took them over. Nothing inside of zipper imports by such a name.
+Outsiders' programs say `from zipper.engine import Engine`. A module that is gone is found here, and
+looks its names up in the files that took them over. Nothing inside of zipper imports by such a
+name.
 """
 
 import sys

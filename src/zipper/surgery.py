@@ -109,7 +109,8 @@ class SwapReport:
             )
             if fate.name:
                 lines.append(
-                    f"    kept: {', '.join(fate.kept) or 'nothing'}{'' if fate.reborn else ', and its gates'}"
+                    f"    kept: {', '.join(fate.kept) or 'nothing'}"
+                    + ("" if fate.reborn else ", and its gates")
                 )
             for why in dict.fromkeys(fate.reborn.values()):
                 lines.append(

@@ -56,7 +56,8 @@ class Task:
         return tuple(tower_of(item) for item in self.produced)
 
     def segments(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
-        """The training sample of one row: {field: ids} -> segments, those with a loss as targets."""
+        """The training sample of one row: {field: ids} -> segments, targets
+        where they have a loss."""
         given = self.prompt(row)
         if self.train_given:
             given = [Target(part.tower, part.content, self.train_given) for part in given]

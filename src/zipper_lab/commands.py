@@ -365,7 +365,7 @@ def bench_all(
 
     from zipper_lab.bench import summary
 
-    _benchmark(partial(summary.bench, hardware=hardware), summary.table, output, as_json)
+    _benchmark(partial(summary.bench, hardware=hardware), summary.markdown, output, as_json)
 
 
 @command(bench, "What", "zipper bench train --size tiny", "train")
@@ -411,7 +411,7 @@ def bench_train(
         threads,
         hardware,
     )
-    _benchmark(measure, benchmark.table, output, as_json)
+    _benchmark(measure, benchmark.markdown, output, as_json)
 
 
 @command(bench, "What", "zipper bench decode --size 120m --device cuda", "decode")
@@ -456,7 +456,7 @@ def bench_decode(
         hardware,
         batch,
     )
-    _benchmark(measure, benchmark.table, output, as_json)
+    _benchmark(measure, benchmark.markdown, output, as_json)
 
 
 @command(bench, "What", "zipper bench speech --utterances 8", "speech")
@@ -476,7 +476,7 @@ def bench_speech(
 
     bases = named("--tower", towers)
     how = (rounds, 1, model, utterances, threads, hardware, bases)
-    _benchmark(partial(benchmark.bench, *how), benchmark.table, output, as_json)
+    _benchmark(partial(benchmark.bench, *how), benchmark.markdown, output, as_json)
 
 
 @command(bench, "What", "zipper bench start -o start", "start")
@@ -500,7 +500,7 @@ def bench_start(
 
     others = named("--beside", beside)
     measure = partial(benchmark.bench, rounds, 1, model, others, hardware)
-    _benchmark(measure, benchmark.table, output, as_json)
+    _benchmark(measure, benchmark.markdown, output, as_json)
 
 
 def _benchmark(

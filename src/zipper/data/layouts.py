@@ -80,7 +80,7 @@ def samples(
         ) from error
     if not number:
         over = (
-            f" Passed over: {', '.join(f'{name} ({count})' for name, count in sorted(passed.items()))}."
+            f" Passed over: {', '.join(f'{name} ({n})' for name, n in sorted(passed.items()))}."
             if passed
             else ""
         )
@@ -632,7 +632,10 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
     for folder, names in walk(root, passed):
         for name in names:
             if _is_sound(name) and os.path.realpath(folder / name) not in named:
-                why = "is passed over by datasets: no row of the metadata names it, or it does not know the ending."
+                why = (
+                    "is passed over by datasets: no row of the metadata names it, or it does not "
+                    "know the ending."
+                )
                 yield Sample(
                     str(folder / name), {"id": str((folder / name).relative_to(root))}, root, why
                 )

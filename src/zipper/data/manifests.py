@@ -57,10 +57,9 @@ _BEGIN = (
     b"\xff\xfb",
     b"\xff\xf3",
 )
-TOLERANCE_S = (
-    0.5,
-    0.05,
-)  # seconds and share by which a sound may be longer or shorter than its row says: durations get rounded
+#: Seconds and share by which a sound may be longer or shorter than its row says: durations get
+#: rounded.
+TOLERANCE_S = 0.5, 0.05
 LONGEST_S = 1e7  # of any time in a row
 NEMO = "audio_filepath"
 

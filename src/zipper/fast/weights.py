@@ -81,7 +81,11 @@ class Matrix:
         if weight.device.type != "cpu" or weight.dtype not in PACKED:
             return (plain := partial(F.linear, weight=weight)), plain
         laid = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        packed = lambda x: torch.ops.mkldnn._linear_pointwise(x, laid, None, "none", [], "")  # noqa: E731
+
+        def packed(x: Tensor) -> Tensor:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid, None, "none", [], "")
+            return product
+
         if weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
             long = weight.T.contiguous()  # along its longer side, twice as fast
             return packed, lambda x: torch.mm(x, long)
@@ -119,9 +123,9 @@ class Norm:
             None if bias is None else bias.detach(),
             eps,
         )
-        if (
-            bias is None
-        ):  # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into the weight
+        if bias is None:
+            # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into
+            # the weight.
             width = len(self.weight)
             self.scaled = self.weight.float() * width**0.5
             self.floor = self.scaled.new_tensor((width * self.eps) ** 0.5)

@@ -55,7 +55,10 @@ SIZES = ("width", "layers", "vocabulary")
 Headers = dict[str, dict[str, Entry]]  # by file, by tensor
 
 _NAME = r"[a-z][a-z0-9_]*"  # of a tower
-_TOWER_FILE = r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+_TOWER_FILE = (
+    r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
 # Settings by which a config.json could bring in code, another file or another kernel. `save_tower`
 # writes none of them, except of a model with compressed weights, which no tower that is trained or
 # taken along can be.

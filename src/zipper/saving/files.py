@@ -32,9 +32,9 @@ import numpy as np
 
 from zipper.errors import ZipperError
 
-MOST_JSON_BYTES = (
-    4 << 20
-)  # a parsed file takes up to 25 times its size; the largest one we write, of all experiments, has 1 MB
+#: A parsed file takes up to 25 times its size; the largest one we write, of all experiments, has
+#: 1 MB.
+MOST_JSON_BYTES = 4 << 20
 MOST_HEADER_BYTES = 4 << 20  # some 40,000 tensors; the largest models have a few thousand a file
 MOST_INTEGER = 1 << 53  # beyond lie no counts
 #: Blocks, and depths of any other kind, beyond which no model goes.

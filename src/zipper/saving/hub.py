@@ -200,7 +200,10 @@ def _in_words(repo: str, revision: str | None) -> Iterator[None]:
             f"{login}."
         ) from error
     except errors.RepositoryNotFoundError as error:
-        what = f"The hub has no repository {repo}, or none that you may use, and there is no such folder"
+        what = (
+            f"The hub has no repository {repo}, or none that you may use, and there is no such "
+            "folder"
+        )
         raise ZipperError(f"{what}. Check the name, or {login}.") from error
     except errors.RevisionNotFoundError as error:
         raise ZipperError(

@@ -231,4 +231,7 @@ def _relative(source: str, folder: Path) -> str:
 
 
 def _elsewhere(name: str) -> str:
-    return f"Say where the right one lies now: --tower {name}=PATH, in Python towers={{{name!r}: PATH}}."
+    return (
+        f"Say where the right one lies now: --tower {name}=PATH, in Python "
+        f"towers={{{name!r}: PATH}}."
+    )

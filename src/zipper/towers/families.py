@@ -246,7 +246,8 @@ def tried(name: str) -> Family:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     try:
         model = tiny(name)
-    except Exception as error:  # transformers, its validators and what is not installed: whatever it is, it is said
+    # transformers, its validators and what is not installed: whatever it is, it is said.
+    except Exception as error:
         return Family(
             name, kind, "refused", reason=f"No tiny model of it can be built: {_line(error)}"
         )

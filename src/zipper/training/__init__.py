@@ -1,5 +1,8 @@
-"""Training: one loop for a tower alone and for a zip; what it costs, how it is resumed, what it left
-behind. The names are loaded when they are first used: a run is looked at without what trains it."""
+"""Training: one loop for a tower alone and for a zip; what it costs, how it is resumed, what it
+left behind.
+
+The names are loaded when they are first used: a run is looked at without what trains it.
+"""
 
 from typing import TYPE_CHECKING
 

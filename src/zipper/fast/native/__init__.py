@@ -35,7 +35,9 @@ PANEL = 32
 #: Bytes of memory that weights are laid out in at once, of a large page, of a line of the cache.
 CHUNK, LARGE, LINE = 64 << 20, 2 << 20, 64
 SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = "-std=gnu++17 -O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w".split()
+FLAGS = (
+    "-std=gnu++17 -O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w"
+).split()
 
 
 class Matrix(Structure):
