@@ -365,8 +365,8 @@ class _Header(NamedTuple):
     def _too_long(self, seconds: str, frames: int) -> ZipperError:
         limit = f"{LONGEST_S:.0f} s are read"
         if frames <= LONGEST_S * self.rate_hz:
-            seconds = self._most / self.rate_hz
-            limit = f"{seconds:.0f} s of {self.channels} channels at {self.rate_hz} Hz are read"
+            longest = self._most / self.rate_hz
+            limit = f"{longest:.0f} s of {self.channels} channels at {self.rate_hz} Hz are read"
         return ZipperError(f"{self.where} lasts {seconds} s, at most {limit}. Cut it into pieces.")
 
     def _no_piece(self, frames: int | None, start_s: float, stop_s: float | None) -> ZipperError:
