@@ -230,7 +230,8 @@ class Route:
     def of(cls, config: ZipperConfig) -> "Route":
         """The schedule that follows from the links: every tower goes on to its next stop, and
         reads there once all that it reads has been shown. Raises a ZipperError that names the
-        links that close a circle."""
+        links that close a circle.
+        """
         waiting = {name: _stops(config, name) for name in config.towers}
         shown: set[LinkKey] = set()
         halts = []

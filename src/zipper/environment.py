@@ -17,20 +17,12 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from zipper.errors import ZipperError
+from zipper.errors import BrokenExtra as BrokenExtra
+from zipper.errors import MissingExtra as MissingExtra
 
 PACKAGE = "zipper-lm"
 TRIED = Path(__file__).with_name("tried.json")
 MOVING = ("torch", "transformers")  # what a tower is run by, and what changes under it
-
-
-class MissingExtra(ZipperError):
-    """Something is asked for that an extra of the package is for, and that is not installed: no
-    data and no model is to blame."""
-
-
-class BrokenExtra(MissingExtra):
-    """It is installed and cannot be imported."""
 
 
 @cache

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from zipper.errors import NoRoom as NoRoom
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.reading import Logits, Model, Piece, Reader, Stepwise
@@ -30,10 +31,6 @@ Limits = Mapping[str, int]
 
 # tokens of a prompt that are read at a time, so that nobody waits long for a neighbour's prompt
 CHUNK = 512
-
-
-class NoRoom(ZipperError):
-    """A tower has no room for another segment."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zipper.audio.sound import Audio, read
-from zipper.errors import ZipperError
+from zipper.errors import Mismatch, ZipperError
 from zipper.fast import fastest
 from zipper.fast import recall as proofs
 from zipper.generation import Engine, Limits, planned
@@ -411,7 +411,7 @@ def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modalit
                 f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
             )
             if not allow_mismatch:
-                raise ZipperError(
+                raise Mismatch(
                     f"{mismatch} Put the original back, or allow the mismatch (allow_mismatch, "
                     "--allow-mismatch)."
                 )

@@ -46,7 +46,8 @@ class Panels(TyperGroup):
 class Plain(TyperCommand):
     """A command whose help names arguments without their types, and of which an option takes all
     words up to the next option where its metavar says `...`: `--links a b` is `--links a --links
-    b`."""
+    b`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click's `Command.parse_args`."""

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zipper.errors import ZipperError
+from zipper.errors import DamagedFile, ZipperError
 from zipper.saving.files import MOST_LAYERS, Entry, check_finite, flush, header, saving
 from zipper.saving.files import read_json as read_json
 from zipper.saving.files import sha256 as sha256
@@ -352,7 +352,7 @@ def check(folder: Path, root: Path | None = None) -> Headers:
         or CONFIG not in files
         or _manifest(files) != (folder / MANIFEST).read_bytes()
     ):
-        raise ZipperError(
+        raise DamagedFile(
             f"{folder / MANIFEST} is damaged: it is no list of the model's files. Copy the folder "
             "again."
         )
@@ -376,7 +376,7 @@ def check(folder: Path, root: Path | None = None) -> Headers:
     headers = {name: header(folder / name) for name in files if name.endswith(".safetensors")}
     for name, digest in files.items():
         if sha256(folder / name) != digest:
-            raise ZipperError(
+            raise DamagedFile(
                 f"{folder / name} is damaged: its content hash is not the one in {MANIFEST}. Copy "
                 "the folder again."
             )
@@ -522,7 +522,7 @@ def tensors(folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
-        raise ZipperError(
+        raise DamagedFile(
             f"{path} is damaged or not a safetensors file: {error}. Copy the folder again."
         ) from error
 

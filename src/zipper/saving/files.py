@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import numpy as np
 
-from zipper.errors import ZipperError
+from zipper.errors import DamagedFile, ZipperError
 
 #: A parsed file takes up to 25 times its size; the largest one we write, of all experiments, has
 #: 1 MB.
@@ -426,7 +426,7 @@ def header(path: Path) -> dict[str, Entry]:
         if end != size:
             raise ValueError(f"it has {size} bytes, its header accounts for {end}")
     except (OSError, ValueError, RecursionError) as error:
-        raise ZipperError(
+        raise DamagedFile(
             f"{path} is damaged or not a safetensors file: {error}. Copy the folder again."
         ) from error
     return entries

@@ -18,20 +18,13 @@ import torch
 from torch import Tensor
 
 from zipper.config import TowerConfig, ZipperConfig, known
-from zipper.errors import ZipperError
+from zipper.errors import LostTower as LostTower
+from zipper.errors import Mismatch, ZipperError
 from zipper.saving import checkpoint, hub
 from zipper.tower import PreTrainedModel, Tower, UnsupportedTower, in_memory
 
 #: Where a tower comes from: a folder, a hub id, or what is in memory already.
 TowerSource = str | Path | PreTrainedModel | Tower
-
-
-class LostTower(ZipperError):
-    """A frozen tower of a saved zip is in none of its places. name: the tower's."""
-
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message)
-        self.name = name
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def _compared(
             f"{digest[:16]}, the zip wants {pin.digest[:16]}."
         )
         if not allow_mismatch:
-            raise ZipperError(
+            raise Mismatch(
                 f"{mismatch} {_elsewhere(name)} Or allow the mismatch (allow_mismatch=True, "
                 "--allow-mismatch)."
             )

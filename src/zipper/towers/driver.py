@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from zipper import environment
+from zipper.errors import UnsupportedTower as UnsupportedTower
 from zipper.errors import ZipperError
 from zipper.saving.checkpoint import PreTrainedModel as PreTrainedModel
 
@@ -35,10 +36,6 @@ EMBEDDING_SCALES = (
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f")
 LAYER_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings", "use_cache")
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-class UnsupportedTower(ZipperError):
-    """A model that the driver cannot run exactly as the model runs itself."""
 
 
 def refusal(what: str, todo: str = "Use another model.") -> UnsupportedTower:
