@@ -4,6 +4,7 @@ Every set of links without a circle obeys the laws that a zip of the paper's jun
 every way to run it, and is the naive reference, which knows no schedule.
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -25,10 +26,12 @@ from laws import (
     unchecked,
     zipped,
 )
+from test_mutants import mutated
 
+from zipper import config, lockstep
 from zipper.config import Route, ZipperConfig, shape
 from zipper.errors import ZipperError
-from zipper.fast import native
+from zipper.fast import native, reader
 from zipper.fast.reader import Fused
 from zipper.generation import Engine, generate
 from zipper.model import Zipper
@@ -99,8 +102,8 @@ def by_every_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(native, "library", lambda: None)
         readers.append(Fused(model))
-    for reader in readers:
-        said = Engine(model, reader, 2).generate(prompts, outputs, Sampling(), limits)
+    for way in readers:
+        said = Engine(model, way, 2).generate(prompts, outputs, Sampling(), limits)
         assert [[s.content for s in row] for row in said] == [
             [s.content for s in row] for row in found
         ]
@@ -242,3 +245,117 @@ def test_embeddings_that_are_shown_cost_a_silent_tower_no_block() -> None:
     model.generate([Segment("text", [3, 4])], ["speech"], limits={"speech": 3})
     assert not ran
     assert Route.of(model.config).last_shown("text", ["speech"]) == 0
+
+
+# --- are the laws sharp?
+
+
+ZIPS: list[dict[str, Any]] = [
+    {"shows": {"text": 0, "speech": 4}},
+    {"shows": {"text": "before", "speech": [2, 3, 4]}},
+    {"links": [("text", 0, "speech", 1), ("text", 2, "speech", 1), ("speech", 3, "text", 4)]},
+    {"links": [("image", 3, "text", 1), ("text", 4, "speech", 1), ("speech", 2, "text", 4)]},
+    {"links": [("text", 2, "image", 1), ("image", 1, "speech", 2), ("speech", 1, "text", 2)]},
+]
+
+
+def directed(options: dict[str, Any]) -> Zipper:
+    """A zip of three towers whose schedule is made anew."""
+    families = dict.fromkeys(NAMES if "links" in options else NAMES[:2], "llama")
+    model = zipped(families, **options)
+    model.config = dataclasses.replace(model.config)
+    return model
+
+
+def all_laws() -> None:
+    for options in ZIPS:
+        model = directed(options)
+        names = list(model.config.towers)
+        talk = [(name, 3 + n) for n, name in enumerate(names * 3)]
+        is_the_reference(model, talk, gradients=False)
+        steps_are_the_whole(model, [talk, talk[1:]], 2)
+        given = [Segment(names[0], [3, 4])]
+        for outputs in (["speech"], ["text", "speech"]):
+            limits = dict.fromkeys(names, 3)
+            is_the_greedy_answer(
+                model, given, outputs, limits, model.generate(given, outputs, limits=limits)
+            )
+            (said,) = Engine(model, Fused(model)).generate([given], outputs, Sampling(), limits)
+            is_the_greedy_answer(model, given, outputs, limits, said)
+    with pytest.raises(ZipperError, match="circle"):
+        directed({"links": [("text", 3, "speech", 1), ("speech", 3, "text", 1)]})
+
+
+MUTANTS: dict[str, tuple[Any, str, str, str]] = {
+    "a tower is shown a block too early": (
+        config,
+        "_stops",
+        "config.shown(key)",
+        "max(config.shown(key) - 1, 0)",
+    ),
+    "a tower is fused a block too early": (
+        config,
+        "_stops",
+        "config.fused(key)",
+        "max(config.fused(key) - 1, 0)",
+    ),
+    "a tower is shown where it is fused": (
+        config,
+        "_stops",
+        "config.shown(key)",
+        "config.junctions[key.junction].get(tower, config.shown(key))",
+    ),
+    "a circle is let through": (config, "_halts", "shown.issuperset(stop.reads)", "True"),
+    "a tower that waits is not shown": (config, "_halts", "elif stop.shows:", "elif False:"),
+    "a tower that waited is shown twice": (
+        config,
+        "_halts",
+        "(stop._replace(shows=()), *waiting",
+        "(stop, *waiting",
+    ),
+    "a tower that waits forgets to read": (
+        config,
+        "_halts",
+        "waiting[name] = (stop._replace(shows=()), *waiting[name][1:])",
+        "waiting[name] = waiting[name][1:]",
+    ),
+    "a link reads its source as it is now": (
+        lockstep,
+        "_exchange",
+        "unread = state.unread.pop(key, ())",
+        "unread = (new[key.source],) if key.source in strands else state.unread.pop(key, ())",
+    ),
+    "of two links at one depth the last one wins": (
+        lockstep,
+        "_exchange",
+        "new[key.target] + link(",
+        "hidden[key.target] + link(",
+    ),
+    "a silent tower stops where it is first shown": (
+        config.Route,
+        "last_shown",
+        "max(layers",
+        "min(layers",
+    ),
+    "a silent tower stops before it is shown": (
+        Fused,
+        "_halts",
+        "stop.layer <= end",
+        "stop.layer < end",
+    ),
+    "all links read what was shown first": (reader, "_between", "(number, key)", "(0, key)"),
+}
+
+
+def test_all_laws_hold_without_a_mutant() -> None:
+    all_laws()
+
+
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_a_law_breaks_for_the_mutant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ZIPS:
+        directed(options)  # born before anything is mutated
+    owner, name, _, _ = MUTANTS[fault]
+    monkeypatch.setattr(owner, name, mutated(*MUTANTS[fault]))
+    with pytest.raises(Exception, match=""):
+        all_laws()

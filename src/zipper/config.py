@@ -228,34 +228,9 @@ class Route:
 
     @classmethod
     def of(cls, config: ZipperConfig) -> "Route":
-        """The schedule that follows from the links: every tower goes on to its next stop, and
-        reads there once all that it reads has been shown. Raises a ZipperError that names the
-        links that close a circle.
-        """
-        waiting = {name: _stops(config, name) for name in config.towers}
-        shown: set[LinkKey] = set()
-        halts = []
-        while any(waiting.values()):
-            here = {name: stops[0] for name, stops in waiting.items() if stops}
-            shown.update(key for stop in here.values() for key in stop.shows)
-            ready = {name for name, stop in here.items() if shown.issuperset(stop.reads)}
-            if not ready:
-                wanted = {key for stop in here.values() for key in stop.reads}
-                circle = sorted(map(str, wanted - shown))
-                raise ZipperError(
-                    f"The links {', '.join(circle)} close a circle: each reads a state that comes "
-                    "after the others. Show one of the towers earlier, or fuse one later."
-                )
-            halt = []
-            for name, stop in here.items():
-                if name in ready:
-                    waiting[name] = waiting[name][1:]
-                    halt.append(stop)
-                elif stop.shows:  # it is shown now, and reads later
-                    waiting[name] = (stop._replace(shows=()), *waiting[name][1:])
-                    halt.append(stop._replace(reads=()))
-            halts.append(tuple(sorted(halt)))
-        return cls(tuple(halts))
+        """The schedule that follows from the links of a configuration. Raises a ZipperError that
+        names the links that close a circle."""
+        return cls(tuple(_halts(config)))
 
     def stops(self, tower: str) -> tuple[Stop, ...]:
         """Where one tower halts, in order."""
@@ -269,6 +244,34 @@ class Route:
             if any(key.target in towers for key in stop.shows)
         ]
         return max(layers, default=-1)
+
+
+def _halts(config: ZipperConfig) -> list[tuple[Stop, ...]]:
+    """Every tower goes on to its next stop, and reads there once all that it reads was shown."""
+    waiting = {name: _stops(config, name) for name in config.towers}
+    shown: set[LinkKey] = set()
+    halts = []
+    while any(waiting.values()):
+        here = {name: stops[0] for name, stops in waiting.items() if stops}
+        shown.update(key for stop in here.values() for key in stop.shows)
+        ready = {name for name, stop in here.items() if shown.issuperset(stop.reads)}
+        if not ready:
+            wanted = {key for stop in here.values() for key in stop.reads}
+            circle = sorted(map(str, wanted - shown))
+            raise ZipperError(
+                f"The links {', '.join(circle)} close a circle: each reads a state that comes "
+                "after the others. Show one of the towers earlier, or fuse one later."
+            )
+        halt = []
+        for name, stop in here.items():
+            if name in ready:
+                waiting[name] = waiting[name][1:]
+                halt.append(stop)
+            elif stop.shows:  # it is shown now, and reads later
+                waiting[name] = (stop._replace(shows=()), *waiting[name][1:])
+                halt.append(stop._replace(reads=()))
+        halts.append(tuple(sorted(halt)))
+    return halts
 
 
 def _stops(config: ZipperConfig, tower: str) -> tuple[Stop, ...]:
