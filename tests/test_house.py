@@ -29,8 +29,8 @@ PACKAGES = ("zipper", "zipper_lab")
 # stands behind its files where it names them, before them where they go by it. The front page of
 # zipper names what lies below, so nothing may import from it.
 ORDER = """
-    zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser zipper.pages
-    zipper.saving.files zipper.strand zipper.tasks
+    zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
+    zipper.saving.files zipper.pages zipper.strand zipper.tasks
     zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
     zipper.link zipper.loss zipper.config zipper.lockstep
@@ -40,7 +40,7 @@ ORDER = """
     zipper.fast.weights zipper.fast.blocks zipper.fast.reader zipper.fast zipper.fast.recall
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.text zipper.modality.speech zipper.modality zipper.pipeline
-    zipper.inspection zipper.words zipper.verify zipper.evaluation
+    zipper.inspection zipper.words zipper.verify zipper.statistics zipper.evaluation
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data
     zipper.surgery
     zipper.training.config zipper.training.building zipper.training.packing
@@ -49,7 +49,7 @@ ORDER = """
     zipper.doctor zipper.testing
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
-    zipper_lab zipper_lab.statistics zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
+    zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
     zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments
     zipper_lab.bench zipper_lab.bench.decode zipper_lab.bench.train zipper_lab.bench.speech

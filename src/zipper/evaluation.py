@@ -21,7 +21,7 @@ from zipper.normaliser import NORMALISER, spaceless, words
 from zipper.normaliser import normalise as normalise
 from zipper.statistics import bootstrap, share
 
-__getattr__ = names_of(__name__, ("zipper_lab.judges",))
+__getattr__ = names_of(__name__, ("zipper_lab.judges", "zipper.statistics"))
 
 # --- rates ---
 

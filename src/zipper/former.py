@@ -18,7 +18,7 @@ from typing import Any, final
 MOVED = {
     "zipper.adaptation": ("zipper_lab.adaptation",),
     "zipper.baseline": ("zipper_lab.baseline", "zipper.config"),
-    "zipper.bench": ("zipper_lab.bench",),
+    "zipper.bench": ("zipper_lab.bench", "zipper.statistics"),
     "zipper.bench.decode": ("zipper_lab.bench.decode",),
     "zipper.bench.speech": ("zipper_lab.bench.speech",),
     "zipper.bench.start": ("zipper_lab.bench.start",),
@@ -52,17 +52,25 @@ MOVED = {
     "zipper.plan": ("zipper.training.cost",),
     "zipper.proofs": ("zipper.fast.recall",),
     "zipper.prose": ("zipper_lab.corpora.prose",),
-    "zipper.report": ("zipper_lab.report",),
-    "zipper.results": ("zipper_lab.results",),
+    "zipper.report": ("zipper_lab.report", "zipper.pages", "zipper.training.history"),
+    "zipper.results": ("zipper_lab.results", "zipper.pages"),
     "zipper.rows": ("zipper.data.rows",),
     "zipper.sequence": ("zipper.strand",),
     "zipper.sharding": ("zipper.training.sharding",),
 }
 #: By module of before and name, what that name is now, where it is another.
 RENAMED = {
+    ("zipper.bench.decode", "table"): ("zipper_lab.bench.decode", "markdown"),
+    ("zipper.bench.speech", "table"): ("zipper_lab.bench.speech", "markdown"),
+    ("zipper.bench.start", "table"): ("zipper_lab.bench.start", "markdown"),
+    ("zipper.bench.summary", "table"): ("zipper_lab.bench.summary", "markdown"),
+    ("zipper.bench.train", "table"): ("zipper_lab.bench.train", "markdown"),
     ("zipper.engine", "Engine"): ("zipper.fast", "engine"),
     ("zipper.engine", "Life"): ("zipper.generation", "Course"),
     ("zipper.engine", "Wish"): ("zipper.generation", "Wanted"),
+    ("zipper.evaluation", "pulses"): ("zipper_lab.judges", "pcm"),
+    ("zipper.experiments", "Ears"): ("zipper_lab.experiments", "Judges"),
+    ("zipper.experiments", "Ground"): ("zipper_lab.experiments", "Corpus"),
     ("zipper.model", "link_name"): ("zipper.config", "LinkKey"),  # a tuple that prints as the name
     ("zipper.training", "Model"): ("zipper.reading", "Model"),
 }
