@@ -57,7 +57,7 @@ def test_a_model_is_described_as_it_is(world: World, pipe: Pipeline) -> None:
     )
     assert found["junctions"] == [{"text": 1, "speech": 1}]
     gate = round(float(torch.tanh(torch.tensor(0.6))), 4)
-    both = {"attention": gate, "feedforward": gate}
+    both = {"shown": 1, "fused": 1, "attention": gate, "feedforward": gate}
     assert found["links"] == {"0:text>speech": both, "0:speech>text": both}
     text, speech = found["towers"]["text"], found["towers"]["speech"]
     assert text["parameters"] == counts["text"]

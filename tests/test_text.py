@@ -302,3 +302,34 @@ def test_a_folder_that_names_no_end_is_refused_and_runs_no_code(
     (tmp_path / "x.py").write_text("raise SystemExit('code of a stranger')")
     with pytest.raises(ZipperError, match=message):
         Text.load(gpt2(tmp_path, **files))
+
+
+@given(st.text(max_size=40), st.sampled_from(["bytes", "words"]))
+def test_a_stream_says_what_decoding_all_of_it_says(line: str, kind: str) -> None:
+    """Characters of several tokens are never cut, and nothing that was said is taken back."""
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator([], trainer)
+        text = Text(tokenizer.to_str(), "<s>", "</s>")
+    else:
+        text = TEXT
+        line = "".join(c for c in line.lower() if c in "abcdefghijklmnopqrstuvwxyz' ")
+    ids = text.tokenizer.encode(line, add_special_tokens=False).ids
+    pieces = list(text.stream(ids))
+    assert "".join(pieces) == text.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert not ids or len(pieces) <= len(ids) + 1
+
+
+def test_a_stream_begins_before_the_end() -> None:
+    ids = TEXT.encode("send forty two oranges")
+    read: list[int] = []
+    stream = TEXT.stream(read.append(token) or token for token in ids)  # type: ignore[func-returns-value]
+    assert next(stream).startswith("s") and len(read) < len(ids)

@@ -27,13 +27,7 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     return {
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
         "junctions": [dict(junction) for junction in model.config.junctions],
-        "links": {
-            name: {
-                "attention": _gate(link.gate),
-                "feedforward": _gate(link.feedforward_gate) if link.feedforward else None,
-            }
-            for name, link in model.links.items()
-        },
+        "links": _links(model) if isinstance(model, Zipper) else {},
         "new_parameters": sum(p.numel() for p in model.new_parameters().values()),
         "trained_parameters": sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad
@@ -193,18 +187,38 @@ def table(found: dict[str, Any]) -> str:
     for n, junction in enumerate(found["junctions"]):
         after = ", ".join(f"{name} after block {layer}" for name, layer in junction.items())
         lines.append(f"  {n}: {after}")
-        for link, gate in found["links"].items():
-            if link.startswith(f"{n}:"):
-                ffw = (
-                    ""
-                    if gate["feedforward"] is None
-                    else f", feed-forward {gate['feedforward']:+.3f}"
-                )
-                lines.append(
-                    f"     {link.partition(':')[2].replace('>', ' -> '):24} gates: attention "
-                    f"{gate['attention']:+.3f}{ffw}"
-                )
+        for name, link in found["links"].items():
+            if name.startswith(f"{n}:"):
+                source = name.partition(":")[2].partition(">")[0]
+                lines.append(_link(name, link, junction.get(source)))
     return "\n".join(lines)
+
+
+def _link(name: str, link: Mapping[str, Any], fused: int | None) -> str:
+    """A line about a link: what it is shown of its source, if that is not fused there, and its
+    gates."""
+    source, _, target = name.partition(":")[2].partition(">")
+    depth = f" after block {link['shown']}" if link["shown"] else "'s embeddings"
+    depth = "" if link["shown"] == fused else depth
+    pair = f"{source}{depth} -> {target}"
+    feedforward = link["feedforward"]
+    second = "" if feedforward is None else f", feed-forward {feedforward:+.3f}"
+    return f"     {pair:24} gates: attention {link['attention']:+.3f}{second}"
+
+
+def _links(model: Zipper) -> dict[str, dict[str, Any]]:
+    """By name: behind how many blocks a link is shown its source and fused into its target, and its
+    gates."""
+    found = {}
+    for key in model.config.links:
+        link = model.link(*key)
+        found[str(key)] = {
+            "shown": model.config.shown(key),
+            "fused": model.config.fused(key),
+            "attention": _gate(link.gate),
+            "feedforward": _gate(link.feedforward_gate) if link.feedforward else None,
+        }
+    return found
 
 
 def _tower(model: Any, pipeline: Pipeline, name: str) -> dict[str, Any]:

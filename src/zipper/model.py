@@ -99,6 +99,11 @@ class Zipper(nn.Module):
         sec. 3: k = n i_A,
             l = n i_B), never after the last block.
         junctions: the same as an explicit list of {name: blocks before the exchange}.
+        shows: towers that others do not read where they are fused: name -> "before" (the depth of
+            the junction before, embeddings at the first), one depth, or a list of one for each
+            junction. {"text": 0} shows a frozen LM's embeddings, where its words differ most.
+        links: (source, blocks before it is shown, target, blocks before it is fused) of each,
+            instead of all of these. Any set without a circle.
         train: the towers that learn, all others are frozen.
         preset: "default" is what trained best, "paper" follows the paper to the letter (link and
         input projection).

@@ -8,8 +8,9 @@ ours and this reads theirs. Nothing here knows of towers or speech.
 import hashlib
 import json
 import re
+import string
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,23 @@ class Text:
         """The string, without special tokens."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text while its tokens are made, in pieces that together are what `decode` makes of all.
+
+        A piece is held back while what comes next may change it: bytes of a character that is not
+        whole yet, and white space, which some tokenizers take away before a sign.
+        """
+        read: list[int] = []
+        said = 0
+        for token in ids:
+            read.append(token)
+            text = self.decode(read).rstrip("\ufffd" + string.whitespace)
+            if len(text) > said:
+                yield text[said:]
+                said = len(text)
+        if rest := self.decode(read)[said:]:
+            yield rest
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""

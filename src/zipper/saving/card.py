@@ -4,6 +4,7 @@ and nothing else.
 It knows what a saved folder holds, not how a model is built or how well it does its tasks.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -166,14 +167,21 @@ def _towers(towers: Mapping[str, Any], parameters: Mapping[str, int]) -> str:
 
 def _links(folder: Path, config: Mapping[str, Any]) -> str:
     junctions, dropped, towers = config["junctions"], config.get("dropped", ()), config["towers"]
-    links = sum(len(junction) * (len(junction) - 1) for junction in junctions) - len(dropped)
+    shows = config.get("shows") or junctions
+    links = -len(dropped)
+    for fused, shown in zip(junctions, shows, strict=True):
+        links += sum(source != target for source, target in itertools.product(shown, fused))
     new = sum(math.prod(entry.shape) for entry in header(folder / checkpoint.TENSORS).values())
     pruned = f" Pruned: {', '.join(f'`{name}`' for name in dropped)}." if dropped else ""
-    head = ("junction", *(f"{name} after block" for name in towers))
-    table = _table(
-        head,
-        [(n, *(junction.get(name, "") for name in towers)) for n, junction in enumerate(junctions)],
-    )
+    head = ["junction", *(f"{name} fused after block" for name in towers)]
+    rows = [
+        [n, *(junction.get(name, "") for name in towers)] for n, junction in enumerate(junctions)
+    ]
+    if config.get("shows"):
+        head += [f"{name} shown after block" for name in towers]
+        for row, shown in zip(rows, shows, strict=True):
+            row += [shown.get(name, "") for name in towers]
+    table = _table(head, rows)
     return (
         f"{links} links at {len(junctions)} junctions. With input projections and adapters "
         f"{new:,} new parameters.{pruned} "

@@ -32,43 +32,60 @@ LIMITS = {
 class TrainConfig:
     """Everything that decides a run; saved as config.json beside its results.
 
-    output: folder of the run. towers: name -> folder or hub id of a pre-trained tower, or the
-    configuration of a fresh one ({"model_type": "llama", "hidden_size": 128, ...}). modalities:
-    name -> folder. data, dev: sources (`zipper.data.layouts`: a JSONL manifest, a folder of unit
-    files, "librispeech:FOLDER" ...); data may be {source: weight}, a mixture. rows: use only the
-    first so many of each source of `data`. bad, most_bad: what becomes of samples that cannot be
-    read (`Policy`). least_ids, most_ids: rows with fewer or more ids, over all fields, are left
-    out. tasks: {"speech -> text": share of samples}. train: towers that learn; with one tower it
-    always does. every, junctions, link, input_projection, lora: see `Zipper.from_towers`. start: a
-    saved zip of these towers to go on from; the shape is then its own. calibrate: rows of each
-    source, at most 1,000, on which links are calibrated before the first step (`Link.calibrate`, 0
-    = not).
+    The run.
+    output: its folder. seed: of all that is drawn. steps, batch: optimizer steps and samples in
+        each, over all processes and micro-batches.
 
-    steps, batch: optimizer steps and samples in each, over all processes and micro-batches.
-    accumulate: micro-batches into which a process cuts its part of a step; the gradient stays that
-    of the whole batch, up to rounding. lr_*: peak learning rates of new parts, of gates and of
-    trained towers; linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak.
-    loss_weight: per tower. pack: {tower: most tokens in a row}: samples of a task share rows; the
-    loss stays the same.
+    Data.
+    towers: name -> folder or hub id of a pre-trained tower, or the configuration of a fresh one
+        ({"model_type": "llama", "hidden_size": 128, ...}). modalities: name -> folder.
+    data, dev: sources (`zipper.data.layouts`: a JSONL manifest, a folder of unit files,
+        "librispeech:FOLDER" ...); data may be {source: weight}, a mixture.
+    rows: use only the first so many of each source of `data`.
+    bad, most_bad: what becomes of samples that cannot be read (`Policy`).
+    least_ids, most_ids: rows with fewer or more ids, over all fields, are left out.
+    tasks: {"speech -> text": share of samples}.
+    pack: {tower: most tokens in a row}: samples of a task share rows; the loss stays the same.
     corrupt: per tower, the chance that a token of a segment with loss is read as a random one while
-    the targets stay: against overfitting and exposure bias. dropout of links stands in `link`.
-    eval_every, patience: dev loss every so many steps; stop after that many evaluations without a
-    new best (0 = never).
-    save_every, keep: steps between checkpoints and how many are kept. The best model by mean dev
-    loss is what the run returns.
-    save_dtype: "float16" or "bfloat16" halves the returned model on disk; training itself is in
-    float32 (and `mixed_precision`).
+        the targets stay: against overfitting and exposure bias.
+    loss_weight: per tower.
 
+    Model.
+    train: towers that learn; with one tower it always does.
+    every, junctions, shows, links, link, input_projection, lora: see `Zipper.from_towers`. Dropout
+        of links stands in `link`.
+    start: a saved zip of these towers to go on from; the shape is then its own.
+    calibrate: rows of each source, at most 1,000, on which links are calibrated before the first
+        step (`Link.calibrate`, 0 = not).
+
+    Rates.
+    lr_new, lr_gate, lr_tower: peak learning rates of new parts, of gates and of trained towers;
+        linear warm-up over `warmup` steps, then a cosine down to lr_final of the peak.
+    clip: of the gradient's norm. betas, weight_decay: of AdamW.
+
+    Compute.
+    accumulate: micro-batches into which a process cuts its part of a step; the gradient stays that
+        of the whole batch, up to rounding.
+    mixed_precision: "bf16" computes in it. frozen_dtype: "bfloat16" keeps frozen weights, and the
+        states between the blocks of such a tower, in half the bytes and to 8 bits of precision. Dev
+        losses are then those of a slightly other tower (the shipped zip's: 0.0963 -> 0.0962 and
+        0.1825 -> 0.1826 nats); what is saved names the tower as it was given.
     shard: where several processes run, each keeps a piece of every parameter (FSDP2) instead of all
-    of them (DDP); where a task has no sample for a process, that one runs a sample of another for
-    nothing. recompute: blocks are run again in the backward
-    pass instead of keeping what they computed: less memory, more time, the same bits. compile: the
-    blocks by torch.compile, each for itself; a slow start, other rounding. attention: of links,
-    "sdpa" or "flex", which is for packed rows on CUDA.
-    frozen_dtype: "bfloat16" keeps frozen weights, and the states between the blocks of such a
-    tower, in half the bytes and to 8 bits of precision. Dev losses are then those of a slightly
-    other tower (the shipped zip's: 0.0963 -> 0.0962 and 0.1825 -> 0.1826 nats); what is saved names
-    the tower as it was given.
+        of them (DDP); where a task has no sample for a process, that one runs a sample of another
+        for nothing.
+    recompute: blocks are run again in the backward pass instead of keeping what they computed: less
+        memory, more time, the same bits.
+    compile: the blocks by torch.compile, each for itself; a slow start, other rounding.
+    attention: of links, "sdpa" or "flex", which is for packed rows on CUDA.
+
+    Saving.
+    eval_every, eval_rows, patience: dev loss on so many rows every so many steps; stop after that
+        many evaluations without a new best (0 = never). The best model by mean dev loss is what the
+        run returns.
+    save_every, keep: steps between checkpoints and how many are kept.
+    save_dtype: "float16" or "bfloat16" halves the returned model on disk; training itself is in
+        float32 (and `mixed_precision`).
+    log_every, trackers: steps between rows of metrics, and who else is told.
     """
 
     output: str
