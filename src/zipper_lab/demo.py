@@ -142,10 +142,13 @@ def _recipe(
         modalities=modalities,
         data=str(output / "pairs.jsonl"),
         dev=str(output / "dev.jsonl"),
-        tasks={"heard:speech -> said:text": 0.35, "text -> voiced:speech": 0.65},
+        tasks={"heard:speech -> said:text": 0.55, "text -> voiced:speech": 0.45},
         loss_weight={"text": 2.0},
         train=("speech",),
         every={"text": 1, "speech": 1},
+        # Text shows its embeddings, where a frozen LM's words differ most; speech a block further
+        # than it is fused (docs/log.md).
+        shows={"text": 0, "speech": [2, 3, 4]},
         link=LinkConfig(gate_init=1.2, dropout=0.0),
         calibrate=500,
         input_projection="none",
