@@ -183,11 +183,8 @@ def _compiler() -> tuple[str, str, str]:
             f"there is no {name}: decoding goes by torch's kernels and takes about twice as long",
             todo,
         )
-    return (
-        "broken",
-        " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step",
-        "",
-    )
+    why = " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step"
+    return "broken", why, ""
 
 
 def _cuda() -> tuple[str, str, str]:
@@ -254,4 +251,5 @@ def _shipped() -> tuple[str, str, str]:
             sound = audio.read(Path(folder) / "said.wav")
     heard = pipeline.transcribe(sound)
     said = f"says '{SENTENCE}' in {sound.seconds:.1f} s of sound and hears '{heard}', {way}"
-    return "ok" if heard == SENTENCE else "broken", said, ""
+    state = "ok" if heard == SENTENCE else "broken"
+    return state, said, ""

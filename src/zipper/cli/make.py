@@ -105,7 +105,8 @@ def units(
     if fit and units:
         _fitted(place, fit, policy).save(units)
     beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
-    folder, speed = output if corpus else beside, [0.0]
+    folder = output if corpus else beside
+    speed = [0.0]
     try:
         found = extraction.extract(
             place,

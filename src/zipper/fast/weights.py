@@ -118,11 +118,8 @@ class Norm:
     """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), in few kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self.weight, self.bias, self.eps = (
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            eps,
-        )
+        self.weight, self.eps = weight.detach(), eps
+        self.bias = None if bias is None else bias.detach()
         if bias is None:
             # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into
             # the weight.
