@@ -241,10 +241,6 @@ class FastLink:
         )
 
     @cached_property
-    def _pointer(self) -> Any:
-        return pointer(self.struct)
-
-    @cached_property
     def struct(self) -> native.Link:
         """As the compiled step reads it."""
         found = native.Link(
@@ -340,6 +336,10 @@ class FastLink:
             inner = self.first(self.second_norm(x + added)).float()
             added = added + self.second(torch.addcmul(inner, inner, inner.erf()).to(x.dtype))
         return added.to(h.dtype)
+
+    @cached_property
+    def _pointer(self) -> Any:
+        return pointer(self.struct)
 
 
 def attention(

@@ -136,6 +136,20 @@ class Fused:
             session.unread.setdefault(pair, []).append(states)
         return found
 
+    def link(self, key: LinkKey) -> FastLink:
+        """A link of the model."""
+        return self._links[key]
+
+    def bytes(self, tower: str) -> tuple[int, int]:
+        """Weights that one token reads: of the tower, and of the links into it where all sources
+        are visible."""
+        return self._towers[tower].bytes, sum(self._links[key].bytes for key in self._heard(tower))
+
+    def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
+        """Rotary positions at the rate of a link's source."""
+        table = self._turns.get(self._links[link].scale)
+        return None if table is None else table.at(position)
+
     def _read(
         self,
         tower: str,
@@ -172,10 +186,6 @@ class Fused:
             if group:
                 yield group, step
 
-    def link(self, key: LinkKey) -> FastLink:
-        """A link of the model."""
-        return self._links[key]
-
     def _halts(self, name: str, linked: bool, end: int) -> list[Stop]:
         """Where a tower halts on its way, none on the unimodal path."""
         return [stop for stop in self._stops[name] if stop.layer <= end] if linked else []
@@ -183,11 +193,6 @@ class Fused:
     def _heard(self, name: str) -> list[LinkKey]:
         """The links by which a tower reads others."""
         return list(chain.from_iterable(stop.reads for stop in self._stops[name]))
-
-    def bytes(self, tower: str) -> tuple[int, int]:
-        """Weights that one token reads: of the tower, and of the links into it where all sources
-        are visible."""
-        return self._towers[tower].bytes, sum(self._links[key].bytes for key in self._heard(tower))
 
     def _read_alike(
         self,
@@ -376,11 +381,6 @@ class Fused:
         shapes.update((key, link.shape) for key, link in self._links.items())
         return Pool(shapes, lambda: self._replays.clear())
 
-    def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
-        """Rotary positions at the rate of a link's source."""
-        table = self._turns.get(self._links[link].scale)
-        return None if table is None else table.at(position)
-
     def _step(
         self,
         name: str,
@@ -556,10 +556,6 @@ class Fixed:
         self._slot = torch.where(active, position, self._held.shape[4] - 1)
         self._mask = self._first(position + 1, reach)
 
-    @staticmethod
-    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
-        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
-
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
     ) -> Float[Tensor, "rows attended"]:
@@ -585,6 +581,10 @@ class Fixed:
         attend = partial(masked, keys=keys, values=values, mask=mask)
         added = self.reader.link(name)(states, self.reader.turned(name, self.position), attend)
         return h + added.where(slots[:, None] > 0, 0)
+
+    @staticmethod
+    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
+        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
 
 
 class Prepared(NamedTuple):

@@ -64,6 +64,13 @@ class Matrix:
         else:
             self._many, self._one = self._kernels(weight)
 
+    def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """The product, in x's dtype."""
+        if self._compiled:
+            return native.product(self.struct, x).to(x.dtype)
+        y = self._one(x) if len(x) == 1 else self._many(x)
+        return y if self.bias is None else y + self.bias
+
     def _kernels(
         self, weight: Tensor
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -92,13 +99,6 @@ class Matrix:
         if weight.dtype == torch.bfloat16 and AMX:
             return packed, lambda x: torch.mv(weight, x[0])[None]
         return packed, packed
-
-    def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
-        """The product, in x's dtype."""
-        if self._compiled:
-            return native.product(self.struct, x).to(x.dtype)
-        y = self._one(x) if len(x) == 1 else self._many(x)
-        return y if self.bias is None else y + self.bias
 
 
 def single(part: Tensor | None) -> Tensor | None:
