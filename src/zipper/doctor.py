@@ -27,6 +27,9 @@ from zipper.environment import (
     numbers,
     tried,
 )
+from zipper.former import names_of
+
+__getattr__ = names_of(__name__, ())
 
 SENTENCE = "send forty two oranges to vienna"  # what the shipped model has to say, and to hear
 
@@ -75,7 +78,7 @@ def record(findings: Sequence[Finding]) -> dict[str, Any]:
     return {"works": works(findings), "findings": found}
 
 
-def table(findings: Sequence[Finding]) -> str:
+def text(findings: Sequence[Finding]) -> str:
     """A line for each, for a terminal."""
     lines = []
     for finding in findings:

@@ -21,6 +21,7 @@ from torch import nn
 from zipper.config import Junction, TowerConfig, ZipperConfig
 from zipper.data.manifests import Row
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
@@ -32,6 +33,8 @@ from zipper.saving.zips import TowerSource
 from zipper.strand import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
+
+__getattr__ = names_of(__name__, ())
 
 # `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it
 # was before alignment
@@ -82,7 +85,7 @@ class SwapReport:
     junctions: tuple[tuple[Junction, Junction | None], ...]
     fates: tuple[Fate, ...]
 
-    def table(self) -> str:
+    def text(self) -> str:
         """The report as text."""
         lines = []
         for name, change in self.towers.items():
@@ -119,6 +122,8 @@ class SwapReport:
                     f"{', '.join(part for part, w in fate.reborn.items() if w == why)}"
                 )
         return "\n".join(lines)
+
+    table = text  # its name before
 
 
 class _Move(NamedTuple):
@@ -298,7 +303,7 @@ def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, fl
     return found
 
 
-def table(
+def text(
     found: Mapping[str, Activity], cost: Mapping[str, float], dropped: Container[str] = ()
 ) -> str:
     """`activity` and `costs` as text."""

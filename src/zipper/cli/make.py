@@ -355,7 +355,7 @@ def _plan(config: Any, build: Any, as_json: bool) -> None:
                 weight.data = weight.data.to(getattr(torch, config.frozen_dtype))
     how = (config.mixed_precision, config.accumulate, config.recompute, device)
     found = cost.plan(model, rows, config.tasks, config.batch, config.steps, *how)
-    print(json.dumps(found, indent=1) if as_json else cost.table(found))
+    print(json.dumps(found, indent=1) if as_json else cost.text(found))
 
 
 def _changed(config: Any, item: str) -> Any:
@@ -445,7 +445,7 @@ def swap(
     new, report = surgery.swap_pipeline(old, new_towers, new_modalities, train or [], means)
     told = dataclasses.asdict(report)
     new.save_pretrained(output, surgery.inside(new.zip, model), record | {"swap": told})
-    print(json.dumps(told, indent=1) if as_json else f"{report.table()}\n{output}: saved")
+    print(json.dumps(told, indent=1) if as_json else f"{report.text()}\n{output}: saved")
 
 
 def _means(tokens: list[str]) -> dict[str, float]:

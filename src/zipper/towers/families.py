@@ -320,7 +320,7 @@ def _own(tower: Tower, ids: Tensor, **given: Tensor) -> Tensor:
     return logits
 
 
-def table(families: Sequence[Family]) -> str:
+def text(families: Sequence[Family]) -> str:
     """One line per family, for a terminal."""
     lines = [
         f"{f.name:24} {f.way:11} {f.reason or f'reads {f.rows} rows, difference {f.difference}'}"

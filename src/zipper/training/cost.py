@@ -366,7 +366,7 @@ def plan(
     device: str = "cpu",
     efficiency: float = EFFICIENCY,
 ) -> dict[str, Any]:
-    """What a run will cost, as plain data: see `table`.
+    """What a run will cost, as plain data: see `text`.
 
     rows: encoded samples; the first SAMPLE are looked at. tasks: {"speech -> text": share}. batch:
     samples per step over all processes; memory is that of one process that does them all, in
@@ -467,7 +467,7 @@ def _of_task(share: float, load: Load, cost: Cost) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
+def text(found: Mapping[str, Any]) -> str:
     """`plan` as text."""
     sizes, step, pace = found["parameters"], found["step"], found["time"]
     lines = ["towers"]
