@@ -1009,7 +1009,7 @@ def describe(*_):
     return {}
 
 inspection.describe = describe
-inspection.table = lambda found: "told"
+inspection.text = lambda found: "told"
 sys.exit(cli.main(["show"]))
 """
 

@@ -93,7 +93,7 @@ def test_no_norm_is_the_identity_and_no_bias_is_zero() -> None:
         )
 
 
-def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_text_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["towers", "llama", "mamba"]) == 0
     said = capsys.readouterr().out
     assert "llama                    attributes  reads packed rows, difference 0.0" in said

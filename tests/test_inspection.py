@@ -19,8 +19,8 @@ from zipper.inspection import (
     log_samples,
     parts,
     samples,
-    table,
 )
+from zipper.inspection import text as as_text
 from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
@@ -68,9 +68,9 @@ def test_a_model_is_described_as_it_is(world: World, pipe: Pipeline) -> None:
     assert text["source"] == str(world.folder / "text" / "tower")
 
 
-def test_the_table_says_the_same(world: World, pipe: Pipeline) -> None:
+def test_the_text_says_the_same(world: World, pipe: Pipeline) -> None:
     found = describe(pipe, world.zip)
-    said = table(found)
+    said = as_text(found)
     for part in (
         str(world.zip),
         f"{found['parameters']:,} parameters",

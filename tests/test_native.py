@@ -189,7 +189,7 @@ def test_products_of_all_shapes(kind: str, bias: bool) -> None:
 @needs_compiler
 def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "CHUNK", 1 << 16)
-    monkeypatch.setattr(native, "_free", torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(native, "_PAGES", native.Pages())
     weights = [
         torch.randn(100, 40),
         torch.randn(7, 65, dtype=torch.bfloat16),

@@ -27,7 +27,7 @@ from zipper.strand import Batch, Segment, Target, collate
 from zipper.tasks import Task
 from zipper.testing import tiny_tower
 from zipper.training import Objective
-from zipper.training.cost import Cost, Load, cost, matmul_rate, memory, plan, table
+from zipper.training.cost import Cost, Load, cost, matmul_rate, memory, plan, text
 from zipper_lab.baseline import Baseline
 
 SMALL = LinkConfig(head_width=8)
@@ -365,7 +365,7 @@ def test_a_plan_is_the_mean_over_the_shares_of_the_tasks(world: World) -> None:
         p.numel() for p in model.parameters() if p.requires_grad
     )
     assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
-    said = table(found)
+    said = text(found)
     for part in (
         "frozen",
         "trained",

@@ -289,10 +289,10 @@ def test_what_a_shallow_tower_has_no_place_for_is_dropped_and_told() -> None:
     )
     assert set(new.links) == {"0:text>speech", "0:speech>text", "1:speech>text"}
     assert new.link(0, "text", "speech").position_scale == pytest.approx(2.0 / 10.0)
-    table = report.table()
-    assert "gone" in table
-    assert "1:speech>text -> gone" in table
-    assert "2:speech>text -> 1:speech>text" in table
+    said = report.text()
+    assert "gone" in said
+    assert "1:speech>text -> gone" in said
+    assert "2:speech>text -> 1:speech>text" in said
 
 
 def test_a_tower_of_one_block_is_refused() -> None:

@@ -27,6 +27,9 @@ from zipper.environment import (
     numbers,
     tried,
 )
+from zipper.former import names_of
+
+__getattr__ = names_of(__name__, ())
 
 SENTENCE = "send forty two oranges to vienna"  # what the shipped model has to say, and to hear
 
@@ -75,7 +78,7 @@ def record(findings: Sequence[Finding]) -> dict[str, Any]:
     return {"works": works(findings), "findings": found}
 
 
-def table(findings: Sequence[Finding]) -> str:
+def text(findings: Sequence[Finding]) -> str:
     """A line for each, for a terminal."""
     lines = []
     for finding in findings:
@@ -183,11 +186,8 @@ def _compiler() -> tuple[str, str, str]:
             f"there is no {name}: decoding goes by torch's kernels and takes about twice as long",
             todo,
         )
-    return (
-        "broken",
-        " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step",
-        "",
-    )
+    why = " ".join(str(said[-1].message).split()) if said else f"{name} does not build the step"
+    return "broken", why, ""
 
 
 def _cuda() -> tuple[str, str, str]:
@@ -254,4 +254,5 @@ def _shipped() -> tuple[str, str, str]:
             sound = audio.read(Path(folder) / "said.wav")
     heard = pipeline.transcribe(sound)
     said = f"says '{SENTENCE}' in {sound.seconds:.1f} s of sound and hears '{heard}', {way}"
-    return "ok" if heard == SENTENCE else "broken", said, ""
+    state = "ok" if heard == SENTENCE else "broken"
+    return state, said, ""

@@ -65,13 +65,18 @@ RENAMED = {
     ("zipper.bench.start", "table"): ("zipper_lab.bench.start", "markdown"),
     ("zipper.bench.summary", "table"): ("zipper_lab.bench.summary", "markdown"),
     ("zipper.bench.train", "table"): ("zipper_lab.bench.train", "markdown"),
+    ("zipper.doctor", "table"): ("zipper.doctor", "text"),
     ("zipper.engine", "Engine"): ("zipper.fast", "engine"),
     ("zipper.engine", "Life"): ("zipper.generation", "Course"),
     ("zipper.engine", "Wish"): ("zipper.generation", "Wanted"),
     ("zipper.evaluation", "pulses"): ("zipper_lab.judges", "pcm"),
     ("zipper.experiments", "Ears"): ("zipper_lab.experiments", "Judges"),
     ("zipper.experiments", "Ground"): ("zipper_lab.experiments", "Corpus"),
+    ("zipper.families", "table"): ("zipper.towers.families", "text"),
+    ("zipper.inspection", "table"): ("zipper.inspection", "text"),
     ("zipper.model", "link_name"): ("zipper.config", "LinkKey"),  # a tuple that prints as the name
+    ("zipper.plan", "table"): ("zipper.training.cost", "text"),
+    ("zipper.surgery", "table"): ("zipper.surgery", "text"),
     ("zipper.training", "Model"): ("zipper.reading", "Model"),
 }
 

@@ -14,11 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zipper.audio.sound import Audio
+from zipper.former import names_of
 from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.strand import Batch, Strand, visible
 from zipper.tasks import Task
+
+__getattr__ = names_of(__name__, ())
 
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def log_samples(trackers: Iterable[Any], found: Mapping[str, str | Audio], step:
                     )
 
 
-def table(found: dict[str, Any]) -> str:
+def text(found: dict[str, Any]) -> str:
     """`describe` as text."""
     lines = [
         f"{found['folder']}: {found['parameters']:,} parameters, "

@@ -208,20 +208,6 @@ class Pipeline:
         self.model.prove(folder)
         _modalities(folder)
 
-    def _write(
-        self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None
-    ) -> None:
-        self.model.write(folder, include, record)
-        for name, modality in self.modalities.items():
-            modality.save(folder / "modalities" / name)
-        checkpoint.write_json(
-            folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()}
-        )
-        if isinstance(self.model, Zipper):
-            (folder / checkpoint.CARD).write_text(
-                card(folder, self.model.sizes()), encoding="utf-8"
-            )
-
     def push_to_hub(
         self,
         repo: str,
@@ -289,21 +275,6 @@ class Pipeline:
         now; contents are ids. All engines of a pipeline share one set of laid-out weights."""
         return Engine(self.held, self._current_reader(), rows)
 
-    def _current_reader(self) -> Reader:
-        """A reader with the weights as they are now."""
-        if (
-            self._later is not None and self._reader is not None
-        ):  # nobody was given the model to change it
-            return self._reader
-        parameters = list(self.model.parameters())
-        small = sum(p.nbytes for p in parameters) <= FAST_BYTES
-        if not small or any(p.device.type != "cpu" or p.is_inference() for p in parameters):
-            return Stepwise(self.model)
-        weights = [(p.data_ptr(), _sum_of_bits(p)) for p in parameters]
-        if self._reader is None or weights != self._weights:
-            self._reader, self._weights = fastest(self.model), weights
-        return self._reader
-
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
         """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where
         nothing is said. Raises ZipperError for what is no sound, of no length, or not of one
@@ -355,6 +326,35 @@ class Pipeline:
                 "and no sound."
             )
         return speech
+
+    def _write(
+        self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None
+    ) -> None:
+        self.model.write(folder, include, record)
+        for name, modality in self.modalities.items():
+            modality.save(folder / "modalities" / name)
+        checkpoint.write_json(
+            folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()}
+        )
+        if isinstance(self.model, Zipper):
+            (folder / checkpoint.CARD).write_text(
+                card(folder, self.model.sizes()), encoding="utf-8"
+            )
+
+    def _current_reader(self) -> Reader:
+        """A reader with the weights as they are now."""
+        if (
+            self._later is not None and self._reader is not None
+        ):  # nobody was given the model to change it
+            return self._reader
+        parameters = list(self.model.parameters())
+        small = sum(p.nbytes for p in parameters) <= FAST_BYTES
+        if not small or any(p.device.type != "cpu" or p.is_inference() for p in parameters):
+            return Stepwise(self.model)
+        weights = [(p.data_ptr(), _sum_of_bits(p)) for p in parameters]
+        if self._reader is None or weights != self._weights:
+            self._reader, self._weights = fastest(self.model), weights
+        return self._reader
 
     def _modality(self, name: str) -> Modality:
         if name not in self.modalities:

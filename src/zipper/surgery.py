@@ -8,18 +8,20 @@ the old zip and the new one, all that learns is copied.
 
 import copy
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipper.config import Junction, LinkKey, TowerConfig, ZipperConfig
+from zipper.config import Junction, TowerConfig, ZipperConfig
 from zipper.data.manifests import Row
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
@@ -31,6 +33,8 @@ from zipper.saving.zips import TowerSource
 from zipper.strand import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
+
+__getattr__ = names_of(__name__, ())
 
 # `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it
 # was before alignment
@@ -81,7 +85,7 @@ class SwapReport:
     junctions: tuple[tuple[Junction, Junction | None], ...]
     fates: tuple[Fate, ...]
 
-    def table(self) -> str:
+    def text(self) -> str:
         """The report as text."""
         lines = []
         for name, change in self.towers.items():
@@ -119,6 +123,17 @@ class SwapReport:
                 )
         return "\n".join(lines)
 
+    table = text  # its name before
+
+
+class _Move(NamedTuple):
+    """What a swap does to a configuration. junctions: as in `SwapReport`. names: by the name of
+    each link, also of one that was dropped, its new one, "" where its junction is gone."""
+
+    config: ZipperConfig
+    junctions: tuple[tuple[Junction, Junction | None], ...]
+    names: Mapping[str, str]
+
 
 def swap(
     model: Zipper,
@@ -144,106 +159,19 @@ def swap(
     junction.
     """
     check_seed(seed)
-    for option, names, known in (
-        ("swap", towers, model.config.towers),
-        *(
-            (option, given or (), towers)
-            for option, given in (("train", train), ("ends", ends), ("tokens", tokens))
-        ),
-    ):
-        if unknown := sorted({*names} - {*known}):
-            raise ZipperError(
-                f"{option} names the tower {unknown[0]!r}; it may name {sorted(known)}."
-            )
+    _check_names("swap", towers, model.config.towers)
+    for option, given in (("train", train), ("ends", ends), ("tokens", tokens)):
+        _check_names(option, given or (), towers)
     alone: dict[str, Tower] = {}
     changes: dict[str, Change] = {}
     for name, source in towers.items():
-        old, before = model.towers[name], model.config.towers[name]
-        assert isinstance(old, Tower)
-        tower = source if isinstance(source, Tower) else Tower.load(source)
-        kin = kinship(old, tower)
-        own = (ends or {}).get(name)
-        if own is None and kin > KIN and tower.vocabulary == before.vocabulary:
-            own = (before.begin, before.end)
-        learns = [name] if name in train else []
-        born = Zipper.from_towers(
-            {name: tower}, train=learns, ends={name: own} if own else None
-        ).config.towers[name]
-        after = dataclasses.replace(
-            born,
-            source=hub.absolute(source) if isinstance(source, str | Path) else "",
-            input_projection=before.input_projection,
-            tokens=(tokens or {}).get(name, before.tokens),
-        )
-        alone[name], changes[name] = (
-            tower.to(next(old.parameters()).device),
-            Change(before, after, kin),
-        )
-    junctions = _moved(model.config.junctions, changes)
-    shows = _shown(model.config, junctions, changes)
-    junctions = [
-        junction if _pairs(junction, shown) else {}
-        for junction, shown in zip(junctions, shows, strict=True)
-    ]
-    places = [n for n, junction in enumerate(junctions) if junction]  # their old numbers
-    if model.config.junctions and not places:
-        raise ZipperError(
-            f"No junction fits inside {', '.join(sorted(towers))} of so few blocks. Give towers "
-            "of at least 2 blocks."
-        )
-
-    def moved(key: LinkKey) -> str:
-        """What a link is called in the new zip, "" where its junction is gone."""
-        n = key.junction
-        stays = key.target in junctions[n] and key.source in shows[n]
-        return str(key._replace(junction=places.index(key.junction))) if stays else ""
-
-    absent = [
-        key
-        for key in dataclasses.replace(model.config, dropped=()).links
-        if str(key) in model.config.dropped
-    ]
-    config = dataclasses.replace(
-        model.config,
-        towers={
-            name: changes[name].after if name in changes else t
-            for name, t in model.config.towers.items()
-        },
-        junctions=tuple(junctions[n] for n in places),
-        shows=tuple(shows[n] for n in places) if model.config.shows else None,
-        dropped=tuple(name for key in absent if (name := moved(key))),
-    )
-    new = _born(_towers(model, without=alone) | alone, config, seed)
-    strangers = {
-        name: f"{name} is another tower" for name, change in changes.items() if not change.related
-    }
-    fates = []
-    for name, projection in model.inputs.items():
-        reborn = _graft(
-            projection,
-            new.inputs[name],
-            {"mlp": strangers[name]} if name in strangers else {},
-            gate,
-        )
-        if name in changes:
-            fates.append(_fate(f"inputs.{name}", f"inputs.{name}", projection, reborn))
-    for key in model.config.links:
-        link, was, name = model.link(*key), str(key), moved(key)
-        faces = dict.fromkeys(_facing_source(link), key.source) | dict.fromkeys(
-            FACE_TARGET, key.target
-        )
-        meaningless = {
-            part: strangers[tower] for part, tower in faces.items() if tower in strangers
-        }
-        reborn = _graft(link, new.links[name], meaningless, gate) if name else {}
-        if {key.source, key.target} & changes.keys():
-            fates.append(_fate(was, name, link, reborn) if name else Fate(was, ""))
+        own, mean = (ends or {}).get(name), (tokens or {}).get(name)
+        alone[name], changes[name] = _changed(model, name, source, name in train, own, mean)
+    move = _move(model.config, changes)
+    new = _born(_towers(model, without=alone) | alone, move.config, seed)
+    fates = tuple(_grafted(model, new, changes, move.names, gate))
     new.train(model.training)
-    return new, SwapReport(
-        changes,
-        tuple(zip(model.config.junctions, (now or None for now in junctions), strict=True)),
-        tuple(fates),
-    )
+    return new, SwapReport(changes, move.junctions, fates)
 
 
 def swap_pipeline(
@@ -366,10 +294,8 @@ def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, fl
     there. Look at it before you
     prune: a link with a small share may be worth much (docs/log.md).
     """
-    trial, whole = (
-        copy.copy(model),
-        sum(losses(model, samples).values()),
-    )  # the same modules under another configuration
+    trial = copy.copy(model)  # the same modules under another configuration
+    whole = sum(losses(model, samples).values())
     found = {}
     for name in map(str, model.config.links):
         trial.config = dataclasses.replace(model.config, dropped=(*model.config.dropped, name))
@@ -377,7 +303,7 @@ def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, fl
     return found
 
 
-def table(
+def text(
     found: Mapping[str, Activity], cost: Mapping[str, float], dropped: Container[str] = ()
 ) -> str:
     """`activity` and `costs` as text."""
@@ -413,6 +339,98 @@ def inside(model: Zipper, folder: Path) -> list[str]:
     """Frozen towers that lie in the folder that this model was loaded from: another folder must
     hold them too."""
     return model.inside(folder)
+
+
+def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a ZipperError for a tower that an option may not name."""
+    if unknown := sorted({*names} - {*known}):
+        raise ZipperError(f"{option} names the tower {unknown[0]!r}; it may name {sorted(known)}.")
+
+
+def _changed(
+    model: Zipper,
+    name: str,
+    source: TowerSource,
+    learns: bool,
+    ends: tuple[int, int] | None,
+    tokens: float | None,
+) -> tuple[Tower, Change]:
+    """A tower in the place of another, where the other is. ends, tokens: None as in `swap`."""
+    old, before = model.towers[name], model.config.towers[name]
+    assert isinstance(old, Tower)
+    tower = source if isinstance(source, Tower) else Tower.load(source)
+    kin = kinship(old, tower)
+    if ends is None and kin > KIN and tower.vocabulary == before.vocabulary:
+        ends = (before.begin, before.end)
+    born = Zipper.from_towers(
+        {name: tower}, train=[name] if learns else [], ends={name: ends} if ends else None
+    ).config.towers[name]
+    after = dataclasses.replace(
+        born,
+        source=hub.absolute(source) if isinstance(source, str | Path) else "",
+        input_projection=before.input_projection,
+        tokens=before.tokens if tokens is None else tokens,
+    )
+    return tower.to(next(old.parameters()).device), Change(before, after, kin)
+
+
+def _move(config: ZipperConfig, changes: Mapping[str, Change]) -> _Move:
+    """Where everything is in the new zip. Raises a ZipperError where no junction is left."""
+    junctions = _moved(config.junctions, changes)
+    shows = _shown(config, junctions, changes)
+    junctions = [
+        junction if _pairs(junction, shown) else {}
+        for junction, shown in zip(junctions, shows, strict=True)
+    ]
+    places = [n for n, junction in enumerate(junctions) if junction]  # their old numbers
+    if config.junctions and not places:
+        raise ZipperError(
+            f"No junction fits inside {', '.join(sorted(changes))} of so few blocks. Give towers "
+            "of at least 2 blocks."
+        )
+
+    names = {}
+    for key in dataclasses.replace(config, dropped=()).links:
+        n = key.junction
+        stays = key.target in junctions[n] and key.source in shows[n]
+        names[str(key)] = str(key._replace(junction=places.index(n))) if stays else ""
+    new = dataclasses.replace(
+        config,
+        towers={
+            name: changes[name].after if name in changes else tower
+            for name, tower in config.towers.items()
+        },
+        junctions=tuple(junctions[n] for n in places),
+        shows=tuple(shows[n] for n in places) if config.shows else None,
+        dropped=tuple(now for was, now in names.items() if was in config.dropped and now),
+    )
+    left = (junction or None for junction in junctions)
+    return _Move(new, tuple(zip(config.junctions, left, strict=True)), names)
+
+
+def _grafted(
+    model: Zipper, new: Zipper, changes: Mapping[str, Change], names: Mapping[str, str], gate: float
+) -> Iterator[Fate]:
+    """Give the new zip what still fits of the old one's links and input projections. names: see
+    `_Move`."""
+    strangers = {
+        name: f"{name} is another tower" for name, change in changes.items() if not change.related
+    }
+    for name, projection in model.inputs.items():
+        meaningless = {"mlp": strangers[name]} if name in strangers else {}
+        reborn = _graft(projection, new.inputs[name], meaningless, gate)
+        if name in changes:
+            yield _fate(f"inputs.{name}", f"inputs.{name}", projection, reborn)
+    for key in model.config.links:
+        link, was, name = model.link(*key), str(key), names[str(key)]
+        faces = dict.fromkeys(_facing_source(link), key.source)
+        faces |= dict.fromkeys(FACE_TARGET, key.target)
+        meaningless = {
+            part: strangers[tower] for part, tower in faces.items() if tower in strangers
+        }
+        reborn = _graft(link, new.links[name], meaningless, gate) if name else {}
+        if {key.source, key.target} & changes.keys():
+            yield _fate(was, name, link, reborn) if name else Fate(was, "")
 
 
 def _born(towers: Mapping[str, Tower], config: ZipperConfig, seed: int = 0) -> Zipper:
@@ -477,17 +495,15 @@ def _shown(
 
 def _pairs(targets: Junction, sources: Junction) -> bool:
     """Whether any tower reads another there."""
-    return any(source != target for source in sources for target in targets)
+    return any({*targets} - {source} for source in sources)
 
 
 def _facing_source(link: nn.Module) -> tuple[str, ...]:
     """Parts that work with the source's states; without a projection, keys and values read them
     directly."""
-    return (
-        FACE_SOURCE
-        if any(name.startswith("projection.") for name, _ in link.named_parameters())
-        else (*FACE_SOURCE, *BETWEEN)
-    )
+    if any(name.startswith("projection.") for name, _ in link.named_parameters()):
+        return FACE_SOURCE
+    return *FACE_SOURCE, *BETWEEN
 
 
 def _graft(

@@ -50,8 +50,12 @@ def words(
         groups[-1] = (groups[-1][0] + piece, [*groups[-1][1], index])
     found = []
     for text, tokens in groups:
-        span = (None, None) if source is None else (source[tokens[0]][0], source[tokens[-1]][1])
-        found.append(Word(text.strip(), math.exp(sum(sure[index] for index in tokens)), *span))
+        confidence = math.exp(sum(sure[index] for index in tokens))
+        start: int | None = None
+        stop: int | None = None
+        if source is not None:
+            start, stop = source[tokens[0]][0], source[tokens[-1]][1]
+        found.append(Word(text.strip(), confidence, start, stop))
     return found
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeVar
@@ -47,8 +47,7 @@ def spread(
     items = iter(items)
     first = [part for _ in range(2 if workers > 1 else 0) if (part := list(islice(items, chunk)))]
     if len(first) < 2 or not _may_start():
-        yield from map(work, (item for part in first for item in part))
-        yield from map(work, items)
+        yield from map(work, chain(*first, items))
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
@@ -110,17 +109,11 @@ def _unguarded() -> Path | None:
         tree = ast.parse(Path(path).read_bytes())
     except (OSError, SyntaxError, ValueError):  # not there as text
         return None
-    tests = (
-        node
-        for statement in tree.body
-        if isinstance(statement, ast.If)
-        for node in ast.walk(statement.test)
-    )
-    return (
-        None
-        if any(isinstance(node, ast.Name) and node.id == "__name__" for node in tests)
-        else Path(path)
-    )
+    tests = [statement.test for statement in tree.body if isinstance(statement, ast.If)]
+    nodes = chain.from_iterable(map(ast.walk, tests))
+    if any(isinstance(node, ast.Name) and node.id == "__name__" for node in nodes):
+        return None
+    return Path(path)
 
 
 @contextmanager

@@ -207,7 +207,9 @@ class Baseline(nn.Module):
             torch.manual_seed(seed)
             grown = _grown(base, sum(sizes.values()), positions, parameters)
             for other, n in added.items():
-                likes = _tables(own[other].model) if other in own else (None, None)
+                likes: Sequence[Tensor | None] = (None, None)
+                if other in own:
+                    likes = _tables(own[other].model)
                 for new, like in zip(_tables(grown.model), likes, strict=True):
                     new[config.shifts[other] :][:n] = _rows(new[: base.vocabulary], n, like)
         _same(base, grown)

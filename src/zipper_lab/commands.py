@@ -256,7 +256,7 @@ def prune(
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        print(_told(surgery.table(found, costs, idle), result), f"{output}: saved", sep="\n")
+        print(_told(surgery.text(found, costs, idle), result), f"{output}: saved", sep="\n")
 
 
 def _rows(pipe: Any, data: Path | None, most: int) -> tuple[Sequence[Any] | None, Sequence[Any]]:
@@ -505,7 +505,7 @@ def bench_start(
 
 def _benchmark(
     measure: Callable[[], dict[str, Any]],
-    table: Callable[[dict[str, Any]], str],
+    markdown: Callable[[dict[str, Any]], str],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -515,6 +515,6 @@ def _benchmark(
     if output:
         writable(output.with_suffix(".json"))
     found = measure()
-    lines = table(found)
+    lines = markdown(found)
     benches.write(output, found, lines)
     print(json.dumps(found, indent=1) if as_json else lines)

@@ -77,7 +77,9 @@ class Audio:
         """
         hop = self.rate_hz // 40
         power = _frame_power(self.centred(2.5).samples[: len(self.samples) // hop * hop], hop)
-        loud, quiet = np.quantile(power, (0.95, 0.1)) if len(power) else (0.0, 0.0)
+        if not len(power):
+            return 0.0
+        loud, quiet = np.quantile(power, (0.95, 0.1))
         return 10 * math.log10(loud / max(quiet, loud * 1e-12)) if loud > 0 else 0.0
 
     def resample(self, rate_hz: int) -> "Audio":

@@ -44,7 +44,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a model: towers, junctions, what trains, gates, size; or a run: its curves as a page."""
-    from zipper.inspection import describe, table
+    from zipper.inspection import describe, text
     from zipper.training import history
 
     if model and (Path(model) / history.METRICS).is_file():
@@ -55,7 +55,7 @@ def show(
             f"-o is for the page of a run; {model or 'the shipped model'} is a model. Leave it out."
         )
     found = describe(pipeline(model, towers, allow_mismatch), _folder(model))
-    print(json.dumps(found, indent=1) if as_json else table(found))
+    print(json.dumps(found, indent=1) if as_json else text(found))
 
 
 def _show_run(folder: Path, output: Path | None, as_json: bool) -> None:
@@ -121,7 +121,7 @@ def towers(
     if as_json:
         print(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
     else:
-        print(families.table(found))
+        print(families.text(found))
 
 
 @command(app, LOOK, "zipper doctor")
@@ -130,7 +130,7 @@ def doctor(as_json: Json = False) -> int:
     from zipper import doctor as ward
 
     found = ward.examine()
-    print(json.dumps(ward.record(found), indent=1) if as_json else ward.table(found))
+    print(json.dumps(ward.record(found), indent=1) if as_json else ward.text(found))
     return int(not ward.works(found))
 
 

@@ -105,7 +105,8 @@ def units(
     if fit and units:
         _fitted(place, fit, policy).save(units)
     beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
-    folder, speed = output if corpus else beside, [0.0]
+    folder = output if corpus else beside
+    speed = [0.0]
     try:
         found = extraction.extract(
             place,
@@ -354,7 +355,7 @@ def _plan(config: Any, build: Any, as_json: bool) -> None:
                 weight.data = weight.data.to(getattr(torch, config.frozen_dtype))
     how = (config.mixed_precision, config.accumulate, config.recompute, device)
     found = cost.plan(model, rows, config.tasks, config.batch, config.steps, *how)
-    print(json.dumps(found, indent=1) if as_json else cost.table(found))
+    print(json.dumps(found, indent=1) if as_json else cost.text(found))
 
 
 def _changed(config: Any, item: str) -> Any:
@@ -444,7 +445,7 @@ def swap(
     new, report = surgery.swap_pipeline(old, new_towers, new_modalities, train or [], means)
     told = dataclasses.asdict(report)
     new.save_pretrained(output, surgery.inside(new.zip, model), record | {"swap": told})
-    print(json.dumps(told, indent=1) if as_json else f"{report.table()}\n{output}: saved")
+    print(json.dumps(told, indent=1) if as_json else f"{report.text()}\n{output}: saved")
 
 
 def _means(tokens: list[str]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,7 +336,7 @@ def _finish(
     records = [record for path in paths if (record := read_record(path)) is not None]
     total = {
         "samples": sum(record["samples"] for record in records),
-        "bad": [line for record in records for line in record["bad"]],
+        "bad": list(chain.from_iterable(record["bad"] for record in records)),
         "seconds": sum(record["seconds"] for record in records),
     }
     if not total["samples"]:

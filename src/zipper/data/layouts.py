@@ -27,6 +27,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def samples(
     there or holds no sample.
     """
     passed = Counter() if passed is None else passed
-    kind, place, columns = _parse(source) if isinstance(source, str) else ("sounds", source, {})
+    kind, place, columns = "sounds", source, dict[str, str]()
+    if isinstance(source, str):
+        kind, place, columns = _parse(source)
     number = 0
     try:
         for number, sample in enumerate(_KINDS[kind](place, passed), 1):
@@ -416,10 +419,8 @@ def _sounds(place: str | Sequence[Path], passed: Passed) -> Iterator[Sample]:
     root = Path(os.path.commonpath([*single, *folders]))
     met = set[str]()
     _over(passed, "files that were given twice", len(places) - len({*places}))
-    for folder, names in [
-        *single.items(),
-        *(found for path in folders for found in walk(path, passed)),
-    ]:
+    walked = chain.from_iterable(walk(path, passed) for path in folders)
+    for folder, names in [*single.items(), *walked]:
         given = single.get(folder) is names
         heard = [name for name in names if given or _is_sound(name)]
         _others(passed, {*names} - {*heard})
@@ -547,7 +548,8 @@ def _listed(batch: Any) -> list[tuple[dict[str, Any], str]]:
     except Exception as error:
         if batch.num_rows == 1:
             return [({}, f"cannot be read ({type(error).__name__}: {error}).")]
-        return [row for n in range(batch.num_rows) for row in _listed(batch.slice(n, 1))]
+        alone = (_listed(batch.slice(n, 1)) for n in range(batch.num_rows))
+        return list(chain.from_iterable(alone))
 
 
 #: A batch of a table; or None, how many rows are lost, and why.

@@ -186,7 +186,9 @@ def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pa
         if isinstance(value, list):
             encoded[field or name] = _ids(key, value, modality)
         elif isinstance(modality, Text) and isinstance(value, str):
-            ids, spelled = modality.spell(value) if value.strip() else ([], value)
+            ids, spelled = list[int](), value
+            if value.strip():
+                ids, spelled = modality.spell(value)
             encoded[field or name] = _ids(key, ids, modality)
             if spelled != value:
                 passed.append(f"punctuation of {key}")

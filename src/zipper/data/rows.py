@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, final, overload
 
@@ -67,7 +68,8 @@ class Rows(Sequence[Row]):
         """All of these, one after the other."""
         starts = np.cumsum([0, *(part._starts[-1] for part in parts)])
         chosen = [part._chosen + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls([path for part in parts for path in part.files], np.concatenate(chosen))
+        files = list(chain.from_iterable(part.files for part in parts))
+        return cls(files, np.concatenate(chosen))
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -92,13 +94,13 @@ class Rows(Sequence[Row]):
 
     def distinct(self) -> int:
         """How many ids its samples have between them; fewer than samples where some share one."""
-        each = (hash(name) for shard in self._shards for name in shard.names)
+        each = map(hash, chain.from_iterable(shard.names for shard in self._shards))
         return len(np.unique(np.fromiter(each, np.int64)[self._chosen]))
 
     @property
     def fields(self) -> list[str]:
         """Every field that some row has."""
-        return sorted({field for shard in self._shards for field in shard.fields})
+        return sorted(set(chain.from_iterable(shard.fields for shard in self._shards)))
 
     @cached_property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
@@ -178,8 +180,8 @@ def write_shard(
         "names": np.frombuffer(json.dumps(list(names)).encode(), np.uint8),
         "seconds": np.array(seconds, np.float32),
     }
-    for field in {field for row in rows for field in row}:
-        ids = np.array([i for row in rows for i in row.get(field, ())], np.int64)
+    for field in set(chain.from_iterable(rows)):
+        ids = np.array([*chain.from_iterable(row.get(field, ()) for row in rows)], np.int64)
         tensors[f"ids.{field}"] = ids.astype(np.int16 if ids.max(initial=0) < 1 << 15 else np.int32)
         tensors[f"lengths.{field}"] = np.array(
             [len(row[field]) if field in row else -1 for row in rows], np.int32
@@ -319,7 +321,9 @@ def _block(seed: int, block: int, counts: tuple[int, ...]) -> list[tuple[int, in
 
 @lru_cache(maxsize=64)
 def _permutation(seed: int, epoch: int, size: int, source: int) -> Integer[np.ndarray, " rows"]:
-    parts = (seed, epoch, 2, source) if source else (seed, epoch, 2)
+    parts = [seed, epoch, 2]
+    if source:
+        parts.append(source)
     return np.random.default_rng(mixed_seed(*parts)).permutation(size).astype(np.int32)
 
 

@@ -225,10 +225,10 @@ class FastLink:
     @property
     def bytes(self) -> int:
         """Weights that one token reads."""
-        return sum(
-            matrix.bytes
-            for matrix in (self.query, self.out, *((self.first, self.second) if self.first else ()))
-        )
+        read = [self.query, self.out]
+        if self.first:
+            read += [self.first, self.second]
+        return sum(matrix.bytes for matrix in read)
 
     @property
     def shape(self) -> Shape:
@@ -241,27 +241,24 @@ class FastLink:
         )
 
     @cached_property
-    def _pointer(self) -> Any:
-        return pointer(self.struct)
-
-    @cached_property
     def struct(self) -> native.Link:
         """As the compiled step reads it."""
-        ahead = (
-            (self.first.struct, self.second.struct)
-            if self.first
-            else (native.Matrix(), native.Matrix())
+        found = native.Link(
+            norm=self.norm.struct,
+            query=self.query.struct,
+            out=self.out.struct,
+            heads=self.link.heads,
+            head_width=self.link.config.head_width,
         )
-        second = self.second_norm.struct if self.first else native.Norm()
-        shape = (self.link.heads, self.link.config.head_width)
-        return native.Link(
-            self.norm.struct, second, self.query.struct, self.out.struct, *ahead, *shape
-        )
+        if self.first:
+            found.second, found.up = self.second_norm.struct, self.first.struct
+            found.down = self.second.struct
+        return found
 
     def stage(
         self,
         key: LinkKey,
-        angles: tuple[Tensor | None, Tensor | None],
+        angles: tuple[Tensor, Tensor] | None,
         places: Sequence[Place],
         last: bool,
         alive: list[Any],
@@ -271,30 +268,24 @@ class FastLink:
         seen: list[Any] = []
         for place in places:
             memory = place.session.memory.get(key)
-            there = (
-                (*map(native.pointer, memory), memory.keys.shape[2]) if memory else (None, None, 0)
-            )
+            there = native.Memory()
+            if memory:
+                there = native.Memory(*map(native.pointer, memory), memory.keys.shape[2])
             seen += [there] * (place.stop - place.start)
             alive.append(memory)
         found = native.array(native.Memory, seen)
         alive.append(found)
         half = self.link.query.weight.dtype == torch.bfloat16
-        return native.Stage(
-            None,
-            None,
-            self._pointer,
-            None,
-            addressof(found),
-            *map(native.pointer, angles),
-            0,
-            last,
-            half,
-        )
+        stage = native.Stage(link=self._pointer, memory=addressof(found), last=last, half=half)
+        if angles is not None:
+            stage.cos, stage.sin = map(native.pointer, angles)
+        return stage
 
     def extend(self, memory: Memory | None, states: Float[Tensor, "tokens source_width"]) -> Memory:
         """`Link.read` of source states that come behind those in `memory`; laid out for the many
         steps that read them."""
-        link, start = self.link, 0 if memory is None else memory.keys.shape[2]
+        link = self.link
+        start = 0 if memory is None else memory.keys.shape[2]
         h = self.source_norm(states.to(self._dtype))
         for part in self.projections:
             h = part(h)
@@ -345,6 +336,10 @@ class FastLink:
             inner = self.first(self.second_norm(x + added)).float()
             added = added + self.second(torch.addcmul(inner, inner, inner.erf()).to(x.dtype))
         return added.to(h.dtype)
+
+    @cached_property
+    def _pointer(self) -> Any:
+        return pointer(self.struct)
 
 
 def attention(

@@ -42,10 +42,6 @@ class Pool:
             name: self._zeros(shape, 0, 0) for name, shape in shapes.items()
         }
 
-    @staticmethod
-    def _zeros(shape: Shape, rows: int, room: int) -> Tensor:
-        return shape.like.new_zeros((rows, shape.layers, 2, shape.heads, room, shape.head_width))
-
     def take(self) -> int:
         """A row that nobody has, the lowest. It is empty: what is masked is multiplied by zero,
         which does not help against NaN."""
@@ -70,16 +66,20 @@ class Pool:
         if tokens >= self.held[name].shape[4]:
             self._replace(name, self.rows, above(tokens) + 1)
 
+    def copy(self, name: Hashable, row: int, twin: int, tokens: int) -> None:
+        """The first tokens of a row to another."""
+        held = self.held[name]
+        held[twin, :, :, :, :tokens] = held[row, :, :, :, :tokens]
+
+    @staticmethod
+    def _zeros(shape: Shape, rows: int, room: int) -> Tensor:
+        return shape.like.new_zeros((rows, shape.layers, 2, shape.heads, room, shape.head_width))
+
     def _replace(self, name: Hashable, rows: int, room: int) -> None:
         old, new = self.held[name], self._zeros(self._shapes[name], rows, room)
         new[: old.shape[0], :, :, :, : old.shape[4]] = old
         self.held[name] = new
         self._grown()
-
-    def copy(self, name: Hashable, row: int, twin: int, tokens: int) -> None:
-        """The first tokens of a row to another."""
-        held = self.held[name]
-        held[twin, :, :, :, :tokens] = held[row, :, :, :, :tokens]
 
 
 @final

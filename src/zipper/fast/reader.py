@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_int32
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import FunctionType
 from typing import Any, NamedTuple, final
 
@@ -136,6 +136,20 @@ class Fused:
             session.unread.setdefault(pair, []).append(states)
         return found
 
+    def link(self, key: LinkKey) -> FastLink:
+        """A link of the model."""
+        return self._links[key]
+
+    def bytes(self, tower: str) -> tuple[int, int]:
+        """Weights that one token reads: of the tower, and of the links into it where all sources
+        are visible."""
+        return self._towers[tower].bytes, sum(self._links[key].bytes for key in self._heard(tower))
+
+    def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
+        """Rotary positions at the rate of a link's source."""
+        table = self._turns.get(self._links[link].scale)
+        return None if table is None else table.at(position)
+
     def _read(
         self,
         tower: str,
@@ -172,22 +186,13 @@ class Fused:
             if group:
                 yield group, step
 
-    def link(self, key: LinkKey) -> FastLink:
-        """A link of the model."""
-        return self._links[key]
-
     def _halts(self, name: str, linked: bool, end: int) -> list[Stop]:
         """Where a tower halts on its way, none on the unimodal path."""
         return [stop for stop in self._stops[name] if stop.layer <= end] if linked else []
 
     def _heard(self, name: str) -> list[LinkKey]:
         """The links by which a tower reads others."""
-        return [key for stop in self._stops[name] for key in stop.reads]
-
-    def bytes(self, tower: str) -> tuple[int, int]:
-        """Weights that one token reads: of the tower, and of the links into it where all sources
-        are visible."""
-        return self._towers[tower].bytes, sum(self._links[key].bytes for key in self._heard(tower))
+        return list(chain.from_iterable(stop.reads for stop in self._stops[name]))
 
     def _read_alike(
         self,
@@ -200,7 +205,7 @@ class Fused:
     ) -> Float[Tensor, "sessions vocabulary"] | None:
         """Pieces that go the same way, in one call."""
         places, row = [], 0
-        for session, ids in pieces:
+        for session, piece in pieces:
             if name not in session.caches:
                 pool = self._pool
                 fresh = (
@@ -210,16 +215,15 @@ class Fused:
                 )
                 session.caches[name] = fresh
             cache = session.caches[name]
-            cache.reserve(len(ids))
+            cache.reserve(len(piece))
             if session.unread:
                 self._listen(name, session, self._end(name, speaks))
-            places.append(Place(session, cache, row, row := row + len(ids)))
+            places.append(Place(session, cache, row, row := row + len(piece)))
         positions: list[int] = []
         for place in places:
             positions += range(place.cache.length, place.cache.length + place.stop - place.start)
-        spoken, kept = step(
-            name, [i for _, ids in pieces for i in ids], positions, places, linked, speaks
-        )
+        ids = list(chain.from_iterable(ids for _, ids in pieces))
+        spoken, kept = step(name, ids, positions, places, linked, speaks)
         for session, cache, start, stop in places:
             cache.length += stop - start
             for pair in self._between if linked else ():
@@ -327,7 +331,7 @@ class Fused:
             if any(memories):
                 seen[link] = [memory.keys.shape[2] if memory else 0 for memory in memories]
         batch, reach = above(1 + max(rows), least=1), above(1 + max(positions))
-        span = above(max((slots for lengths in seen.values() for slots in lengths), default=0))
+        span = above(max(map(max, seen.values()), default=0))
         self._reach(reach)
         key = name, linked, speaks, tuple(seen), batch, reach, span
         shape = 3 + len(seen), batch
@@ -337,7 +341,11 @@ class Fused:
         given = torch.zeros(shape, dtype=torch.long)
         given[:, rows] = torch.tensor([ids, positions, [1] * len(rows), *seen.values()])
         logits, kept = self._replays[key](given)
-        return None if logits is None else logits[rows], () if kept is None else kept[:, rows]
+        if logits is not None:
+            logits = logits[rows]
+        if kept is None:
+            return logits, ()
+        return logits, kept[:, rows]
 
     def _fixed(
         self, name: str, linked: bool, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
@@ -361,7 +369,9 @@ class Fused:
             logits, kept = self._walk(
                 name, self._embed(name, ids, linked), way, linked, slice(None) if speaks else None
             )
-            return logits, torch.stack(list(kept)) if len(kept) else None
+            if not len(kept):
+                return logits, None
+            return logits, torch.stack(list(kept))
 
         assert isinstance(step, FunctionType)
         return step
@@ -370,11 +380,6 @@ class Fused:
         shapes: dict[Hashable, Shape] = {name: tower.shape for name, tower in self._towers.items()}
         shapes.update((key, link.shape) for key, link in self._links.items())
         return Pool(shapes, lambda: self._replays.clear())
-
-    def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
-        """Rotary positions at the rate of a link's source."""
-        table = self._turns.get(self._links[link].scale)
-        return None if table is None else table.at(position)
 
     def _step(
         self,
@@ -398,11 +403,11 @@ class Fused:
         place, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
         for number, stage in enumerate(prepared.keeps):
             stage.keep = place + number * size
-        tokens = [
-            (cache.held.data_ptr(), cache.held.shape[3], position, token)
-            for _, cache, start, stop in places
-            for position, token in zip(positions[start:stop], ids[start:stop], strict=True)
-        ]
+        tokens: list[tuple[int, int, int, int]] = []
+        for _, cache, start, stop in places:
+            held, room = cache.held.data_ptr(), cache.held.shape[3]
+            mine = zip(positions[start:stop], ids[start:stop], strict=True)
+            tokens += [(held, room, position, token) for position, token in mine]
         end = tower.table, tower.norm.struct, tower.head.struct
         logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, *end)
         return logits if speaks else None, kept
@@ -412,7 +417,9 @@ class Fused:
     ) -> "Prepared":
         """What is the same in every step of these sessions, as long as they see no more."""
         tower, done, alive = self._towers[name], 0, list[Any]()
-        stages, keeps = [self._inputs[name].stage] if linked and name in self._inputs else [], []
+        stages, keeps = list[native.Stage](), list[int]()
+        if linked and name in self._inputs:
+            stages.append(self._inputs[name].stage)
         end = self._end(name, speaks)
         for stop in self._halts(name, linked, end):
             stages += tower.stages[done : stop.layer]
@@ -422,11 +429,10 @@ class Fused:
             reads = stop.reads if stop.layer < end else ()
             seen = [key for key in reads if any(key in p.session.memory for p in places)]
             for number, link in enumerate(seen, 1):
-                turns = self._turns.get(self._links[link].scale)
-                angles = turns.single if turns else (None, None)
-                stages.append(
-                    self._links[link].stage(link, angles, places, number == len(seen), alive)
-                )
+                part = self._links[link]
+                turns = self._turns.get(part.scale)
+                angles = None if turns is None else turns.single
+                stages.append(part.stage(link, angles, places, number == len(seen), alive))
         stages += tower.stages[done:] if speaks else []
         laid = native.array(native.Stage, stages)
         spoken = [place.stop - 1 for place in places] if speaks else []
@@ -550,10 +556,6 @@ class Fixed:
         self._slot = torch.where(active, position, self._held.shape[4] - 1)
         self._mask = self._first(position + 1, reach)
 
-    @staticmethod
-    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
-        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
-
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
     ) -> Float[Tensor, "rows attended"]:
@@ -579,6 +581,10 @@ class Fixed:
         attend = partial(masked, keys=keys, values=values, mask=mask)
         added = self.reader.link(name)(states, self.reader.turned(name, self.position), attend)
         return h + added.where(slots[:, None] > 0, 0)
+
+    @staticmethod
+    def _first(slots: Int[Tensor, " rows"], of: int) -> Bool[Tensor, "rows 1 1 slots"]:
+        return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
 
 
 class Prepared(NamedTuple):

@@ -18,12 +18,12 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -157,7 +157,7 @@ def _hashes(paths: Iterable[str]) -> dict[str, str]:
 
 def _code(tower: Tower) -> set[str]:
     """The files, but torch's, of the model's classes and of what these files import."""
-    kinds = {kind for module in tower.model.modules() for kind in type(module).__mro__}
+    kinds = set(chain.from_iterable(type(module).__mro__ for module in tower.model.modules()))
     homes = {sys.modules[kind.__module__] for kind in kinds}
     homes = {home for home in homes if home.__name__.partition(".")[0] not in ("torch", "builtins")}
     for home in [*homes]:
@@ -235,7 +235,10 @@ def _where(place: Path) -> dict[str, Path]:
     names = {"model.safetensors"}
     if not (place / "model.safetensors").is_file():
         names = {*files.read_json(place / checkpoint.INDEX)["weight_map"].values()}
-    return {tensor: place / name for name in names for tensor in files.header(place / name)}
+    found = dict[str, Path]()
+    for name in names:
+        found |= dict.fromkeys(files.header(place / name), place / name)
+    return found
 
 
 def _tensors(place: Path, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -295,14 +298,13 @@ def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
 
 
 def _write(name: str, record: Record, tensors: Mapping[str, Tensor]) -> None:
-    """Behind a hash of all the rest; in one step, for others may read or write it meanwhile."""
+    """In one step, for others may read it meanwhile; behind a hash of all the rest, for others may
+    write it too."""
     said = torch.frombuffer(bytearray(json.dumps(asdict(record)).encode()), dtype=torch.uint8)
     content = save({"record": said, **tensors})
     place = files.cache_folder()
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        part = Path(folder) / name
-        part.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
-        part.chmod(0o600)
-        part.replace(place / name)
+    with files.replacing(place / name) as beside:
+        beside.write_bytes(hashlib.sha256(content).hexdigest().encode() + content)
+        beside.chmod(0o600)
     for old in sorted(place.glob("proof-*"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
         old.unlink(missing_ok=True)

@@ -64,6 +64,13 @@ class Matrix:
         else:
             self._many, self._one = self._kernels(weight)
 
+    def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """The product, in x's dtype."""
+        if self._compiled:
+            return native.product(self.struct, x).to(x.dtype)
+        y = self._one(x) if len(x) == 1 else self._many(x)
+        return y if self.bias is None else y + self.bias
+
     def _kernels(
         self, weight: Tensor
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -93,13 +100,6 @@ class Matrix:
             return packed, lambda x: torch.mv(weight, x[0])[None]
         return packed, packed
 
-    def __call__(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
-        """The product, in x's dtype."""
-        if self._compiled:
-            return native.product(self.struct, x).to(x.dtype)
-        y = self._one(x) if len(x) == 1 else self._many(x)
-        return y if self.bias is None else y + self.bias
-
 
 def single(part: Tensor | None) -> Tensor | None:
     """In float32, laid out for the compiled step."""
@@ -118,11 +118,8 @@ class Norm:
     """A layer norm, or transformers' root-mean-square norm (arXiv:1910.07467), in few kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self.weight, self.bias, self.eps = (
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            eps,
-        )
+        self.weight, self.eps = weight.detach(), eps
+        self.bias = None if bias is None else bias.detach()
         if bias is None:
             # sqrt(mean + eps) is the hypotenuse of norm and floor, up to a factor that goes into
             # the weight.

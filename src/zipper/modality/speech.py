@@ -145,49 +145,6 @@ class SpeechUnits:
         before it."""
         return self._laid(audio)[1] / self.config.mel.rate_hz
 
-    def _laid(
-        self, audio: Audio, begin: int | None = None
-    ) -> tuple[Float32[np.ndarray, "frames bins"], int]:
-        """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was
-        found to begin before."""
-        mel, front, unit = (
-            self.config.mel,
-            self.config.front,
-            self.config.stack * self.config.mel.hop,
-        )
-        if front is None or not audio.samples.any():
-            return mel.picture(audio), 0
-        sound = audio.resample(mel.rate_hz).centred()
-        start, stop = sound.ends(front)
-        first = start - unit if begin is None else begin
-        sound = sound.between(
-            first, max(first, stop + round(front.margin_ms / 1000 * mel.rate_hz))
-        ).level(mel.loud)
-        place = self._place(sound, front) if begin is None else 0
-        return mel.logs(sound.samples[place:]), first + place
-
-    def _place(self, sound: Audio, front: Front) -> int:
-        """The sample, up to a unit in, from which the codebook fits best; the last of equals."""
-        mel, stack = self.config.mel, self.config.stack
-        unit, step, frames = stack * mel.hop, mel.hop // front.places, stack * front.fitted
-        known = self.heard_in(mel.logs(sound.samples[unit:], 2 * mel.hop))
-        head = mel.logs(
-            sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step
-        )  # one row a place
-        points = np.concatenate(
-            [
-                stacked(head[place :: front.places][:frames], stack)
-                for place in range(unit // step, 0, -1)
-            ]
-        )
-        errors = (
-            np.square(points - known[nearest(points, known)])
-            .sum(axis=1)
-            .reshape(-1, front.fitted)
-            .mean(axis=1)
-        )
-        return unit - step * int(errors.argmin())
-
     @staticmethod
     def says_nothing(audio: Audio) -> bool:
         """Whether this is silence, or a noise that goes on and on: speech swings more."""
@@ -215,12 +172,6 @@ class SpeechUnits:
         """Codes of a sound, a sound file or its content, one per started 40 ms of its `log_mel`;
         nothing but codes."""
         return self._codes(self.log_mel(raw if isinstance(raw, Audio) else read(raw)))
-
-    def _codes(self, picture: Float32[np.ndarray, "frames bins"]) -> list[int]:
-        codes: list[int] = nearest(
-            stacked(picture, self.config.stack), self.heard_in(picture)
-        ).tolist()
-        return codes
 
     def decode(self, ids: Sequence[int]) -> Audio:
         """Sound of the codes, about 30 ms of work a second of sound; ids that are no codes are
@@ -354,6 +305,55 @@ class SpeechUnits:
                 "Restore both files from the run that made them, or fit the units anew."
             )
         return cls(codebook, config)
+
+    def _laid(
+        self, audio: Audio, begin: int | None = None
+    ) -> tuple[Float32[np.ndarray, "frames bins"], int]:
+        """The picture, and the sample at `mel.rate_hz` where the grid begins; begin: where it was
+        found to begin before."""
+        mel, front, unit = (
+            self.config.mel,
+            self.config.front,
+            self.config.stack * self.config.mel.hop,
+        )
+        if front is None or not audio.samples.any():
+            return mel.picture(audio), 0
+        sound = audio.resample(mel.rate_hz).centred()
+        start, stop = sound.ends(front)
+        first = start - unit if begin is None else begin
+        sound = sound.between(
+            first, max(first, stop + round(front.margin_ms / 1000 * mel.rate_hz))
+        ).level(mel.loud)
+        place = self._place(sound, front) if begin is None else 0
+        return mel.logs(sound.samples[place:]), first + place
+
+    def _place(self, sound: Audio, front: Front) -> int:
+        """The sample, up to a unit in, from which the codebook fits best; the last of equals."""
+        mel, stack = self.config.mel, self.config.stack
+        unit, step, frames = stack * mel.hop, mel.hop // front.places, stack * front.fitted
+        known = self.heard_in(mel.logs(sound.samples[unit:], 2 * mel.hop))
+        head = mel.logs(
+            sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step
+        )  # one row a place
+        points = np.concatenate(
+            [
+                stacked(head[place :: front.places][:frames], stack)
+                for place in range(unit // step, 0, -1)
+            ]
+        )
+        errors = (
+            np.square(points - known[nearest(points, known)])
+            .sum(axis=1)
+            .reshape(-1, front.fitted)
+            .mean(axis=1)
+        )
+        return unit - step * int(errors.argmin())
+
+    def _codes(self, picture: Float32[np.ndarray, "frames bins"]) -> list[int]:
+        codes: list[int] = nearest(
+            stacked(picture, self.config.stack), self.heard_in(picture)
+        ).tolist()
+        return codes
 
 
 def stacked(

@@ -711,10 +711,12 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
 
 def _held(folder: Path, shards: Mapping[str, Mapping[str, Entry]]) -> dict[str, Entry]:
     """All tensors of a tower, whose files are those that the index names, if there are several."""
-    held = {name: entry for entries in shards.values() for name, entry in entries.items()}
+    held, where = dict[str, Entry](), dict[str, str]()
+    for file, entries in shards.items():
+        held.update(entries)
+        where.update(dict.fromkeys(entries, file))
     path = folder / INDEX
     if path.is_file():
-        where = {name: file for file, entries in shards.items() for name in entries}
         if read_json(path).get("weight_map") != where or len(where) < sum(
             map(len, shards.values())
         ):
@@ -763,7 +765,8 @@ def _settings(data: Any) -> Iterator[tuple[str, Any]]:
     """Every key of a nested configuration with its value."""
     if isinstance(data, dict):
         yield from data.items()
-    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        data = [*data.values()]
+    for item in data if isinstance(data, list) else ():
         yield from _settings(item)
 
 

@@ -471,7 +471,9 @@ class Recorded(Way):
 
     def _returned(self, index: int, h: Tensor) -> Any:
         """A state in the form in which this block returns one."""
-        return (h, *[None] * (self._forms[index] - 1)) if self._forms[index] else h
+        if not self._forms[index]:
+            return h
+        return h, *[None] * (self._forms[index] - 1)
 
     def _masked(self, index: int, call: Call, mask: Tensor) -> Call:
         """A block's call with another mask."""

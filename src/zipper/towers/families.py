@@ -29,121 +29,116 @@ VOCABULARY = 97
 PADDING = 2  # its id, where a family needs one; ids below it begin and end
 # Small values of settings, whatever the family. Scales are off 1, so that none can be forgotten
 # unseen.
-SMALL: dict[str, Any] = {
-    name: value
-    for value, names in (
-        (
-            LAYERS,
-            "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
-            "num_encoder_layers num_blocks",
-        ),
-        (LAYERS, "num_decoder_layers"),
-        (
-            4,
-            "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
-            "encoder_attention_heads",
-        ),
-        (
-            4,
-            "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
-            "mamba_n_heads",
-        ),
-        (
-            2,
-            "num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads "
-            "linear_num_key_heads linear_num_value_heads",
-        ),
-        (2, "linear_num_heads index_n_heads indexer_n_heads indexer_kv_heads n_mamba_heads"),
-        (
-            32,
-            "hidden_size d_model n_embd emb_dim embedding_dim embedding_size embed_dim "
-            "input_embedding_size lru_width",
-        ),
-        (
-            32,
-            "output_embedding_size word_embed_proj_dim attention_hidden_size dim_model "
-            "moe_intermediate_size",
-        ),
-        (
-            32,
-            "shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-            "dense_intermediate_size",
-        ),
-        (
-            32,
-            "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
-            "hidden_size_global",
-        ),
-        (
-            64,
-            "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner d_inner "
-            "feed_forward_size",
-        ),
-        (64, "intermediate_size_mlp ffn_hidden_size mamba_d_ssm"),
-        (
-            8,
-            "head_dim v_head_dim d_head dim_head swa_head_dim swa_v_head_dim attention_head_size "
-            "index_head_dim kv_channels",
-        ),
-        (
-            8,
-            "linear_key_head_dim linear_value_head_dim linear_head_dim attention_head_dim "
-            "qk_nope_head_dim qk_rope_head_dim",
-        ),
-        (
-            8,
-            "indexer_head_dim mamba_head_dim mamba_num_heads mamba_d_state state_size "
-            "ssm_state_size hidden_size_per_layer_input",
-        ),
-        (
-            8,
-            "sliding_window sliding_window_size attention_chunk_size window_size local_attention "
-            "attention_window_size",
-        ),
-        (8, "chunk_size mamba_chunk_size pronunciation_embed_dim shape_embed_dim"),
-        (
-            4,
-            "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num "
-            "rotary_dim indexer_compress_ratio",
-        ),
-        (
-            2,
-            "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k time_step_rank "
-            "mamba_dt_rank attn_layer_period",
-        ),
-        (
-            1,
-            "n_group num_expert_group topk_group n_shared_experts num_shared_experts "
-            "first_k_dense_replace num_dense_layers",
-        ),
-        (1, "attn_layer_offset n_groups eos_token_id"),
-        (
-            16,
-            "kv_lora_rank q_lora_rank o_lora_rank hc_lowrank gated_norm_rank laurel_rank "
-            "mamba_d_head",
-        ),
-        (
-            256,
-            "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
-            "context_length max_target_positions",
-        ),
-        (256, "original_max_position_embeddings index_topk indexer_budget"),
-        (
-            VOCABULARY,
-            "vocab_size decoder_vocab_size vocab_size_per_layer_input "
-            "encoder_hash_byte_group_vocab",
-        ),
-        (VOCABULARY, "pronunciation_vocab_size shape_vocab_size"),
-        (0, "bos_token_id"),
-        (PADDING, "pad_token_id"),
-        (3.0, "embedding_multiplier"),
-        (5.0, "logits_scaling"),
-        (0.5, "residual_multiplier"),
-        (0.3, "logit_scale"),
-        (0.7, "lm_head_multiplier"),
-    )
-    for name in names.split()
-}
+SMALL: dict[str, Any] = {}
+for _value, _names in (
+    (
+        LAYERS,
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
+        "num_encoder_layers num_blocks",
+    ),
+    (LAYERS, "num_decoder_layers"),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
+        "encoder_attention_heads",
+    ),
+    (
+        4,
+        "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
+        "mamba_n_heads",
+    ),
+    (
+        2,
+        "num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads "
+        "linear_num_key_heads linear_num_value_heads",
+    ),
+    (2, "linear_num_heads index_n_heads indexer_n_heads indexer_kv_heads n_mamba_heads"),
+    (
+        32,
+        "hidden_size d_model n_embd emb_dim embedding_dim embedding_size embed_dim "
+        "input_embedding_size lru_width",
+    ),
+    (
+        32,
+        "output_embedding_size word_embed_proj_dim attention_hidden_size dim_model "
+        "moe_intermediate_size",
+    ),
+    (
+        32,
+        "shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
+        "dense_intermediate_size",
+    ),
+    (
+        32,
+        "shared_experts_intermediate_size moe_shared_expert_intermediate_size hidden_size_global",
+    ),
+    (
+        64,
+        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner d_inner "
+        "feed_forward_size",
+    ),
+    (64, "intermediate_size_mlp ffn_hidden_size mamba_d_ssm"),
+    (
+        8,
+        "head_dim v_head_dim d_head dim_head swa_head_dim swa_v_head_dim attention_head_size "
+        "index_head_dim kv_channels",
+    ),
+    (
+        8,
+        "linear_key_head_dim linear_value_head_dim linear_head_dim attention_head_dim "
+        "qk_nope_head_dim qk_rope_head_dim",
+    ),
+    (
+        8,
+        "indexer_head_dim mamba_head_dim mamba_num_heads mamba_d_state state_size "
+        "ssm_state_size hidden_size_per_layer_input",
+    ),
+    (
+        8,
+        "sliding_window sliding_window_size attention_chunk_size window_size local_attention "
+        "attention_window_size",
+    ),
+    (8, "chunk_size mamba_chunk_size pronunciation_embed_dim shape_embed_dim"),
+    (
+        4,
+        "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num "
+        "rotary_dim indexer_compress_ratio",
+    ),
+    (
+        2,
+        "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k time_step_rank "
+        "mamba_dt_rank attn_layer_period",
+    ),
+    (
+        1,
+        "n_group num_expert_group topk_group n_shared_experts num_shared_experts "
+        "first_k_dense_replace num_dense_layers",
+    ),
+    (1, "attn_layer_offset n_groups eos_token_id"),
+    (
+        16,
+        "kv_lora_rank q_lora_rank o_lora_rank hc_lowrank gated_norm_rank laurel_rank mamba_d_head",
+    ),
+    (
+        256,
+        "max_position_embeddings n_positions n_ctx max_seq_len model_max_length "
+        "context_length max_target_positions",
+    ),
+    (256, "original_max_position_embeddings index_topk indexer_budget"),
+    (
+        VOCABULARY,
+        "vocab_size decoder_vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab",
+    ),
+    (VOCABULARY, "pronunciation_vocab_size shape_vocab_size"),
+    (0, "bos_token_id"),
+    (PADDING, "pad_token_id"),
+    (3.0, "embedding_multiplier"),
+    (5.0, "logits_scaling"),
+    (0.5, "residual_multiplier"),
+    (0.3, "logit_scale"),
+    (0.7, "lm_head_multiplier"),
+):
+    SMALL |= dict.fromkeys(_names.split(), _value)
 # Settings whose default may be None though a number is needed, or None means another number.
 NEEDED = (
     "head_dim",
@@ -325,7 +320,7 @@ def _own(tower: Tower, ids: Tensor, **given: Tensor) -> Tensor:
     return logits
 
 
-def table(families: Sequence[Family]) -> str:
+def text(families: Sequence[Family]) -> str:
     """One line per family, for a terminal."""
     lines = [
         f"{f.name:24} {f.way:11} {f.reason or f'reads {f.rows} rows, difference {f.difference}'}"

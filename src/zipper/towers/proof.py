@@ -82,6 +82,46 @@ class Proof:
             self.tower.vocabulary, (2, length), generator=torch.Generator().manual_seed(seed)
         ).to(self.tower.device)
 
+    def prove(self, ids: Int[Tensor, "batch length"]) -> None:
+        """What `check` says, on these ids."""
+        for case, padding in CASES.items():
+            strand, length = self._padded(ids, padding), ids.shape[1]
+            (whole,) = self._compare(case, strand, (length,))
+            steps = torch.cat(
+                self._compare(
+                    f"{case} in steps", strand, (length - 3, 1, 2), self.tower.new_past()
+                ),
+                1,
+            )
+            valid = strand.document >= 0
+            if not self._close(steps[:, :-3][valid[:, :-3]], whole[:, :-3][valid[:, :-3]]):
+                raise self.refusal(f"on {case} a token sees what comes after it")
+            if not self._close(steps[:, -3:].flatten(0, 1), whole[:, -3:].flatten(0, 1)):
+                raise self.refusal(
+                    f"on {case} in steps a token does not see all that came before it"
+                )
+        for rows in ROWS:
+            if not self._reads(rows, ids):
+                raise self.refusal(f"the documents in {rows} rows are not read as alone")
+            if rows == self.tower.rows:
+                break
+
+    @contextmanager
+    def refusing(self, what: str) -> Iterator[None]:
+        """Turns what goes wrong in transformers' code into UnsupportedTower."""
+        try:
+            yield
+        except ZipperError:
+            raise
+        except FAILURES as error:
+            raise self.refusal(
+                f"{what}: {type(error).__name__}: {str(error).strip().rstrip('.')}"
+            ) from error
+
+    def refusal(self, reason: str) -> UnsupportedTower:
+        """The error that says why this model cannot be a tower."""
+        return refusal(f"{type(self.tower.model).__name__} cannot be a tower: {reason}.")
+
     def _size(self, name: str) -> int:
         """A number of the configuration, 0 where there is none."""
         size = getattr(self.tower.config, name, None)
@@ -146,30 +186,6 @@ class Proof:
                 )
         return found
 
-    def prove(self, ids: Int[Tensor, "batch length"]) -> None:
-        """What `check` says, on these ids."""
-        for case, padding in CASES.items():
-            strand, length = self._padded(ids, padding), ids.shape[1]
-            (whole,) = self._compare(case, strand, (length,))
-            steps = torch.cat(
-                self._compare(
-                    f"{case} in steps", strand, (length - 3, 1, 2), self.tower.new_past()
-                ),
-                1,
-            )
-            valid = strand.document >= 0
-            if not self._close(steps[:, :-3][valid[:, :-3]], whole[:, :-3][valid[:, :-3]]):
-                raise self.refusal(f"on {case} a token sees what comes after it")
-            if not self._close(steps[:, -3:].flatten(0, 1), whole[:, -3:].flatten(0, 1)):
-                raise self.refusal(
-                    f"on {case} in steps a token does not see all that came before it"
-                )
-        for rows in ROWS:
-            if not self._reads(rows, ids):
-                raise self.refusal(f"the documents in {rows} rows are not read as alone")
-            if rows == self.tower.rows:
-                break
-
     def _readable(self, ids: Int[Tensor, "batch length"]) -> Rows:
         """The most that it can read of ROWS."""
         # In half precision the error of a model that counts positions or windows by itself may be
@@ -217,22 +233,6 @@ class Proof:
         if self.tower.model.dtype == torch.float32:
             return bool((error <= 1e-3).all())
         return bool(error.median() <= 0.1)
-
-    @contextmanager
-    def refusing(self, what: str) -> Iterator[None]:
-        """Turns what goes wrong in transformers' code into UnsupportedTower."""
-        try:
-            yield
-        except ZipperError:
-            raise
-        except FAILURES as error:
-            raise self.refusal(
-                f"{what}: {type(error).__name__}: {str(error).strip().rstrip('.')}"
-            ) from error
-
-    def refusal(self, reason: str) -> UnsupportedTower:
-        """The error that says why this model cannot be a tower."""
-        return refusal(f"{type(self.tower.model).__name__} cannot be a tower: {reason}.")
 
 
 def _lengths(cache: Any) -> list[int]:

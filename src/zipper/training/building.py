@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -59,12 +60,8 @@ build = BuildZip()
 
 def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
     """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe."""
-    items = [
-        item
-        for name in config.tasks
-        for task in [Task.parse(name)]
-        for item in task.given + task.produced
-    ]
+    tasks = map(Task.parse, config.tasks)
+    items = chain.from_iterable(task.given + task.produced for task in tasks)
     fields = {tower_of(item): item.partition(":")[0] for item in items}
     return {
         tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows]))

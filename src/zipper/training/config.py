@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from zipper.config import Adapter, Directed
@@ -200,10 +201,8 @@ class TrainConfig:
     def _check_use(self) -> None:
         """Raises a ZipperError for a setting that would do nothing."""
         tasks = [Task.parse(task) for task, share in self.tasks.items() if share]
-        named, produced = (
-            {tower for task in tasks for tower in part(task)}
-            for part in (lambda t: t.towers, lambda t: t.outputs)
-        )
+        named = set(chain.from_iterable(task.towers for task in tasks))
+        produced = set(chain.from_iterable(task.outputs for task in tasks))
         for option, used, what in (
             ("train", named, "named by"),
             ("lora", named, "named by"),
@@ -221,10 +220,8 @@ class TrainConfig:
                 f"loss_weight is {dict(self.loss_weight)}: nothing that is produced has a loss. "
                 "Raise one."
             )
-        for option in (
-            ("every", "junctions", "shows", "links", "calibrate") if len(self.towers) == 1 else ()
-        ):
-            if getattr(self, option):
+        for option in ("every", "junctions", "shows", "links", "calibrate"):
+            if len(self.towers) == 1 and getattr(self, option):
                 raise ZipperError(
                     f"{option} is {getattr(self, option)}, but one tower has no links: leave it "
                     "out."

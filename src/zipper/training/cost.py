@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -270,8 +271,8 @@ def _needed(
     """How many blocks of each tower a loss depends on: all where it has targets, else those before
     it is last read; -1 where it is read by nobody."""
     found = {name: tower.layers if load.targets.get(name) else -1 for name, tower in towers.items()}
-    for stop in (stop for halt in halts for stop in halt if stop.tower in towers):
-        if any(load.seen.get(key[1:]) for key in stop.shows):
+    for stop in chain(*halts):
+        if stop.tower in towers and any(load.seen.get(key[1:]) for key in stop.shows):
             found[stop.tower] = max(found[stop.tower], stop.layer)
     return found
 
@@ -285,7 +286,7 @@ def memory(model: Model, cost: Cost, mixed_precision: str = "no") -> dict[str, f
     """
     half = mixed_precision == "bf16"
     held = [*model.parameters(), *model.buffers()]
-    trained = [p for some in parts(model).values() for p in some]
+    trained = [*chain(*parts(model).values())]
     found = {
         "weights": float(sum(t.numel() * t.element_size() for t in held)),
         "copies": float(
@@ -296,9 +297,8 @@ def memory(model: Model, cost: Cost, mixed_precision: str = "no") -> dict[str, f
             )
         ),
         "gradients": float(sum(p.numel() * p.element_size() for p in trained)),
-        "optimizer": float(
-            sum(2 * p.numel() * p.element_size() + 4 for p in trained)
-        ),  # and a counter of steps for each
+        # Of AdamW, and a counter of steps for each.
+        "optimizer": float(sum(2 * p.numel() * p.element_size() + 4 for p in trained)),
         "activations": (cost.kept + cost.again) * (2 if half else 4),
         "logits": cost.logits * 8,
     }
@@ -366,7 +366,7 @@ def plan(
     device: str = "cpu",
     efficiency: float = EFFICIENCY,
 ) -> dict[str, Any]:
-    """What a run will cost, as plain data: see `table`.
+    """What a run will cost, as plain data: see `text`.
 
     rows: encoded samples; the first SAMPLE are looked at. tasks: {"speech -> text": share}. batch:
     samples per step over all processes; memory is that of one process that does them all, in
@@ -374,68 +374,22 @@ def plan(
     """
     if not rows:
         raise ZipperError("There are no rows to plan with. Give a manifest that has some.")
+    at_once = -(-batch // accumulate)
     shares = {name: share / sum(tasks.values()) for name, share in tasks.items()}
     loads, costs, longest = {}, {}, {}
     for name in tasks:
-        task = Task.parse(name)
-        samples = sorted(
-            (task.segments(row) for row in rows[:SAMPLE]),
-            key=lambda s: sum(len(x.content) for x in s),
-        )
-        whole = Load.of(
-            collate(samples[i : i + 16], model.ends()) for i in range(0, len(samples), 16)
-        )
-        at_once = -(-batch // accumulate)
-        last = Load.of([collate(samples[-at_once:], model.ends())])
-        loads[name] = whole * (batch / whole.samples)
-        costs[name], longest[name] = (
-            cost(model, loads[name]),
-            cost(model, last * (at_once / last.samples), recompute),
-        )
+        loads[name], last = _loads(model, Task.parse(name), rows[:SAMPLE], batch, at_once)
+        costs[name], longest[name] = cost(model, loads[name]), cost(model, last, recompute)
     worst = max(longest.values(), key=lambda c: c.kept + c.logits)
-    step = Work(
-        sum(shares[name] * w.forward for name, c in costs.items() for w in c.work.values()),
-        sum(shares[name] * w.backward for name, c in costs.items() for w in c.work.values()),
-    )
+    step = _mean(costs, shares)
     shape = largest_product(model, max(loads.values(), key=lambda x: sum(x.tokens.values())))
     rate = matmul_rate(
         *shape, torch.bfloat16 if mixed_precision == "bf16" else torch.float32, device
     )
     seconds = step.both / (rate * efficiency)
-    trained = {part: sum(p.numel() for p in some) for part, some in parts(model).items()}
     return {
-        "towers": {
-            name: {
-                "family": model.tower(name).config.model_type,
-                "blocks": tower.layers,
-                "width": tower.width,
-                "parameters": sum(p.numel() for p in model.tower(name).parameters()),
-                "trained": tower.learns,
-            }
-            for name, tower in model.config.towers.items()
-        },
-        "junctions": [dict(junction) for junction in model.config.junctions],
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "new": sum(p.numel() for p in model.new_parameters().values()),
-            "trained": sum(trained.values()),
-            "by_part": trained,
-        },
-        "tasks": {
-            name: {
-                "share": shares[name],
-                "tokens": loads[name].tokens,
-                "targets": loads[name].targets,
-                "blocks": {
-                    tower: {"run": run, "graph": graph}
-                    for tower, (run, graph) in costs[name].blocks.items()
-                },
-                "forward": sum(w.forward for w in costs[name].work.values()),
-                "backward": sum(w.backward for w in costs[name].work.values()),
-                "work": {part: work._asdict() for part, work in costs[name].work.items()},
-            }
-            for name in tasks
-        },
+        **_described(model),
+        "tasks": {name: _of_task(shares[name], loads[name], costs[name]) for name in tasks},
         "step": {
             "samples": batch,
             "tokens": sum(shares[name] * sum(x.tokens.values()) for name, x in loads.items()),
@@ -455,7 +409,65 @@ def plan(
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
+def _loads(
+    model: Model, task: Task, rows: Sequence[Row], batch: int, at_once: int
+) -> tuple[Load, Load]:
+    """What a step holds where all of it is this task: `batch` samples like the rows, and as many as
+    one process has at once, like the longest of them."""
+    samples = sorted(map(task.segments, rows), key=lambda s: sum(len(x.content) for x in s))
+    whole = Load.of(collate(samples[i : i + 16], model.ends()) for i in range(0, len(samples), 16))
+    last = Load.of([collate(samples[-at_once:], model.ends())])
+    return whole * (batch / whole.samples), last * (at_once / last.samples)
+
+
+def _mean(costs: Mapping[str, Cost], shares: Mapping[str, float]) -> Work:
+    """The work of a step of a mixture of tasks."""
+    work = []
+    for name, found in costs.items():
+        work += [(shares[name] * w.forward, shares[name] * w.backward) for w in found.work.values()]
+    return Work(sum(forward for forward, _ in work), sum(backward for _, backward in work))
+
+
+def _described(model: Model) -> dict[str, Any]:
+    """The part of `plan` that no row changes."""
+    trained = {part: sum(p.numel() for p in some) for part, some in parts(model).items()}
+    return {
+        "towers": {
+            name: {
+                "family": model.tower(name).config.model_type,
+                "blocks": tower.layers,
+                "width": tower.width,
+                "parameters": sum(p.numel() for p in model.tower(name).parameters()),
+                "trained": tower.learns,
+            }
+            for name, tower in model.config.towers.items()
+        },
+        "junctions": [dict(junction) for junction in model.config.junctions],
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "new": sum(p.numel() for p in model.new_parameters().values()),
+            "trained": sum(trained.values()),
+            "by_part": trained,
+        },
+    }
+
+
+def _of_task(share: float, load: Load, cost: Cost) -> dict[str, Any]:
+    """The part of `plan` that is one task's."""
+    return {
+        "share": share,
+        "tokens": load.tokens,
+        "targets": load.targets,
+        "blocks": {
+            tower: {"run": run, "graph": graph} for tower, (run, graph) in cost.blocks.items()
+        },
+        "forward": sum(w.forward for w in cost.work.values()),
+        "backward": sum(w.backward for w in cost.work.values()),
+        "work": {part: work._asdict() for part, work in cost.work.items()},
+    }
+
+
+def text(found: Mapping[str, Any]) -> str:
     """`plan` as text."""
     sizes, step, pace = found["parameters"], found["step"], found["time"]
     lines = ["towers"]

@@ -92,10 +92,6 @@ class History:
             "matmul_share": self._median("matmul_share"),
         }
 
-    def _median(self, key: str) -> float | None:
-        found = [row[key] for row in self.rows if key in row]
-        return statistics.median(found) if found else None
-
     def panels(self) -> dict[str, Lines]:
         """What there is to draw: title -> lines."""
         norms = self.lines("grad_norm") | self.lines("grad/")
@@ -110,6 +106,10 @@ class History:
         found["tokens per second"] = self.lines("tokens_per_s")
         found["share of the machine's matmul rate"] = self.lines("matmul_share")
         return {title: lines for title, lines in found.items() if lines}
+
+    def _median(self, key: str) -> float | None:
+        found = [row[key] for row in self.rows if key in row]
+        return statistics.median(found) if found else None
 
 
 def series(rows: Sequence[Mapping[str, Any]], prefix: str) -> Lines:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -176,7 +177,7 @@ def _train(
         ]
         dev = load(config.dev, modalities, config.eval_rows, policy)
     parts = [part.within(config.least_ids, config.most_ids) for part in parts]
-    rows = [row for part in parts for row in part.rows[:FIRST]]
+    rows = list(chain.from_iterable(part.rows[:FIRST] for part in parts))
     model = build(config, modalities, rows)
     for source, some in (*((part.source, part.rows) for part in parts), (config.dev, dev)):
         check_rows(source, some, tasks, model)
@@ -186,8 +187,9 @@ def _train(
             if name.startswith("towers.") and not p.requires_grad:
                 p.data = p.data.to(getattr(torch, config.frozen_dtype))
     if isinstance(model, Zipper) and config.calibrate:
-        looked_at = [row for part in parts for row in part.rows[: min(FIRST, config.calibrate)]]
-        samples = [task.segments(row) for task in tasks.values() for row in looked_at]
+        most = min(FIRST, config.calibrate)
+        looked_at = chain.from_iterable(part.rows[:most] for part in parts)
+        samples = [task.segments(row) for task, row in product(tasks.values(), looked_at)]
         with torch.no_grad():
             model.calibrate(collate(samples, model.ends()).strands)
     if isinstance(model, Zipper):
@@ -322,7 +324,7 @@ def _train(
 
             # What the processes saw of this step; all of them must stop at the same one.
             mine = [sums[name] / counts[name] for name in counts]
-            read = sum(tokens_read(batch) for batches in turns for batch in batches)
+            read = sum(map(tokens_read, chain(*turns)))
             mine += [read, len(came)]
             *found, count, stop = accelerator.reduce(
                 torch.tensor(mine, device=accelerator.device)
@@ -339,16 +341,10 @@ def _train(
                 row |= {"grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]}
                 row |= {f"grad/{part}": value for part, value in norms.items()}
                 row["tokens_per_s"] = tokens / (time.monotonic() - since)
-                if loads := [
-                    plan.Load.of([batch])
-                    for batches in turns
-                    for batch in batches
-                    if tokens_read(batch)
-                ]:
+                if loads := [plan.Load.of([b]) for b in chain(*turns) if tokens_read(b)]:
                     rate = rate or machine_rate(model, loads, config, accelerator)
-                    work = (
-                        sum(plan.cost(model, load).flops for load in loads) / read
-                    )  # a token, in this process and step
+                    # Of a token, in this process and step.
+                    work = sum(plan.cost(model, load).flops for load in loads) / read
                     row["matmul_share"] = (
                         work * row["tokens_per_s"] / (rate * accelerator.num_processes)
                     )
@@ -441,7 +437,7 @@ def spread(
     towers = dict.fromkeys(
         tower for tower in objective.model.towers.values() if isinstance(tower, Tower)
     )
-    blocks = [block for tower in towers for block in tower.blocks]
+    blocks = list(chain.from_iterable(tower.blocks for tower in towers))
     for block in blocks if config.compile else ():
         block.forward = torch.compile(block.forward, dynamic=True)
     if config.recompute:

@@ -4,6 +4,7 @@ masks.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int
@@ -40,7 +41,7 @@ def pack(samples: Sequence[Mapping[str, int]], room: Mapping[str, int]) -> list[
                 )
     if not samples:
         return []
-    towers = sorted({tower for sample in samples for tower in sample})
+    towers = sorted(set(chain.from_iterable(samples)))
     tokens = np.array([[sample.get(tower, 0) for tower in towers] for sample in samples], np.int64)
     limit = np.array([room.get(tower, np.iinfo(np.int64).max) for tower in towers])
     count = int((-(-tokens.sum(0) // limit)).max(initial=1))

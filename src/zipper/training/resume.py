@@ -44,7 +44,9 @@ class Progress:
     def saw(self, loss: float, patience: int) -> bool:
         """Take in an evaluation; True if it is the best so far."""
         better = loss < self.best
-        self.best, self.since_best = (loss, 0) if better else (self.best, self.since_best + 1)
+        self.since_best = 0 if better else self.since_best + 1
+        if better:
+            self.best = loss
         self.stopped = bool(patience) and self.since_best >= patience
         return better
 

@@ -366,7 +366,8 @@ def _zip(size: str, trained: bool, device: torch.device, half: torch.dtype | Non
     shapes = SIZES[size]
     kept = torch.float32 if half is None or trained else half
     towers = {name: Tower(_made(shapes[name], device, kept).eval()) for name in ("text", "speech")}
-    learns, link = tuple(towers) if trained else (), LinkConfig(gate_init=0.5)
+    learns = tuple(towers) if trained else ()
+    link = LinkConfig(gate_init=0.5)
     model = Zipper.from_towers(
         towers, every=shapes["every"], train=learns, link=link, input_projection="none"
     )

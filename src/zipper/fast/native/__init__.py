@@ -11,6 +11,7 @@ import mmap
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -138,36 +139,48 @@ def laid_out(weight: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "panels columns
     before it and in large pages: a step walks through gigabytes in that order, and where pages are
     small it waits for addresses (a fifth of the bandwidth, docs/log.md).
     """
-    global _free
-    (out, width), together = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
+    out, width = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
     panels = F.pad(weight, (0, -width % together, 0, -out % PANEL)).reshape(
         -(-out // PANEL), PANEL, -(-width // together), together
     )
-    with _lock:
-        if len(_free) < panels.nbytes:
-            _free = _large_pages(max(panels.nbytes, CHUNK))
-        place, _free = _free[: panels.nbytes], _free[-(-panels.nbytes // LINE) * LINE :]
+    place = _PAGES.take(panels.nbytes)
     panels = panels.transpose(1, 2)
     return place.view(weight.dtype).view(panels.shape).copy_(panels)
 
 
+@final
+class Pages:
+    """Memory that is given away piece by piece, each behind the one before and at a line of the
+    cache."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Of the memory that was asked for last; it lives as long as a matrix in it.
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes that nobody else has."""
+        with self._lock:
+            if len(self._free) < size:
+                self._free = _large_pages(max(size, CHUNK))
+            place, self._free = self._free[:size], self._free[-(-size // LINE) * LINE :]
+        return place
+
+
+_PAGES = Pages()
+
+
 def _large_pages(size: int) -> Tensor:
     """So many bytes of zeros. Where the system has no large pages, they are small."""
-    private = (
-        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    )
-    memory = mmap.mmap(-1, size + LARGE, **private)  # not shared with a process that is forked off
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # Not shared with a process that is forked off.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    memory = mmap.mmap(-1, size + LARGE, **private)
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     found = torch.frombuffer(memory, dtype=torch.uint8)
     return found[-found.data_ptr() % LARGE :]
-
-
-_lock = threading.Lock()
-_free = torch.empty(
-    0, dtype=torch.uint8
-)  # of the memory that was asked for last; it lives as long as a matrix in it
 
 
 def pointer(tensor: Tensor | None) -> int | None:
