@@ -115,9 +115,12 @@ def test_a_source_token_becomes_keys_and_values_once() -> None:
     state = model.start(["speech", "text"], ["text"])
     for token in row:
         _, state = model.step(lay([[token]]), state)
-    for n in range(len(model.config.junctions)):
+    last = len(model.config.junctions) - 1
+    for n in range(last + 1):
         assert [tokens for name, tokens in read if name == f"{n}:speech>text"] == [3, 1]
-        assert [tokens for name, tokens in read if name == f"{n}:text>speech"] == [2]
+        # Speech is silent: what it would read behind where it is last shown is of use to nobody.
+        wanted = [] if n == last else [2]
+        assert [tokens for name, tokens in read if name == f"{n}:text>speech"] == wanted
 
 
 # Whole segments.
