@@ -231,6 +231,20 @@ def test_every_file_and_every_public_definition_has_a_docstring(module: str) -> 
     assert not bare, f"zipper.{module} says nothing about {bare}"
 
 
+def test_functions_are_paragraphs_and_a_comprehension_is_one_loop() -> None:
+    """But for the training loop, which is the story."""
+    found = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 80 and (module, node.name) != ("zipper.training.loop", "_train"):
+                    found.append(f"{module}.{node.name} has {lines} lines")
+            if len(getattr(node, "generators", ())) > 1:
+                found.append(f"{module}, line {node.lineno}: two loops in a comprehension")
+    assert not found
+
+
 def test_every_name_on_the_front_page_exists_and_is_documented() -> None:
     zipper = importlib.import_module("zipper")
     assert zipper.__all__, "zipper.__all__ is empty"

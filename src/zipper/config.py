@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, product
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from zipper.errors import ZipperError
@@ -234,7 +235,7 @@ class Route:
 
     def stops(self, tower: str) -> tuple[Stop, ...]:
         """Where one tower halts, in order."""
-        return tuple(stop for halt in self.halts for stop in halt if stop.tower == tower)
+        return tuple(stop for stop in chain(*self.halts) if stop.tower == tower)
 
     def last_shown(self, tower: str, towers: Collection[str]) -> int:
         """Behind how many blocks a tower is last read by one of these; -1 where it is not."""
@@ -253,10 +254,10 @@ def _halts(config: ZipperConfig) -> list[tuple[Stop, ...]]:
     halts = []
     while any(waiting.values()):
         here = {name: stops[0] for name, stops in waiting.items() if stops}
-        shown.update(key for stop in here.values() for key in stop.shows)
+        shown.update(*(stop.shows for stop in here.values()))
         ready = {name for name, stop in here.items() if shown.issuperset(stop.reads)}
         if not ready:
-            wanted = {key for stop in here.values() for key in stop.reads}
+            wanted = set(chain(*(stop.reads for stop in here.values())))
             circle = sorted(map(str, wanted - shown))
             raise ZipperError(
                 f"The links {', '.join(circle)} close a circle: each reads a state that comes "
@@ -468,7 +469,8 @@ def _check_directed(
                 raise ZipperError(
                     f"{name!r} is shown behind block {layer}; it has {layers[name]} blocks."
                 )
-        pairs = [(s, a, t, b) for s, a in sources.items() for t, b in targets.items() if s != t]
+        every = product(sources.items(), targets.items())
+        pairs = [(*shown, *fused) for shown, fused in every if shown[0] != fused[0]]
         if not pairs:
             raise ZipperError(f"The junction {dict(targets)} reads no other tower.")
         if twice := [pair for pair in pairs if pair in seen]:

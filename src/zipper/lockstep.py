@@ -8,6 +8,7 @@ knows nothing of segments or files.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
@@ -152,13 +153,13 @@ def advance(
         for name, layer, _, _ in stops:
             hidden[name] = towers[name].run(hidden[name], range(done[name], layer), passes[name])
             done[name] = layer
-        for key in (key for stop in stops for key in stop.shows):
+        for key in chain(*(stop.shows for stop in stops)):
             shown[key] = hidden[key.source]
             if key.target in state.towers:
                 state.unread[key] = (*state.unread.get(key, ()), shown[key])
         # Behind where it is last shown, a silent tower need not be fused.
         fused_here = [stop for stop in stops if stop.layer < ends[stop.tower]]
-        keys = [key for stop in fused_here for key in stop.reads]
+        keys = [*chain(*(stop.reads for stop in fused_here))]
         if taps is not None:
             taps.update((k, Tap(shown[k], hidden[k.target])) for k in keys if k in shown)
         hidden = _exchange(parts, keys, hidden, strands, state, sight)

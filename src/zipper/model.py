@@ -130,13 +130,7 @@ class Zipper(nn.Module):
             known(option, given or (), towers)
         _check_adapters(train, lora or {})
         kinds = _input_kinds(input_projection, preset, towers)
-        loaded = {}
-        for name, source in towers.items():
-            loaded[name] = source if isinstance(source, Tower) else Tower.load(source)
-            _check_name(name)
-            loaded[name].check()
-            if name in train:
-                loaded[name].check_saving()
+        loaded = {name: _loaded(name, source, name in train) for name, source in towers.items()}
         configs = {}
         for name, tower in loaded.items():
             source = towers[name]
@@ -485,6 +479,16 @@ def _links(config: ZipperConfig) -> nn.ModuleDict:
         scale = source.tokens / target.tokens if target.tokens and source.tokens else 1.0
         found[str(key)] = Link(target.width, source.width, config.link, scale)
     return found
+
+
+def _loaded(name: str, source: TowerSource, train: bool) -> Tower:
+    """A tower that can be run part way, and saved if it learns. Raises a ZipperError where not."""
+    tower = source if isinstance(source, Tower) else Tower.load(source)
+    _check_name(name)
+    tower.check()
+    if train:
+        tower.check_saving()
+    return tower
 
 
 def _check_name(name: str) -> None:

@@ -8,6 +8,7 @@ it knows. Nothing here knows how a model works inside, nor what is read.
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -212,7 +213,7 @@ class Stepwise:
         group = next(iter(wanted)).group
         if len(group.walks) > 1:
             group.thin()
-        towers = dict.fromkeys(tower for pieces in wanted.values() for tower in pieces)
+        towers = dict.fromkeys(chain(*wanted.values()))
         strands = {}
         for tower in towers:
             reading = {walk: pieces[tower][1] for walk, pieces in wanted.items() if tower in pieces}

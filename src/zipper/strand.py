@@ -7,6 +7,7 @@ what the ids mean.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -186,14 +187,11 @@ def collate(
     count from 0 in every document.
     """
     rows = [[i] for i in range(len(samples))] if packed is None else [list(r) for r in packed]
-    names = list(dict.fromkeys(segment.tower for sample in samples for segment in sample))
-    length = {
-        name: [
-            sum(len(s.content) + 2 for i in row for s in samples[i] if s.tower == name)
-            for row in rows
-        ]
-        for name in names
-    }
+    names = list(dict.fromkeys(segment.tower for segment in chain(*samples)))
+    length = {name: [0] * len(rows) for name in names}
+    for number, row in enumerate(rows):
+        for segment in chain(*(samples[index] for index in row)):
+            length[segment.tower][number] += len(segment.content) + 2
     # Ids, position, time, document, targets; arrays are several times faster to fill than lists.
     columns = {name: np.zeros((5, len(rows), max(length[name])), np.int64) for name in names}
     weights = {name: np.zeros(columns[name].shape[1:], np.float32) for name in names}
