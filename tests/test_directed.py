@@ -357,5 +357,5 @@ def test_a_law_breaks_for_the_mutant(fault: str, monkeypatch: pytest.MonkeyPatch
         directed(options)  # born before anything is mutated
     owner, name, _, _ = MUTANTS[fault]
     monkeypatch.setattr(owner, name, mutated(*MUTANTS[fault]))
-    with pytest.raises(Exception, match=""):
+    with pytest.raises(Exception):  # noqa: B017 - whatever breaks
         all_laws()
