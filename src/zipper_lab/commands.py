@@ -52,8 +52,8 @@ def demo(
     ] = 8000,
     steps: Annotated[
         int,
-        typer.Option(parser=count, help="alignment steps; 1000 fit ten minutes on two cores"),
-    ] = 1000,
+        typer.Option(parser=count, help="alignment steps; 900 fit ten minutes on two cores"),
+    ] = 900,
     test: Annotated[int, typer.Option(parser=count, help="test utterances")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="print report.json at the end")] = False,
 ) -> None:

@@ -81,7 +81,7 @@ class Clock:
 
 
 def demo(
-    output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 1000, test: int = 200
+    output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 900, test: int = 200
 ) -> dict[str, Any]:
     """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and
     report.html into `output`.
