@@ -18,8 +18,9 @@ from zipper.errors import Mismatch, ZipperError
 from zipper.fast import fastest
 from zipper.fast import recall as proofs
 from zipper.generation import Engine, Limits, planned
-from zipper.modality import Modality
+from zipper.modality import Modality, register
 from zipper.modality import load as load_modality
+from zipper.modality import save as save_modality
 from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper
 from zipper.reading import Reader, Stepwise
@@ -103,6 +104,8 @@ class Pipeline:
                     f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or "
                     "zip with the right ends=..."
                 )
+        for modality in modalities.values():
+            register(type(modality))  # what is saved here can be loaded here
         self.held = model
         self.modalities = dict(modalities)
         self._later: Later | None = None
@@ -332,7 +335,7 @@ class Pipeline:
     ) -> None:
         self.model.write(folder, include, record)
         for name, modality in self.modalities.items():
-            modality.save(folder / "modalities" / name)
+            save_modality(modality, folder / "modalities" / name)
         checkpoint.write_json(
             folder / PINS, {name: m.fingerprint for name, m in self.modalities.items()}
         )
