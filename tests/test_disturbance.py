@@ -134,6 +134,7 @@ def test_a_codec_leaves_nearly_the_same_sound(codec: str) -> None:
     assert loudest_hertz(sound) == pytest.approx(440, abs=3)
 
 
+@pytest.mark.slow
 def test_what_training_hears_reaches_beyond_what_is_evaluated() -> None:
     seen = [drawn(seed) for seed in range(3_000)]
     assert seen == [drawn(seed) for seed in range(3_000)]

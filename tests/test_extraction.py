@@ -101,6 +101,7 @@ def test_unit_files_hold_what_reading_the_manifest_gives(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.slow
 def test_of_10_000_samples_100_are_bad_and_the_others_are_as_in_a_clean_pass(
     tmp_path: Path,
 ) -> None:

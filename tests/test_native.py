@@ -281,7 +281,14 @@ def test_where_no_cache_can_be_written_it_lies_among_temporary_files(
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
-@pytest.mark.parametrize("flags", ["-mno-avx512bf16", "-mno-avx512f", "-march=x86-64"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("-mno-avx512bf16", marks=pytest.mark.slow),
+        pytest.param("-mno-avx512f", marks=pytest.mark.slow),
+        "-march=x86-64",
+    ],
+)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_lesser_processors_get_the_same_numbers(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, flags: str, kind: str
