@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, final
 
@@ -85,8 +85,8 @@ def names_of(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
     """A `__getattr__` for a module whose names have moved to others."""
 
     def lookup(name: str) -> Any:
-        package = vars(sys.modules[module]).get("__path__")
-        if package is not None and find_spec(f"{module}.{name}") is not None:
+        folders = vars(sys.modules[module]).get("__path__", ())
+        if any((Path(folder) / f"{name}.py").is_file() for folder in folders):
             # `from zipper.training import history` asks for the name before it imports the file.
             raise AttributeError(f"module {module!r} has not imported {name!r} yet")
         home, now = RENAMED.get((module, name), ("", name))
