@@ -128,8 +128,8 @@ def advance(
     head, and the new state.
 
     Towers that are not in `strands` do not run; what they said before is in `state`. A plan of one
-    tower takes the
-    unimodal path: the bare tower, no projection, no link. taps: gets what each link is given.
+    tower takes the unimodal path: the bare tower, no projection, no link. taps: gets what each link
+    is given.
     """
     towers = {name: parts.tower(name) for name in strands}
     strands = {name: strand.to(towers[name].device) for name, strand in strands.items()}
@@ -224,9 +224,8 @@ def _projected(
     projection: nn.Module, h: Tensor, name: str, strands: Mapping[str, Strand], cached: bool
 ) -> Tensor:
     """Embeddings through the input projection (paper: h^0 = ReLU(MLP(embed))), but for documents
-    that no other tower
-    reads: these take the unimodal path. A cached plan of several towers is multi-modal
-    throughout.
+    that no other tower reads: these take the unimodal path. A cached plan of several towers is
+    multi-modal throughout.
     """
     if cached:
         fused = torch.ones_like(strands[name].ids, dtype=torch.bool)

@@ -429,7 +429,7 @@ def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modalit
 def _sum_of_bits(tensor: torch.Tensor) -> int:
     """Tells weights that were changed from those that were laid out, for no more than a token
     costs."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(whole).sum())
 
 
