@@ -1,46 +1,16 @@
-"""What a modality is to the rest of zipper: raw data to ids and back. It knows nothing of
-towers."""
+"""Kinds of modality by name: those that are shipped, registered, or brought by an installed
+package."""
 
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from zipper.errors import ZipperError
+from zipper.modality.kind import Kind as Kind
+from zipper.modality.kind import Modality as Modality
+from zipper.modality.kind import whole as whole
 from zipper.saving.files import place, read_json, write_json
-
-
-@runtime_checkable
-class Modality(Protocol):
-    """Raw <-> ids.
-
-    name: of its kind, by which a saved one is loaded. begin, end: the ids around a segment.
-    vocabulary: counts all ids. fingerprint: a sha256 of what defines the mapping: two modalities
-    with the same fingerprint give the same ids.
-    """
-
-    name: str
-    begin: int
-    end: int
-    vocabulary: int
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256, in hex."""
-
-    def encode(self, raw: Any) -> list[int]:
-        """Ids without begin and end. Raises ZipperError for raw data that has no ids."""
-
-    def decode(self, ids: Sequence[int]) -> Any:
-        """Raw data; ids that stand for none (begin, end, voices) are passed over."""
-
-    def save(self, folder: str | Path) -> None:
-        """Write the whole definition into a folder."""
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Modality":
-        """Read what `save` wrote. Raises ZipperError for anything else."""
-
 
 K = TypeVar("K", bound=type)
 

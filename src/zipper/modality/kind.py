@@ -1,0 +1,162 @@
+"""What a modality is to the rest of zipper: raw data to ids and back. It knows nothing of towers.
+
+`Modality` is what a tower needs of it; `Kind` is what people need beyond that: how a value is read
+from a row or a command line, written to a file, shown on a page and compared with another. Inherit
+from `Kind` and write what differs from the defaults.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+from zipper.errors import ZipperError
+from zipper.saving.files import write
+
+#: Of a metric, a pair for each sample: over a corpus it is the sum of the first numbers by the sum
+#: of the second ones, e.g. word errors by words.
+Scores = Mapping[str, Sequence[tuple[float, float]]]
+
+
+@runtime_checkable
+class Modality(Protocol):
+    """Raw <-> ids.
+
+    name: of its kind, by which a saved one is loaded. begin, end: the ids around a segment.
+    vocabulary: counts all ids. fingerprint: a sha256 of what defines the mapping: two modalities
+    with the same fingerprint give the same ids.
+    """
+
+    name: str
+    begin: int
+    end: int
+    vocabulary: int
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex."""
+
+    def encode(self, raw: Any) -> list[int]:
+        """Ids without begin and end. Raises ZipperError for raw data that has no ids."""
+
+    def decode(self, ids: Sequence[int]) -> Any:
+        """Raw data; ids that stand for none (begin, end, voices) are passed over."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the whole definition into a folder."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Modality":
+        """Read what `save` wrote. Raises ZipperError for anything else."""
+
+
+class Kind:
+    """Defaults for all that a modality may do beyond `Modality`.
+
+    A list of whole numbers is ids for every kind, and never comes here.
+    """
+
+    name: ClassVar[str]
+    #: What is read from a row or a command line, in words, for errors.
+    takes: ClassVar[str] = "a value that `encode` takes"
+    #: Ending of the file that `write` makes; "" where a value is told in a line (`told`).
+    suffix: ClassVar[str] = ""
+    #: Of rows: the key that names a prefix of a segment, and the field of ids with that in front:
+    #: ("voice", "voiced").
+    prefixed: ClassVar[tuple[str, str] | None] = None
+
+    begin: int
+    end: int
+    vocabulary: int
+
+    @property
+    def prefixes(self) -> Mapping[str, int]:
+        """Names of what may stand first in a segment (voices, styles), and their ids."""
+        return {}
+
+    def encode(self, raw: Any) -> list[int]:
+        """See `Modality.encode`."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> Any:
+        """See `Modality.decode`."""
+        raise NotImplementedError
+
+    def read(self, value: Any, folder: Path = Path()) -> Any:
+        """What `encode` takes, from a row of a manifest, a command line, or raw already.
+
+        folder: where the paths of a manifest begin. Raises ZipperError for anything else.
+        """
+        return value
+
+    def noted(self, raw: Any) -> tuple[list[int], str]:
+        """Its ids, and in a word what of it has none and was passed over ("" for nothing)."""
+        return self.encode(raw), ""
+
+    def files(self, value: Any, folder: Path = Path()) -> list[Path]:
+        """The files that a value of a row names, whether they are there or not."""
+        return []
+
+    def write(self, raw: Any, path: Path) -> None:
+        """Into a file with the ending `suffix`, whole or not at all."""
+        write(path, f"{json.dumps(self.told(raw))}\n".encode())
+
+    def told(self, raw: Any) -> Any:
+        """As JSON has it, for a line on a screen."""
+        return raw
+
+    def html(self, raw: Any) -> str:
+        """As people look at it on a page: markup that loads nothing."""
+        told = self.told(raw)
+        return f"<span>{escape(told if isinstance(told, str) else json.dumps(told))}</span>"
+
+    def stream(self, ids: Iterable[int]) -> Iterator[Any]:
+        """Raw data while its ids are made, in parts; here one part at the end."""
+        yield self.decode([*ids])
+
+    def seconds(self, raw: Any) -> float:
+        """How long it lasts; 0 where it has no time."""
+        return 0.0
+
+    def says_nothing(self, raw: Any) -> bool:
+        """Whether there is nothing in it for another modality to say, as in silence."""
+        return False
+
+    def about(self) -> Mapping[str, Any]:
+        """What people should know of it, in few words: {"rate": "25 units a second"}."""
+        return {}
+
+    def scores(self, wanted: Sequence[Any], made: Sequence[Any]) -> Scores:
+        """How near each value made is to the one wanted, by metric."""
+        pairs = zip(wanted, made, strict=True)
+        told = [(self.told(one), self.told(other)) for one, other in pairs]
+        return {"exact": [(float(one == other), 1.0) for one, other in told]}
+
+    @classmethod
+    def fitted(cls, values: Sequence[Any], **settings: Any) -> "Kind":
+        """A modality for data like this. values: paths of files, or what a field of a manifest
+        holds. Raises ZipperError where there is nothing to fit, or not enough."""
+        raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
+
+    @classmethod
+    def example(cls, folder: Path) -> None:
+        """Write a small set of real data of this kind, as `fitted` and a manifest want it."""
+        raise ZipperError(f"The kind {cls.name!r} has no example.")
+
+
+def whole(modality: Modality) -> Kind:
+    """A modality with the defaults of `Kind` for what it does not define itself."""
+    return modality if isinstance(modality, Kind) else cast(Kind, _Whole(modality))
+
+
+class _Whole(Kind):
+    def __init__(self, inner: Modality) -> None:
+        self._inner = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        held = object.__getattribute__
+        if name.startswith("_"):
+            return held(self, name)
+        inner = held(self, "_inner")
+        return getattr(inner, name) if hasattr(inner, name) else held(self, name)

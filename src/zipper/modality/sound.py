@@ -1,0 +1,115 @@
+"""What kinds of modality that are made of sound have in common: how a row names a sound, and how
+one is written, shown and compared."""
+
+import base64
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zipper.audio.sound import Audio, read, write
+from zipper.errors import ZipperError
+from zipper.modality.kind import Kind, Scores
+from zipper.saving.files import place
+
+LONGEST_S = 1e7  # of any time in a row
+SWING_DB = (
+    4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
+)
+
+
+class Sound(Kind):
+    """A kind whose raw data are `Audio`: it reads files, their content and pieces of them."""
+
+    takes: ClassVar[str] = "the path of a sound file, its content or a piece of it"
+    suffix: ClassVar[str] = ".wav"
+
+    def read(self, value: Any, folder: Path = Path()) -> Audio:
+        """An Audio, the path of a sound file, its content, or {"path" or "bytes", "start", "stop"}
+        for a piece of one, in seconds. Raises ZipperError for no sound, or one without samples."""
+        if isinstance(value, Path):
+            value = str(value)
+        if not isinstance(value, Audio) and not names_a_sound(value):
+            raise ZipperError(f"{value!r:.200} was given; give {self.takes}.")
+        sound = value if isinstance(value, Audio) else heard(value, folder)
+        if not len(sound.samples):
+            raise ZipperError("The sound given has no samples. Give one with something in it.")
+        return sound
+
+    def files(self, value: Any, folder: Path = Path()) -> list[Path]:
+        """See `Kind.files`."""
+        path = at(value).get("path") if names_a_sound(value) else None
+        return [folder / place(path)] if path else []
+
+    def write(self, raw: Audio, path: Path) -> None:
+        """See `Kind.write`; the ending says in which format."""
+        write(path, raw)
+
+    def told(self, raw: Audio) -> Any:
+        """How long it is: samples are for files."""
+        return f"{raw.seconds:.2f} s of sound"
+
+    def html(self, raw: Audio) -> str:
+        """A player."""
+        if not len(raw.samples):
+            return "<span>(silence)</span>"
+        with tempfile.TemporaryDirectory() as folder:
+            write(path := Path(folder) / "said.wav", raw)
+            content = base64.b64encode(path.read_bytes()).decode()
+        return f'<audio controls preload="none" src="data:audio/wav;base64,{content}"></audio>'
+
+    def seconds(self, raw: Audio) -> float:
+        """See `Kind.seconds`."""
+        return raw.seconds
+
+    def says_nothing(self, raw: Audio) -> bool:
+        """Whether this is silence, or a noise that goes on and on: speech swings more."""
+        return raw.swing_db < SWING_DB
+
+    def scores(self, wanted: Sequence[Audio], made: Sequence[Audio]) -> Scores:
+        """How far the length is off, as a share of the one wanted: without a recogniser nothing
+        else of two sounds is comparable."""
+        pairs = zip(wanted, made, strict=True)
+        return {"length": [(abs(a.seconds - b.seconds), a.seconds) for a, b in pairs]}
+
+
+def names_a_sound(value: Any) -> bool:
+    """Whether it is a path, the content of a file, or {"path" or "bytes", "start", "stop"}."""
+    if isinstance(value, Mapping):
+        there = isinstance(value.get("bytes"), bytes) or isinstance(value.get("path"), str)
+        return there and not value.keys() - {"path", "bytes", "start", "stop"}
+    return isinstance(value, str | bytes)
+
+
+def at(value: Any) -> dict[str, Any]:
+    """Where a sound lies, and which piece of it, in one form."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {"bytes" if isinstance(value, bytes) else "path": value}
+
+
+def heard(value: Any, folder: Path) -> Audio:
+    """The sound, or the piece of one, that a row means."""
+    where = at(value)
+    if not where.get("bytes") and not where.get("path"):
+        raise ZipperError("its sound is empty: neither bytes nor a path.")
+    start, stop = where.get("start"), where.get("stop")
+    start = 0.0 if start is None else time_s("start", start)
+    if stop is not None and start >= time_s("stop", stop):
+        raise ZipperError(
+            f"its piece from {start:g} to {stop:g} s is none. Give a start before the stop."
+        )
+    source = where.get("bytes") or folder / place(where["path"])
+    return read(source, start_s=start, stop_s=stop)
+
+
+def time_s(key: str, value: Any) -> float:
+    """Seconds in a row."""
+    if not is_time(value):
+        raise ZipperError(f"{key!r} holds {value!r:.200}; give seconds, from 0 to {LONGEST_S:g}.")
+    return float(value)
+
+
+def is_time(value: Any) -> bool:
+    """Whether it can be a time; NaN compares with nothing."""
+    return type(value) in (int, float) and 0 <= value <= LONGEST_S
