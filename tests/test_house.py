@@ -30,6 +30,7 @@ PACKAGES = ("zipper", "zipper_lab")
 # zipper names what lies below, so nothing may import from it.
 ORDER = """
     zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
+    zipper.statistics zipper.evaluation
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
     zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
@@ -41,7 +42,7 @@ ORDER = """
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.sound zipper.modality.text zipper.modality.speech
     zipper.modality zipper.pipeline
-    zipper.inspection zipper.words zipper.verify zipper.statistics zipper.evaluation
+    zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data
     zipper.surgery
     zipper.training.config zipper.training.building zipper.training.packing

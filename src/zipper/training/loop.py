@@ -258,7 +258,7 @@ def _train(
         )
         if accelerator.trackers and accelerator.is_main_process:
             made = inspection.samples(Pipeline(model, modalities), list(tasks.values()), dev[:2])
-            inspection.log_samples(accelerator.trackers, made, step)
+            inspection.log_samples(accelerator.trackers, made, step, modalities)
         bare.train()
         return {f"branch/{name}": link.share for name, link in links.items() if link.seen}
 
