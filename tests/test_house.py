@@ -43,8 +43,9 @@ ORDER = """
     zipper.modality.kind zipper.modality.sound zipper.modality.text zipper.modality.speech
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify
-    zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data
-    zipper.surgery
+    zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
+    zipper.data.fitting zipper.data
+    zipper.surgery zipper.measurement
     zipper.training.config zipper.training.building zipper.training.packing
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from zipper.errors import ZipperError
 from zipper.modality.kind import Kind as Kind
 from zipper.modality.kind import Modality as Modality
+from zipper.modality.kind import Scores as Scores
 from zipper.modality.kind import is_ids as is_ids
 from zipper.modality.kind import whole as whole
 from zipper.saving.files import place, read_json, write_json

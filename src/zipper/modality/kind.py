@@ -17,7 +17,7 @@ from zipper.saving.files import write
 
 #: Of a metric, a pair for each sample: over a corpus it is the sum of the first numbers by the sum
 #: of the second ones, e.g. word errors by words.
-Scores = Mapping[str, Sequence[tuple[float, float]]]
+Scores = Mapping[str, Sequence[tuple[float | int, float | int]]]
 
 
 @runtime_checkable
@@ -150,9 +150,12 @@ class Kind:
         return {"exact": [(float(one == other), 1.0) for one, other in told]}
 
     @classmethod
-    def fitted(cls, values: Sequence[Any], **settings: Any) -> "Kind":
-        """A modality for data like this. values: paths of files, or what a field of a manifest
-        holds. Raises ZipperError where there is nothing to fit, or not enough."""
+    def fitted(cls, *values: Any, **settings: Any) -> "Kind":
+        """A modality for data like this: `fitted(values, setting=...)`.
+
+        values: a sequence of paths of files, or of what a field of a manifest holds. Raises
+        ZipperError where there is nothing to fit, or not enough.
+        """
         raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
 
     @classmethod

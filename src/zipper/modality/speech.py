@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.environment import extra
@@ -119,6 +120,25 @@ class SpeechUnits(Sound):
             else np.zeros((0, 1), np.float32)
         )
         return cls(kmeans(points, codes, seed, steps), config)
+
+    @classmethod
+    def fitted(
+        cls, values: Sequence[Any], codes: int = 256, seed: int = 0, bad: str = "error"
+    ) -> "SpeechUnits":
+        """Units for sounds like these (`Sound.read` says what may stand for one).
+
+        bad: "skip" leaves out what cannot be read. Raises a ZipperError for what is no sound, and
+        for too little of it.
+        """
+        config, reader = UnitsConfig(fitted_on=f"{len(values)} sounds"), Sound()
+        mels = []
+        for value in tqdm(values, desc="log-mel", unit="sound", disable=None):
+            try:
+                mels.append(config.mel.picture(reader.read(value)))
+            except ZipperError:
+                if bad == "error":
+                    raise
+        return cls.fit(mels, codes, config, seed)
 
     @property
     def prefixes(self) -> Mapping[str, int]:

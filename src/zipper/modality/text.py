@@ -20,6 +20,7 @@ from zipper import evaluation
 from zipper.errors import ZipperError
 from zipper.modality.kind import Kind, Scores
 from zipper.normaliser import NORMALISER
+from zipper.saving.files import lines as lines_of
 from zipper.saving.files import place, read_json
 
 BEGIN, END = "<s>", "</s>"
@@ -94,6 +95,19 @@ class Text(Kind):
         )
         tokenizer.train_from_iterator(lines, trainer)
         return cls(tokenizer.to_str(), BEGIN, END)
+
+    @classmethod
+    def fitted(cls, values: Sequence[Any], merges: int = 150) -> "Text":
+        """`train` on strings, and on the lines of files (`Path`)."""
+        rows: list[str] = []
+        for value in values:
+            if isinstance(value, Path):
+                rows += [line.decode() for _, line in lines_of(value)]
+            elif isinstance(value, str):
+                rows.append(value)
+            else:
+                raise ZipperError(f"{value!r:.200} was given; give text, or files of text.")
+        return cls.train(rows, merges)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
