@@ -112,6 +112,15 @@ def test_what_is_shipped_keeps_its_name_and_is_known_by_its_files(tmp_path: Path
     assert isinstance(modality.load(tmp_path / "text"), Text)
 
 
+def test_a_kind_is_found_by_its_name() -> None:
+    for name in modality.SHIPPED_KINDS:
+        assert modality.kind(name).name == name
+    with pytest.raises(ZipperError, match=r"kind of modality 'levels' .* known are text, speech, "):
+        modality.kind("levels")
+    modality.register(Levels)
+    assert modality.kind("levels") is Levels
+
+
 @pytest.mark.parametrize("kind", [None, 3, ["text"], "os", "zipper.modality.text:Text", "../text"])
 def test_a_folder_names_no_code(kind: Any, tmp_path: Path) -> None:
     modality.save(tiny.text(), tmp_path / "text")

@@ -30,7 +30,7 @@ MOST_SYMBOLS = 100_000
 MOST_CHARACTERS = 500_000  # of all symbols together
 #: Of a symbols.json: every character written as an escape, every symbol on a line of its own.
 MOST_BYTES = 8 << 20
-MOST_LINE = 64 << 20  # bytes of a line of data; whole chromosomes come in lines of 80
+MOST_LINE = 16 << 20  # bytes of a line of data; whole chromosomes come in lines of 80
 NAMED = 20  # symbols that an error names, each by its first characters
 SHOWN = 40
 
