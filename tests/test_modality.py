@@ -114,11 +114,11 @@ def test_what_is_shipped_keeps_its_name_and_is_known_by_its_files(tmp_path: Path
 
 def test_a_kind_is_found_by_its_name() -> None:
     for name in modality.SHIPPED_KINDS:
-        assert modality.kind(name).name == name
+        assert modality.of_kind(name).name == name
     with pytest.raises(ZipperError, match=r"kind of modality 'levels' .* known are text, speech, "):
-        modality.kind("levels")
+        modality.of_kind("levels")
     modality.register(Levels)
-    assert modality.kind("levels") is Levels
+    assert modality.of_kind("levels") is Levels
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["text"], "os", "zipper.modality.text:Text", "../text"])

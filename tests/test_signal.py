@@ -664,7 +664,7 @@ def test_a_saved_one_is_the_same(kind: Signal, tmp_path: Path) -> None:
     assert isinstance(again, Signal) and again.config == kind.config
     assert again.fingerprint == kind.fingerprint
     assert again.encode(walk(9)) == kind.encode(walk(9))
-    assert modality.kind("signal") is Signal
+    assert modality.of_kind("signal") is Signal
 
 
 NOT_COUNTS = [-1, 0, 10**9, 2**63, 1.5, "8", None, [], {}, 15]

@@ -236,7 +236,7 @@ class Signal(Kind):
     last step, and `decode` gives all of it.
     """
 
-    name: ClassVar[str] = "signal"
+    name = "signal"
     takes: ClassVar[str] = (
         'the path of a CSV, NPY or Parquet file, a piece of one as {"path", "start", "stop"} in '
         'seconds, {"values", "rate_hz", "channels"}, or a list of steps'
@@ -263,7 +263,7 @@ class Signal(Kind):
         self._mean, self._scale = np.array(config.mean), np.array(config.scale)
 
     @classmethod
-    def fitted(  # type: ignore[override]
+    def fitted(
         cls,
         values: Sequence[Any],
         codes: int = 256,
