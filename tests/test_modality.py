@@ -150,7 +150,7 @@ def test_the_template_keeps_the_laws_and_is_fitted_from_the_command_line(
         dice().encode("37")
     assert main(["fit", "dice", "--example", str(tmp_path / "example")]) == 0
     assert "zipper fit dice" in capsys.readouterr().out
-    rolls = str(tmp_path / "example" / "rolls.jsonl")
+    rolls = str(tmp_path / "example" / "manifest.jsonl")
     assert main(["fit", "dice", rolls, "-o", str(tmp_path / "fit"), "--set", "sides=8"]) == 0
     loaded = modality.load(tmp_path / "fit")
     assert (type(loaded), loaded.vocabulary) == (dice, 10)

@@ -65,8 +65,9 @@ class Dice(Kind):
         return made
 
     @classmethod
-    def example(cls, folder: Path) -> None:
-        """A manifest of rolls and their sums in words."""
+    def example(cls, folder: Path) -> str:
+        """A manifest of rolls and their sums in words; returns options of `zipper fit`."""
         words = {"11": "two", "12": "three", "66": "twelve", "34": "seven"}
         rows = [f'{{"text": "{sum_}", "dice": "{rolls}"}}\n' for rolls, sum_ in words.items()]
-        (folder / "rolls.jsonl").write_text("".join(rows), encoding="utf-8")
+        (folder / "manifest.jsonl").write_text("".join(rows), encoding="utf-8")
+        return "--set sides=6"

@@ -9,10 +9,8 @@ from typing import Any
 from zipper.data.manifests import manifest
 from zipper.errors import ZipperError
 from zipper.modality import Modality, is_ids
-from zipper.modality.text import Text
 
 MANIFEST = ".jsonl"
-OTHER = ("id", Text.name)  # fields of an example that are not what it is an example of
 
 
 def fit(
@@ -75,13 +73,3 @@ def _whole(value: Any, folder: Path) -> Any:
     except (OSError, ValueError):  # too long for a name, or a zero in it
         names_a_file = False
     return folder / value if names_a_file else value
-
-
-def next_step(kind: Any, folder: Path) -> str:
-    """The command that fits the kind to its own example."""
-    manifests = sorted(folder.glob(f"*{MANIFEST}"))
-    said = f"zipper fit {kind.name} {manifests[0] if manifests else folder} -o {folder}-fitted"
-    fields = [*manifest(manifests[0])[0]] if manifests else [kind.name]
-    if kind.name in fields:
-        return said
-    return f"{said} --field {next(name for name in fields if name not in OTHER)}"

@@ -431,7 +431,7 @@ class Signal(Kind):
         return found
 
     @classmethod
-    def example(cls, folder: Path) -> None:
+    def example(cls, folder: Path) -> str:
         """Pendulums: a manifest.jsonl with the fields text and signal, and the CSV files that it
         names. They are computed by the equation of motion, which a README.md there says."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -443,6 +443,7 @@ class Signal(Kind):
             rows.append(as_json({"text": text, "signal": f"pendulum_{number}.csv"}))
         write(folder / "manifest.jsonl", "".join(f"{row}\n" for row in rows).encode())
         write(folder / "README.md", _ABOUT_PENDULUMS.encode())
+        return "--set codes=64"
 
     def save(self, folder: str | Path) -> None:
         """Writes codebook.safetensors and signal.json; the second pins both by a hash."""

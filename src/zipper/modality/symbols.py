@@ -235,12 +235,13 @@ class Symbols(Kind):
         }
 
     @classmethod
-    def example(cls, folder: Path) -> None:
+    def example(cls, folder: Path) -> str:
         """Chess openings, their names and first moves, as a manifest.jsonl with the fields text and
         moves: for split="words"."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = [as_json({"text": name, "moves": moves}) for name, moves in _OPENINGS.items()]
         write(folder / "manifest.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        return "--field moves --set split=words"
 
     def save(self, folder: str | Path) -> None:
         """Writes symbols.json."""
