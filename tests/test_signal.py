@@ -136,6 +136,10 @@ def test_what_lies_beyond_the_limit_falls_into_the_outermost_bin() -> None:
     far = Series([[1e30, -1e30]], 50, CHANNELS, UNITS)
     assert BINS.encode(far) == [127, 128]
     assert len(PATCHES.encode(far)) == 1
+    farthest = np.array([[3e38, -3e38]] * 4)  # beyond 32 bits in scales of the second channel
+    cut = np.sign(farthest) * 1e6 * np.array(PATCHES.config.scale) + np.array(PATCHES.config.mean)
+    codes = [PATCHES.encode(Series(each, 50, CHANNELS, UNITS)) for each in (farthest, cut)]
+    assert codes[0] == codes[1]
     wide = SignalConfig(1.0, ("a",), ("",), (3e37,), (1e38,), "bins", 1, 2)
     made = Signal(np.array([[-5.0], [5.0]], np.float32), wide).decode([0, 1])
     assert np.isfinite(made.values).all()  # a scale may be beyond what 32 bits can hold of it
