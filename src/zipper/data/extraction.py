@@ -34,6 +34,7 @@ from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
+from zipper.modality import save as save_modality
 from zipper.modality.text import Text
 from zipper.saving.files import place, sha256, write_json
 
@@ -124,7 +125,7 @@ def extract(
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, modality in modalities.items():
-        modality.save(folder / "modalities" / name)
+        save_modality(modality, folder / "modalities" / name)
     paths, passed = list[Path](), Counter[str]()
 
     def missing() -> Iterator[Job]:
