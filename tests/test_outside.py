@@ -136,7 +136,7 @@ def test_every_command_works_with_it(
         works(zipper, place)
     sys.modules.pop("dice", None)
     modality._registered.clear()  # a process that ran with a modality knows it
-    for line in ("show zip/model", "fit dice x -o y", "train zip.recipe.py"):
+    for line in ("show zip/model", "fit dice x -o y", "train zip.recipe.py --resume"):
         code, _, said = zipper(shlex.split(line))
         assert code == 2
         assert len(said.strip().splitlines()) == 1
