@@ -39,7 +39,8 @@ ORDER = """
     zipper.fast.native zipper.fast.graphs zipper.fast.plain zipper.fast.session
     zipper.fast.weights zipper.fast.blocks zipper.fast.reader zipper.fast zipper.fast.recall
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
-    zipper.modality.kind zipper.modality.sound zipper.modality.text zipper.modality.speech
+    zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
+    zipper.modality.speech zipper.modality.symbols zipper.modality.signal
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify zipper.statistics zipper.evaluation
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data

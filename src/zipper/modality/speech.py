@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
-from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.modality.codebook import kmeans as means
+from zipper.modality.codebook import nearest as nearest
 from zipper.saving.files import header, parse, read_json
 
 #: What a file may ask for: (least, most).
@@ -367,37 +368,15 @@ def stacked(
     )
 
 
-def nearest(
-    points: Float32[np.ndarray, "points dim"], centroids: Float32[np.ndarray, "codes dim"]
-) -> Int64[np.ndarray, " points"]:
-    """Index of the nearest centroid (Euclid) of each point; the lowest of equals."""
-    return (np.square(centroids).sum(axis=1) / 2 - points @ centroids.T).argmin(axis=1)
-
-
 def kmeans(
     points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int
 ) -> Float32[np.ndarray, "codes dim"]:
-    """Mini-batch k-means (Sculley 2010) from a k-means++ start, as scikit-learn has it, of at most
-    so many steps.
+    """Centroids of units of sound, as `zipper.modality.codebook.kmeans` finds them.
 
-    The same centroids for the same arguments. Raises ZipperError if there are fewer different
-    points than codes.
+    The same for the same arguments. Raises ZipperError if there are fewer different points than
+    codes.
     """
-    if len(np.unique(points, axis=0)) < codes:
-        raise ZipperError(
-            f"{len(points)} units of sound are too few, or too alike, for {codes} codes. Give "
-            "more sound or ask for fewer codes."
-        )
-    batch = min(BATCH, len(points))
-    fitted = extra("sklearn.cluster").MiniBatchKMeans(
-        codes,
-        batch_size=batch,
-        max_iter=-(-steps * batch // len(points)),  # it counts rounds over all points
-        n_init=1,
-        random_state=seed,
-    )
-    centroids: np.ndarray = fitted.fit(points).cluster_centers_
-    return centroids
+    return means(points, codes, seed, steps, BATCH, points_of="units of sound", more="sound")
 
 
 def _sha256(codebook: Float32[np.ndarray, "codes stacked_bins"]) -> str:

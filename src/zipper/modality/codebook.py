@@ -1,0 +1,50 @@
+"""Codebooks: the centroids of points, and which of them is nearest. It knows nothing of what the
+points are made of."""
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from zipper.environment import extra
+from zipper.errors import ZipperError
+
+BATCH = 8_192  # points per step of the k-means
+
+
+def nearest(
+    points: Float32[np.ndarray, "points dim"], centroids: Float32[np.ndarray, "codes dim"]
+) -> Int64[np.ndarray, " points"]:
+    """Index of the nearest centroid (Euclid) of each point; the lowest of equals."""
+    return (np.square(centroids).sum(axis=1) / 2 - points @ centroids.T).argmin(axis=1)
+
+
+def kmeans(
+    points: Float32[np.ndarray, "points dim"],
+    codes: int,
+    seed: int,
+    steps: int,
+    batch: int = BATCH,
+    points_of: str = "points",
+    more: str = "data",
+) -> Float32[np.ndarray, "codes dim"]:
+    """Mini-batch k-means (Sculley 2010) from a k-means++ start, as scikit-learn has it, of at most
+    so many steps of `batch` points.
+
+    The same centroids for the same arguments. Raises ZipperError if there are fewer different
+    points than codes, in the caller's words: `points_of` is what the points are, and `more` what to
+    give more of.
+    """
+    if len(np.unique(points, axis=0)) < codes:
+        raise ZipperError(
+            f"{len(points)} {points_of} are too few, or too alike, for {codes} codes. Give "
+            f"more {more} or ask for fewer codes."
+        )
+    batch = min(batch, len(points))
+    fitted = extra("sklearn.cluster").MiniBatchKMeans(
+        codes,
+        batch_size=batch,
+        max_iter=-(-steps * batch // len(points)),  # it counts rounds over all points
+        n_init=1,
+        random_state=seed,
+    )
+    centroids: np.ndarray = fitted.fit(points).cluster_centers_
+    return centroids
