@@ -69,7 +69,7 @@ def altered(folder: Path, copy: Path, towers: Mapping[str, Any] = {}, **changes:
 
 def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline) -> None:
     model, record = shipped.model, checkpoint.load(SHIPPED)[1]
-    text = card(SHIPPED, counted(model))
+    text = card(SHIPPED, counted(model), shipped.told())
     found = tables(text)
     config = model.config
     for row, (name, tower) in zip(found["Towers"], config.towers.items(), strict=True):
@@ -92,8 +92,10 @@ def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline)
     )
     assert json.dumps(dataclasses.asdict(config.link)) in text
     assert found["Modalities"] == [
-        [name, f"`{m.fingerprint[:16]}`"] for name, m in shipped.modalities.items()
+        [name, name, told.about, f"`{shipped.modalities[name].fingerprint[:16]}`"]
+        for name, told in shipped.told().items()
     ]
+    assert "codes 256" in found["Modalities"][1][2]
     training = dict(found["Training"])
     assert training["steps"] == f"{record['step']} of {record['recipe']['steps']}"
     assert json.loads(training["tasks"].strip("`")) == record["recipe"]["tasks"]
@@ -110,7 +112,7 @@ def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline)
 def test_the_code_of_the_card_runs(
     shipped: Pipeline, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = card(SHIPPED, counted(shipped.model))
+    text = card(SHIPPED, counted(shipped.model), shipped.told())
     (tmp_path / "zip").symlink_to(SHIPPED)
     monkeypatch.chdir(tmp_path / "zip")
     sound = tiny.sound(tmp_path / "hello.wav")
@@ -125,7 +127,7 @@ def test_a_saved_zip_has_its_card_which_people_may_edit(world: World, tmp_path: 
     pipeline = Pipeline.from_pretrained(world.zip)
     pipeline.save_pretrained(tmp_path / "zip", include=["text"])
     written = (tmp_path / "zip" / "README.md").read_text()
-    assert written == card(tmp_path / "zip", counted(pipeline.model))
+    assert written == card(tmp_path / "zip", counted(pipeline.model), pipeline.told())
     assert tables(written)["Towers"][0][1] == "this zip"
     (tmp_path / "zip" / "README.md").write_text(written + "\nOur data came from a choir.\n")
     Pipeline.from_pretrained(tmp_path / "zip")

@@ -154,7 +154,7 @@ def test_a_written_manifest_reads_the_same_and_leaves_nothing_beside_it(tmp_path
         ({"text": "42 €"}, r"line 2: this tokenizer cannot write 2 4 €"),
         (
             {"text": None},
-            r"line 2: 'text' holds None; give text, the path of a file or a list of ids",
+            r"line 2: 'text' holds None; give text or a list of ids",
         ),
         ({"speech": {"file": "x"}}, r"line 2: 'speech' holds \{'file': 'x'\}; give"),
         ({"speech": {"start": 1}}, r"line 2: 'speech' holds \{'start': 1\}; give"),

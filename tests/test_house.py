@@ -30,6 +30,7 @@ PACKAGES = ("zipper", "zipper_lab")
 # zipper names what lies below, so nothing may import from it.
 ORDER = """
     zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
+    zipper.statistics zipper.evaluation
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
     zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
@@ -42,9 +43,10 @@ ORDER = """
     zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
     zipper.modality.speech zipper.modality.symbols zipper.modality.signal
     zipper.modality zipper.pipeline
-    zipper.inspection zipper.words zipper.verify zipper.statistics zipper.evaluation
-    zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data
-    zipper.surgery
+    zipper.inspection zipper.words zipper.verify
+    zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
+    zipper.data.fitting zipper.data
+    zipper.surgery zipper.measurement
     zipper.training.config zipper.training.building zipper.training.packing
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history

@@ -77,7 +77,7 @@ def test_the_text_says_the_same(world: World, pipe: Pipeline) -> None:
         f"{found['bytes_on_disk'] / 1e6:.1f} MB",
         "frozen",
         "trained",
-        "voices: low, high",
+        "voices low, high",
         f"{found['new_parameters']:,} new parameters",
         "0: text after block 1, speech after block 1",
         "text -> speech",
@@ -208,7 +208,7 @@ class Page:
 
     def add_audio(self, tag: str, heard: torch.Tensor, step: int, sample_rate: int) -> None:
         assert heard.ndim == 2
-        assert heard.abs().max() <= 1
+        assert abs(heard).max() <= 1
         self.sounds[tag] = (step, sample_rate)
 
 
@@ -228,8 +228,9 @@ def test_samples_say_what_was_given_wanted_and_made(pipe: Pipeline, world: World
     assert isinstance(given, Audio)
     np.testing.assert_array_equal(given.samples, pipe.units.decode(raw[0]["speech"]).samples)
     pages = [Page("tensorboard"), Page("another")]
-    log_samples(pages, found, step=7)
-    texts = {f"sample/{name}" for name, sample in found.items() if isinstance(sample, str)}
+    log_samples(pages, found, step=7, modalities=pipe.modalities)
+    texts = {f"sample/{name}" for name in found}
+    assert pages[0].texts["sample/speech -> text/0/given speech"].endswith(" s of sound")
     assert [{*page.texts} for page in pages] == [texts, texts]
     assert pages[0].sounds["sample/speech -> text/0/given speech"] == (7, given.rate_hz)
     assert not pages[1].sounds

@@ -217,14 +217,14 @@ def _tiny_zip() -> tuple[str, str, str]:
     from zipper.towers import families
     from zipper.verify import verify
 
-    ends = {"text": Ends(0, 1), "speech": Ends(0, 1)}
-    towers = {"text": families.tiny("gpt2"), "speech": families.tiny("llama")}
-    model = Zipper.from_towers(towers, every={"text": 2, "speech": 2}, ends=ends)
+    ends = {"one": Ends(0, 1), "two": Ends(0, 1)}
+    towers = {"one": families.tiny("gpt2"), "two": families.tiny("llama")}
+    model = Zipper.from_towers(towers, every={"one": 2, "two": 2}, ends=ends)
     checks = verify(model)
     if broken := [f"{check.promise} ({check.measured})" for check in checks if not check.held]:
         return "broken", "; ".join(broken), environment.moved()
     said = model.generate(
-        [Segment("text", [5, 6, 7])], outputs=["speech", "text"], limits={"text": 4, "speech": 4}
+        [Segment("one", [5, 6, 7])], outputs=["two", "one"], limits={"one": 4, "two": 4}
     )
     written = ", ".join(f"{len(segment.content)} of {segment.tower}" for segment in said)
     return (

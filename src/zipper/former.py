@@ -86,6 +86,8 @@ def names_of(module: str, homes: Sequence[str]) -> Callable[[str], Any]:
 
     def lookup(name: str) -> Any:
         folders = vars(sys.modules[module]).get("__path__", ())
+        if name.startswith("__"):  # `from module import name` asks whether it is a package
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
         if any((Path(folder) / f"{name}.py").is_file() for folder in folders):
             # `from zipper.training import history` asks for the name before it imports the file.
             raise AttributeError(f"module {module!r} has not imported {name!r} yet")

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from zipper.audio.sound import Audio
 from zipper.former import names_of
-from zipper.modality.speech import SpeechUnits
+from zipper.modality import Modality, whole
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.strand import Batch, Strand, visible
@@ -127,12 +126,12 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 def samples(
     pipeline: Pipeline, tasks: Sequence[Task], rows: Sequence[Mapping[str, Sequence[int]]]
-) -> dict[str, str | Audio]:
+) -> dict[str, Any]:
     """What a model, in eval mode, makes of encoded rows: {"TASK/ROW/given TOWER", ".../wanted
-    TOWER", ".../made TOWER": text or sound}. Greedy, so it repeats. Raises ZipperError for rows
-    that lack what a task wants.
+    TOWER", ".../made TOWER": raw data}. Greedy, so it repeats. Raises ZipperError for rows that
+    lack what a task wants.
     """
-    found: dict[str, str | Audio] = {}
+    found: dict[str, Any] = {}
     for task in tasks:
         produced = pipeline.run_batch([task.prompt(row) for row in rows], task.outputs)
         for n, row in enumerate(rows):
@@ -152,19 +151,22 @@ def samples(
     return found
 
 
-def log_samples(trackers: Iterable[Any], found: Mapping[str, str | Audio], step: int) -> None:
-    """Give `samples` to trackers of accelerate: text to every one of them, sound to TensorBoard,
-    which can play it."""
-    texts = {f"sample/{name}": sample for name, sample in found.items() if isinstance(sample, str)}
+def log_samples(
+    trackers: Iterable[Any],
+    found: Mapping[str, Any],
+    step: int,
+    modalities: Mapping[str, Modality],
+) -> None:
+    """Give `samples` to trackers of accelerate: what can be told in a line to every one of them,
+    the rest to TensorBoard, as people look at it (`Kind.track`)."""
+    kinds = {name: whole(modalities[name.rpartition(" ")[2]]) for name in found}
+    lines = {f"sample/{name}": kinds[name].told(raw) for name, raw in found.items()}
+    told = {name: line for name, line in lines.items() if isinstance(line, str)}
     for tracker in trackers:
-        tracker.log(texts, step=step)
+        tracker.log(told, step=step)
         if tracker.name == "tensorboard":
-            for name, sound in found.items():
-                if isinstance(sound, Audio) and len(sound.samples):
-                    heard = torch.from_numpy(sound.samples).clamp(-1, 1)[None]
-                    tracker.writer.add_audio(
-                        f"sample/{name}", heard, step, sample_rate=sound.rate_hz
-                    )
+            for name, raw in found.items():
+                kinds[name].track(tracker.writer, f"sample/{name}", raw, step)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -184,8 +186,9 @@ def text(found: dict[str, Any]) -> str:
             f"{tower['input_projection']}, "
             f"hash {tower['digest'][:12]}"
         )
-        if tower["voices"]:
-            lines.append(f"  {'':10} voices: {', '.join(tower['voices'])}")
+        if tower["about"]:
+            said = ", ".join(f"{key} {value}" for key, value in tower["about"].items())
+            lines.append(f"  {'':10} {tower['kind']}: {said}")
     lines += ["", f"junctions ({found['new_parameters']:,} new parameters)"]
     for n, junction in enumerate(found["junctions"]):
         after = ", ".join(f"{name} after block {layer}" for name, layer in junction.items())
@@ -238,7 +241,9 @@ def _tower(model: Any, pipeline: Pipeline, name: str) -> dict[str, Any]:
         "source": tower.source,
         "digest": tower.digest,
         "modality": type(modality).__name__,
-        "voices": list(modality.config.voices) if isinstance(modality, SpeechUnits) else [],
+        "kind": modality.name,
+        "about": dict(whole(modality).about()),
+        "voices": list(whole(modality).prefixes),
     }
 
 

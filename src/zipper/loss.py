@@ -1,5 +1,5 @@
-"""-log p(target) over a large vocabulary, a few logits at a time. It sees states, targets and a
-function from one to logits of the other; it knows nothing of towers."""
+"""-log p(target) over a large vocabulary, a few logits at a time. Nothing here knows what
+towers are made of."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from zipper.strand import Batch
 
 #: Most logits made at once, 128 MB in float32. Up to here the loss is computed in one piece.
 MOST = 1 << 25
@@ -44,6 +46,26 @@ def nll(
     else:
         parts = [_whole(head, h, t) for h, t in pieces]
     return torch.cat(parts)
+
+
+def batch_losses(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Per tower the weighted sum of -log p(target) in nats; logits only where there is something to
+    predict.
+
+    model: has `hidden` and `nll`. A weight below 0 counts as 0, but its logits are computed, as
+    where processes have to meet.
+    """
+    losses: dict[str, Tensor] = {}
+    wanted = {name: weight != 0 for name, weight in batch.weights.items() if (weight != 0).any()}
+    hidden = model.hidden(batch.strands, outputs=tuple(wanted))
+    for name, where in wanted.items():
+        states = hidden[name]
+        where, targets, weights = (
+            x.to(states.device) for x in (where, batch.targets[name], batch.weights[name])
+        )
+        each = model.nll(name, states[where][None], targets[where][None])[0]
+        losses[name] = (each * weights[where].clamp(min=0)).sum()
+    return losses
 
 
 def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

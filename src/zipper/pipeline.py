@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from zipper.audio.sound import Audio, read
+from zipper.audio.sound import Audio
 from zipper.errors import Mismatch, ZipperError
 from zipper.fast import fastest
 from zipper.fast import recall as proofs
 from zipper.generation import Engine, Limits, planned
-from zipper.modality import Modality, register
+from zipper.modality import Modality, is_ids, register, whole
 from zipper.modality import load as load_modality
 from zipper.modality import save as save_modality
 from zipper.modality.speech import SpeechUnits
@@ -26,13 +26,18 @@ from zipper.model import Zipper
 from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint, hub
-from zipper.saving.card import card
+from zipper.saving.card import Told, card
 from zipper.saving.zips import TowerSource
 from zipper.strand import Produced, Segment
+from zipper.tasks import Task
 
 PINS = "modalities.json"
 FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for
 ROWS = 16  # requests that run at once: as many as a compiled step takes
+
+#: The paper's two tasks; any other order of segments is one more `Task`.
+ASR = Task(given=("speech",), produced=("text",))
+TTS = Task(given=("text",), produced=("speech",))
 
 #: The model that comes with the package: spoken commands, text <-> speech.
 SHIPPED = Path(__file__).parent / "shipped" / "spoken_commands"
@@ -43,7 +48,7 @@ class Transcript:
     """What was said in a sound, "" where nothing was.
 
     confidence: the probability that the model gave to the tokens of the text and to its end, in the
-    geometric mean; 1 where the sound alone tells that nobody speaks (`SpeechUnits.says_nothing`).
+    geometric mean; 1 where the sound alone tells that nobody speaks (`Sound.says_nothing`).
     """
 
     text: str
@@ -231,8 +236,9 @@ class Pipeline:
         sampling: Sampling | None = None,
         limits: Limits | None = None,
     ) -> list[Produced]:
-        """Read raw segments (text as str; speech as Audio, path or the bytes of a file), produce
-        one raw segment per item of `outputs`, in that order.
+        """Read raw segments (what `Kind.read` of their modality takes: text as str; sound as
+        Audio, path or the bytes of a file), produce one raw segment per item of `outputs`, in that
+        order.
 
         A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default
         derived from the input.
@@ -254,7 +260,10 @@ class Pipeline:
         twice more.
         """
         prompts = [self._prompt(segments) for segments in batch]
-        plan = [self._encoded(item) if isinstance(item, Segment) else item for item in outputs]
+        plan = [
+            self._encoded(self._read(item)) if isinstance(item, Segment) else item
+            for item in outputs
+        ]
         spoken = [prompt for prompt in prompts if prompt is not None]
         produced = iter(
             self.generate(spoken, plan, sampling or Sampling(), limits) if spoken else ()
@@ -330,6 +339,15 @@ class Pipeline:
             )
         return speech
 
+    def told(self) -> dict[str, Told]:
+        """What a card says of the modalities."""
+        kinds = {name: whole(modality) for name, modality in self.modalities.items()}
+        lines = {
+            name: ", ".join(f"{key} {value}" for key, value in kind.about().items())
+            for name, kind in kinds.items()
+        }
+        return {name: Told(kind.name, lines[name], kind.like) for name, kind in kinds.items()}
+
     def _write(
         self, folder: Path, include: Collection[str], record: Mapping[str, Any] | None
     ) -> None:
@@ -341,7 +359,7 @@ class Pipeline:
         )
         if isinstance(self.model, Zipper):
             (folder / checkpoint.CARD).write_text(
-                card(folder, self.model.sizes()), encoding="utf-8"
+                card(folder, self.model.sizes(), self.told()), encoding="utf-8"
             )
 
     def _current_reader(self) -> Reader:
@@ -367,32 +385,27 @@ class Pipeline:
         return self.modalities[name]
 
     def _prompt(self, segments: Sequence[Segment]) -> list[Segment] | None:
-        """Raw segments as ids; None where all of them are sound in which nothing is said."""
-        raw = [self._opened(segment) for segment in segments]
-        if raw and all(
-            isinstance(s.content, Audio) and SpeechUnits.says_nothing(s.content) for s in raw
-        ):
+        """Raw segments as ids; None where in none of them anything is said."""
+        raw = [self._read(segment) for segment in segments]
+        if raw and all(self._says_nothing(segment) for segment in raw):
             return None
         return [self._encoded(segment) for segment in raw]
 
-    def _opened(self, segment: Segment) -> Segment:
-        """With the sound in place of its file; a sound without samples is an error."""
-        content = segment.content
-        if isinstance(self._modality(segment.tower), SpeechUnits) and isinstance(
-            content, str | Path | bytes
-        ):
-            return Segment(segment.tower, read(content))
-        if isinstance(content, Audio) and not len(content.samples):
-            raise ZipperError("The sound given has no samples. Give one with something in it.")
-        return segment
+    def _read(self, segment: Segment) -> Segment:
+        """With raw data in place of its file."""
+        modality = whole(self._modality(segment.tower))
+        if is_ids(segment.content):
+            return segment
+        return Segment(segment.tower, modality.read(segment.content))
+
+    def _says_nothing(self, segment: Segment) -> bool:
+        modality = whole(self._modality(segment.tower))
+        return not is_ids(segment.content) and modality.says_nothing(segment.content)
 
     def _encoded(self, segment: Segment) -> Segment:
-        modality, content = self._modality(segment.tower), segment.content
-        return (
-            segment
-            if isinstance(content, list)
-            else Segment(segment.tower, modality.encode(content))
-        )
+        if is_ids(segment.content):
+            return segment
+        return Segment(segment.tower, self._modality(segment.tower).encode(segment.content))
 
     def _decoded(self, produced: Sequence[Produced]) -> list[Produced]:
         return [

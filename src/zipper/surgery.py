@@ -25,6 +25,7 @@ from zipper.former import names_of
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
+from zipper.modality.speech import VOICED, SpeechUnits
 from zipper.model import Zipper
 from zipper.pipeline import PINS, Pipeline
 from zipper.sampling import check_seed
@@ -248,7 +249,9 @@ def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, lis
     fields for: {"speech -> text": batches}."""
     named = [name for name in model.config.towers if all(name in row for row in rows)]
     produced = {
-        name: "voiced:speech" if name == "speech" and all("voiced" in row for row in rows) else name
+        name: f"{VOICED}:{name}"
+        if name == SpeechUnits.name and all(VOICED in row for row in rows)
+        else name
         for name in named
     }
     tasks = [Task((source,), (produced[target],)) for source, target in permutations(named, 2)]

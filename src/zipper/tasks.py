@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zipper.errors import ZipperError
+from zipper.former import names_of
 from zipper.strand import Segment, Target
+
+__getattr__ = names_of(__name__, ("zipper.pipeline",))
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,3 @@ def _field(row: Mapping[str, Sequence[int]], item: str) -> Sequence[int]:
             "change the task."
         )
     return row[field]
-
-
-#: The paper's two tasks; any other order of segments is one more `Task`.
-ASR = Task(given=("speech",), produced=("text",))
-TTS = Task(given=("text",), produced=("speech",))

@@ -68,8 +68,43 @@ def demo(
         print(json.dumps(report, indent=1))
 
 
-@command(commands, LABORATORY, "zipper evaluate --test 300 --json")
+@command(commands, LABORATORY, "zipper evaluate runs/demo/model pairs.jsonl --task 'text -> image'")
 def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="a saved model: folder or hub id", show_default="the shipped one"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DATA",
+            help="manifest of pairs (JSONL) to measure any task on",
+            show_default="the built-in test part",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--of",
+            metavar="TASK",
+            help="of DATA: a task, e.g. 'text -> image'",
+            show_default="every pair of modalities",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="only the first N rows of DATA")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=JUDGE",
+            help="of DATA: what else judges a modality, by its name (entry point group "
+            "zipper.judges)",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of DATA's floor and intervals")] = 0,
     test: Annotated[
         int, typer.Option(parser=count, help="utterances of the built-in test part")
     ] = 300,
@@ -90,11 +125,25 @@ def evaluate(
     towers: Bases = None,
     allow_mismatch: AllowMismatch = False,
     output: Annotated[
-        Path | None, typer.Option(help="write the results with every raw text to this JSON file")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="write the results to this JSON file; of DATA also a page beside it, of the "
+            "built-in part with every raw text",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure word error rates of ASR and TTS, with oracle and floor."""
+    """Measure a model on rows of DATA, or word error rates on the built-in corpus, with oracle and
+    floor."""
+    if source and model:
+        raise ZipperError(f"Two models were given, {source} and {model}. Leave one out.")
+    model = model or source
+    if data:
+        pipe = pipeline(model, towers, allow_mismatch)
+        _measure(pipe, data, tasks, limit, by, seed, output, as_json)
+        return
     from zipper.pipeline import Pipeline
     from zipper.saving import checkpoint
     from zipper_lab import demo, report
@@ -120,6 +169,32 @@ def evaluate(
     for name in tasks:
         lines += found.scores[name]
     print(report.text_table(lines))
+
+
+def _measure(
+    pipe: Any,
+    data: Path,
+    tasks: list[str] | None,
+    limit: int | None,
+    by: list[str] | None,
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Any task of any model on the rows of a manifest."""
+    from zipper import measurement
+    from zipper.saving import checkpoint
+
+    if output:
+        writable(output)
+    judges = {name: {judge: measurement.judge(judge)} for name, judge in named("--by", by).items()}
+    found = measurement.measure(pipe, data, tasks or (), limit, judges=judges, seed=seed)
+    told = [one.to_json() for one in found]
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(output, {"data": str(data), "measured": told})
+        measurement.write(output.with_suffix(".html"), found, data.name)
+    print(json.dumps(told, indent=1) if as_json else measurement.text(found))
 
 
 @command(commands, LABORATORY, "zipper reproduce --preset cpu --quick")

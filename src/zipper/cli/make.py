@@ -42,6 +42,15 @@ Tokenizer = Annotated[
         help="tokenizer folder, for the texts of a corpus", show_default="the shipped one"
     ),
 ]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--modality",
+        metavar="NAME=FOLDER",
+        help="of a manifest: what a field is read as, instead of speech and text; a folder that "
+        "fit or a model's modalities/ has",
+    ),
+]
 Fit = Annotated[
     int | None,
     typer.Option(
@@ -79,6 +88,7 @@ def units(
     output: UnitsOutput,
     units: Codebook = None,
     text: Tokenizer = None,
+    modality: Others = None,
     fit: Fit = None,
     split: Split = None,
     limit: Limit = None,
@@ -89,7 +99,7 @@ def units(
     ray: Ray = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
 ) -> None:
-    """Turn a corpus into units, for training, on all cores.
+    """Turn a corpus into ids, for training, on all cores.
 
     It goes on where it was stopped. Sound files become a manifest, other sources a folder of unit
     files.
@@ -111,7 +121,7 @@ def units(
         found = extraction.extract(
             place,
             folder,
-            _modalities(units, text, corpus),
+            _modalities(units, text, corpus, named("--modality", modality)),
             policy,
             split,
             limit,
@@ -160,49 +170,46 @@ def _check_units(
     writable(units / SpeechUnits.CONFIG)
 
 
-def _modalities(units: Path | None, text: Path | None, corpus: bool) -> dict[str, Any]:
-    """What encodes a corpus; sound files have no texts."""
+def _modalities(
+    units: Path | None, text: Path | None, corpus: bool, others: Mapping[str, str]
+) -> dict[str, Any]:
+    """What encodes a corpus; sound files have no texts. Where others are named, those of the
+    shipped model are not taken for granted."""
+    from zipper.data.layouts import SPEECH, TEXT
     from zipper.modality import load
     from zipper.pipeline import SHIPPED
 
-    found = {"speech": load(units or SHIPPED / "modalities" / "speech")}
-    if corpus:
-        found["text"] = load(text or SHIPPED / "modalities" / "text")
+    found = {name: load(folder) for name, folder in others.items()}
+    if units or not others:
+        found[SPEECH] = load(units or SHIPPED / "modalities" / SPEECH)
+    if corpus and (text or not others):
+        found[TEXT] = load(text or SHIPPED / "modalities" / TEXT)
     return found
 
 
 def _fitted(source: Any, codes: int, policy: Any) -> Any:
     """A codebook of so many codes for the sound of a source; what cannot be read is left out where
     the policy says so."""
-    from tqdm import tqdm
-
-    from zipper.audio import sound
     from zipper.data import layouts
-    from zipper.modality.speech import SpeechUnits, UnitsConfig
+    from zipper.modality.speech import SpeechUnits
 
-    paths = [sample.folder / sample.row["speech"] for sample in layouts.samples(source)]
-    config = UnitsConfig(fitted_on=f"{len(paths)} sound files")
-    mels = []
-    for path in tqdm(paths, desc="log-mel", unit="file", disable=None):
-        try:
-            mels.append(config.mel.picture(sound.read(path)))
-        except ZipperError:
-            if policy.bad == "error":
-                raise
-    return SpeechUnits.fit(mels, codes, config)
+    found = layouts.samples(source)
+    paths = [sample.folder / sample.row[layouts.SPEECH] for sample in found]
+    return SpeechUnits.fitted(paths, codes, bad=policy.bad)
 
 
 def _manifest(found: Any, folder: Path, output: Path, bad: bool) -> Path:
     """Write the units of sound files as a manifest, and which were bad; returns where the latter
     goes."""
     from zipper.data import manifests, rows
+    from zipper.data.layouts import SPEECH
 
     bad_list = output.with_suffix(".bad.jsonl")
     if bad:
         manifests.write(bad_list, manifests.manifest(folder / rows.BAD))
     each = zip(range(len(found)), found, found.seconds.tolist(), strict=True)
     lines = [
-        {"id": found.name(n), "speech": row["speech"], "duration": round(seconds, 3)}
+        {"id": found.name(n), SPEECH: row[SPEECH], "duration": round(seconds, 3)}
         for n, row, seconds in each
     ]
     manifests.write(output, lines)
@@ -226,6 +233,73 @@ def _tell_units(
         f"{output}: {told['rows']} {what} ({left}), {told['seconds']:.0f} s, ids: {ids}; "
         f"{speed:.0f} x real time. {extraction.told(told['passed'])}".strip()
     )
+
+
+# --- modalities
+
+
+@command(app, MAKE, "zipper fit image pictures/ -o runs/image --set codes=256 --set patch=4")
+def fit(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="symbols, signal, image ..., or one that a package brings"
+        ),
+    ],
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="DATA", help="files, folders of them, or a manifest (.jsonl) with such a field"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="new folder for the modality")
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="the field of a manifest", show_default="the kind's name"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=JSON", help="a setting of the kind, e.g. codes=512"),
+    ] = None,
+    example: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="fit nothing: write a small set of such data there"),
+    ] = None,
+) -> None:
+    """Fit a modality to data: a codebook, an alphabet, a tokenizer."""
+    from zipper import modality
+    from zipper.data import fitting
+
+    found = modality.of_kind(kind)
+    if example:
+        absent(example)
+        example.mkdir(parents=True)
+        found.example(example)
+        print(f"{example}: an example of {kind}. Go on: {fitting.next_step(found, example)}")
+        return
+    if not data or not output:
+        raise ZipperError(
+            "fit wants DATA and -o FOLDER. Give both, or --example FOLDER to see what data of this "
+            "kind look like."
+        )
+    absent(output)
+    made = fitting.fit(found, data, field, _settings(settings or []))
+    modality.save(made, output)
+    said = ", ".join(f"{name} {value}" for name, value in modality.whole(made).about().items())
+    print(f"{output}: {kind} of {made.vocabulary} ids" + (f" ({said})" if said else ""))
+
+
+def _settings(items: list[str]) -> dict[str, Any]:
+    """NAME=JSON items; what is no JSON is a word."""
+    found: dict[str, Any] = {}
+    for name, value in named("--set", items).items():
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 # --- recipes

@@ -100,12 +100,14 @@ def run(
     given: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=CONTENT", help="a segment: text, or the path of a sound file; in order"
+            metavar="NAME=CONTENT", help="a segment: text, or the path of a file; in order"
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="folder for the sound, where speech is produced"),
+        typer.Option(
+            "--output", "-o", help="folder for what is produced as files: sound, pictures, tables"
+        ),
     ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -118,7 +120,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per segment")] = False,
 ) -> None:
     """Any order of modalities in and out."""
-    from zipper.modality.speech import SpeechUnits
+    from zipper.modality import whole
 
     segments = _segments(given or ())
     names = [name.strip() for name in outputs.split(",") if name.strip()]
@@ -128,15 +130,16 @@ def run(
             "other. Leave it out."
         )
     pipe = pipeline(model, towers, allow_mismatch)
-    if any(isinstance(pipe.modalities.get(name), SpeechUnits) for name in names):
+    kinds = {name: whole(modality) for name, modality in pipe.modalities.items()}
+    if filed := [name for name in names if name in kinds and kinds[name].suffix]:
         if output is None:
             raise ZipperError(
-                "This plan produces speech. Pass -o FOLDER to say where the sound goes."
+                f"This plan produces {filed[0]}. Pass -o FOLDER to say where its files go."
             )
-        writable(output / "0-speech.wav")
+        writable(output / f"0-{filed[0]}{kinds[filed[0]].suffix}")
     how = _sampling(temperature, top_k, top_p, seed, guidance)
     for number, segment in enumerate(pipe.run(segments, names, sampling=how)):
-        content = _written(segment, number, output)
+        content = _written(segment, kinds[segment.tower], number, output)
         if as_json:
             print(json.dumps({segment.tower: content, "ended": segment.ended}))
         else:
@@ -159,18 +162,16 @@ def _segments(items: Sequence[str]) -> list[Any]:
     return segments
 
 
-def _written(segment: Any, number: int, output: Path | None) -> Any:
-    """What is told of a segment: sound is written to a file and told by its path."""
-    from zipper.audio.sound import Audio, write
-
-    if not isinstance(segment.content, Audio):
-        return segment.content
+def _written(segment: Any, kind: Any, number: int, output: Path | None) -> Any:
+    """What is told of a segment: what goes into a file is told by its path."""
+    if not kind.suffix:
+        return kind.told(segment.content)
+    if not kind.there(segment.content):  # a model may say nothing, and a file of that is none
+        return ""
     assert output is not None
     output.mkdir(parents=True, exist_ok=True)
-    if not len(segment.content.samples):  # a model may say nothing, and a file of that is no sound
-        return ""
-    path = output / f"{number}-{segment.tower}.wav"
-    write(path, segment.content)
+    path = output / f"{number}-{segment.tower}{kind.suffix}"
+    kind.write(segment.content, path)
     return str(path)
 
 

@@ -34,7 +34,7 @@ from zipper.environment import MissingExtra, extra
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality import load as load_modality
-from zipper.modality.speech import SpeechUnits
+from zipper.modality.text import Text
 from zipper.saving.files import place, sha256, write_json
 
 FORMAT = 2
@@ -258,21 +258,20 @@ def _takes(
     none where none were wanted."""
     if not takes:
         return [{}]
-    units = [
-        (key, one)
-        for key, one in modalities.items()
-        if isinstance(one, SpeechUnits) and key in taken.heard
+    sounds = [(key, one) for key, one in modalities.items() if key in taken.heard]
+    texts = [
+        name for name, one in modalities.items() if isinstance(one, Text) and name in taken.row
     ]
-    if not units or "text" not in taken.row:
+    if not sounds or not texts:
         raise ZipperError(
             f"{where} has no sound and text, so it cannot be taken again. Give both, or leave "
             "takes out."
         )
-    key, speech = units[0]
+    key, sound = sounds[0]
     again = [disturbance.take(taken.heard[key], f"{name} {number}") for number in range(takes)]
     return [
-        {"heard": speech.encode(sound), "said": taken.row["text"] if said else []}
-        for sound, said in again
+        {"heard": sound.encode(take), "said": taken.row[texts[0]] if said else []}
+        for take, said in again
     ]
 
 

@@ -35,8 +35,13 @@ from zipper.data import manifests as data
 from zipper.data.manifests import SOUNDS, Sample
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.modality.speech import SpeechUnits
+from zipper.modality.text import Text
 from zipper.saving.files import lines, read_json
 from zipper.saving.files import place as place_of
+
+#: What sound and what is said in it are called in rows.
+SPEECH, TEXT = SpeechUnits.name, Text.name
 
 LONGEST_PIECE_S = 30.0  # of Libri-Light; as long as the longest utterances of LibriSpeech (35 s)
 MANIFESTS = (".jsonl", ".ndjson", ".json")
@@ -303,8 +308,8 @@ def _librispeech(place: str, passed: Passed) -> Iterator[Sample]:
         for name in sorted({*said, *sounds}):
             sound = (chapter / sounds.get(name, f"{name.replace('/', '_')}.flac")).relative_to(root)
             text, problem = said.get(name, ("", "has no line in the .trans.txt of its chapter."))
-            row = {"id": name, "speech": str(sound), **_place(chapter)}
-            yield Sample(str(root / sound), row if problem else row | {"text": text}, root, problem)
+            row = {"id": name, SPEECH: str(sound), **_place(chapter)}
+            yield Sample(str(root / sound), row if problem else row | {TEXT: text}, root, problem)
         yield from _left(chapter, rest, root, passed)
 
 
@@ -323,18 +328,18 @@ def _said(line: bytes) -> tuple[str, str, str]:
 
 def _libritts(place: str, passed: Passed) -> Iterator[Sample]:
     root = place_of(place)
-    texts = {"text": ".normalized.txt", "original": ".original.txt"}
+    texts = {TEXT: ".normalized.txt", "original": ".original.txt"}
     for chapter, names in walk(root, passed):
         files, rest = _by_stem(names, *texts.values())
         for name, entry in files.items():
             sound = (chapter / entry.get("sound", f"{name}.wav")).relative_to(root)
-            row, problem = {"id": name, "speech": str(sound), **_place(chapter)}, ""
+            row, problem = {"id": name, SPEECH: str(sound), **_place(chapter)}, ""
             for field, ending in texts.items():
                 try:
                     row |= {field: _text(chapter / entry[ending])} if ending in entry else {}
                 except ZipperError as error:
                     problem = f"cannot be used: {error}"
-            if "text" not in row:
+            if TEXT not in row:
                 problem = problem or f"has no {name}.normalized.txt beside it."
             yield Sample(str(root / sound), row, root, problem)
         yield from _left(chapter, rest, root, passed)
@@ -365,7 +370,7 @@ def _librilight(place: str, passed: Passed) -> Iterator[Sample]:
                 where = f"{root / sound}, {start:.2f} to {stop:.2f} s"
                 yield Sample(
                     where,
-                    row | {"id": f"{name}-{n:04d}", "speech": piece, "duration": stop - start},
+                    row | {"id": f"{name}-{n:04d}", SPEECH: piece, "duration": stop - start},
                     root,
                 )
         yield from _left(book, rest, root, passed)
@@ -431,7 +436,7 @@ def _sounds(place: str | Sequence[Path], passed: Passed) -> Iterator[Sample]:
                 _over(passed, "files that were given twice")
                 continue
             met.add(os.path.join(os.path.realpath(folder), name))
-            row = {"id": str(at if stems[at.stem] > 1 else at.with_suffix("")), "speech": str(at)}
+            row = {"id": str(at if stems[at.stem] > 1 else at.with_suffix("")), SPEECH: str(at)}
             yield Sample(str(root / at), row, root)
 
 
@@ -618,8 +623,8 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
                     name, datasets.Value("string")
                 )  # left as it is: else torchcodec is asked for
             for n, row in enumerate(dataset):
-                row["speech"] = row.pop("audio")
-                named.add(os.path.realpath(row["speech"]))
+                row[SPEECH] = row.pop("audio")
+                named.add(os.path.realpath(row[SPEECH]))
                 yield Sample(
                     f"{place}, {split}, row {n}",
                     {"id": f"{split}-{n:08d}", "split": split, **row},

@@ -16,21 +16,19 @@ takes, as long as the row says, within `TOLERANCE_S`.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.data.rows import PROVENANCE, Rows
 from zipper.data.rows import Row as Row
 from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
-from zipper.modality import Modality
-from zipper.modality.speech import SpeechUnits
-from zipper.modality.text import Text
+from zipper.modality import Kind, Modality, is_ids, whole
+from zipper.modality.sound import LONGEST_S as LONGEST_S
+from zipper.modality.sound import Sound, at, is_time, names_a_sound, time_s
 from zipper.saving.files import as_json, lines, place, unique
 from zipper.saving.files import write as write_file
 
@@ -60,7 +58,6 @@ _BEGIN = (
 #: Seconds and share by which a sound may be longer or shorter than its row says: durations get
 #: rounded.
 TOLERANCE_S = 0.5, 0.05
-LONGEST_S = 1e7  # of any time in a row
 NEMO = "audio_filepath"
 
 
@@ -172,62 +169,63 @@ def take(
 
 def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> Taken:
     settled = settle(row, modalities)
-    encoded, voiced = Row(), Row()
-    heard, passed, known = dict[str, Audio](), list[str](), {"id", "split"}
+    encoded, prefixed = Row(), Row()
+    heard, passed, known, seconds = dict[str, Audio](), list[str](), {"id", "split"}, 0.0
     for key, value in settled.items():
         field, colon, name = key.rpartition(":")
         if name not in modalities:
             continue
-        modality, known = modalities[name], known | {key}
+        modality, known = whole(modalities[name]), known | {key}
         if (field or name) in encoded or (colon and not field):
             raise ZipperError(
                 f"{key!r} gives no field of its own. Write NAME or FIELD:NAME, each field once."
             )
-        if isinstance(value, list):
-            encoded[field or name] = _ids(key, value, modality)
-        elif isinstance(modality, Text) and isinstance(value, str):
-            ids, spelled = list[int](), value
-            if value.strip():
-                ids, spelled = modality.spell(value)
-            encoded[field or name] = _ids(key, ids, modality)
-            if spelled != value:
-                passed.append(f"punctuation of {key}")
-        elif not isinstance(modality, Text) and (isinstance(value, Audio) or _names_a_sound(value)):
-            heard[key] = value if isinstance(value, Audio) else _heard(value, folder)
-            encoded[field or name] = modality.encode(heard[key])
-        else:
-            raise ZipperError(
-                f"{key!r} holds {value!r:.200}; give text, the path of a file or a list of ids."
-            )
-        if isinstance(modality, SpeechUnits) and not field:
-            voiced["voiced"] = encoded[name]
-            if row.get("voice") in modality.voices:
-                voiced["voiced"], known = (
-                    [modality.voice_id(row["voice"]), *encoded[name]],
-                    known | {"voice"},
-                )
+        ids, raw, left = _value(key, value, modality, folder)
+        encoded[field or name] = ids
+        seconds += 0.0 if raw is None else modality.seconds(raw)
+        if isinstance(raw, Audio):
+            heard[key] = raw
+        if left:
+            passed.append(f"{left} of {key}")
+        if modality.prefixed and not field:
+            says, goes = modality.prefixed
+            prefixed[goes] = ids
+            if row.get(says) in [*modality.prefixes]:
+                prefixed[goes] = [modality.prefixes[row[says]], *ids]
+                known |= {says}
     if not encoded:
         raise ZipperError(
             f"it has the keys {sorted(row)}; none of them names a modality of {sorted(modalities)}."
         )
-    seconds = sum(sound.seconds for sound in heard.values())
-    if "duration" in settled and _is_number(settled["duration"]):
+    if "duration" in settled and is_time(settled["duration"]):
         said, known = float(settled["duration"]), known | {"duration"}
         if len(heard) == 1 and not _alike(seconds, said):
             raise ZipperError(
                 f"'duration' says {said:g} s, its sound has {seconds:.2f} s. Put it right, or "
                 "write an offset."
             )
-        seconds = seconds if heard else said
+        seconds = seconds or said
     passed += [
         f"field {key:.100}"
         for key, value in settled.items()
         if value is not None and key not in known
     ]
-    return Taken(voiced | encoded, heard, float(seconds), tuple(passed))
+    return Taken(prefixed | encoded, heard, float(seconds), tuple(passed))
 
 
-def _ids(key: str, ids: list[Any], modality: Modality) -> list[int]:
+def _value(key: str, value: Any, modality: Kind, folder: Path) -> tuple[list[int], Any, str]:
+    """The ids of a value, its raw data (None where it is ids already), and what of it was passed
+    over."""
+    if is_ids(value) or (isinstance(value, list) and not modality.accepts(value)):
+        return _ids(key, value, modality), None, ""
+    if not modality.accepts(value):
+        raise ZipperError(f"{key!r} holds {value!r:.200}; give {modality.takes} or a list of ids.")
+    raw = modality.read(value, folder)
+    ids, left = modality.noted(raw)
+    return _ids(key, ids, modality), raw, left
+
+
+def _ids(key: str, ids: list[Any], modality: Kind) -> list[int]:
     """Checked: they are numbers that the modality has, and lie between begin and end."""
     last = modality.vocabulary - 1
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i <= last]:
@@ -250,7 +248,7 @@ def settle(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[s
     Raises ZipperError where that can mean two things.
     """
     found = dict(row)
-    speech = [name for name, modality in modalities.items() if isinstance(modality, SpeechUnits)]
+    speech = [name for name, modality in modalities.items() if isinstance(modality, Sound)]
     if len(speech) == 1 and not any(key.rpartition(":")[2] == speech[0] for key in row):
         others = [key for key in row if key.rpartition(":")[2] not in modalities]
         named = (
@@ -268,7 +266,7 @@ def settle(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[s
     keys = sounds(found, modalities)
     if found.get("offset") is None or not keys:
         return found
-    start, stop = _time("offset", found.pop("offset")), found.get("duration")
+    start, stop = time_s("offset", found.pop("offset")), found.get("duration")
     if len(keys) > 1 or (
         isinstance(found[keys[0]], Mapping) and {"start", "stop"} & found[keys[0]].keys()
     ):
@@ -276,29 +274,17 @@ def settle(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> dict[s
             f"it has an offset, and a piece or several sounds ({', '.join(keys)}). Write start "
             "and stop in the sound."
         )
-    found[keys[0]] = _at(found[keys[0]]) | {
+    found[keys[0]] = at(found[keys[0]]) | {
         "start": start,
-        "stop": None if stop is None else start + _time("duration", stop),
+        "stop": None if stop is None else start + time_s("duration", stop),
     }
     return found
 
 
 def sounds(row: Mapping[str, Any], modalities: Mapping[str, Modality]) -> list[str]:
     """The keys of a row that stand for sound in files."""
-    keys = [
-        key
-        for key in row
-        if (name := key.rpartition(":")[2]) in modalities and not isinstance(modalities[name], Text)
-    ]
-    return [key for key in keys if not isinstance(row[key], list) and _names_a_sound(row[key])]
-
-
-def _names_a_sound(value: Any) -> bool:
-    """Whether it is a path, the content of a file, or {"path" or "bytes", "start", "stop"}."""
-    if isinstance(value, Mapping):
-        there = isinstance(value.get("bytes"), bytes) or isinstance(value.get("path"), str)
-        return there and not value.keys() - {"path", "bytes", "start", "stop"}
-    return isinstance(value, str | bytes)
+    named = [key for key in row if isinstance(modalities.get(key.rpartition(":")[2]), Sound)]
+    return [key for key in named if not isinstance(row[key], list) and names_a_sound(row[key])]
 
 
 def _says_that_it_is_sound(value: Any) -> bool:
@@ -309,7 +295,7 @@ def _says_that_it_is_sound(value: Any) -> bool:
     if (
         not isinstance(value, Mapping)
         or not value.keys() & {"path", "bytes"}
-        or not _names_a_sound(value)
+        or not names_a_sound(value)
     ):
         return False
     return str(value.get("path")).lower().endswith(tuple(SOUNDS)) or _says_that_it_is_sound(
@@ -317,51 +303,19 @@ def _says_that_it_is_sound(value: Any) -> bool:
     )
 
 
-def _at(value: Any) -> dict[str, Any]:
-    """Where a sound lies, and which piece of it, in one form."""
-    return (
-        dict(value)
-        if isinstance(value, Mapping)
-        else {"bytes" if isinstance(value, bytes) else "path": value}
-    )
-
-
-def _heard(value: Any, folder: Path) -> Audio:
-    """The sound, or the piece of one, that a row means."""
-    at = _at(value)
-    if not at.get("bytes") and not at.get("path"):
-        raise ZipperError("its sound is empty: neither bytes nor a path.")
-    start, stop = at.get("start"), at.get("stop")
-    start = 0.0 if start is None else _time("start", start)
-    if stop is not None and start >= _time("stop", stop):
-        raise ZipperError(
-            f"its piece from {start:g} to {stop:g} s is none. Give a start before the stop."
-        )
-    return audio.read(at.get("bytes") or folder / place(at["path"]), start_s=start, stop_s=stop)
-
-
-def _time(key: str, value: Any) -> float:
-    """Seconds in a row."""
-    if not _is_number(value):
-        raise ZipperError(f"{key!r} holds {value!r:.200}; give seconds, from 0 to {LONGEST_S:g}.")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it can be a time; NaN compares with nothing."""
-    return type(value) in (int, float) and 0 <= value <= LONGEST_S
-
-
 def _alike(seconds: float, said: float) -> bool:
     return abs(seconds - said) <= max(TOLERANCE_S[0], TOLERANCE_S[1] * said)
 
 
 def files(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Path) -> list[Path]:
-    """The files that a row names as sound and that are there; none for a row that `take`
-    refuses."""
+    """The files that a row names and that are there; none for a row that `take` refuses."""
     try:
-        settled = settle(row, modalities)
-        named = [_at(settled[key]).get("path") for key in sounds(settled, modalities)]
-        return [path for name in named if name and os.path.isfile(path := folder / place(name))]
+        named = [
+            (whole(modalities[name]), value)
+            for key, value in settle(row, modalities).items()
+            if (name := key.rpartition(":")[2]) in modalities and not is_ids(value)
+        ]
+        every = chain.from_iterable(modality.files(value, folder) for modality, value in named)
+        return [path for path in every if path.is_file()]
     except Exception:
         return []

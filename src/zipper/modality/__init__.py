@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from zipper.errors import ZipperError
 from zipper.modality.kind import Kind as Kind
 from zipper.modality.kind import Modality as Modality
+from zipper.modality.kind import Scores as Scores
+from zipper.modality.kind import is_ids as is_ids
 from zipper.modality.kind import whole as whole
 from zipper.saving.files import place, read_json, write_json
 
@@ -37,7 +39,7 @@ def register(kind: K) -> K:
     return kind
 
 
-def kind(name: str) -> type[Any]:
+def of_kind(name: str) -> type[Any]:
     """The class of a kind, by its name: shipped, registered, or declared by an installed package,
     in that order. Raises a ZipperError for a name that nothing here knows."""
     found = _found(name)

@@ -8,6 +8,7 @@ from `Kind` and write what differs from the defaults.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
@@ -16,7 +17,7 @@ from zipper.saving.files import write
 
 #: Of a metric, a pair for each sample: over a corpus it is the sum of the first numbers by the sum
 #: of the second ones, e.g. word errors by words.
-Scores = Mapping[str, Sequence[tuple[float, float]]]
+Scores = Mapping[str, Sequence[tuple[float | int, float | int]]]
 
 
 @runtime_checkable
@@ -57,9 +58,11 @@ class Kind:
     A list of whole numbers is ids for every kind, and never comes here.
     """
 
-    name: ClassVar[str]
+    name: str
     #: What is read from a row or a command line, in words, for errors.
     takes: ClassVar[str] = "a value that `encode` takes"
+    #: A value as people write one, for programs that show how.
+    like: ClassVar[str] = "..."
     #: Ending of the file that `write` makes; "" where a value is told in a line (`told`).
     suffix: ClassVar[str] = ""
     #: Of rows: the key that names a prefix of a segment, and the field of ids with that in front:
@@ -83,6 +86,10 @@ class Kind:
         """See `Modality.decode`."""
         raise NotImplementedError
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a value of a row is of the form that `read` takes; what is in it, `read` says."""
+        return True
+
     def read(self, value: Any, folder: Path = Path()) -> Any:
         """What `encode` takes, from a row of a manifest, a command line, or raw already.
 
@@ -98,6 +105,10 @@ class Kind:
         """The files that a value of a row names, whether they are there or not."""
         return []
 
+    def there(self, raw: Any) -> bool:
+        """Whether there is anything to write: a model may end a segment at once."""
+        return True
+
     def write(self, raw: Any, path: Path) -> None:
         """Into a file with the ending `suffix`, whole or not at all."""
         write(path, f"{json.dumps(self.told(raw))}\n".encode())
@@ -111,6 +122,10 @@ class Kind:
         told = self.told(raw)
         return f"<span>{escape(told if isinstance(told, str) else json.dumps(told))}</span>"
 
+    def track(self, writer: Any, name: str, raw: Any, step: int) -> None:
+        """Give it to TensorBoard, where a line (`told`) does not say it all; `writer` is its
+        SummaryWriter."""
+
     def stream(self, ids: Iterable[int]) -> Iterator[Any]:
         """Raw data while its ids are made, in parts; here one part at the end."""
         yield self.decode([*ids])
@@ -119,7 +134,8 @@ class Kind:
         """How long it lasts; 0 where it has no time."""
         return 0.0
 
-    def says_nothing(self, raw: Any) -> bool:
+    @staticmethod
+    def says_nothing(raw: Any) -> bool:
         """Whether there is nothing in it for another modality to say, as in silence."""
         return False
 
@@ -134,9 +150,12 @@ class Kind:
         return {"exact": [(float(one == other), 1.0) for one, other in told]}
 
     @classmethod
-    def fitted(cls, values: Sequence[Any], **settings: Any) -> "Kind":
-        """A modality for data like this. values: paths of files, or what a field of a manifest
-        holds. Raises ZipperError where there is nothing to fit, or not enough."""
+    def fitted(cls, *values: Any, **settings: Any) -> "Kind":
+        """A modality for data like this: `fitted(values, setting=...)`.
+
+        values: a sequence of paths of files, or of what a field of a manifest holds. Raises
+        ZipperError where there is nothing to fit, or not enough.
+        """
         raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
 
     @classmethod
@@ -160,3 +179,10 @@ class _Whole(Kind):
             return held(self, name)
         inner = held(self, "_inner")
         return getattr(inner, name) if hasattr(inner, name) else held(self, name)
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is ids already: a list of whole numbers, also an empty one."""
+    return isinstance(value, list) and all(
+        isinstance(each, Integral) and not isinstance(each, bool) for each in value
+    )

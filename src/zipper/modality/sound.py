@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zipper.audio.sound import Audio, read, write
+from zipper.audio import sound as audio
+from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.modality.kind import Kind, Scores
 from zipper.saving.files import place
@@ -23,16 +24,20 @@ class Sound(Kind):
 
     takes: ClassVar[str] = "the path of a sound file, its content or a piece of it"
     suffix: ClassVar[str] = ".wav"
+    like: ClassVar[str] = "hello.wav"
+
+    def accepts(self, value: Any) -> bool:
+        """See `Kind.accepts`."""
+        return isinstance(value, Audio | Path) or names_a_sound(value)
 
     def read(self, value: Any, folder: Path = Path()) -> Audio:
         """An Audio, the path of a sound file, its content, or {"path" or "bytes", "start", "stop"}
         for a piece of one, in seconds. Raises ZipperError for no sound, or one without samples."""
-        if isinstance(value, Path):
-            value = str(value)
-        if not isinstance(value, Audio) and not names_a_sound(value):
+        if not self.accepts(value):
             raise ZipperError(f"{value!r:.200} was given; give {self.takes}.")
+        value = str(value) if isinstance(value, Path) else value
         sound = value if isinstance(value, Audio) else heard(value, folder)
-        if not len(sound.samples):
+        if not self.there(sound):
             raise ZipperError("The sound given has no samples. Give one with something in it.")
         return sound
 
@@ -41,9 +46,13 @@ class Sound(Kind):
         path = at(value).get("path") if names_a_sound(value) else None
         return [folder / place(path)] if path else []
 
+    def there(self, raw: Audio) -> bool:
+        """See `Kind.there`."""
+        return bool(len(raw.samples))
+
     def write(self, raw: Audio, path: Path) -> None:
         """See `Kind.write`; the ending says in which format."""
-        write(path, raw)
+        audio.write(path, raw)
 
     def told(self, raw: Audio) -> Any:
         """How long it is: samples are for files."""
@@ -51,18 +60,24 @@ class Sound(Kind):
 
     def html(self, raw: Audio) -> str:
         """A player."""
-        if not len(raw.samples):
+        if not self.there(raw):
             return "<span>(silence)</span>"
         with tempfile.TemporaryDirectory() as folder:
-            write(path := Path(folder) / "said.wav", raw)
+            audio.write(path := Path(folder) / "said.wav", raw)
             content = base64.b64encode(path.read_bytes()).decode()
         return f'<audio controls preload="none" src="data:audio/wav;base64,{content}"></audio>'
+
+    def track(self, writer: Any, name: str, raw: Audio, step: int) -> None:
+        """See `Kind.track`: a sound that can be played."""
+        if self.there(raw):
+            writer.add_audio(name, raw.samples.clip(-1, 1)[None], step, sample_rate=raw.rate_hz)
 
     def seconds(self, raw: Audio) -> float:
         """See `Kind.seconds`."""
         return raw.seconds
 
-    def says_nothing(self, raw: Audio) -> bool:
+    @staticmethod
+    def says_nothing(raw: Audio) -> bool:
         """Whether this is silence, or a noise that goes on and on: speech swings more."""
         return raw.swing_db < SWING_DB
 
@@ -100,7 +115,7 @@ def heard(value: Any, folder: Path) -> Audio:
             f"its piece from {start:g} to {stop:g} s is none. Give a start before the stop."
         )
     source = where.get("bytes") or folder / place(where["path"])
-    return read(source, start_s=start, stop_s=stop)
+    return audio.read(source, start_s=start, stop_s=stop)
 
 
 def time_s(key: str, value: Any) -> float:

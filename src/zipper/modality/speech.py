@@ -7,19 +7,22 @@ definition; nothing here knows of towers or text.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans as means
 from zipper.modality.codebook import nearest as nearest
+from zipper.modality.sound import SWING_DB, Sound
 from zipper.saving.files import header, parse, read_json
 
 #: What a file may ask for: (least, most).
@@ -46,9 +49,7 @@ LIMITS = {
     "floor_share": (0.0, 1.0),
     "empty_nats": (0.0, 100.0),
 }
-SWING_DB = (
-    4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
-)
+VOICED = "voiced"  # the field of a row in which speech stands behind the id of its voice
 BATCH = 8_192  # points per step of the k-means
 # units that must be known behind those that are made into sound, or heard behind those that are
 # told
@@ -80,11 +81,12 @@ class UnitsConfig:
         return self.mel.rate_hz / self.mel.hop / self.stack
 
 
-class SpeechUnits:
+class SpeechUnits(Sound):
     """Sound <-> codes. Ids 0 .. K-1 are codes, K begins and K+1 ends a segment, K+2 .. name the
     voices in `voices`."""
 
     name = "speech"
+    prefixed = ("voice", VOICED)
     CODEBOOK, CONFIG = "codebook.safetensors", "units.json"
 
     def __init__(
@@ -120,6 +122,35 @@ class SpeechUnits:
         )
         return cls(kmeans(points, codes, seed, steps), config)
 
+    @classmethod
+    def fitted(
+        cls, values: Sequence[Any], codes: int = 256, seed: int = 0, bad: str = "error"
+    ) -> "SpeechUnits":
+        """Units for sounds like these (`Sound.read` says what may stand for one).
+
+        bad: "skip" leaves out what cannot be read. Raises a ZipperError for what is no sound, and
+        for too little of it.
+        """
+        config, reader = UnitsConfig(fitted_on=f"{len(values)} sounds"), Sound()
+        mels = []
+        for value in tqdm(values, desc="log-mel", unit="sound", disable=None):
+            try:
+                mels.append(config.mel.picture(reader.read(value)))
+            except ZipperError:
+                if bad == "error":
+                    raise
+        return cls.fit(mels, codes, config, seed)
+
+    @property
+    def prefixes(self) -> Mapping[str, int]:
+        """The voices."""
+        return {name: self.codes + 2 + n for n, name in enumerate(self.voices)}
+
+    def about(self) -> Mapping[str, Any]:
+        """See `Kind.about`."""
+        rate = f"{self.config.units_per_s:g} units a second"
+        return {"codes": self.codes, "rate": rate, "voices": ", ".join(self.voices) or "none"}
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the codebook and of what it is made of and fitted on."""
@@ -145,11 +176,6 @@ class SpeechUnits:
         """Where in a sound its first code begins, for the times of words; below 0 if that lies
         before it."""
         return self._laid(audio)[1] / self.config.mel.rate_hz
-
-    @staticmethod
-    def says_nothing(audio: Audio) -> bool:
-        """Whether this is silence, or a noise that goes on and on: speech swings more."""
-        return audio.swing_db < SWING_DB
 
     def heard_in(
         self, picture: Float32[np.ndarray, "frames bins"]
@@ -249,7 +275,7 @@ class SpeechUnits:
                 f"these units have no voice {name!r}. "
                 + (f"Take one of {', '.join(self.voices)}." if self.voices else "They have none.")
             )
-        return self.codes + 2 + self.voices.index(name)
+        return self.prefixes[name]
 
     def save(self, folder: str | Path) -> None:
         """Writes codebook.safetensors and units.json; the second pins the first by its hash."""

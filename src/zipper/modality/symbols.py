@@ -81,7 +81,7 @@ class Symbols(Kind):
     unknown, and but for white space between words, which is one space in what `decode` makes.
     """
 
-    name: ClassVar[str] = "symbols"
+    name = "symbols"
     takes: ClassVar[str] = "a string of symbols, or a list of symbols"
     FILE: ClassVar[str] = "symbols.json"
 
@@ -125,7 +125,7 @@ class Symbols(Kind):
         return cls(tuple("ACGTN"), "characters", unknown)
 
     @classmethod
-    def fitted(  # type: ignore[override]
+    def fitted(
         cls,
         values: Sequence[Any],
         split: Split = "characters",

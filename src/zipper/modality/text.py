@@ -16,7 +16,11 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from zipper import evaluation
 from zipper.errors import ZipperError
+from zipper.modality.kind import Kind, Scores
+from zipper.normaliser import NORMALISER
+from zipper.saving.files import lines as lines_of
 from zipper.saving.files import place, read_json
 
 BEGIN, END = "<s>", "</s>"
@@ -28,10 +32,11 @@ LETTERS = (
 )
 
 
-class Text:
+class Text(Kind):
     """Strings <-> token ids. Markup in a string stays text: "</s>" never becomes the end token."""
 
     name = "text"
+    takes = "text"
     DEFINITION, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
     def __init__(self, definition: str, begin: str | None, end: str | None) -> None:
@@ -92,6 +97,19 @@ class Text:
         return cls(tokenizer.to_str(), BEGIN, END)
 
     @classmethod
+    def fitted(cls, values: Sequence[Any], merges: int = 150) -> "Text":
+        """`train` on strings, and on the lines of files (`Path`)."""
+        rows: list[str] = []
+        for value in values:
+            if isinstance(value, Path):
+                rows += [line.decode() for _, line in lines_of(value)]
+            elif isinstance(value, str):
+                rows.append(value)
+            else:
+                raise ZipperError(f"{value!r:.200} was given; give text, or files of text.")
+        return cls.train(rows, merges)
+
+    @classmethod
     def from_pretrained(cls, source: str | Path) -> "Text":
         """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a
         slow one."""
@@ -148,6 +166,35 @@ class Text:
             )
         plain = " ".join(plain.split())
         return self.tokenizer.encode(plain, add_special_tokens=False).ids, plain
+
+    def accepts(self, value: Any) -> bool:
+        """See `Kind.accepts`: only a string is text, and an empty one says that nobody speaks."""
+        return isinstance(value, str)
+
+    def read(self, value: Any, folder: Path = Path()) -> str:
+        """See `Kind.read`."""
+        if not isinstance(value, str):
+            raise ZipperError(f"{value!r:.200} was given; give {self.takes}.")
+        return value
+
+    def noted(self, raw: str) -> tuple[list[int], str]:
+        """See `Kind.noted`: punctuation that the tokenizer has no token for is passed over."""
+        if not raw.strip():
+            return [], ""
+        ids, spelled = self.spell(raw)
+        return ids, "" if spelled == raw else "punctuation"
+
+    def scores(
+        self, wanted: Sequence[str], made: Sequence[str], normaliser: str = NORMALISER
+    ) -> Scores:
+        """Word and character edits by those wanted, and whether no word is wrong; see
+        `evaluation.lines`."""
+        compared = evaluation.lines(wanted, made, normaliser)
+        return {
+            "wer": [(line.word_edits, line.words) for line in compared],
+            "cer": [(line.character_edits, line.characters) for line in compared],
+            "exact": [(float(not line.word_edits), 1.0) for line in compared],
+        }
 
     def decode(self, ids: Sequence[int]) -> str:
         """The string, without special tokens."""

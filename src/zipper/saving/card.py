@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import header
@@ -41,9 +41,22 @@ agrees with one full forward pass; every segment ends, by its end token or at it
 these."""
 
 
-def card(folder: Path, parameters: Mapping[str, int]) -> str:
-    """The README.md of the zip whose other files are in a folder. parameters: {tower: how many it
-    has, adapters left out}.
+class Told(NamedTuple):
+    """What a card says of a modality. kind: its name. about: in words. like: a value of it, such as
+    the path of a file, for the program on the card."""
+
+    kind: str
+    about: str = ""
+    like: str = "..."
+
+
+def card(
+    folder: Path, parameters: Mapping[str, int], modalities: Mapping[str, Told] | None = None
+) -> str:
+    """The README.md of the zip whose other files are in a folder.
+
+    parameters: {tower: how many it has, adapters left out}. modalities: what is said of those that
+    are pinned beside it, by tower.
 
     Raises ZipperError where the folder holds no zip.
     """
@@ -59,19 +72,21 @@ def card(folder: Path, parameters: Mapping[str, int]) -> str:
         else {}
     )
     towers = config["towers"]
+    told = {name: (modalities or {}).get(name, Told("")) for name in pins}
     parts = [
         _front(towers),
         f"# {' + '.join(towers)}",
         WHAT.format(
             towers=_listed(f"`{name}` ({_state(tower)})" for name, tower in towers.items())
         ),
-        f"## Use\n\n```python\n{_code(folder, towers, bool(pins), record)}\n```",
+        f"## Use\n\n```python\n{_code(towers, told, record)}\n```",
         f"## Towers\n\n{_towers(towers, parameters)}",
         f"## Links\n\n{_links(folder, config)}",
     ]
     if pins:
-        rows = [(name, f"`{pin[:16]}`") for name, pin in pins.items()]
-        parts.append(f"## Modalities\n\n{_table(('tower', 'SHA-256 of its modality'), rows)}")
+        rows = [(n, told[n].kind, told[n].about, f"`{pin[:16]}`") for n, pin in pins.items()]
+        head = ("tower", "modality", "what it is", "its SHA-256")
+        parts.append(f"## Modalities\n\n{_table(head, rows)}")
     if record:
         parts.append(
             f"## Training\n\nThe whole recipe is in `{checkpoint.CONFIG}`.\n\n{_training(record)}"
@@ -102,7 +117,7 @@ def _front(towers: Mapping[str, Any]) -> str:
 
 
 def _code(
-    folder: Path, towers: Mapping[str, Any], modalities: bool, record: Mapping[str, Any]
+    towers: Mapping[str, Any], modalities: Mapping[str, Told], record: Mapping[str, Any]
 ) -> str:
     """How this zip is loaded, and a line for every task that it was trained on."""
     elsewhere = {
@@ -117,11 +132,9 @@ def _code(
         "",
         f"pipe = Pipeline.from_pretrained({source})",
     ]
-    heard = {name: (folder / "modalities" / name / "units.json").is_file() for name in towers}
     for task in tasks:
         given = ", ".join(
-            f'Segment("{n}", "{"hello.wav" if heard[n] else "..."}")'
-            for n in map(tower_of, task.given)
+            f'Segment("{n}", "{modalities[n].like}")' for n in map(tower_of, task.given)
         )
         lines.append(f"segments = pipe.run([{given}], outputs={json.dumps(task.outputs)})")
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from zipper.data.extraction import Policy, load
 from zipper.data.rows import Row, mixed_seed
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.loss import batch_losses
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
@@ -90,17 +91,8 @@ class Objective(nn.Module):
         """
         losses: dict[str, Tensor] = {}
         for batch in batches:
-            wanted = {
-                name: weight != 0 for name, weight in batch.weights.items() if (weight != 0).any()
-            }
-            hidden = self.model.hidden(batch.strands, outputs=tuple(wanted))
-            for name, where in wanted.items():
-                states = hidden[name]
-                where, targets, weights = (
-                    x.to(states.device) for x in (where, batch.targets[name], batch.weights[name])
-                )
-                each = self.model.nll(name, states[where][None], targets[where][None])[0]
-                losses[name] = losses.get(name, 0.0) + (each * weights[where].clamp(min=0)).sum()
+            for name, each in batch_losses(self.model, batch).items():
+                losses[name] = losses.get(name, 0.0) + each
         return losses
 
 
@@ -258,7 +250,7 @@ def _train(
         )
         if accelerator.trackers and accelerator.is_main_process:
             made = inspection.samples(Pipeline(model, modalities), list(tasks.values()), dev[:2])
-            inspection.log_samples(accelerator.trackers, made, step)
+            inspection.log_samples(accelerator.trackers, made, step, modalities)
         bare.train()
         return {f"branch/{name}": link.share for name, link in links.items() if link.seen}
 

@@ -1,0 +1,76 @@
+"""Fitting: people's files to the values that a kind of modality is fitted to."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from zipper.data.manifests import manifest
+from zipper.errors import ZipperError
+from zipper.modality import Modality, is_ids
+
+MANIFEST = ".jsonl"
+
+
+def fit(
+    kind: Any, data: Sequence[Path], field: str | None = None, settings: Mapping[str, Any] = {}
+) -> Modality:
+    """A modality of a kind for the data in files, folders of them, and manifests.
+
+    field: of manifests; by default the name of the kind. settings: arguments of `kind.fitted`.
+    Raises a ZipperError for settings that the kind does not have, and where there are no data.
+    """
+    known = inspect.signature(kind.fitted).parameters
+    names = [name for name in known if name != "values"]
+    if strange := sorted(settings.keys() - {*names}):
+        raise ZipperError(
+            f"{strange[0]!r} is no setting of {kind.name!r}; its settings are {', '.join(names)}."
+        )
+    values = [*chain.from_iterable(values_of(path, field or kind.name) for path in data)]
+    if not values:
+        raise ZipperError(f"There are no data in {', '.join(map(str, data))}. Give some.")
+    try:
+        made: Modality = kind.fitted(values, **settings)
+    except TypeError as error:  # a setting of another type than the kind wants
+        raise ZipperError(
+            f"{kind.name!r} cannot be fitted with {dict(settings)}: {error}."
+        ) from error
+    return made
+
+
+def values_of(path: Path, field: str) -> list[Any]:
+    """What a kind is fitted to: a file itself, the files below a folder, or what a field of a
+    manifest holds, its paths whole."""
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        return [file for file in below if not file.name.startswith(".")]
+    if path.suffix != MANIFEST:
+        return [path]
+    found = []
+    for number, row in enumerate(manifest(path), 1):
+        if field not in row:
+            raise ZipperError(
+                f"{path}, row {number} has the fields {sorted(row)}, {field!r} was wanted. Say "
+                "which one is meant (--field)."
+            )
+        if not is_ids(row[field]):
+            found.append(_whole(row[field], path.parent))
+    return found
+
+
+def _whole(value: Any, folder: Path) -> Any:
+    """A value whose path does not depend on where its manifest lies."""
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return {**value, "path": str(folder / value["path"])}
+    try:
+        names_a_file = isinstance(value, str) and (folder / value).is_file()
+    except (OSError, ValueError):  # too long for a name, or a zero in it
+        names_a_file = False
+    return folder / value if names_a_file else value
+
+
+def next_step(kind: Any, folder: Path) -> str:
+    """The command that fits the kind to its own example."""
+    manifests = sorted(folder.glob(f"*{MANIFEST}"))
+    return f"zipper fit {kind.name} {manifests[0] if manifests else folder} -o {folder}-fitted"

@@ -1,0 +1,307 @@
+"""Measurement: how well a model does a task on rows of data, whatever their modalities are.
+
+Beside every number stand two others, by the same metric on the same rows: the oracle's, what the
+wanted ids themselves become when they are decoded, and the floor's, the answer to another row.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from zipper import pages
+from zipper.data import manifests
+from zipper.data.manifests import Sample
+from zipper.errors import ZipperError
+from zipper.generation import Request
+from zipper.loss import batch_losses
+from zipper.modality import Kind, Scores, is_ids, whole
+from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
+from zipper.statistics import bootstrap
+from zipper.strand import Segment, collate
+from zipper.tasks import Task, tower_of
+
+SYSTEMS = ("model", "oracle", "floor")
+SHOWN = 12  # samples on a page
+BATCH = 16  # rows whose loss is computed at once
+
+#: Compares what is wanted with what was made by means of its own; rows are the raw ones.
+Judge = Callable[[Sequence[Any], Sequence[Any], Sequence[Mapping[str, Any]]], Scores]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A metric of one system: the value over all rows, its 95 % interval by bootstrap over
+    them."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as people look at it: what was given, and each system's answer, as markup that loads
+    nothing."""
+
+    id: str
+    given: Mapping[str, str]
+    made: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one produced segment of a task.
+
+    metrics: name -> system -> number. nats: -log p of the wanted ids and their end, a token, given
+    all before. ended: the share of segments that ended by themselves.
+    """
+
+    task: str
+    tower: str
+    rows: int
+    metrics: Mapping[str, Mapping[str, Number]]
+    nats: float
+    ended: float
+    samples: Sequence[Shown] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a results file; pictures and sounds stay out."""
+        told = {
+            name: {system: vars(number) for system, number in systems.items()}
+            for name, systems in self.metrics.items()
+        }
+        kept = ("task", "tower", "rows", "nats", "ended")
+        return {name: getattr(self, name) for name in kept} | {"metrics": told}
+
+
+def measure(
+    pipeline: Pipeline,
+    data: str | Path | Sequence[Sample],
+    tasks: Sequence[Task | str] = (),
+    limit: int | None = None,
+    sampling: Sampling | None = None,
+    judges: Mapping[str, Mapping[str, Judge]] | None = None,
+    seed: int = 0,
+) -> list[Measured]:
+    """How well a model does tasks on the rows of a manifest (see zipper.data.manifests).
+
+    tasks: by default every ordered pair of towers that all rows have fields for. limit: only the
+    first so many rows. judges: {tower: {name: judge}}, beside the metrics of its modality. seed: of
+    what another row is, and of the intervals. Raises a ZipperError for rows that are bad or lack a
+    field, and for fewer than two.
+    """
+    samples = _samples(data, limit)
+    modalities = pipeline.modalities
+    rows = [manifests.encode(s.row, modalities, s.folder, s.where) for s in samples]
+    if len(rows) < 2:
+        raise ZipperError(f"{len(rows)} rows were given; a floor wants two at least. Give more.")
+    wanted = [Task.parse(t) if isinstance(t, str) else t for t in tasks] or _pairs(modalities, rows)
+    found: list[Measured] = []
+    for task in wanted:
+        found += _measured(pipeline, task, samples, rows, sampling, judges or {}, seed)
+    return found
+
+
+def judge(name: str) -> Judge:
+    """A judge by its name, from the entry point group `zipper.judges` of an installed package.
+    Raises a ZipperError that names those that there are."""
+    known = {entry.name: entry for entry in entry_points(group="zipper.judges")}
+    if name not in known:
+        raise ZipperError(
+            f"There is no judge {name!r}; there are {sorted(known)}. Packages bring others by the "
+            "entry point group zipper.judges."
+        )
+    found: Judge = known[name].load()
+    return found
+
+
+def _samples(data: str | Path | Sequence[Sample], limit: int | None) -> list[Sample]:
+    if not isinstance(data, str | Path):
+        return list(data)[:limit]
+    found = list(manifests.samples(Path(data).expanduser()))[:limit]
+    if bad := next((sample for sample in found if sample.problem), None):
+        raise ZipperError(f"{bad.where} {bad.problem}")
+    return found
+
+
+def _pairs(modalities: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Task]:
+    """Tasks of one tower to another that all rows have."""
+    there = [name for name in modalities if all(name in row for row in rows)]
+    found = [Task((one,), (other,)) for one in there for other in there if one != other]
+    if not found:
+        raise ZipperError(
+            f"The rows have no two of the fields {sorted(modalities)} in common, so no task is "
+            "plain. Give rows of pairs, or say which task."
+        )
+    return found
+
+
+def _measured(
+    pipeline: Pipeline,
+    task: Task,
+    samples: Sequence[Sample],
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    sampling: Sampling | None,
+    judges: Mapping[str, Mapping[str, Judge]],
+    seed: int,
+) -> list[Measured]:
+    """One task: a measurement for each segment that it produces."""
+    nats = _nats(pipeline.model, task, rows)
+    answers = _answers(pipeline, task, rows, sampling or Sampling())
+    raw = [sample.row for sample in samples]
+    found = []
+    for place, item in enumerate(task.produced):
+        kind = whole(pipeline.modalities[tower_of(item)])
+        true = [_raw(kind, item, s, row) for s, row in zip(samples, rows, strict=True)]
+        made = {
+            "model": [kind.decode(answer[place].content) for answer in answers],
+            "oracle": [kind.decode(row[item.partition(":")[0]]) for row in rows],
+            "floor": _others(kind, true, seed),
+        }
+        names = judges.get(tower_of(item), {})
+        metrics: dict[str, dict[str, Number]] = {}
+        for system in SYSTEMS:
+            scores = dict(kind.scores(true, made[system]))
+            for name, judge in names.items():
+                said = judge(true, made[system], raw)
+                scores |= {f"{name}: {metric}": pairs for metric, pairs in said.items()}
+            for metric, pairs in scores.items():
+                metrics.setdefault(metric, {})[system] = _number(pairs, seed)
+        shown = [
+            Shown(
+                str(samples[n].row.get("id", n)),
+                _given(pipeline, task, samples[n], rows[n]),
+                {"wanted": kind.html(true[n])}
+                | {system: kind.html(made[system][n]) for system in SYSTEMS},
+            )
+            for n in range(min(SHOWN, len(rows)))
+        ]
+        ended = float(np.mean([answer[place].ended for answer in answers]))
+        found.append(Measured(str(task), item, len(rows), metrics, nats[place], ended, shown))
+    return found
+
+
+def _answers(
+    pipeline: Pipeline,
+    task: Task,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    sampling: Sampling,
+) -> list[list[Any]]:
+    """What the model produces for each row; where what is wanted begins with a named prefix (a
+    voice), that is asked for."""
+    requests = []
+    for n, row in enumerate(rows):
+        plan: list[str | Segment] = []
+        for item in task.produced:
+            field, tower = item.partition(":")[0], tower_of(item)
+            named = {*whole(pipeline.modalities[tower]).prefixes.values()}
+            first = [i for i in row[field][:1] if i in named]
+            plan.append(Segment(tower, first) if first else tower)
+        own = replace(sampling, seed=sampling.seed + n)
+        requests.append(Request(task.prompt(row), plan, own))
+    answers = pipeline.engine(BATCH).run(requests)
+    return [answer.segments() for answer in answers]
+
+
+def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
+    """-log p of the ids of each produced segment and its end, a token, all before it given."""
+    model.eval()
+    found = []
+    for place in range(len(task.produced)):
+        one = Task((*task.given, *task.produced[:place]), (task.produced[place],))
+        total, count = 0.0, 0.0
+        ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
+        with torch.inference_mode():
+            for start in range(0, len(ranked), BATCH):
+                parts = [one.segments(row) for row in ranked[start : start + BATCH]]
+                batch = collate(parts, model.ends()).to(next(model.parameters()).device)
+                total += sum(float(each) for each in batch_losses(model, batch).values())
+                count += sum(float(weight.sum()) for weight in batch.weights.values())
+        found.append(total / count)
+    return found
+
+
+def _raw(kind: Kind, item: str, sample: Sample, row: Mapping[str, Sequence[int]]) -> Any:
+    """What is wanted, as the manifest has it; of ids, what they decode to."""
+    key = item if item in sample.row else tower_of(item)
+    value = sample.row.get(key)
+    if value is None or is_ids(value) or not kind.accepts(value):
+        return kind.decode(row[item.partition(":")[0]])
+    return kind.read(value, sample.folder)
+
+
+def _others(kind: Kind, wanted: Sequence[Any], seed: int) -> list[Any]:
+    """For each row what is wanted of another one, and of one that wants something else where there
+    is any."""
+    chance = random.Random(seed)
+    told = [kind.told(raw) for raw in wanted]
+    found = []
+    for n in range(len(wanted)):
+        drawn = [chance.randrange(len(wanted)) for _ in range(64)]
+        another = [k for k in drawn if k != n] or [(n + 1) % len(wanted)]
+        found.append(wanted[next((k for k in another if told[k] != told[n]), another[0])])
+    return found
+
+
+def _number(pairs: Sequence[tuple[float | int, float | int]], seed: int) -> Number:
+    above, below = (np.array(column, np.float64) for column in zip(*pairs, strict=True))
+    low, high = bootstrap(_ratio, above, below, seed=seed)
+    return Number(float(_ratio(above, below)), low, high)
+
+
+def _ratio(
+    above: Float[np.ndarray, "*resamples rows"], below: Float[np.ndarray, "*resamples rows"]
+) -> Float[np.ndarray, "*resamples"]:
+    """Like `statistics.share`, of what is no count."""
+    return np.asarray(above.sum(axis=-1) / np.maximum(below.sum(axis=-1), 1e-12))
+
+
+def _given(
+    pipeline: Pipeline, task: Task, sample: Sample, row: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    found = {}
+    for item in task.given:
+        kind = whole(pipeline.modalities[tower_of(item)])
+        found[item] = kind.html(_raw(kind, item, sample, row))
+    return found
+
+
+def text(found: Sequence[Measured]) -> str:
+    """As a table for a screen."""
+    lines = []
+    for one in found:
+        head = f"{one.task}: {one.rows} rows, {one.nats:.3f} nats a token, {one.ended:.1%} ended"
+        lines += [head, f"  {'':26}" + "".join(f"{system:>30}" for system in SYSTEMS)]
+        for name, systems in one.metrics.items():
+            cells = [_cell(systems[system]) for system in SYSTEMS]
+            lines.append(f"  {name:26}" + "".join(f"{cell:>30}" for cell in cells))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _cell(number: Number) -> str:
+    return f"{number.value:.4g} ({number.low:.4g} to {number.high:.4g})"
+
+
+def write(path: Path, found: Sequence[Measured], title: str, about: str = "") -> None:
+    """As a page with pictures, traces and players; it loads nothing from elsewhere."""
+    here = Path(__file__).parent / "pages" / "measurement.html"
+    cells = [
+        {
+            "one": one,
+            "rows": [
+                (name, [_cell(systems[system]) for system in SYSTEMS])
+                for name, systems in one.metrics.items()
+            ],
+        }
+        for one in found
+    ]
+    pages.write(path, here, title=title, about=about, measured=cells, systems=SYSTEMS)

@@ -1,0 +1,118 @@
+"""Measurement of any task on rows of a manifest: metrics, floor, oracle, judges, the page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_modality import Levels
+
+from zipper import Pipeline, measurement
+from zipper.data.manifests import Sample
+from zipper.errors import ZipperError
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+from zipper.strand import Segment, Target, collate
+from zipper.tasks import Task
+from zipper.testing import tiny_tower
+
+WORDS = ("call", "send", "alice", "bob")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    modalities: dict[str, Any] = {"text": tiny.text(), "level": Levels()}
+    towers, ends = {}, {}
+    for name, each in modalities.items():
+        towers[name] = tiny_tower("llama", vocabulary=each.vocabulary)
+        ends[name] = each.begin, each.end
+    zipped = Zipper.from_towers(towers, ends=ends, link=LinkConfig(head_width=16))
+    return Pipeline(zipped, modalities)
+
+
+def rows(count: int = 6) -> list[dict[str, Any]]:
+    return [
+        {"id": f"n{n}", "text": f"call {WORDS[n % 4]}", "level": [n, n + 1, n + 2]}
+        for n in range(count)
+    ]
+
+
+def manifest(folder: Path, found: Sequence[dict[str, Any]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in found))
+    return path
+
+
+def test_every_pair_is_measured_beside_floor_and_oracle(pipe: Pipeline, tmp_path: Path) -> None:
+    found = measurement.measure(pipe, manifest(tmp_path, rows()))
+    assert [one.task for one in found] == ["text -> level", "level -> text"]
+    level, text = found
+    assert {*text.metrics} == {"wer", "cer", "exact"}
+    assert {*level.metrics} == {"exact"}
+    for one in found:
+        assert one.rows == 6
+        assert one.metrics["exact"]["oracle"].value == 1
+        assert one.metrics["exact"]["floor"].value == 0
+        assert 0 <= one.ended <= 1
+    assert text.metrics["wer"]["oracle"].value == 0 < text.metrics["wer"]["floor"].value
+
+
+def test_nats_are_those_of_the_model_read_token_by_token(pipe: Pipeline) -> None:
+    given = [Sample(f"row {n}", row, Path()) for n, row in enumerate(rows(3))]
+    (one,) = measurement.measure(pipe, given, ["level -> text"])
+    total, count = 0.0, 0
+    for row in rows(3):
+        text = Target("text", pipe.modalities["text"].encode(row["text"]))
+        batch = collate([[Segment("level", row["level"]), text]], pipe.zip.ends())
+        with torch.inference_mode():
+            logits = pipe.zip(batch.strands)["text"][0].log_softmax(-1)
+        wanted = [*text.content, pipe.modalities["text"].end]  # of the begin token and those behind
+        total -= sum(float(logits[place, token]) for place, token in enumerate(wanted))
+        count += len(wanted)
+    assert one.nats == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_judge_is_asked_of_every_system_with_the_rows(pipe: Pipeline) -> None:
+    asked = []
+
+    def judge(wanted: Sequence[Any], made: Sequence[Any], raw: Sequence[Any]) -> measurement.Scores:
+        asked.append((list(made), [row["id"] for row in raw]))
+        return {
+            "same first": [(float(a[:1] == b[:1]), 1.0) for a, b in zip(wanted, made, strict=True)]
+        }
+
+    given = [Sample(f"row {n}", row, Path()) for n, row in enumerate(rows())]
+    found = measurement.measure(pipe, given, ["text -> level"], judges={"level": {"eye": judge}})
+    assert len(asked) == 3
+    assert asked[1] == ([row["level"] for row in rows()], [f"n{n}" for n in range(6)])
+    assert found[0].metrics["eye: same first"]["oracle"].value == 1
+
+
+def test_the_number_is_a_ratio_of_sums_inside_of_its_interval() -> None:
+    number = measurement._number([(1.0, 10.0), (3.0, 2.0), (0.0, 8.0)], seed=0)
+    assert number.value == pytest.approx(4 / 20)
+    assert 0 <= number.low <= number.value <= number.high <= 1.5
+
+
+def test_the_page_loads_nothing_and_shows_the_rows(pipe: Pipeline, tmp_path: Path) -> None:
+    found = measurement.measure(pipe, manifest(tmp_path, rows()), [Task(("text",), ("level",))])
+    measurement.write(tmp_path / "page.html", found, "levels & words")
+    page = (tmp_path / "page.html").read_text()
+    assert "levels &amp; words" in page
+    assert "n5" in page and "call bob" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert json.loads(json.dumps(found[0].to_json()))["metrics"]["exact"]["floor"]["value"] == 0
+
+
+def test_rows_that_cannot_be_measured_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ZipperError, match="1 rows were given; a floor wants two"):
+        measurement.measure(pipe, manifest(tmp_path, rows(1)))
+    with pytest.raises(ZipperError, match=r"no two of the fields \['level', 'text'\] in common"):
+        measurement.measure(pipe, manifest(tmp_path, [{"text": "call"}, {"level": [1]}]))
+    with pytest.raises(ZipperError, match="wants a field 'sound'"):
+        measurement.measure(pipe, manifest(tmp_path, rows()), ["sound:level -> text"])
+    with pytest.raises(ZipperError, match=r"There is no judge 'ear'; there are \["):
+        measurement.judge("ear")
