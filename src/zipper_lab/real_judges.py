@@ -9,7 +9,7 @@ another sample gets. Knows no model.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,8 @@ from zipper.audio.sound import Audio, Mel, read
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.modality import Scores
+from zipper.modality.signal import Series
 from zipper_lab.corpora import babyai, digits, molecules, motion
 
 Row = Mapping[str, Any]
@@ -53,6 +55,19 @@ def bounds(
     return {
         name: means(judge.judge(rows, some)) for name, some in (("oracle", real), ("floor", other))
     }
+
+
+def scored(judge: Judge) -> Callable[[Sequence[Any], Sequence[Any], Sequence[Row]], Scores]:
+    """As `zipper.measurement.measure` wants a judge: it sees the rows, and a sample without a
+    number counts for nothing."""
+
+    def told(wanted: Sequence[Any], made: Sequence[Any], rows: Sequence[Row]) -> Scores:
+        return {
+            name: [(0.0, 0.0) if np.isnan(value) else (value, 1.0) for value in values]
+            for name, values in judge.judge(rows, made).items()
+        }
+
+    return told
 
 
 def means(found: Found) -> dict[str, float]:
@@ -119,12 +134,12 @@ class Pictures:
         rows = manifests.manifest(folder / "train.jsonl")
         seen = np.stack(_traits(pictures(folder, rows)))
         forest = extra("sklearn.ensemble").ExtraTreesClassifier(TREES, random_state=seed)
-        forest.fit(seen, [_category(row) for row in rows])
+        forest.fit(seen, [row["category"] for row in rows])
         found = dict[tuple[str, str], Float[np.ndarray, " pixels"]]()
         for part in ("train", "dev", "test", "known"):
             some = manifests.manifest(folder / f"{part}.jsonl")
             for row, picture in zip(some, pictures(folder, some), strict=True):
-                found[row["text"], row["style"]] = _centred(picture)
+                found[row["name"], row["style"]] = _centred(picture)
         return cls(forest, found)
 
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
@@ -132,31 +147,26 @@ class Pictures:
         heard = self.forest.predict(np.stack(_traits(made)))
         return {
             "category": [
-                float(one == _category(row)) for one, row in zip(heard, wanted, strict=True)
+                float(one == row["category"]) for one, row in zip(heard, wanted, strict=True)
             ],
             "name": self._ranks(wanted, made),
         }
 
     def _ranks(self, wanted: Sequence[Row], made: Sequence[Any]) -> list[float]:
         styles = sorted({style for _, style in self.others})
-        names = sorted({row["text"] for row in wanted})
+        names = sorted({row["name"] for row in wanted})
         ranks = []
         for row, picture in zip(wanted, made, strict=True):
             other = next((style for style in styles if style != row["style"]), "")
             known = [name for name in names if (name, other) in self.others]
-            if row["text"] not in known:
+            if row["name"] not in known:
                 ranks.append(float("nan"))
                 continue
             bank = np.stack([self.others[name, other] for name in known])
             near = bank @ _centred(picture)
             # Those as near as the wanted one stand before it: twins earn half.
-            ranks.append(1 / float((near >= near[known.index(row["text"])]).sum()))
+            ranks.append(1 / float((near >= near[known.index(row["name"])]).sum()))
         return ranks
-
-
-def _category(row: Row) -> str:
-    """The category without the subcategory."""
-    return str(row["kind:text"]).partition(":")[0]
 
 
 def pictures(folder: Path, rows: Sequence[Row]) -> list[Any]:
@@ -181,6 +191,18 @@ def _centred(picture: Any) -> Any:
     pixels = np.asarray(picture, np.float32).reshape(-1) / 255
     pixels = pixels - pixels.mean()
     return pixels / max(float(np.linalg.norm(pixels)), 1e-6)
+
+
+class Names:
+    """A name of a picture beside the true one. exact: whether all of it is the same; words: the F1
+    of its words, category: whether the category before the colon is the same."""
+
+    def judge(self, wanted: Sequence[Row], made: Sequence[str]) -> Found:
+        """made: "flags: andorra flag"."""
+        said = [text.partition(":") for text in made]
+        names = Words("name").judge(wanted, [name for _, _, name in said])
+        same = zip(wanted, said, strict=True)
+        return names | {"category": [float(row["category"] == kind) for row, (kind, _, _) in same]}
 
 
 # --- motion
@@ -221,10 +243,12 @@ class Motion:
         return cls(forests, devices)
 
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
-        """made: arrays (time, 6) at 50 Hz; what is longer than the row's own is cut."""
+        """made: series, or arrays (time, 6), at 50 Hz; what is longer than the row's own is
+        cut."""
         found: Found = {"activity": [], "order": [], "device": []}
         for row, values in zip(wanted, made, strict=True):
-            given = np.asarray(values)[: len(row["activities"]) * motion.STEP]
+            own = values.values if isinstance(values, Series) else values
+            given = np.asarray(own)[: len(row["activities"]) * motion.STEP]
             if len(given) < motion.RATE_HZ:
                 for scores in found.values():
                     scores.append(0.0)

@@ -101,6 +101,16 @@ def seen(grid: Sequence[int], pose: Sequence[int], width: int) -> str:
     return " ".join([walls, *(told for _, told in sorted(found))])
 
 
+def vocabulary() -> list[str]:
+    """Every word that `seen` may write in a room of 6 by 6 cells, and every action."""
+    steps = [_steps(n) for n in range(-5, 6)]
+    sides = [_side(n) for n in range(-5, 6)]
+    things = [f"{colour}-{thing}" for colour in COLOURS for thing in THINGS.values()]
+    walls = ["wall", *(_steps(n) for n in range(6)), *(_side(-n) for n in range(6))]
+    places = [ahead + right for ahead in steps for right in sides]
+    return [*dict.fromkeys([*ACTIONS, *things, *walls, *places])]
+
+
 def number(action: str) -> int:
     """What the simulator calls an action; -1 for a word that is none."""
     return ACTIONS.index(action) if action in ACTIONS else -1

@@ -40,12 +40,12 @@ KNOWN = {"known": 0.1}
 
 @dataclass(frozen=True)
 class Named:
-    """A thing that is drawn. base: its name without a tone of skin; name: with it. kind: category
-    and subcategory. file: of its picture, in every style."""
+    """A thing that is drawn. base: its name without a tone of skin; name: with it. file: of its
+    picture, in every style."""
 
     base: str
     name: str
-    kind: str
+    category: str
     file: str
 
 
@@ -54,10 +54,11 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
 
     train.jsonl, dev.jsonl, test.jsonl: by name, so that both styles and all tones of skin of a
     thing are in one part. known.jsonl: things that train.jsonl has in the first style, in the
-    second one. Rows hold "text" (the name), "kind:text" (its category), "styled:text" (the style,
-    and the name) and "image" (a PNG of SIDE pixels, on white). unpaired.jsonl: the pictures of
-    train.jsonl, as they are and mirrored; texts.jsonl: its names and categories. data: the folder
-    that holds the two originals. Raises ZipperError if one of them is missing.
+    second one. Rows hold "text" (the category and the name: "flags: andorra flag"), "styled:text"
+    (the style before that), "image" (a PNG of SIDE pixels, on white), and for judges "name",
+    "category" and "style". unpaired.jsonl: the pictures of train.jsonl, as they are and mirrored;
+    texts.jsonl: its texts. data: the folder that holds the two originals. Raises ZipperError if one
+    of them is missing.
     """
     places = {style: original(data, _patterns(style), HOME) for style in STYLES}
     things = {thing.file: thing for thing in _named(places)}
@@ -89,7 +90,7 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     for owner, some in rows.items():
         manifests.write(folder / f"{owner}.jsonl", some)
     manifests.write(folder / "unpaired.jsonl", alone)
-    said = {row[key] for row in rows["train"] for key in ("text", "kind:text", "styled:text")}
+    said = {row[key] for row in rows["train"] for key in ("text", "styled:text")}
     manifests.write(folder / "texts.jsonl", [{"text": text} for text in sorted(said)])
 
 
@@ -113,7 +114,7 @@ def _named(places: dict[str, Path]) -> list[Named]:
     found = []
     for entry in json.loads(listed[0]):
         base = _plain(entry["name"])
-        kind = _plain(f"{entry['category']}: {entry['subcategory']}")
+        kind = _plain(entry["category"])
         found.append(Named(base, base, kind, entry["image"]))
         for tones, drawn in entry.get("skin_variations", {}).items():
             skin = " and ".join(TONES.get(tone, tone.lower()) for tone in tones.split("-"))
@@ -137,11 +138,11 @@ def _row(style: str, thing: Named) -> dict[str, Any]:
     stem = f"{style}-{thing.file.removesuffix('.png')}"
     return {
         "id": stem,
-        "text": thing.name,
-        "kind:text": thing.kind,
-        "styled:text": f"{style}: {thing.name}",
+        "text": f"{thing.category}: {thing.name}",
+        "styled:text": f"{style}, {thing.category}: {thing.name}",
         "image": f"pictures/{stem}.png",
-        "base": thing.base,
+        "name": thing.name,
+        "category": thing.category,
         "style": style,
     }
 

@@ -16,16 +16,13 @@ from typing import Any
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.modality.symbols import SMILES
 from zipper_lab.corpora.originals import original, part
 
 HOME = "https://github.com/blender-nlp/MolT5, its folder ChEBI-20_data"
 FOLDERS = ("chebi20", "ChEBI-20*", ".")
 TABLES = ("train.txt", "validation.txt", "test.txt")
 COLUMNS = ["CID", "SMILES", "description"]
-#: A symbol of a SMILES line, as Schwaller et al. 2019 cut it.
-SYMBOL = re.compile(
-    r"\[[^]]+\]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%\d\d|\d"
-)
 MOST_SYMBOLS = 96
 MOST_LETTERS = 240  # of a description: whole sentences up to that
 SHARES = {"test": 0.12, "dev": 0.06}
@@ -83,7 +80,7 @@ def canonical(smiles: str) -> str:
 
 def symbols(smiles: str) -> list[str]:
     """The symbols of a SMILES line: atoms, bonds, brackets, rings."""
-    return SYMBOL.findall(smiles)
+    return [found[0] for found in SMILES.finditer(smiles)]
 
 
 def _tables(data: Path) -> list[Path]:
