@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -33,6 +33,7 @@ FRAMES = 20  # of the log-mel of a spoken digit, whatever its length
 TREES = 200
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Whatever gives numbers to answers."""
 

@@ -20,7 +20,7 @@ from zipper.modality.symbols import SMILES
 from zipper_lab.corpora.originals import original, part
 
 HOME = "https://github.com/blender-nlp/MolT5, its folder ChEBI-20_data"
-FOLDERS = ("chebi20", "ChEBI-20*", ".")
+FOLDERS = ("chebi20", "ChEBI-20*")
 TABLES = ("train.txt", "validation.txt", "test.txt")
 COLUMNS = ["CID", "SMILES", "description"]
 MOST_SYMBOLS = 96
@@ -84,7 +84,8 @@ def symbols(smiles: str) -> list[str]:
 
 
 def _tables(data: Path) -> list[Path]:
-    place = original(data, FOLDERS, HOME)
+    here = any((data / name).is_file() for name in TABLES)
+    place = data if here else original(data, FOLDERS, HOME)
     tables = [place / name for name in TABLES if (place / name).is_file()]
     if not tables:
         raise ZipperError(
