@@ -178,7 +178,7 @@ def test_a_shell_is_told_how_words_go_on() -> None:
         return run_python("-m", "zipper", _ZIPPER_COMPLETE="complete_bash", **asked).out.split()
 
     assert completed("tr") == ["transcribe", "train"]
-    assert completed("units", "--mo") == ["--most-bad"]
+    assert completed("units", "--mos") == ["--most-bad"]
     assert completed("units", "--bad", "") == ["error", "warn", "skip"]
 
 
@@ -434,7 +434,7 @@ def test_show_prints_a_table_or_json(zipper: Zipper, world: World) -> None:
     assert json.loads(zipper("show", world.zip, "--json").out)["junctions"] == [
         {"text": 1, "speech": 1}
     ]
-    assert "voices: low, high" in zipper("show", world.zip).out
+    assert "voices low, high" in zipper("show", world.zip).out
 
 
 def test_verify_is_exit_code_1_where_a_promise_is_broken(
@@ -483,7 +483,7 @@ def test_units_fits_a_codebook_of_its_own(zipper: Zipper, tmp_path: Path) -> Non
     )
     assert zipper(*arguments).code == 0
     units = SpeechUnits.load(tmp_path / "codes")
-    assert (units.codes, units.config.fitted_on) == (8, "3 sound files")
+    assert (units.codes, units.config.fitted_on) == (8, "3 sounds")
     assert data.read(tmp_path / "units.jsonl", {"speech": units})[2]["speech"] == units.encode(
         tmp_path / "2.wav"
     )

@@ -22,6 +22,7 @@ from scipy.spatial.distance import cdist
 from zipper import Pipeline, Segment, modality
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
+from zipper.modality import signal
 from zipper.modality.kind import Kind, Modality
 from zipper.modality.signal import Series, Signal, SignalConfig, patched, warped
 from zipper.model import Zipper
@@ -135,6 +136,13 @@ def test_what_lies_beyond_the_limit_falls_into_the_outermost_bin() -> None:
     far = Series([[1e30, -1e30]], 50, CHANNELS, UNITS)
     assert BINS.encode(far) == [127, 128]
     assert len(PATCHES.encode(far)) == 1
+    farthest = np.array([[3e38, -3e38]] * 4)  # beyond 32 bits in scales of the second channel
+    cut = np.sign(farthest) * 1e6 * np.array(PATCHES.config.scale) + np.array(PATCHES.config.mean)
+    codes = [PATCHES.encode(Series(each, 50, CHANNELS, UNITS)) for each in (farthest, cut)]
+    assert codes[0] == codes[1]
+    wide = SignalConfig(1.0, ("a",), ("",), (3e37,), (1e38,), "bins", 1, 2)
+    made = Signal(np.array([[-5.0], [5.0]], np.float32), wide).decode([0, 1])
+    assert np.isfinite(made.values).all()  # a scale may be beyond what 32 bits can hold of it
 
 
 def test_a_channel_that_does_not_move_is_no_division_by_zero() -> None:
@@ -489,6 +497,28 @@ def test_a_file_that_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
         assert wrong in said and int(said.split()[0]) < 100, said
 
 
+@pytest.mark.parametrize("ending", ["csv", "npy", "parquet"])
+def test_more_numbers_than_are_read_at_once_are_refused(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, values = tmp_path / f"a.{ending}", np.arange(61.0)
+    if ending == "csv":
+        path.write_text("a\n" + "".join(f"{value}\n" for value in values))
+    elif ending == "npy":
+        np.save(path, values)
+        path.with_suffix(".json").write_text('{"rate_hz": 1, "channels": ["a"]}')
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"a": values}), path)
+    asked = {"path": str(path), "rate_hz": 1}
+    assert len(PATCHES.read(asked).values) == 61
+    monkeypatch.setattr(signal, "MOST_NUMBERS", 60)
+    with pytest.raises(
+        ZipperError, match=rf"a\.{ending}: (it has more than|It has .*at most) 60 n"
+    ):
+        PATCHES.read(asked)
+
+
 def test_an_array_shorter_than_its_header_says_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"rate_hz": 1, "channels": ["a"]}))
     np.save(tmp_path / "a.npy", np.zeros((1000, 1)))
@@ -638,7 +668,7 @@ def test_a_saved_one_is_the_same(kind: Signal, tmp_path: Path) -> None:
     assert isinstance(again, Signal) and again.config == kind.config
     assert again.fingerprint == kind.fingerprint
     assert again.encode(walk(9)) == kind.encode(walk(9))
-    assert modality.kind("signal") is Signal
+    assert modality.of_kind("signal") is Signal
 
 
 NOT_COUNTS = [-1, 0, 10**9, 2**63, 1.5, "8", None, [], {}, 15]

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _samples(data: str | Path | Sequence[Sample], limit: int | None) -> list[Sam
 def _pairs(modalities: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Task]:
     """Tasks of one tower to another that all rows have."""
     there = [name for name in modalities if all(name in row for row in rows)]
-    found = [Task((one,), (other,)) for one in there for other in there if one != other]
+    found = [Task((one,), (other,)) for one, other in permutations(there, 2)]
     if not found:
         raise ZipperError(
             f"The rows have no two of the fields {sorted(modalities)} in common, so no task is "

@@ -68,42 +68,58 @@ def demo(
         print(json.dumps(report, indent=1))
 
 
-@command(commands, LABORATORY, "zipper evaluate runs/demo/model pairs.jsonl --task 'text -> image'")
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="a saved model: folder or hub id", show_default="the shipped one"
+    ),
+]
+Rows = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="DATA",
+        help="manifest of pairs (JSONL) to measure any task on",
+        show_default="the built-in test part",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--of",
+        metavar="TASK",
+        help="of DATA: a task, e.g. 'text -> image'",
+        show_default="every pair of modalities",
+    ),
+]
+By = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=JUDGE",
+        help="of DATA: what else judges a modality, by its name (entry point group zipper.judges)",
+    ),
+]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="write the results to this JSON file; of DATA with a page beside it, of the built-in "
+        "part with every raw text",
+    ),
+]
+
+
+@command(
+    commands, LABORATORY, "zipper evaluate runs/demo/run/model pairs.jsonl --of 'text -> image'"
+)
 def evaluate(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="a saved model: folder or hub id", show_default="the shipped one"
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="DATA",
-            help="manifest of pairs (JSONL) to measure any task on",
-            show_default="the built-in test part",
-        ),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--of",
-            metavar="TASK",
-            help="of DATA: a task, e.g. 'text -> image'",
-            show_default="every pair of modalities",
-        ),
-    ] = None,
+    source: Source = None,
+    data: Rows = None,
+    tasks: Tasks = None,
     limit: Annotated[
         int | None, typer.Option(parser=count, metavar="N", help="only the first N rows of DATA")
     ] = None,
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=JUDGE",
-            help="of DATA: what else judges a modality, by its name (entry point group "
-            "zipper.judges)",
-        ),
-    ] = None,
+    by: By = None,
     seed: Annotated[int, typer.Option(help="of DATA's floor and intervals")] = 0,
     test: Annotated[
         int, typer.Option(parser=count, help="utterances of the built-in test part")
@@ -124,44 +140,49 @@ def evaluate(
     model: Model = None,
     towers: Bases = None,
     allow_mismatch: AllowMismatch = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="write the results to this JSON file; of DATA also a page beside it, of the "
-            "built-in part with every raw text",
-        ),
-    ] = None,
+    output: Results = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on rows of DATA, or word error rates on the built-in corpus, with oracle and
     floor."""
     if source and model:
         raise ZipperError(f"Two models were given, {source} and {model}. Leave one out.")
-    model = model or source
+    if output:
+        writable(output)
+    named_model = model or source
     if data:
-        pipe = pipeline(model, towers, allow_mismatch)
+        pipe = pipeline(named_model, towers, allow_mismatch)
         _measure(pipe, data, tasks, limit, by, seed, output, as_json)
         return
+    environment.need("speech")
+    pipe = pipeline(named_model, towers, allow_mismatch)
+    which = ["asr", "tts"] if task == "both" else [task]
+    _built_in(pipe, named_model or "shipped", which, test, judge, robust, output, as_json)
+
+
+def _built_in(
+    pipe: Any,
+    model: str,
+    tasks: Sequence[str],
+    test: int,
+    judge: Path | None,
+    robust: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Both directions on the built-in test part."""
     from zipper.pipeline import Pipeline
     from zipper.saving import checkpoint
     from zipper_lab import demo, report
     from zipper_lab.corpora import commands as corpus
 
-    environment.need("speech")
-    if output:
-        writable(output)
-    pipe = pipeline(model, towers, allow_mismatch)
     second = Pipeline.from_pretrained(judge) if judge else None
-    tasks = ["asr", "tts"] if task == "both" else [task]
     rows = corpus.rows("test", test, pipe.units)
     found = demo.evaluate(pipe, rows, tasks, second, robust)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        told = {"model": model or "shipped", **scores, "words": found.words}
-        checkpoint.write_json(output, told)
+        checkpoint.write_json(output, {"model": model, **scores, "words": found.words})
     if as_json:
         print(json.dumps(scores, indent=1))
         return
@@ -185,8 +206,6 @@ def _measure(
     from zipper import measurement
     from zipper.saving import checkpoint
 
-    if output:
-        writable(output)
     judges = {name: {judge: measurement.judge(judge)} for name, judge in named("--by", by).items()}
     found = measurement.measure(pipe, data, tasks or (), limit, judges=judges, seed=seed)
     told = [one.to_json() for one in found]

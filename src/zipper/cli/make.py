@@ -276,8 +276,8 @@ def fit(
     if example:
         absent(example)
         example.mkdir(parents=True)
-        found.example(example)
-        print(f"{example}: an example of {kind}. Go on: {fitting.next_step(found, example)}")
+        suits = f"zipper fit {kind} {example}/manifest.jsonl {found.example(example)}".rstrip()
+        print(f"{example}: an example of {kind}. Go on: {suits} -o {example}-fitted")
         return
     if not data or not output:
         raise ZipperError(

@@ -166,10 +166,10 @@ def _written(segment: Any, kind: Any, number: int, output: Path | None) -> Any:
     """What is told of a segment: what goes into a file is told by its path."""
     if not kind.suffix:
         return kind.told(segment.content)
-    if not kind.there(segment.content):  # a model may say nothing, and a file of that is none
-        return ""
     assert output is not None
     output.mkdir(parents=True, exist_ok=True)
+    if not kind.there(segment.content):  # a model may say nothing, and a file of that is none
+        return ""
     path = output / f"{number}-{segment.tower}{kind.suffix}"
     kind.write(segment.content, path)
     return str(path)

@@ -21,6 +21,11 @@ def fit(
     field: of manifests; by default the name of the kind. settings: arguments of `kind.fitted`.
     Raises a ZipperError for settings that the kind does not have, and where there are no data.
     """
+    if not hasattr(kind, "fitted"):
+        raise ZipperError(
+            f"There is nothing to fit in the kind {kind.name!r}: its class has no `fitted`. Make "
+            "one in Python and save it (zipper.modality.save)."
+        )
     known = inspect.signature(kind.fitted).parameters
     names = [name for name in known if name != "values"]
     if strange := sorted(settings.keys() - {*names}):
@@ -68,9 +73,3 @@ def _whole(value: Any, folder: Path) -> Any:
     except (OSError, ValueError):  # too long for a name, or a zero in it
         names_a_file = False
     return folder / value if names_a_file else value
-
-
-def next_step(kind: Any, folder: Path) -> str:
-    """The command that fits the kind to its own example."""
-    manifests = sorted(folder.glob(f"*{MANIFEST}"))
-    return f"zipper fit {kind.name} {manifests[0] if manifests else folder} -o {folder}-fitted"

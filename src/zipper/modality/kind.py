@@ -159,8 +159,9 @@ class Kind:
         raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
 
     @classmethod
-    def example(cls, folder: Path) -> None:
-        """Write a small set of real data of this kind, as `fitted` and a manifest want it."""
+    def example(cls, folder: Path) -> str:
+        """Write a small set of real data of this kind, with a manifest.jsonl; returns the options
+        of `zipper fit` that suit it, such as "--set codes=64"."""
         raise ZipperError(f"The kind {cls.name!r} has no example.")
 
 

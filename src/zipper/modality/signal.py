@@ -236,7 +236,7 @@ class Signal(Kind):
     last step, and `decode` gives all of it.
     """
 
-    name: ClassVar[str] = "signal"
+    name = "signal"
     takes: ClassVar[str] = (
         'the path of a CSV, NPY or Parquet file, a piece of one as {"path", "start", "stop"} in '
         'seconds, {"values", "rate_hz", "channels"}, or a list of steps'
@@ -263,7 +263,7 @@ class Signal(Kind):
         self._mean, self._scale = np.array(config.mean), np.array(config.scale)
 
     @classmethod
-    def fitted(  # type: ignore[override]
+    def fitted(
         cls,
         values: Sequence[Any],
         codes: int = 256,
@@ -352,7 +352,8 @@ class Signal(Kind):
         else:
             points = _held(kept // self.codes, self.codebook[kept % self.codes, 0], width)
         values = points * self._scale + self._mean
-        return self._own(values.astype(np.float32))
+        largest = np.finfo(np.float32).max
+        return self._own(np.clip(values, -largest, largest).astype(np.float32))
 
     def read(self, value: Any, folder: Path = Path()) -> Series:
         """A series: from a Series, a file or a piece of one, or values in a row.
@@ -430,7 +431,7 @@ class Signal(Kind):
         return found
 
     @classmethod
-    def example(cls, folder: Path) -> None:
+    def example(cls, folder: Path) -> str:
         """Pendulums: a manifest.jsonl with the fields text and signal, and the CSV files that it
         names. They are computed by the equation of motion, which a README.md there says."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -442,6 +443,7 @@ class Signal(Kind):
             rows.append(as_json({"text": text, "signal": f"pendulum_{number}.csv"}))
         write(folder / "manifest.jsonl", "".join(f"{row}\n" for row in rows).encode())
         write(folder / "README.md", _ABOUT_PENDULUMS.encode())
+        return "--set codes=64"
 
     def save(self, folder: str | Path) -> None:
         """Writes codebook.safetensors and signal.json; the second pins both by a hash."""
@@ -606,7 +608,7 @@ def _numbers(values: Any, channels: int) -> Float32[np.ndarray, "time channels"]
             f"{channels})."
         )
     _check_size(len(found), channels, "This series")
-    with np.errstate(over="ignore"):  # infinity is found and named
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity is found and named
         return np.ascontiguousarray(found, np.float32)
 
 
@@ -761,7 +763,9 @@ def _rate(times: Float64[np.ndarray, " time"]) -> tuple[float, int | None]:
             f"its time does not go on: from step {int(steps.argmin())} to the next are "
             f"{steps.min():g} s. Sort it by its time, which should be in seconds."
         )
-    off = np.abs(steps / mean - 1)
+    steps /= mean
+    steps -= 1
+    off = np.abs(steps, out=steps)
     return 1 / mean, int(off.argmax()) + 1 if off.max() > STEPS_OFF else None
 
 
@@ -788,7 +792,7 @@ def _csv(path: Path) -> _Table:
                 if at is not None:
                     times.append(found.pop(at))
                 numbers.extend(found)
-                if len(numbers) > MOST_NUMBERS:
+                if len(numbers) + 2 * len(times) > MOST_NUMBERS:  # a time has 64 bits
                     raise ZipperError(
                         f"it has more than {MOST_NUMBERS:,} numbers, which are not read at once. "
                         "Cut it into pieces."
@@ -905,17 +909,23 @@ def _parquet(path: Path) -> _Table:
                     f"its column {wrong[0].name!a:.80} is of type {wrong[0].type}. Give numbers; "
                     "time in seconds."
                 )
-            columns = [
-                file.read(columns=[name]).column(0).to_numpy().astype(np.float64)
-                for name in schema.names
-            ]
+            kept = [name for number, name in enumerate(schema.names) if number != at]
+            values = np.empty((steps, len(kept)), np.float32)
+            times = None if at is None else _column(file, schema.names[at]).astype(np.float64)
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity is found and named
+                for number, name in enumerate(kept):
+                    values[:, number] = _column(file, name)
     except (ZipperError, OSError):
         raise
     except Exception as error:  # whatever a stranger's file leads pyarrow to
         raise ZipperError(f"it is no Parquet: {error!s:.200}.") from error
-    times = None if at is None else columns.pop(at)
-    with np.errstate(over="ignore"):
-        return _Table(np.stack(columns, axis=1).astype(np.float32), channels, units, times)
+    return _Table(values, channels, units, times)
+
+
+def _column(file: Any, name: str) -> np.ndarray:
+    """A column of a Parquet file, NaN where it has nothing."""
+    column: np.ndarray = file.read(columns=[name]).column(0).to_numpy()
+    return column
 
 
 def _plain(kind: Any, types: Any) -> bool:
@@ -941,8 +951,9 @@ def _spread(
 def _normal(
     values: Float32[np.ndarray, "time channels"], mean: Sequence[float], scale: Sequence[float]
 ) -> Float32[np.ndarray, "time channels"]:
-    normal = (values - np.array(mean)) / np.array(scale)
-    return np.clip(normal, -FARTHEST, FARTHEST).astype(np.float32)
+    normal = values - np.array(mean)
+    normal /= np.array(scale)
+    return np.clip(normal, -FARTHEST, FARTHEST, out=normal).astype(np.float32)
 
 
 def _held(

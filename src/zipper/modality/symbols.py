@@ -30,7 +30,7 @@ MOST_SYMBOLS = 100_000
 MOST_CHARACTERS = 500_000  # of all symbols together
 #: Of a symbols.json: every character written as an escape, every symbol on a line of its own.
 MOST_BYTES = 8 << 20
-MOST_LINE = 64 << 20  # bytes of a line of data; whole chromosomes come in lines of 80
+MOST_LINE = 16 << 20  # bytes of a line of data; whole chromosomes come in lines of 80
 NAMED = 20  # symbols that an error names, each by its first characters
 SHOWN = 40
 
@@ -235,12 +235,13 @@ class Symbols(Kind):
         }
 
     @classmethod
-    def example(cls, folder: Path) -> None:
+    def example(cls, folder: Path) -> str:
         """Chess openings, their names and first moves, as a manifest.jsonl with the fields text and
         moves: for split="words"."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = [as_json({"text": name, "moves": moves}) for name, moves in _OPENINGS.items()]
         write(folder / "manifest.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        return "--field moves --set split=words"
 
     def save(self, folder: str | Path) -> None:
         """Writes symbols.json."""
