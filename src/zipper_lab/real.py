@@ -161,8 +161,8 @@ def prepare(name: str, data: Path, folder: Path, seed: int = 0) -> None:
         if not (place := folder / "modalities" / tower).exists():
             modality.save(_fitted(tower, niche, folder), place)
     if not (place := folder / "modalities" / TEXT).exists():
-        lines = [row["text"] for file in _texts(chosen, folder) for row in manifests.manifest(file)]
-        Text.train(lines, chosen.merges).save(place)
+        rows = chain.from_iterable(map(manifests.manifest, _texts(chosen, folder)))
+        Text.train([row["text"] for row in rows], chosen.merges).save(place)
 
 
 def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str, TrainConfig]:

@@ -238,7 +238,7 @@ class Motion:
         }
         for device, forest in forests.items():
             forest.fit(np.stack(seen[device]), told[device])
-        whose = [device for device in seen for _ in seen[device]]
+        whose = np.repeat([*seen], [len(seconds) for seconds in seen.values()])
         devices = ensemble.RandomForestClassifier(TREES // 4, random_state=seed)
         devices.fit(np.concatenate([np.stack(seen[device]) for device in seen]), whose)
         return cls(forests, devices)

@@ -13,6 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,9 @@ def vocabulary() -> list[str]:
     """Every word that `seen` may write in a room of 6 by 6 cells, and every action."""
     steps = [_steps(n) for n in range(-5, 6)]
     sides = [_side(n) for n in range(-5, 6)]
-    things = [f"{colour}-{thing}" for colour in COLOURS for thing in THINGS.values()]
+    things = [f"{colour}-{thing}" for colour, thing in product(COLOURS, THINGS.values())]
     walls = ["wall", *(_steps(n) for n in range(6)), *(_side(-n) for n in range(6))]
-    places = [ahead + right for ahead in steps for right in sides]
+    places = [ahead + right for ahead, right in product(steps, sides)]
     return [*dict.fromkeys([*ACTIONS, *things, *walls, *places])]
 
 
@@ -163,11 +164,8 @@ def quiet() -> Iterator[None]:
 
 def record(path: Path, episodes: int = 5000) -> None:
     """Write FILE anew: so many seeds from 0 on, in the shares of LEVELS."""
-    told = [
-        json.dumps(episode)
-        for level, share in LEVELS.items()
-        for episode in solve(level, range(round(episodes * share)))
-    ]
+    solved = (solve(level, range(round(episodes * share))) for level, share in LEVELS.items())
+    told = map(json.dumps, chain.from_iterable(solved))
     path.write_bytes(gzip.compress("\n".join(told).encode()))
 
 

@@ -10,6 +10,7 @@ picture of a 7. Knows no model.
 import random
 import re
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,7 +73,8 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
         {"id": take["id"], "speech": take["speech"]} for take in takes if part_of(take) == "train"
     ]
     manifests.write(folder / "unpaired_speech.jsonl", heard)
-    drawn = [image for (held, _), some in pictures.items() if held == "train" for image in some]
+    shown = [some for (held, _), some in pictures.items() if held == "train"]
+    drawn = chain.from_iterable(shown)
     alone = [{"id": PurePosixPath(image).stem, "image": image} for image in drawn]
     manifests.write(folder / "unpaired_image.jsonl", alone)
     manifests.write(folder / "texts.jsonl", [{"text": word} for word in WORDS])

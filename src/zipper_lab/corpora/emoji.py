@@ -9,8 +9,8 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     for owner, some in rows.items():
         manifests.write(folder / f"{owner}.jsonl", some)
     manifests.write(folder / "unpaired.jsonl", alone)
-    said = {row[key] for row in rows["train"] for key in ("text", "styled:text")}
+    said = {row["text"] for row in rows["train"]} | {row["styled:text"] for row in rows["train"]}
     manifests.write(folder / "texts.jsonl", [{"text": text} for text in sorted(said)])
 
 
@@ -100,12 +100,8 @@ def _patterns(style: str) -> tuple[str, ...]:
 
 def _named(places: dict[str, Path]) -> list[Named]:
     """What emoji.json says, from whichever original has one."""
-    listed = [
-        content
-        for place in places.values()
-        for name, content in _listed(place)
-        if Path(name).name == "emoji.json"
-    ]
+    found_in = chain.from_iterable(contents(place, "emoji.json") for place in places.values())
+    listed = [content for name, content in found_in if Path(name).name == "emoji.json"]
     if not listed:
         raise ZipperError(
             f"None of {', '.join(str(place) for place in places.values())} holds emoji.json, which "
@@ -120,10 +116,6 @@ def _named(places: dict[str, Path]) -> list[Named]:
             skin = " and ".join(TONES.get(tone, tone.lower()) for tone in tones.split("-"))
             found.append(Named(base, f"{base}, {skin}", kind, drawn["image"]))
     return found
-
-
-def _listed(place: Path) -> Iterator[tuple[str, bytes]]:
-    return contents(place, "emoji.json")
 
 
 def _plain(said: str) -> str:
