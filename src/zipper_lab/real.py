@@ -1,0 +1,314 @@
+"""Five zips of real data: pictures, motion, actions, molecules, and digits in three modalities.
+
+A set names the originals' reader, the modalities, the towers and the tasks. `run` does all of one:
+manifests, modalities, a tower for each modality alone, the zip on pairs, and what it can do on rows
+that nothing was trained on. Sizes are for two cores and minutes; none was tuned.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from zipper import measurement, modality
+from zipper.data import fitting, manifests
+from zipper.errors import ZipperError
+from zipper.link import LinkConfig
+from zipper.measurement import Measured
+from zipper.modality import Modality
+from zipper.modality.symbols import Symbols
+from zipper.modality.text import Text
+from zipper.pipeline import Pipeline
+from zipper.saving.files import write_json
+from zipper.tasks import Task
+from zipper.training import TrainConfig, train
+from zipper_lab import real_judges
+from zipper_lab.corpora import babyai, commands, digits, emoji, molecules, motion, prose
+from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
+
+TEXT = "text"
+#: 0.8 M and 1.8 M parameters beside the embeddings.
+SMALL = TEXT_TOWER
+LARGER = SPEECH_TOWER | {"max_position_embeddings": 512}
+
+
+@dataclass(frozen=True)
+class Niche:
+    """A modality beside text, and the tower that is pre-trained on it alone.
+
+    kind, settings: see `zipper fit`. alone: its manifest, of unpaired data. tasks: of the
+    pre-training.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    tasks: Mapping[str, float]
+    alone: str = "unpaired.jsonl"
+    shape: Mapping[str, Any] = field(default_factory=lambda: LARGER)
+    steps: int = 1200
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One zip. write: makes the manifests. tasks: of the zip, with their shares. also: tasks that
+    are measured and were not trained. beside: what the text tower reads beside the set's own texts,
+    where these are too few to be a language: "prose" (novels), "commands" or nothing. tests:
+    manifests that are measured. merges: of the tokenizer.
+    """
+
+    write: Callable[[Path, Path, int], None]
+    niches: Mapping[str, Niche]
+    tasks: Mapping[str, float]
+    also: tuple[str, ...] = ()
+    beside: str = ""
+    tests: tuple[str, ...] = ("test",)
+    merges: int = 300
+    text: Mapping[str, Any] = field(default_factory=lambda: SMALL)
+    text_steps: int = 800
+    steps: int = 1500
+
+
+SETS: dict[str, DataSet] = {
+    "images": DataSet(
+        emoji.write,
+        {"image": Niche("image", {"codes": 256, "patch": 4, "size": (24, 24)}, {"-> image": 1.0})},
+        {"image -> text": 0.45, "styled:text -> image": 0.55},
+        beside="prose",
+        tests=("test", "known"),
+        merges=500,
+    ),
+    "motion": DataSet(
+        motion.write,
+        {"motion": Niche("signal", {"codes": 256, "patch": 8}, {"-> motion": 1.0})},
+        {"motion -> text": 0.4, "text -> motion": 0.6},
+        merges=100,
+        text_steps=400,
+    ),
+    "actions": DataSet(
+        partial(babyai.write, more=16_000),  # 100 s of the bot
+        {
+            "actions": Niche(
+                "symbols",
+                {"split": "words"},
+                {"seen:actions -> actions": 0.8, "-> seen:actions": 0.2},
+            )
+        },
+        {"text, seen:actions -> actions": 0.7, "seen:actions, actions -> text": 0.3},
+        merges=60,
+        text_steps=300,
+    ),
+    "molecules": DataSet(
+        molecules.write,
+        {
+            "molecule": Niche(
+                "symbols", {"split": "smiles", "unknown": "?"}, {"-> molecule": 1.0}, steps=1600
+            )
+        },
+        {"molecule -> text": 0.4, "text -> molecule": 0.6},
+        merges=800,
+        text=LARGER,
+        text_steps=1200,
+    ),
+    "digits": DataSet(
+        digits.write,
+        {
+            "speech": Niche(
+                "speech", {"codes": 128}, {"-> speech": 1.0}, "unpaired_speech.jsonl", steps=600
+            ),
+            "image": Niche(
+                "image",
+                {"codes": 64, "patch": 2, "size": (8, 8), "channels": 1},
+                {"-> image": 1.0},
+                "unpaired_image.jsonl",
+                steps=600,
+            ),
+        },
+        {
+            "speech -> text": 0.2,
+            "image -> text": 0.2,
+            "text -> speech": 0.3,
+            "text -> image": 0.3,
+        },
+        also=("speech -> image", "image -> speech"),
+        beside="commands",
+        tests=("test", "known"),
+        merges=150,
+    ),
+}
+
+
+def named(name: str) -> DataSet:
+    """A set by its name. Raises ZipperError for unknown ones."""
+    if name not in SETS:
+        raise ZipperError(f"There is no set {name!r} of real data. Take one of {', '.join(SETS)}.")
+    return SETS[name]
+
+
+def prepare(name: str, data: Path, folder: Path, seed: int = 0) -> None:
+    """Manifests and modalities of a set, in `folder`; what is there stays.
+
+    data: the folder with the originals. Raises ZipperError if one of them is missing.
+    """
+    chosen = named(name)
+    if not (folder / "test.jsonl").is_file():
+        chosen.write(data, folder, seed)
+    if chosen.beside and not (folder / f"{chosen.beside}.jsonl").is_file():
+        texts = _beside(chosen.beside)
+        manifests.write(folder / f"{chosen.beside}.jsonl", [{"text": text} for text in texts])
+    for tower, niche in chosen.niches.items():
+        if not (place := folder / "modalities" / tower).exists():
+            modality.save(_fitted(tower, niche, folder), place)
+    if not (place := folder / "modalities" / TEXT).exists():
+        rows = chain.from_iterable(map(manifests.manifest, _texts(chosen, folder)))
+        Text.train([row["text"] for row in rows], chosen.merges).save(place)
+
+
+def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str, TrainConfig]:
+    """The recipes of a set in their order: the towers, by name, then "zip"; see `prepare`.
+
+    share: of the steps, for a short try. Data files need not be there yet.
+    """
+    chosen = named(name)
+    common: dict[str, Any] = {"dev": str(folder / "dev.jsonl"), "lr_tower": 2e-3}
+    found = {
+        TEXT: TrainConfig(
+            output=str(output / TEXT),
+            towers={TEXT: chosen.text},
+            modalities={TEXT: str(folder / "modalities" / TEXT)},
+            data={str(file): 1.0 for file in _texts(chosen, folder)},
+            tasks={"-> text": 1.0},
+            steps=max(1, round(chosen.text_steps * share)),
+            **common,
+        )
+    }
+    for tower, niche in chosen.niches.items():
+        found[tower] = TrainConfig(
+            output=str(output / tower),
+            towers={tower: niche.shape},
+            modalities={tower: str(folder / "modalities" / tower)},
+            data=str(folder / niche.alone),
+            tasks=niche.tasks,
+            steps=max(1, round(niche.steps * share)),
+            corrupt={tower: 0.05},
+            **common,
+        )
+    towers = [TEXT, *chosen.niches]
+    made = {*chain.from_iterable(Task.parse(task).outputs for task in chosen.tasks)}
+    found["zip"] = TrainConfig(
+        output=str(output / "zip"),
+        towers={tower: str(output / tower / "model" / "towers" / tower) for tower in towers},
+        modalities={tower: str(folder / "modalities" / tower) for tower in towers},
+        data=str(folder / "train.jsonl"),
+        dev=str(folder / "dev.jsonl"),
+        tasks=chosen.tasks,
+        train=tuple(chosen.niches),
+        every=dict.fromkeys(towers, 1),
+        # As the demo: text shows its embeddings, the others a block further than they are fused.
+        shows={TEXT: 0} | {tower: [2, 3, 4] for tower in chosen.niches},
+        link=LinkConfig(gate_init=1.2, dropout=0.1),
+        calibrate=500,
+        input_projection="none",
+        lr_new=2e-3,
+        lr_gate=3e-4,
+        lr_tower=5e-4,
+        loss_weight={TEXT: 2.0},
+        corrupt={tower: 0.05 for tower in chosen.niches if tower in made},
+        steps=max(1, round(chosen.steps * share)),
+        eval_rows=200,
+    )
+    return found
+
+
+def judges(name: str, folder: Path) -> dict[str, dict[str, real_judges.Judge]]:
+    """What judges a set: {tower: {name of the judge: it}}; those that are trained are trained on
+    the manifests in `folder`."""
+    named(name)
+    if name == "images":
+        return {
+            "image": {"eye": real_judges.Pictures.trained(folder)},
+            TEXT: {"names": real_judges.Names()},
+        }
+    if name == "motion":
+        return {
+            "motion": {"ear": real_judges.Motion.trained(folder)},
+            TEXT: {"told": real_judges.Told()},
+        }
+    if name == "actions":
+        return {
+            "actions": {"simulator": real_judges.Simulator()},
+            TEXT: {"simulator": real_judges.Missions()},
+        }
+    if name == "molecules":
+        return {
+            "molecule": {"rdkit": real_judges.Chemistry()},
+            TEXT: {"words": real_judges.Words()},
+        }
+    digit = real_judges.Digits.trained(folder)
+    return {tower: {"digit": digit} for tower in ("speech", "image", TEXT)}
+
+
+def measured(
+    name: str, folder: Path, pipeline: Pipeline, limit: int | None = 300
+) -> dict[str, list[Measured]]:
+    """What a zip of a set can do, by the set's judges, on each of its tests: model, oracle (what
+    the modality keeps of real data) and floor (the answer to another row).
+
+    limit: rows of each test, spread over all of it.
+    """
+    chosen = named(name)
+    by = {
+        tower: {each: real_judges.scored(judge) for each, judge in some.items()}
+        for tower, some in judges(name, folder).items()
+    }
+    found = {}
+    for test in chosen.tests:
+        samples = [*manifests.samples(folder / f"{test}.jsonl")]
+        every = max(1, len(samples) // limit) if limit else 1
+        tasks = [*chosen.tasks, *chosen.also]
+        found[test] = measurement.measure(pipeline, samples[::every], tasks, limit, judges=by)
+    return found
+
+
+def run(
+    name: str, data: Path, output: Path, share: float = 1.0, limit: int | None = 300
+) -> dict[str, list[Measured]]:
+    """All of one set, from the originals to a page: output/data, output/text ... output/zip,
+    measured.json and a page for each test. What is done is not done again; a run that was killed
+    goes on.
+
+    data: the folder with the originals. share: of all steps. limit: see `measured`. Raises
+    ZipperError if an original is missing, MissingExtra for a package.
+    """
+    prepare(name, data, output / "data")
+    for part, config in runs(name, output / "data", output, share).items():
+        if not (output / part / "model").exists():
+            print(f"-- {name}: {part}, {config.steps} steps", flush=True)
+            train(config, resume=True)
+    pipeline = Pipeline.from_pretrained(output / "zip" / "model")
+    found = measured(name, output / "data", pipeline, limit)
+    told = {test: [one.to_json() for one in some] for test, some in found.items()}
+    write_json(output / "measured.json", told)
+    for test, some in found.items():
+        measurement.write(output / f"{test}.html", some, f"{name}: {test}")
+        print(f"-- {name}: {test}\n{measurement.text(some)}", flush=True)
+    return found
+
+
+def _fitted(tower: str, niche: Niche, folder: Path) -> Modality:
+    if tower == "actions":  # what a test may hold is known, and not all of it is in the data
+        return Symbols(babyai.vocabulary(), "words")
+    kind = modality.of_kind(niche.kind)
+    return fitting.fit(kind, [folder / niche.alone], tower, niche.settings)
+
+
+def _texts(chosen: DataSet, folder: Path) -> list[Path]:
+    """The manifests that the text tower reads."""
+    return [folder / f"{name}.jsonl" for name in ("texts", chosen.beside) if name]
+
+
+def _beside(name: str) -> list[str]:
+    if name == "prose":
+        return [text for _, text in prose.lines("text")]
+    return [utterance.text for utterance in commands.sentences("text", 20_000)]

@@ -1,0 +1,546 @@
+"""Real data: readers on small archives in the form of the originals, splits that keep a test a test,
+judges beside their floors, and recipes that fit together.
+
+Nothing here is anybody's data: what stands in the archives is made up below."""
+
+import gzip
+import importlib.util
+import io
+import json
+import math
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zipper.audio import sound
+from zipper.data.manifests import manifest
+from zipper.errors import ZipperError
+from zipper.modality import whole
+from zipper.modality.signal import Signal
+from zipper.modality.symbols import Symbols
+from zipper.training import TrainConfig
+from zipper_lab import real, real_judges
+from zipper_lab.corpora import babyai, digits, emoji, molecules, motion
+from zipper_lab.corpora.originals import contents, original, part
+
+
+def needs(*modules: str) -> Any:
+    """A test of what a package brings that is no part of the gate."""
+    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(lacking), reason=f"needs {', '.join(lacking)}")
+
+
+def zipped(path: Path, files: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+# --- originals
+
+
+def test_an_archive_reads_like_the_folder_it_was_made_of(tmp_path: Path) -> None:
+    files = {"a/one.csv": b"1", "a/two.csv": b"2", "a/read.me": b"3"}
+    folder = tmp_path / "set"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    zipped(tmp_path / "set.zip", files)
+    with tarfile.open(tmp_path / "set.tar.xz", "w:xz") as archive:
+        archive.add(folder / "a", "a")
+    wanted = [("a/one.csv", b"1"), ("a/two.csv", b"2")]
+    for place in (folder, tmp_path / "set.zip", tmp_path / "set.tar.xz"):
+        assert [*contents(place, ".csv")] == wanted
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "set.zip").write_bytes(b"nothing of that kind")
+    with pytest.raises(ZipperError, match="neither a folder nor a ZIP"):
+        [*contents(tmp_path / "set.zip")]
+
+
+def test_the_first_pattern_wins_and_a_missing_original_is_named_with_its_home(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    assert original(tmp_path, ("b*", "a*"), "somewhere") == tmp_path / "b"
+    for place in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ZipperError, match=r"x\*.*The public original: https://there"):
+            original(place, ("x*",), "https://there")
+
+
+@pytest.mark.parametrize(
+    ("write", "home"),
+    [
+        (emoji.write, "emoji-datasource"),
+        (motion.write, "sp-sw-har"),
+        (babyai.write, "minigrid"),
+        (digits.write, "free-spoken-digit"),
+    ],
+)
+def test_every_reader_says_what_is_missing(
+    tmp_path: Path, write: Callable[[Path, Path], None], home: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ZipperError, match=home):
+        write(tmp_path / "data", tmp_path / "out")
+
+
+def test_parts_have_their_shares_and_a_key_has_one_part() -> None:
+    owners = [part(f"key {n}", {"test": 0.1, "dev": 0.05}) for n in range(4000)]
+    assert owners == [part(f"key {n}", {"test": 0.1, "dev": 0.05}) for n in range(4000)]
+    assert abs(owners.count("test") / 4000 - 0.1) < 0.02
+    assert abs(owners.count("dev") / 4000 - 0.05) < 0.02
+
+
+# --- emoji
+
+
+def picture(kind: int, style: int, number: int) -> bytes:
+    """A square of the colour of its kind, at a place of its own; the style is how bright."""
+    from PIL import Image
+
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    place = 4 * (number % 10)
+    pixels[place : place + 24, 10:40] = (
+        [200 - 60 * style, 30, 30, 255] if kind else [30, 30, 220 - 60 * style, 255]
+    )
+    held = io.BytesIO()
+    Image.fromarray(pixels).save(held, "PNG")
+    return held.getvalue()
+
+
+def emoji_originals(data: Path, things: int = 120) -> None:
+    data.mkdir()
+    listed, drawn = [], list[tuple[str, int, int]]()
+    for number in range(things):
+        kind, file = number % 2, f"{number:04x}.png"
+        tones = {"1F3FB": {"image": f"{number:04x}-1f3fb.png"}} if number % 3 == 0 else {}
+        category = ("Food & Drink", "Animals & Nature")[kind]
+        listed.append(
+            {"name": f"THING-{number}", "image": file, "category": category}
+            | {"subcategory": "any", "skin_variations": tones}
+        )
+        drawn += [(name, kind, number) for name in (file, *(t["image"] for t in tones.values()))]
+    for style, name in enumerate(emoji.STYLES):
+        files = {f"{name}/img/{file}": picture(kind, style, n) for file, kind, n in drawn}
+        if style:
+            files[f"{name}/emoji.json"] = json.dumps(listed).encode()
+        zipped(data / f"emoji_{name}_64.zip", files)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("PIL")
+    place = tmp_path_factory.mktemp("emoji")
+    emoji_originals(place / "data")
+    emoji.write(place / "data", place / "out")
+    return place / "out"
+
+
+def test_a_thing_is_in_one_part_in_both_styles_and_all_tones(pictures: Path) -> None:
+    parts = {name: manifest(pictures / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    names = {part: {row["name"].partition(",")[0] for row in rows} for part, rows in parts.items()}
+    assert all(names.values())
+    assert sum(map(len, names.values())) == len(set.union(*names.values())) == 120
+    for row in parts["test"]:
+        assert {one["style"] for one in parts["test"] if one["name"] == row["name"]} == {
+            *emoji.STYLES
+        }
+
+
+def test_known_things_are_trained_on_in_the_other_style_alone(pictures: Path) -> None:
+    known = {row["name"] for row in manifest(pictures / "known.jsonl")}
+    trained = {(row["name"], row["style"]) for row in manifest(pictures / "train.jsonl")}
+    assert known
+    assert all((name, emoji.STYLES[0]) in trained for name in known)
+    assert not any((name, emoji.STYLES[1]) in trained for name in known)
+
+
+def test_rows_name_pictures_on_white_and_words_in_plain_letters(pictures: Path) -> None:
+    rows = manifest(pictures / "train.jsonl")
+    (first,) = real_judges.pictures(pictures, rows[:1])
+    assert first.shape == (emoji.SIDE, emoji.SIDE, 3)
+    assert (first[-1, -1] == 255).all()
+    assert rows[0]["text"] == f"{rows[0]['category']}: {rows[0]['name']}"
+    assert rows[0]["category"] in ("food and drink", "animals and nature")
+    alone = manifest(pictures / "unpaired.jsonl")
+    assert len(alone) == 2 * len(rows)
+    assert all("text" not in row and (pictures / row["image"]).is_file() for row in alone)
+
+
+def test_the_judge_of_pictures_beats_its_floor(pictures: Path) -> None:
+    pytest.importorskip("sklearn")
+    judge = real_judges.Pictures.trained(pictures)
+    rows = manifest(pictures / "test.jsonl")
+    found = real_judges.bounds(judge, rows, real_judges.pictures(pictures, rows))
+    assert found["oracle"]["category"] > 0.95 > found["floor"]["category"] + 0.2
+    assert found["oracle"]["name"] > found["floor"]["name"] + 0.1
+    texts = real_judges.bounds(real_judges.Names(), rows, [row["text"] for row in rows])
+    assert texts["oracle"] == {"exact": 1.0, "words": 1.0, "category": 1.0}
+    assert texts["floor"]["exact"] < 0.5
+
+
+# --- motion
+
+
+def execution(chance: random.Random, watch: bool) -> str:
+    """A file of the original: each activity shakes at its own speed."""
+    plan = [
+        ("SEATED", 1.6),
+        ("STANDING_UP", 1.2),
+        ("WALKING", 2.0),
+        ("TURNING", 1.2),
+        ("WALKING", 2.0),
+        ("TURNING", 1.2),
+        ("SITTING_DOWN", 1.2),
+    ]
+    lines, clock = ["x_acc,y_acc,z_acc,x_gyro,y_gyro,z_gyro,timestamp,label"], 0
+    for label, seconds in plan:
+        place = motion.ACTIVITIES.index(label)
+        for n in range(round(100 * seconds)):
+            wave = place * math.sin(2 * math.pi * (0.5 + place) * n / 100)
+            values = [wave, place, -9.8 if watch else 9.8, wave, 0.1 * place, 0]
+            told = ",".join(f"{value + chance.gauss(0, 0.05):.4f}" for value in values)
+            lines.append(f"{told},{1_650_000_000_000 + clock},{label}")
+            clock += 10
+    return "\n".join(lines)
+
+
+def motion_original(data: Path, people: int = 9) -> None:
+    data.mkdir()
+    chance = random.Random(0)
+    info = ["execution_id,orientation,first_turn,second_turn"]
+    files = {}
+    for person in range(1, people + 1):
+        name = f"s{person:02d}_01"
+        info.append(f"{name},back_inv,l,r")
+        for kind in motion.DEVICES:
+            files[f"DATA/s{person:02d}/{name}_{kind}.csv"] = execution(chance, kind == "sw")
+    files["DATA/executions_info.csv"] = "\n".join(info)
+    with tarfile.open(data / "sp-sw-har.tar.xz", "w:xz", preset=0) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content.encode()))
+
+
+@pytest.fixture(scope="module")
+def motions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("motion")
+    motion_original(place / "data")
+    motion.write(place / "data", place / "out")
+    return place / "out"
+
+
+def test_a_person_is_in_one_part(motions: Path) -> None:
+    people = {
+        name: {row["person"] for row in manifest(motions / f"{name}.jsonl")}
+        for name in ("train", "dev", "test")
+    }
+    assert {name: len(some) for name, some in people.items()} == {"train": 3, "dev": 2, "test": 4}
+    assert len(set.union(*people.values())) == 9
+    alone = {row["id"].partition("_")[0] for row in manifest(motions / "unpaired.jsonl")}
+    assert alone == people["train"]
+
+
+def test_windows_are_of_one_length_and_told_as_they_are(motions: Path) -> None:
+    sides = set[str]()
+    for row in manifest(motions / "test.jsonl"):
+        assert np.shape(row["motion"]["values"]) == (motion.LENGTH, 6)
+        assert len(row["activities"]) == motion.LENGTH // motion.STEP
+        assert row["device"] in row["text"]
+        heard = motion.heard(row["text"])
+        assert {*heard} <= {*row["activities"]}
+        sides |= {label for label in heard if label.startswith("TURNING")}
+    assert sides == {"TURNING LEFT", "TURNING RIGHT"}
+
+
+def test_what_was_told_is_heard_again() -> None:
+    lying = motion.Execution("s01_01_sp", "s01", "phone", "front_inv", np.zeros((1, 6)), [])
+    chance, labels = random.Random(0), [label for label in motion.DONE if label != "TURNING"]
+    for _ in range(50):
+        done = [label for label in chance.sample(labels, chance.randrange(1, 5))]
+        for template in motion.TEMPLATES["phone"]:
+            told = motion.describe(lying, [label for label in done for _ in range(3)], template)
+            assert motion.heard(told) == done
+
+
+def test_a_window_is_read_by_the_kind_of_signals(motions: Path) -> None:
+    values = [row["motion"] for row in manifest(motions / "train.jsonl")[:20]]
+    signal = whole(Signal.fitted(values, codes=16, patch=8))
+    ids = signal.encode(signal.read(values[0]))
+    assert len(ids) == motion.LENGTH // 8
+    assert signal.decode(ids).values.shape == (motion.LENGTH, 6)
+
+
+def test_the_judge_of_motion_beats_its_floor_on_people_it_never_felt(motions: Path) -> None:
+    pytest.importorskip("sklearn")
+    judge = real_judges.Motion.trained(motions)
+    rows = manifest(motions / "test.jsonl")
+    found = real_judges.bounds(judge, rows, [row["motion"]["values"] for row in rows])
+    for metric, oracle in found["oracle"].items():
+        assert oracle > 0.8 > found["floor"][metric]
+    nothing = judge.judge(rows[:2], [np.zeros((0, 6)), np.zeros((10, 6))])
+    assert set(map(tuple, nothing.values())) == {(0.0, 0.0)}
+
+
+# --- actions
+
+
+def cells(things: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
+    """A room of 8 by 8: walls around, things inside by (column, row)."""
+    found = list[int]()
+    for row in range(8):
+        for column in range(8):
+            wall = 0 in (row, column) or 7 in (row, column)
+            found += [2, 5] if wall else things.get((column, row), (1, 0))
+    return found
+
+
+def test_the_room_is_told_as_the_agent_sees_it() -> None:
+    grid = cells({(3, 1): (6, 0), (5, 4): (5, 2), (1, 6): (7, 5)})
+    right = babyai.seen(grid, [3, 4, 0], 8)
+    assert right == "wall a3 l3 blue-key a2r0 red-ball a0l3 grey-box b2r2"
+    up = babyai.seen(grid, [3, 4, 3], 8)
+    assert up == "wall a3 l2 blue-key a0r2 red-ball a3r0 grey-box b2l2"
+    assert {*right.split(), *up.split()} <= {*babyai.vocabulary()}
+
+
+def episodes(n: int = 600) -> list[dict[str, Any]]:
+    chance, found = random.Random(0), []
+    for seed in range(n):
+        x, y = chance.randrange(1, 7), chance.randrange(1, 7)
+        thing = (chance.choice([5, 6, 7]), chance.randrange(6))
+        found.append(
+            {
+                "env": "BabyAI-GoToLocal-v0",
+                "seed": seed,
+                "mission": f"go to the {babyai.COLOURS[thing[1]]} {babyai.THINGS[thing[0]]}",
+                "actions": [2, 0, 2],
+                "grid0": cells({(x, y): thing}),
+                "pose0": [1 + (x + 2) % 6, 1 + (y + 3) % 6, seed % 4],
+                "size": [8, 8],
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("babyai")
+    told = "\n".join(map(json.dumps, episodes()))
+    (place / babyai.FILE).write_bytes(gzip.compress(told.encode()))
+    babyai.write(place, place / "out")
+    return place / "out"
+
+
+def test_no_start_and_no_unseen_mission_of_the_test_is_trained_on(rooms: Path) -> None:
+    parts = {name: manifest(rooms / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    starts = {name: {row["seen:actions"] for row in rows} for name, rows in parts.items()}
+    assert all(starts.values())
+    assert sum(map(len, starts.values())) == len(set.union(*starts.values()))
+    missions = {row["text"] for row in parts["train"]}
+    for row in parts["test"] + parts["dev"]:
+        assert row["unseen"] == (row["text"] not in missions)
+    assert missions == {row["text"] for row in manifest(rooms / "texts.jsonl")}
+    assert all("text" not in row for row in manifest(rooms / "unpaired.jsonl"))
+
+
+def test_all_that_is_seen_and_done_has_ids(rooms: Path) -> None:
+    symbols = Symbols(babyai.vocabulary(), "words")
+    for row in manifest(rooms / "test.jsonl"):
+        for key in ("seen:actions", "actions"):
+            assert symbols.decode(symbols.encode(row[key])) == row[key]
+
+
+def test_a_damaged_record_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / babyai.FILE).write_bytes(b"no gzip")
+    with pytest.raises(ZipperError, match="is damaged"):
+        babyai.write(tmp_path, tmp_path / "out")
+
+
+@needs("minigrid")
+def test_the_bot_fulfils_its_missions_and_chance_does_not() -> None:
+    rows = [
+        babyai._row(episode) for level in babyai.LEVELS for episode in babyai.solve(level, range(6))
+    ]
+    assert len(rows) == 18
+    judge = real_judges.Simulator()
+    found = real_judges.bounds(judge, rows, [row["actions"] for row in rows])
+    assert found["oracle"] == {"success": 1.0, "short": 1.0}
+    assert found["floor"]["success"] < 0.5
+    drawn = judge.judge(rows, [real_judges.chance(row) for row in rows])
+    assert real_judges.means(drawn)["success"] < 0.5
+    assert judge.judge(rows[:1], ["sing"]) == {"success": [0.0], "short": [0.0]}
+    told = real_judges.bounds(real_judges.Missions(), rows, [row["text"] for row in rows])
+    assert told["oracle"] == {"true": 1.0, "exact": 1.0}
+    assert told["floor"]["true"] < 0.5
+    assert real_judges.Missions().judge(rows[:1], ["sing a song"])["true"] == [0.0]
+
+
+@needs("minigrid")
+def test_a_record_of_our_own_reads_like_the_original(tmp_path: Path) -> None:
+    babyai.record(tmp_path / babyai.FILE, 10)
+    babyai.write(tmp_path, tmp_path / "out", more=10)
+    rows = [row for name in ("train", "dev", "test") for row in _there(tmp_path / "out", name)]
+    assert len(rows) == 10
+    assert len(manifest(tmp_path / "out" / "unpaired.jsonl")) > len(
+        _there(tmp_path / "out", "train")
+    )
+
+
+def _there(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / f"{name}.jsonl"
+    return manifest(path) if path.stat().st_size else []
+
+
+# --- molecules
+
+
+RINGS = ("c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccoc1", "c1ccsc1", "C1CCNCC1", "C1CCOC1", "C1CC1")
+TAILS = ("O", "N", "C", "CC", "C(=O)O", "Cl", "C#N", "OC", "CCN", "C=O")
+
+
+@needs("rdkit")
+def test_molecules_of_one_scaffold_are_in_one_part(tmp_path: Path) -> None:
+    rows = ["CID\tSMILES\tdescription"]
+    for number, (ring, tail) in enumerate((ring, tail) for ring in RINGS for tail in TAILS):
+        said = f"The molecule is number {number}. It has a tail. {'It is long. ' * 40}"
+        rows.append(f"{number}\t{ring}{tail}\t{said}")
+    rows += ["900\tCC/C=C\\\\C\tThe molecule is bent.", "901\tnone\tThe molecule is none."]
+    (tmp_path / "chebi20").mkdir()
+    (tmp_path / "chebi20" / "test.txt").write_text("\n".join(rows))
+    molecules.write(tmp_path, tmp_path / "out", seed=3)
+    parts = {name: _there(tmp_path / "out", name) for name in ("train", "dev", "test")}
+    assert sum(map(len, parts.values())) == len(RINGS) * len(TAILS) + 1
+    scaffolds = {
+        name: {molecules._scaffold(row["molecule"]) for row in some} for name, some in parts.items()
+    }
+    assert sum(map(len, scaffolds.values())) == len(set.union(*scaffolds.values()))
+    told = [row for some in parts.values() for row in some]
+    assert all(len(row["text"]) <= molecules.MOST_LETTERS for row in told)
+    assert any(row["molecule"] == "C/C=C\\CC" for row in told)
+    alone = {molecules.canonical(r["molecule"]) for r in manifest(tmp_path / "out/unpaired.jsonl")}
+    assert alone == {row["molecule"] for row in parts["train"]}
+    found = real_judges.bounds(real_judges.Chemistry(), told, [row["molecule"] for row in told])
+    assert found["oracle"] == {"valid": 1.0, "exact": 1.0, "alike": 1.0}
+    assert found["floor"]["valid"] == 1.0 > found["floor"]["alike"] + 0.3
+    made = real_judges.Chemistry().judge(told[:2], ["C1CC", ""])
+    assert {tuple(values) for values in made.values()} == {(0.0, 0.0)}
+
+
+@needs("rdkit")
+def test_a_table_in_another_form_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("name\tvalue\n")
+    with pytest.raises(ZipperError, match="its columns must be CID, SMILES, description"):
+        molecules.write(tmp_path, tmp_path / "out")
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(ZipperError, match="MolT5"):
+        molecules.write(tmp_path, tmp_path / "out")
+
+
+# --- digits
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each digit is a tone of its own, each speaker says it a little higher."""
+    for module in ("sklearn", "PIL", "soundfile"):
+        pytest.importorskip(module)
+    place = tmp_path_factory.mktemp("digits")
+    (place / "recordings").mkdir()
+    times = np.arange(3200) / 8000
+    for number, speaker in enumerate(("ann", "ben", "cid", "dot")):
+        for digit in range(10):
+            for take in range(4, 7):
+                wave = np.sin(2 * np.pi * (300 + 250 * digit + 5 * number + take) * times)
+                name = place / "recordings" / f"{digit}_{speaker}_{take}.wav"
+                sound.write(name, sound.Audio(np.float32(0.3) * wave.astype(np.float32), 8000))
+    digits.write(place, place / "out")
+    return place / "out"
+
+
+def test_speakers_and_pictures_of_the_test_are_not_trained_on(spoken: Path) -> None:
+    parts = {name: manifest(spoken / f"{name}.jsonl") for name in ("train", "dev", "test", "known")}
+    speakers = {name: {row["speaker"] for row in rows} for name, rows in parts.items()}
+    assert speakers["known"] == speakers["train"] and len(speakers["train"]) == 2
+    assert len(speakers["train"] | speakers["dev"] | speakers["test"]) == 4
+    drawn = {name: {row["image"] for row in rows} for name, rows in parts.items()}
+    assert not drawn["train"] & (drawn["dev"] | drawn["test"] | drawn["known"])
+    assert not drawn["dev"] & drawn["test"]
+    said = {name: {row["speech"] for row in rows} for name, rows in parts.items()}
+    assert not said["train"] & said["known"]
+    for row in parts["test"]:
+        assert row["text"] == digits.WORDS[row["digit"]]
+        assert row["image"].startswith(f"pictures/{row['digit']}-")
+    alone = {row["image"] for row in manifest(spoken / "unpaired_image.jsonl")}
+    assert not alone & (drawn["dev"] | drawn["test"])
+
+
+def test_the_judges_of_digits_beat_their_floors(spoken: Path) -> None:
+    judge = real_judges.Digits.trained(spoken)
+    rows = manifest(spoken / "test.jsonl")
+    for made in (
+        real_judges.pictures(spoken, rows),
+        real_judges.sounds(spoken, rows),
+        [row["text"] for row in rows],
+    ):
+        found = real_judges.bounds(judge, rows, made)
+        assert found["oracle"]["digit"] > 0.9 > found["floor"]["digit"] + 0.5
+    assert judge.digit("two three") == judge.digit("") == -1
+
+
+# --- judges and recipes
+
+
+def test_bounds_need_two_rows_and_a_number_that_is_none_counts_for_nothing() -> None:
+    with pytest.raises(ZipperError, match="at least two"):
+        real_judges.bounds(real_judges.Words(), [{"text": "a"}], ["a"])
+    assert real_judges.means({"one": [1.0, float("nan")]}) == {"one": 1.0}
+
+    class Half:
+        """Knows only the first sample."""
+
+        def judge(self, wanted: Any, made: Any) -> dict[str, list[float]]:
+            return {"known": [1.0, *[float("nan")] * (len(made) - 1)]}
+
+    assert real_judges.scored(Half())([], ["a", "b"], []) == {"known": [(1.0, 1.0), (0.0, 0.0)]}
+
+
+@pytest.mark.parametrize("name", real.SETS)
+def test_the_recipes_of_a_set_fit_together(tmp_path: Path, name: str) -> None:
+    found = real.runs(name, tmp_path / "data", tmp_path / "runs")
+    chosen = real.named(name)
+    assert [*found] == ["text", *chosen.niches, "zip"]
+    assert all(isinstance(config, TrainConfig) for config in found.values())
+    for tower in (real.TEXT, *chosen.niches):
+        assert found["zip"].towers[tower].startswith(found[tower].output)
+        assert found["zip"].modalities[tower] == found[tower].modalities[tower]
+    assert set(found["zip"].train) == {*chosen.niches}
+    assert not [*tmp_path.iterdir()]
+    short = real.runs(name, tmp_path / "data", tmp_path / "runs", share=0.01)
+    assert all(short[part].steps < config.steps for part, config in found.items())
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(ZipperError, match="Take one of images, motion"):
+        real.runs("smells", Path("data"), Path("runs"))
+
+
+def test_motion_runs_from_the_original_to_its_numbers(tmp_path: Path) -> None:
+    motion_original(tmp_path / "data", 8)
+    found = real.run("motion", tmp_path / "data", tmp_path / "out", share=0.002, limit=4)
+    tasks = [one.task for one in found["test"]]
+    assert tasks == [*real.named("motion").tasks]
+    assert (tmp_path / "out" / "test.html").is_file()
+    told = json.loads((tmp_path / "out" / "measured.json").read_text())
+    metrics = told["test"][1]["metrics"]
+    assert metrics["ear: activity"]["oracle"]["value"] > 0.5
