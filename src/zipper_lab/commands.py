@@ -36,11 +36,12 @@ from zipper.cli.options import (
 from zipper.errors import ZipperError
 
 commands = typer.Typer()
+DEMO = Path("runs/demo")
 
 
 @command(commands, LABORATORY, "zipper demo")
 def demo(
-    output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="folder of the run")] = DEMO,
     from_scratch: Annotated[
         bool,
         typer.Option(
@@ -55,17 +56,42 @@ def demo(
         typer.Option(parser=count, help="alignment steps; 900 fit ten minutes on two cores"),
     ] = 900,
     test: Annotated[int, typer.Option(parser=count, help="test utterances")] = 200,
+    modality: Annotated[
+        Literal["images", "motion", "actions", "molecules", "digits"] | None,
+        typer.Option(help="zip real data instead: towers, zip and pages, in minutes"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="of --modality: where its original lies; digits need none"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print report.json at the end")] = False,
 ) -> None:
     """Align a new zip on spoken commands, evaluate it, write a report."""
     from zipper.saving.files import held
     from zipper_lab.demo import demo as run_demo
 
+    if modality:
+        _real(modality, data, output if output != DEMO else DEMO.with_name(f"demo-{modality}"))
+        return
     writable(output / "report.json")
     with held(output):
         report = run_demo(output, from_scratch, pairs, steps, test)
     if as_json:
         print(json.dumps(report, indent=1))
+
+
+def _real(modality: str, data: Path | None, output: Path) -> None:
+    """A zip of real data, from its original to pages."""
+    from zipper.saving.files import held
+    from zipper_lab import real
+
+    writable(output / "measured.json")
+    with held(output):
+        found = real.demo(modality, data, output)
+    for test in found:
+        print(output / f"{test}.html")
 
 
 Source = Annotated[

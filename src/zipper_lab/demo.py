@@ -42,6 +42,8 @@ CHUNK = 100  # utterances that are generated together
 JUDGE, SECOND, EXACT = Judge.name, "own recogniser", "exact comparison"
 DOMAIN = 20_000  # sentences of the unpaired text part that the judge's language model is made of
 SHOWN = 6  # utterances to listen to in the report
+#: Of what the demo says, chosen on dev (docs/log.md): beyond what the speech tower would say alone.
+GUIDANCE = 1.5
 
 #: The pre-trained towers that come with the package, before any alignment.
 TOWERS = {"text": SHIPPED / "towers" / "text", "speech": SHIPPED.parent / "speech_tower"}
@@ -106,7 +108,7 @@ def demo(
         pipeline = train(config)
     second = None if from_scratch else Pipeline.from_pretrained()
     with clock.phase(f"evaluate on {test} utterances"):
-        result = evaluate(pipeline, tests, second=second, robust=True)
+        result = evaluate(pipeline, tests, second=second, robust=True, guidance=GUIDANCE)
 
     metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()
     directions = (("speech", "text"), ("text", "speech"))
@@ -116,7 +118,7 @@ def demo(
         seconds=round(sum(clock.seconds.values()), 1),
         phases=clock.seconds,
         corpus={"pairs": pairs, "dev": 200, "test": test},
-        recipe=dataclasses.asdict(config),
+        recipe=dataclasses.asdict(config) | {"guidance": GUIDANCE},
         environment=report.environment(),
         command="make demo",
         metrics=[json.loads(line) for line in metrics],
@@ -191,12 +193,13 @@ def evaluate(
     tasks: Sequence[str] = ("asr", "tts"),
     second: Pipeline | None = None,
     robust: bool = False,
+    guidance: float = 1.0,
 ) -> Evaluation:
     """Scores of a model on rows of the built-in corpus, in all voices and in each, beside oracle
     and floor; and samples to hear.
 
     rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by
-    its units. robust: ASR also under everything in `disturbance.TABLE`.
+    its units. robust: ASR also under everything in `disturbance.TABLE`. guidance: of what is said.
     """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
     floor = floor_template(texts, [row["template"] for row in rows])
@@ -216,7 +219,7 @@ def evaluate(
     if "tts" not in tasks:
         return Evaluation(scores, [], words)
 
-    said = speak(pipeline, texts, voices)
+    said = speak(pipeline, texts, voices, guidance)
     units = {
         "model": [segment.content for segment in said],
         "oracle": [row["speech"] for row in rows],
@@ -276,7 +279,9 @@ def transcribe(pipeline: Pipeline, units: Sequence[Sequence[int]]) -> list[Produ
     )
 
 
-def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> list[Produced]:
+def speak(
+    pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str], guidance: float = 1.0
+) -> list[Produced]:
     """Text to units, each in its voice, greedy; contents are ids."""
     text = pipeline.modalities["text"]
     found: dict[int, Produced] = {}
@@ -284,15 +289,20 @@ def speak(pipeline: Pipeline, texts: Sequence[str], voices: Sequence[str]) -> li
         mine = [i for i, v in enumerate(voices) if v == voice]
         prompts = [[Segment("text", text.encode(texts[i]))] for i in mine]
         lengths = [len(texts[i]) for i in mine]
-        produced = _in_chunks(lengths, partial(_say, pipeline, prompts, voice))
+        produced = _in_chunks(lengths, partial(_say, pipeline, prompts, voice, guidance))
         found |= dict(zip(mine, produced, strict=True))
     return [found[i] for i in range(len(texts))]
 
 
 def _say(
-    pipeline: Pipeline, prompts: Sequence[Sequence[Segment]], voice: str, some: Sequence[int]
+    pipeline: Pipeline,
+    prompts: Sequence[Sequence[Segment]],
+    voice: str,
+    guidance: float,
+    some: Sequence[int],
 ) -> list[list[Produced]]:
-    return pipeline.generate([prompts[i] for i in some], [pipeline.voice(voice)], Sampling())
+    how = Sampling(guidance=guidance)
+    return pipeline.generate([prompts[i] for i in some], [pipeline.voice(voice)], how)
 
 
 def vocode(pipeline: Pipeline, units: Sequence[Sequence[int]], workers: int = 2) -> list[Audio]:

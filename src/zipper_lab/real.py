@@ -8,7 +8,7 @@ that nothing was trained on. Sizes are for two cores and minutes; none was tuned
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,11 @@ SETS: dict[str, DataSet] = {
         merges=150,
     ),
 }
+
+
+#: Of the steps of a set that a demo takes, and the rows of each test that it measures.
+SHARES = {"images": 0.4, "motion": 0.3, "actions": 0.3, "molecules": 0.2, "digits": 0.4}
+DEMO_ROWS = 100
 
 
 def named(name: str) -> DataSet:
@@ -294,6 +299,41 @@ def run(
         measurement.write(output / f"{test}.html", some, f"{name}: {test}")
         print(f"-- {name}: {test}\n{measurement.text(some)}", flush=True)
     return found
+
+
+def demo(name: str, data: Path | None, output: Path) -> dict[str, list[Measured]]:
+    """`run` with `SHARES` of the steps, for minutes.
+
+    data: the folder with the originals; None says the digits by the built-in synthesiser and draws
+    those of scikit-learn. Raises ZipperError for another set without data.
+    """
+    if data is None and name != "digits":
+        raise ZipperError(
+            f"{name} wants --data FOLDER, where its original lies (docs/modalities.md says which). "
+            "Give it, or try digits, which come with zipper."
+        )
+    named(name)
+    if data is None and not (output / "data" / "test.jsonl").is_file():
+        digits.say(output / "said")
+    return run(name, data or output / "said", output, SHARES[name], DEMO_ROWS)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """docs/modalities.md, from what `run` wrote. results: by set, its measured.json and "about"."""
+    lines = [(Path(__file__).parent / "templates" / "modalities.md").read_text(encoding="utf-8")]
+    for name, found in results["sets"].items():
+        lines += [f"### {name}", "", results["about"].get(name, ""), ""]
+        lines += ["| test | task | metric | model | oracle | floor |", "|---|---|---|---|---|---|"]
+        for test, one in chain.from_iterable(product([key], some) for key, some in found.items()):
+            for metric, systems in one["metrics"].items():
+                said = " | ".join(_said(systems[system]) for system in measurement.SYSTEMS)
+                lines.append(f"| {test}, {one['rows']} rows | {one['task']} | {metric} | {said} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _said(number: Mapping[str, float]) -> str:
+    return f"{number['value']:.3g} ({number['low']:.3g} to {number['high']:.3g})"
 
 
 def _fitted(tower: str, niche: Niche, folder: Path) -> Modality:

@@ -335,6 +335,7 @@ def episodes(n: int = 600) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("minigrid")
     place = tmp_path_factory.mktemp("babyai")
     told = "\n".join(map(json.dumps, episodes()))
     (place / babyai.FILE).write_bytes(gzip.compress(told.encode()))

@@ -10,15 +10,17 @@ picture of a 7. Knows no model.
 import random
 import re
 from collections import defaultdict
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from zipper.audio import sound
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper_lab.corpora import commands
 from zipper_lab.corpora.originals import contents, original, part
 
 HOME = "https://github.com/Jakobovski/free-spoken-digit-dataset, its folder recordings"
@@ -26,6 +28,16 @@ PLACES = ("*fsdd*", "*free-spoken-digit*", "recordings")
 WORDS = "zero one two three four five six seven eight nine".split()
 SHARES = {"test": 0.2, "dev": 0.1}  # of the pictures
 KNOWN = 5  # takes of each digit by a speaker, held back
+#: Of the built-in synthesiser: its voice, and the lowest pitch.
+SPEAKERS = {
+    "one": ("en-us+m3", 35),
+    "two": ("en-us+f2", 40),
+    "three": ("en-us+m7", 45),
+    "four": ("en-us+f4", 35),
+    "five": ("en-us+m1", 30),
+    "six": ("en-us+f1", 45),
+}
+TAKES = 24  # of each digit by each of these
 ROUNDS = 3  # rows of a recording that is trained on, each with another picture
 
 
@@ -78,6 +90,18 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     alone = [{"id": PurePosixPath(image).stem, "image": image} for image in drawn]
     manifests.write(folder / "unpaired_image.jsonl", alone)
     manifests.write(folder / "texts.jsonl", [{"text": word} for word in WORDS])
+
+
+def say(folder: Path) -> None:
+    """Digits said by the built-in synthesiser in `SPEAKERS`, as recordings are named: for those who
+    have no originals. Pitch and pace differ from take to take. Raises MissingExtra without it."""
+    place = folder / "recordings"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, (voice, pitch) in SPEAKERS.items():
+        for digit, take in product(range(len(WORDS)), range(TAKES)):
+            higher, slower = take % 6, take // 6
+            said = commands.say(WORDS[digit], voice, pitch + 3 * higher, 190 - 15 * slower)
+            sound.write(place / f"{digit}_{name}_{take}.wav", said)
 
 
 def _recordings(data: Path, folder: Path) -> list[dict[str, Any]]:
