@@ -300,6 +300,22 @@ def wrong_usage(arguments: list[str]) -> str:
     return ""
 
 
+#: May say of text and speech by name: the kinds themselves, the pipeline's two conveniences, and the
+#: table of names of before, whose functions were called so.
+MAY_NAME = ("zipper.modality", "zipper.pipeline", "zipper.former", "zipper_lab")
+
+
+def test_no_modality_is_known_by_name_outside_of_its_place() -> None:
+    found = [
+        f"{module}, line {node.lineno}"
+        for module, path in MODULES.items()
+        if not module.startswith(MAY_NAME)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in ("text", "speech")
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_commands_in_the_documentation_exist(page: str) -> None:
     targets = re.findall(

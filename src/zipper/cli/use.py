@@ -41,6 +41,7 @@ def transcribe(
 ) -> None:
     """Speech to text."""
     from zipper.audio import sound
+    from zipper.modality.text import Text
 
     if not 0 <= least <= 1:
         raise ZipperError(f"--least is {least}; confidence goes from 0 to 1.")
@@ -49,7 +50,7 @@ def transcribe(
     for path, clip in zip(audio, heard, strict=True):
         said = pipe.hear(clip)
         text = said.text if said.confidence >= least else ""
-        found = {"file": str(path), "text": text, "confidence": round(said.confidence, 4)}
+        found = {"file": str(path), Text.name: text, "confidence": round(said.confidence, 4)}
         print(json.dumps(found) if as_json else text)
 
 
@@ -77,12 +78,13 @@ def speak(
 ) -> None:
     """Text to speech."""
     from zipper.audio import sound
+    from zipper.modality.text import Text
     from zipper.strand import Segment
 
     sound.check_writable(output)
     pipe = pipeline(model, towers, allow_mismatch)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
-    said = pipe.run([Segment("text", text)], outputs=[pipe.voice(voice)], sampling=how)[0]
+    said = pipe.run([Segment(Text.name, text)], outputs=[pipe.voice(voice)], sampling=how)[0]
     sound.write(output, said.content)
     seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
     if as_json:
