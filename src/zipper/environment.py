@@ -43,7 +43,7 @@ def extras() -> dict[str, tuple[str, ...]]:
 
 def importable(package: str) -> str:
     """The module that a package of an extra is imported by."""
-    others = {"pytest-xdist": "xdist", "scikit-learn": "sklearn"}
+    others = {"pillow": "PIL", "pytest-xdist": "xdist", "scikit-learn": "sklearn"}
     return others.get(package, package.replace("-", "_"))
 
 

@@ -1,7 +1,7 @@
 """Kinds of modality by name: those that are shipped, registered, or brought by an installed
 package."""
 
-from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,13 @@ K = TypeVar("K", bound=type)
 
 #: Says of a folder which kind of modality it holds.
 KIND = "modality.json"
-SHIPPED = ("text", "speech")
+#: Those that come with zipper, and where: none is imported before it is asked for.
+SHIPPED_KINDS = {
+    "text": "zipper.modality.text:Text",
+    "speech": "zipper.modality.speech:SpeechUnits",
+    "image": "zipper.modality.image:Image",
+}
+SHIPPED = ("text", "speech")  # known by their files, which were there before kinds were
 _registered: dict[str, Any] = {}
 
 
@@ -30,8 +36,22 @@ def register(kind: K) -> K:
     return kind
 
 
+def kind(name: str) -> type[Any]:
+    """The class of a kind, by its name: shipped, registered, or declared by an installed package,
+    in that order. Raises a ZipperError for a name that nothing here knows."""
+    found = _found(name)
+    if found is None:
+        known = [*SHIPPED_KINDS, *_registered, *entry_points(group="zipper.modalities").names]
+        raise ZipperError(
+            f"The kind of modality {name!a:.80} was asked for, which nothing here knows; known are "
+            f"{', '.join(dict.fromkeys(known))}. Take one of these, or install the package that "
+            "brings it."
+        )
+    return found
+
+
 def save(modality: Modality, folder: Path) -> None:
-    """A modality and its kind, into a folder of its own; those that are shipped are known by their
+    """A modality and its kind, into a folder of its own; text and speech are known by their
     files."""
     modality.save(folder)
     if modality.name not in SHIPPED:
@@ -49,8 +69,15 @@ def load(folder: str | Path) -> Modality:
 
     folder = place(folder)
     if (folder / KIND).is_file():
-        kind = read_json(folder / KIND).get("kind")
-        loaded: Modality = _known(kind, folder, (Text, SpeechUnits)).load(folder)
+        named = read_json(folder / KIND).get("kind")
+        found = _found(named)
+        if found is None:
+            raise ZipperError(
+                f"{folder} holds a modality of the kind {named!a:.80}, which nothing here knows. "
+                "Install the package that brings it (entry point group zipper.modalities), or call "
+                "zipper.modality.register(YourClass) first."
+            )
+        loaded: Modality = found.load(folder)
         return loaded
     if (folder / SpeechUnits.CONFIG).is_file():
         return SpeechUnits.load(folder)
@@ -62,15 +89,15 @@ def load(folder: str | Path) -> Modality:
     )
 
 
-def _known(kind: Any, folder: Path, shipped: Sequence[Any]) -> Any:
-    """The class of a kind."""
-    known = _registered | {each.name: each for each in shipped}
-    if isinstance(kind, str) and kind in known:
-        return known[kind]
-    for entry in entry_points(group="zipper.modalities", name=str(kind)):
-        return entry.load()
-    raise ZipperError(
-        f"{folder} holds a modality of the kind {kind!a:.80}, which nothing here knows. Install "
-        "the package that brings it (entry point group zipper.modalities), or call "
-        "zipper.modality.register(YourClass) first."
+def _found(name: Any) -> Any:
+    """The class of a kind; None where nothing knows the name."""
+    if not isinstance(name, str):
+        return None
+    if name in SHIPPED_KINDS:
+        module, _, made = SHIPPED_KINDS[name].partition(":")
+        return getattr(import_module(module), made)
+    if name in _registered:
+        return _registered[name]
+    return next(
+        (entry.load() for entry in entry_points(group="zipper.modalities", name=name)), None
     )
