@@ -24,6 +24,7 @@ SHIPPED_KINDS = {
     "speech": "zipper.modality.speech:SpeechUnits",
     "symbols": "zipper.modality.symbols:Symbols",
     "signal": "zipper.modality.signal:Signal",
+    "image": "zipper.modality.image:Image",
 }
 SHIPPED = ("text", "speech")  # known by their files, which were there before kinds were
 _registered: dict[str, Any] = {}

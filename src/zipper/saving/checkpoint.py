@@ -790,3 +790,46 @@ class _Few(TorchFunctionMode):
         if self.left < 0:
             raise ZipperError("it has more parts than its files hold tensors")
         return function(*args, **(kwargs or {}))
+
+
+def without_code(data: Any) -> Any:
+    """A nested configuration without the settings by which code could come in."""
+    return _without_code(data)
+
+
+def check_built(
+    kind: Any, settings: Mapping[str, Any], held: Mapping[str, Entry], path: Path, weights: Path
+) -> Any:
+    """The configuration of a model of transformers of the class `kind`, whose weights hold every
+    tensor that these settings ask for, and nothing else.
+
+    path, weights: the files that they came from, for errors. The model is built without memory, and
+    not before what it is built of is known to be no more than the file holds. Raises ZipperError.
+    """
+    for key, value in _settings(settings):
+        if _FOREIGN.match(key):
+            raise ZipperError(
+                f"{path} sets {key!a:.80}, by which other code or files come in. Do not use this "
+                "file."
+            )
+        if isinstance(value, int | float) and abs(value) > (
+            MOST_LAYERS if _DEPTH.search(key) else 1 << 53
+        ):
+            raise ZipperError(f"{path} sets {key!a:.80} to {value!a:.30}, which no model has.")
+    try:
+        config = kind.config_class.from_dict(dict(settings))
+        with torch.device("meta"), _Few(2_000 + 200 * len(held)):
+            model = kind(config)
+        wanted = model.state_dict(keep_vars=True)
+    except Exception as error:  # whatever a stranger's settings lead transformers to
+        raise ZipperError(
+            f"{path} describes no {kind.__name__} that can be built: {error!s:.300}. Do not use "
+            "this file."
+        ) from error
+    computed = sum(b.nbytes for name, b in model.named_buffers() if name not in wanted)
+    if computed > MOST_COMPUTED_BYTES:
+        raise ZipperError(
+            f"{path} asks for {computed} bytes of tables that no file holds. Do not use this file."
+        )
+    _compare(weights, held, wanted, path)
+    return config

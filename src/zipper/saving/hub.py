@@ -107,6 +107,14 @@ def commit(repo: str, revision: str | None = None) -> str:
         return Path(hf_hub_download(repo, "config.json", revision=revision)).parent.name
 
 
+def file(repo: str, name: str) -> Path:
+    """One file of a hub repository, in the hub's cache. Raises ZipperError as `fetch` does."""
+    with _in_words(repo, None):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo, name))
+
+
 def tower(repo: str, commit: str) -> Path:
     """The folder in the hub's cache of a tower that was loaded before at a commit; nothing is
     downloaded. Raises what the hub's client raises where it is not there."""
