@@ -525,6 +525,9 @@ def test_the_recipes_of_a_set_fit_together(tmp_path: Path, name: str) -> None:
         assert found["zip"].towers[tower].startswith(found[tower].output)
         assert found["zip"].modalities[tower] == found[tower].modalities[tower]
     assert set(found["zip"].train) == {*chosen.niches}
+    joined = {frozenset((source, target)) for source, _, target, _ in found["zip"].links or ()}
+    assert joined == {frozenset((real.TEXT, niche)) for niche in chosen.niches}
+    assert all(depth == 0 for source, depth, *_ in found["zip"].links or () if source == real.TEXT)
     assert not [*tmp_path.iterdir()]
     short = real.runs(name, tmp_path / "data", tmp_path / "runs", share=0.01)
     assert all(short[part].steps < config.steps for part, config in found.items())
