@@ -5,7 +5,7 @@ manifests, modalities, a tower for each modality alone, the zip on pairs, and wh
 that nothing was trained on. Sizes are for two cores and minutes; none was tuned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, product
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zipper import measurement, modality
+from zipper.config import Directed
 from zipper.data import fitting, manifests
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
@@ -131,7 +132,7 @@ SETS: dict[str, DataSet] = {
             "text -> speech": 0.3,
             "text -> image": 0.3,
         },
-        also=("speech -> image", "image -> speech"),
+        also=("speech -> text, image", "image -> text, speech"),
         beside="commands",
         tests=("test", "known"),
         merges=150,
@@ -209,9 +210,7 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
         dev=str(folder / "dev.jsonl"),
         tasks=chosen.tasks,
         train=tuple(chosen.niches),
-        every=dict.fromkeys(towers, 1),
-        # As the demo: text shows its embeddings, the others a block further than they are fused.
-        shows={TEXT: 0} | {tower: [2, 3, 4] for tower in chosen.niches},
+        links=links([*chosen.niches]),
         link=LinkConfig(gate_init=1.2, dropout=0.1),
         calibrate=500,
         input_projection="none",
@@ -223,6 +222,17 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
         steps=max(1, round(chosen.steps * share)),
         eval_rows=200,
     )
+    return found
+
+
+def links(niches: Sequence[str]) -> list[Directed]:
+    """Text and every other modality, in both directions, where the demo has them: text shows its
+    embeddings, the others a block further than they are fused. No link lies between two others:
+    without pairs of them it would learn nothing, and what it says would disturb. One becomes the
+    other by the words that the model writes between them."""
+    found = list[Directed]()
+    for tower, block in product(niches, (1, 2, 3)):
+        found += [(TEXT, 0, tower, block), (tower, block + 1, TEXT, block)]
     return found
 
 

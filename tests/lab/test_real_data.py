@@ -12,6 +12,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def needs(*modules: str) -> Any:
     """A test of what a package brings that is no part of the gate."""
     lacking = [name for name in modules if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(lacking), reason=f"needs {', '.join(lacking)}")
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made up here is easy to tell apart."""
+    monkeypatch.setattr(real_judges, "TREES", 16)
 
 
 def zipped(path: Path, files: Mapping[str, bytes]) -> None:
@@ -526,6 +533,9 @@ def test_the_recipes_of_a_set_fit_together(tmp_path: Path, name: str) -> None:
         assert found["zip"].towers[tower].startswith(found[tower].output)
         assert found["zip"].modalities[tower] == found[tower].modalities[tower]
     assert set(found["zip"].train) == {*chosen.niches}
+    joined = {frozenset((source, target)) for source, _, target, _ in found["zip"].links or ()}
+    assert joined == {frozenset((real.TEXT, niche)) for niche in chosen.niches}
+    assert all(depth == 0 for source, depth, *_ in found["zip"].links or () if source == real.TEXT)
     assert not [*tmp_path.iterdir()]
     short = real.runs(name, tmp_path / "data", tmp_path / "runs", share=0.01)
     assert all(short[part].steps < config.steps for part, config in found.items())
@@ -536,7 +546,13 @@ def test_an_unknown_set_is_refused() -> None:
         real.runs("smells", Path("data"), Path("runs"))
 
 
-def test_motion_runs_from_the_original_to_its_numbers(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_motion_runs_from_the_original_to_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = real.SETS["motion"]
+    niche = replace(small.niches["motion"], settings={"codes": 16}, shape=real.SMALL)
+    monkeypatch.setitem(real.SETS, "motion", replace(small, niches={"motion": niche}, merges=10))
     motion_original(tmp_path / "data", 8)
     found = real.run("motion", tmp_path / "data", tmp_path / "out", share=0.002, limit=4)
     tasks = [one.task for one in found["test"]]

@@ -122,6 +122,8 @@ def solve(level: str, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
 
     Those that it does not solve are left out. Raises MissingExtra where minigrid is not installed.
     """
+    if not seeds:
+        return
     bots = extra("minigrid.utils.baby_ai_bot")
     world = simulator(level)
     for seed in seeds:
