@@ -90,7 +90,7 @@ def _real(modality: str, data: Path | None, output: Path) -> None:
     writable(output / "measured.json")
     with held(output):
         found = real.demo(modality, data, output)
-    for test in found:
+    for test in found[real.ZIP]:
         print(output / f"{test}.html")
 
 

@@ -6,7 +6,7 @@ that nothing was trained on. Sizes are for two cores and minutes; none was tuned
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -25,11 +25,14 @@ from zipper.pipeline import Pipeline
 from zipper.saving.files import write_json
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
+from zipper.training.building import build
 from zipper_lab import real_judges
+from zipper_lab.baseline import Extend
 from zipper_lab.corpora import babyai, commands, digits, emoji, molecules, motion, prose
 from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
 
 TEXT = "text"
+ZIP, TRAINED, EXPANDED = ARMS = "zip", "trained", "expanded"
 #: 0.8 M and 1.8 M parameters beside the embeddings.
 SMALL = TEXT_TOWER
 LARGER = SPEECH_TOWER | {"max_position_embeddings": 512}
@@ -202,8 +205,8 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
         )
     towers = [TEXT, *chosen.niches]
     made = {*chain.from_iterable(Task.parse(task).outputs for task in chosen.tasks)}
-    found["zip"] = TrainConfig(
-        output=str(output / "zip"),
+    found[ZIP] = TrainConfig(
+        output=str(output / ZIP),
         towers={tower: str(output / tower / "model" / "towers" / tower) for tower in towers},
         modalities={tower: str(folder / "modalities" / tower) for tower in towers},
         data=str(folder / "train.jsonl"),
@@ -223,6 +226,26 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
         eval_rows=200,
     )
     return found
+
+
+def arms(zipped: TrainConfig) -> dict[str, TrainConfig]:
+    """The recipe of a zip, with its text tower frozen, and of what it is compared with: "trained",
+    all of it learns; "expanded", one decoder with all ids in its vocabulary (`expansion`)."""
+    folder = Path(zipped.output).parent
+    plain: dict[str, Any] = {"links": None, "calibrate": 0, "train": (), "lr_tower": 1e-3}
+    return {
+        ZIP: zipped,
+        TRAINED: replace(zipped, output=str(folder / TRAINED), train=tuple(zipped.towers)),
+        EXPANDED: replace(zipped, output=str(folder / EXPANDED), **plain),
+    }
+
+
+def expansion(zipped: TrainConfig) -> Extend:
+    """What makes the decoder of "expanded": the text tower with rows that start from the others'
+    and as many parameters as the saved zip of this recipe."""
+    model = Pipeline.from_pretrained(Path(zipped.output) / "model").model
+    others = tuple(tower for tower in zipped.towers if tower != TEXT)
+    return Extend(TEXT, others, sum(p.numel() for p in model.parameters()))
 
 
 def links(niches: Sequence[str]) -> list[Directed]:
@@ -287,31 +310,43 @@ def measured(
 
 
 def run(
-    name: str, data: Path, output: Path, share: float = 1.0, limit: int | None = 300
-) -> dict[str, list[Measured]]:
+    name: str,
+    data: Path,
+    output: Path,
+    share: float = 1.0,
+    limit: int | None = 300,
+    which: Sequence[str] = (ZIP,),
+) -> dict[str, dict[str, Any]]:
     """All of one set, from the originals to a page: output/data, output/text ... output/zip,
     measured.json and a page for each test. What is done is not done again; a run that was killed
     goes on.
 
-    data: the folder with the originals. share: of all steps. limit: see `measured`. Raises
-    ZipperError if an original is missing, MissingExtra for a package.
+    data: the folder with the originals. share: of all steps. limit: see `measured`. which: of
+    `arms`, the zip among them. Returns {arm: {test: [`Measured` as JSON]}}. Raises ZipperError if
+    an original is missing, MissingExtra for a package.
     """
     prepare(name, data, output / "data")
-    for part, config in runs(name, output / "data", output, share).items():
+    *towers, zipped = runs(name, output / "data", output, share).values()
+    recipes = {Path(config.output).name: config for config in towers}
+    recipes |= {arm: config for arm, config in arms(zipped).items() if arm in which}
+    told: dict[str, dict[str, Any]] = {}
+    for part, config in recipes.items():
         if not (output / part / "model").exists():
             print(f"-- {name}: {part}, {config.steps} steps", flush=True)
-            train(config, resume=True)
-    pipeline = Pipeline.from_pretrained(output / "zip" / "model")
-    found = measured(name, output / "data", pipeline, limit)
-    told = {test: [one.to_json() for one in some] for test, some in found.items()}
-    write_json(output / "measured.json", told)
-    for test, some in found.items():
-        measurement.write(output / f"{test}.html", some, f"{name}: {test}")
-        print(f"-- {name}: {test}\n{measurement.text(some)}", flush=True)
-    return found
+            train(config, resume=True, build=expansion(zipped) if part == EXPANDED else build)
+        if part not in which:
+            continue
+        pipeline = Pipeline.from_pretrained(output / part / "model")
+        for test, some in measured(name, output / "data", pipeline, limit).items():
+            told.setdefault(part, {})[test] = [one.to_json() for one in some]
+            page = output / f"{test}.html" if part == ZIP else output / f"{part}_{test}.html"
+            measurement.write(page, some, f"{name}: {part}, {test}")
+            print(f"-- {name}: {part}, {test}\n{measurement.text(some)}", flush=True)
+        write_json(output / "measured.json", told)
+    return told
 
 
-def demo(name: str, data: Path | None, output: Path) -> dict[str, list[Measured]]:
+def demo(name: str, data: Path | None, output: Path) -> dict[str, dict[str, Any]]:
     """`run` with `SHARES` of the steps, for minutes.
 
     data: the folder with the originals; None says the digits by the built-in synthesiser and draws
@@ -332,12 +367,22 @@ def markdown(results: Mapping[str, Any]) -> str:
     """docs/modalities.md, from what `run` wrote. results: by set, its measured.json and "about"."""
     lines = [(Path(__file__).parent / "templates" / "modalities.md").read_text(encoding="utf-8")]
     for name, found in results["sets"].items():
+        used = [arm for arm in ARMS if arm in found]
+        head = ["test", "task", "metric", *used, "oracle", "floor"]
         lines += [f"### {name}", "", results["about"].get(name, ""), ""]
-        lines += ["| test | task | metric | model | oracle | floor |", "|---|---|---|---|---|---|"]
-        for test, one in chain.from_iterable(product([key], some) for key, some in found.items()):
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for test, place in chain.from_iterable(
+            product([test], range(len(some))) for test, some in found[ZIP].items()
+        ):
+            each = {arm: found[arm][test][place] for arm in used}
+            one = each[ZIP]
             for metric, systems in one["metrics"].items():
-                said = " | ".join(_said(systems[system]) for system in measurement.SYSTEMS)
-                lines.append(f"| {test}, {one['rows']} rows | {one['task']} | {metric} | {said} |")
+                said = [_said(each[arm]["metrics"][metric]["model"]) for arm in used]
+                said += [_said(systems[system]) for system in ("oracle", "floor")]
+                about = [f"{test}, {one['rows']} rows", one["task"], metric]
+                lines.append(f"| {' | '.join(about + said)} |")
+            nats = [f"{each[arm]['nats']:.3f}" for arm in used]
+            lines.append(f"| {test} | {one['task']} | nats a token | {' | '.join(nats)} | | |")
         lines.append("")
     return "\n".join(lines)
 

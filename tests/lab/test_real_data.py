@@ -554,10 +554,12 @@ def test_motion_runs_from_the_original_to_its_numbers(
     niche = replace(small.niches["motion"], settings={"codes": 16}, shape=real.SMALL)
     monkeypatch.setitem(real.SETS, "motion", replace(small, niches={"motion": niche}, merges=10))
     motion_original(tmp_path / "data", 8)
-    found = real.run("motion", tmp_path / "data", tmp_path / "out", share=0.002, limit=4)
-    tasks = [one.task for one in found["test"]]
-    assert tasks == [*real.named("motion").tasks]
-    assert (tmp_path / "out" / "test.html").is_file()
-    told = json.loads((tmp_path / "out" / "measured.json").read_text())
-    metrics = told["test"][1]["metrics"]
+    place = tmp_path / "out"
+    found = real.run("motion", tmp_path / "data", place, 0.002, limit=4, which=real.ARMS)
+    for arm in real.ARMS:
+        assert [one["task"] for one in found[arm]["test"]] == [*real.named("motion").tasks]
+    assert (place / "test.html").is_file() and (place / "expanded_test.html").is_file()
+    told = json.loads((place / "measured.json").read_text())
+    assert "| ear: activity |" in real.markdown({"sets": {"motion": told}, "about": {}})
+    metrics = told["zip"]["test"][1]["metrics"]
     assert metrics["ear: activity"]["oracle"]["value"] > 0.5
