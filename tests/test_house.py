@@ -41,7 +41,7 @@ ORDER = """
     zipper.fast.weights zipper.fast.blocks zipper.fast.reader zipper.fast zipper.fast.recall
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
-    zipper.modality.speech zipper.modality.symbols zipper.modality.signal
+    zipper.modality.speech zipper.modality.symbols zipper.modality.series zipper.modality.signal
     zipper.modality.pinned zipper.modality.image
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify

@@ -22,7 +22,7 @@ from scipy.spatial.distance import cdist
 from zipper import Pipeline, Segment, modality
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
-from zipper.modality import signal
+from zipper.modality import series
 from zipper.modality.kind import Kind, Modality
 from zipper.modality.signal import Series, Signal, SignalConfig, patched, warped
 from zipper.model import Zipper
@@ -512,7 +512,7 @@ def test_more_numbers_than_are_read_at_once_are_refused(
         pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"a": values}), path)
     asked = {"path": str(path), "rate_hz": 1}
     assert len(PATCHES.read(asked).values) == 61
-    monkeypatch.setattr(signal, "MOST_NUMBERS", 60)
+    monkeypatch.setattr(series, "MOST_NUMBERS", 60)
     with pytest.raises(
         ZipperError, match=rf"a\.{ending}: (it has more than|It has .*at most) 60 n"
     ):
