@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # A machine with a GPU has its own torch; nothing is installed for it.
 GPU_PYTHON = $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo $(PYTHON) || ls $(BIN)/python 2>/dev/null || echo $(PYTHON))
 
-.PHONY: help setup demo check format slow kill-test matrix upgrade docs report record gpu clean
+.PHONY: help setup demo check format slow kill-test matrix upgrade docs report real record gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ docs: setup  ## write docs/cli.md from the commands themselves, docs/towers.md b
 
 report: setup  ## docs/results.md, and beside it results.html with figures, from the recorded run of `zipper reproduce`
 	$(BIN)/zipper reproduce --report $(lastword $(sort $(wildcard benchmarks/results/reproduce_cpu_*.json))) --output docs
+
+real: setup  ## zips of real data in DATA beside what they are compared with; hours (SHARE=0.2, SETS="motion digits"), then docs/modalities.md
+	$(BIN)/python tools/modalities.py $(DATA) $(SETS) $(if $(SHARE),--share $(SHARE))
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
 	$(BIN)/python -m zipper_lab.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper_lab/bench/recorded.json

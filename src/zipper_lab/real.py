@@ -22,7 +22,7 @@ from zipper.modality import Modality
 from zipper.modality.symbols import Symbols
 from zipper.modality.text import Text
 from zipper.pipeline import Pipeline
-from zipper.saving.files import write_json
+from zipper.saving.files import read_json, write_json
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
 from zipper.training.building import build
@@ -56,12 +56,15 @@ class Niche:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One zip. write: makes the manifests. tasks: of the zip, with their shares. also: tasks that
-    are measured and were not trained. beside: what the text tower reads beside the set's own texts,
-    where these are too few to be a language: "prose" (novels), "commands" or nothing. tests:
-    manifests that are measured. merges: of the tokenizer.
+    """One zip.
+
+    about: what it is, of which original. write: makes the manifests. tasks: of the zip, with their
+    shares. also: tasks that are measured and were not trained. beside: what the text tower reads
+    beside the set's own texts, where these are too few to be a language: "prose" (novels),
+    "commands" or nothing. tests: manifests that are measured. merges: of the tokenizer.
     """
 
+    about: str
     write: Callable[[Path, Path, int], None]
     niches: Mapping[str, Niche]
     tasks: Mapping[str, float]
@@ -76,6 +79,9 @@ class DataSet:
 
 SETS: dict[str, DataSet] = {
     "images": DataSet(
+        "Emoji and their names (emoji-datasource, Apache-2.0 and CC BY 4.0): 24 x 24 pixels "
+        "as 36 patches; split by name; `known`: names trained in one style, the other style's "
+        "picture held back.",
         emoji.write,
         {"image": Niche("image", {"codes": 256, "patch": 4, "size": (24, 24)}, {"-> image": 1.0})},
         {"image -> text": 0.45, "styled:text -> image": 0.55},
@@ -84,6 +90,9 @@ SETS: dict[str, DataSet] = {
         merges=500,
     ),
     "motion": DataSet(
+        "Accelerometer and gyroscope of phones and watches on 19 people (sp-sw-har, CC BY "
+        "4.0): 3.2 s at 50 Hz, patches of 8 steps of 6 channels; four people are in the test "
+        "alone.",
         motion.write,
         {"motion": Niche("signal", {"codes": 256, "patch": 8}, {"-> motion": 1.0})},
         {"motion -> text": 0.4, "text -> motion": 0.6},
@@ -91,6 +100,9 @@ SETS: dict[str, DataSet] = {
         text_steps=400,
     ),
     "actions": DataSet(
+        "BabyAI missions (minigrid, Apache-2.0): what is seen and what is done, as words; "
+        "judged by success in the simulator; starts of the test, and a third of its missions, "
+        "are in no other part.",
         partial(babyai.write, more=16_000),  # 100 s of the bot
         {
             "actions": Niche(
@@ -104,6 +116,7 @@ SETS: dict[str, DataSet] = {
         text_steps=300,
     ),
     "molecules": DataSet(
+        "ChEBI-20 (CC BY 4.0): SMILES and a sentence or two about it; split by scaffold.",
         molecules.write,
         {
             "molecule": Niche(
@@ -116,6 +129,10 @@ SETS: dict[str, DataSet] = {
         text_steps=1200,
     ),
     "digits": DataSet(
+        "People saying digits (free-spoken-digit-dataset, CC BY-SA 4.0) and writing them "
+        "(scikit-learn's, BSD), and the words: three towers, pairs with text alone; speech "
+        "and pictures meet through words. One speaker is in the test alone; `known`: new "
+        "takes of those trained on.",
         digits.write,
         {
             "speech": Niche(
@@ -385,6 +402,22 @@ def markdown(results: Mapping[str, Any]) -> str:
             lines.append(f"| {test} | {one['task']} | nats a token | {' | '.join(nats)} | | |")
         lines.append("")
     return "\n".join(lines)
+
+
+def said(name: str, output: Path) -> str:
+    """A set in a sentence or two: the original, rows, steps and sizes of what was run."""
+    chosen, folder = named(name), output / "data"
+    parts = ["train", "dev", *chosen.tests]
+    rows = {part: len(manifests.manifest(folder / f"{part}.jsonl")) for part in parts}
+    counted = ", ".join(f"{count:,} of {part}" for part, count in rows.items())
+    sizes = []
+    for arm in ARMS:
+        if (output / arm / "model").exists():
+            model = Pipeline.from_pretrained(output / arm / "model").model
+            steps = read_json(output / arm / "config.json")["steps"]
+            size = sum(p.numel() for p in model.parameters())
+            sizes.append(f"{arm} {size / 1e6:.2f} M parameters, {steps:,} steps")
+    return f"{chosen.about} Pairs: {counted}. {'; '.join(sizes)}."
 
 
 def _said(number: Mapping[str, float]) -> str:

@@ -195,6 +195,8 @@ def words_of(what: str, given: Any) -> tuple[str, ...]:
 
 
 def check_names(names: Sequence[str], units: Sequence[str]) -> None:
+    """Raises a ZipperError for names of channels that are none or not different, or units not
+    as many."""
     if not 1 <= len(names) <= MOST_CHANNELS or len(units) != len(names):
         raise ZipperError(
             f"{len(names)} channels with {len(units)} units were given. Give 1 to {MOST_CHANNELS} "
@@ -238,6 +240,7 @@ def numbers_of(values: Any, channels: int) -> Float32[np.ndarray, "time channels
 
 
 def check_size(steps: int, channels: int, what: str) -> None:
+    """Raises a ZipperError for more numbers than a series may have."""
     if steps * channels > MOST_NUMBERS:
         raise ZipperError(
             f"{what} has {steps} steps of {channels} channels, and at most {MOST_NUMBERS:,} "
@@ -246,6 +249,7 @@ def check_size(steps: int, channels: int, what: str) -> None:
 
 
 def check_finite(values: Float32[np.ndarray, "time channels"], names: Sequence[str]) -> None:
+    """Raises a ZipperError that names the first step and channel that is no number."""
     finite = np.isfinite(values)
     if not finite.all():
         step, channel = np.argwhere(~finite)[0]
@@ -555,4 +559,5 @@ def _plain(kind: Any, types: Any) -> bool:
 
 
 def labelled(channel: str, unit: str) -> str:
+    """A channel as the head of a file has it: "ax [m/s2]"."""
     return f"{channel} [{unit}]" if unit else channel
