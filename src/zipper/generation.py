@@ -11,7 +11,7 @@ engine collects what all of them want, has it read in one step, and hands out th
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal, NamedTuple, SupportsInt, final
 
 import numpy as np
@@ -24,7 +24,8 @@ from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.reading import Logits, Model, Piece, Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, choose
-from zipper.strand import Produced, Segment
+from zipper.strand import Produced, Segment, groups
+from zipper.tasks import lanes
 
 #: {tower: most tokens of a segment, without begin and end}.
 Limits = Mapping[str, int]
@@ -156,12 +157,14 @@ class Answer:
 
     @property
     def tokens(self) -> list[Token]:
-        """What was produced so far, token by token."""
-        found = []
-        for number, written in enumerate(self.written):
-            said = zip(written.ids[written.forced :], written.logprobs, strict=False)
-            found += [Token(number, written.tower, id, logprob) for id, logprob in said]
-        return found
+        """What was produced so far, segment by segment."""
+        return [*chain.from_iterable(self.said(number) for number in range(len(self.written)))]
+
+    def said(self, number: int) -> list[Token]:
+        """What was produced so far of one segment, token by token."""
+        written = self.written[number]
+        pairs = zip(written.ids[written.forced :], written.logprobs, strict=False)
+        return [Token(number, written.tower, id, logprob) for id, logprob in pairs]
 
 
 #: A piece that a request wants to be read: the session that reads, the tower, the ids.
@@ -307,11 +310,12 @@ class Engine:
     def stream(self, answer: Answer) -> Iterator[Token]:
         """Tokens of one request as they are produced, stepping all of them; ends when it is done or
         waits to be fed. Raises what went wrong."""
-        told = 0
+        told: dict[int, int] = {}
         while True:
-            tokens = answer.tokens
-            yield from tokens[told:]
-            told = len(tokens)
+            for number in range(len(answer.written)):
+                tokens = answer.said(number)
+                yield from tokens[told.get(number, 0) :]
+                told[number] = len(tokens)
             if answer.error is not None:
                 raise answer.error
             if answer.done or not self.step():
@@ -354,8 +358,13 @@ def generate(
 
 
 def planned(outputs: Sequence[str | Segment]) -> list[Segment]:
-    """What is to be produced: a name is a segment that begins with nothing."""
-    return [item if isinstance(item, Segment) else Segment(item, []) for item in outputs]
+    """What is to be produced: a name is a segment that begins with nothing, several of one group
+    stand in one item (`tasks.lanes`)."""
+    found: list[Segment] = []
+    for item in outputs:
+        made = [item] if isinstance(item, Segment) else [lane.segment([]) for lane in lanes([item])]
+        found += made
+    return found
 
 
 def check_limits(limits: Limits | None) -> dict[str, int]:
@@ -381,6 +390,13 @@ def _checked(model: Model, request: Request) -> Request:
             "A request with more=True has no given segment to feed. Give one, its content may be "
             "empty."
         )
+    together = [group for group in groups([*request.segments, *plan]) if len(group) > 1]
+    if together and (request.search is not None or request.more):
+        raise ZipperError(
+            f"A request with {' + '.join(lane.tower for lane in together[0])} in one group was "
+            "made, and with a search or to be fed. Neither is done for several lanes at once; "
+            "leave it out."
+        )
     for option in (request.limits or {}), request.rules:
         model.check([Segment(tower, []) for tower in option])
     for name, plain in ("guidance", 1.0), ("temperature", 0.0):
@@ -403,7 +419,7 @@ def _own(
     """Segments with contents of their own, which no one else will change. Raises a ZipperError for
     what the model cannot read behind those before."""
     model.check([*before, *segments])
-    return [Segment(segment.tower, np.asarray(segment.content).tolist()) for segment in segments]
+    return [replace(each, content=np.asarray(each.content).tolist()) for each in segments]
 
 
 def _here(rows: Logits) -> Logits:
@@ -431,50 +447,75 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
         """The sessions that read a segment of a tower."""
         return [session, alone[tower]] if tower in alone else [session]
 
-    for segment, ids in _given(answer, ends):
-        yield [(one, segment.tower, ids) for one in readers(segment.tower)] if ids else []
-        seen[segment.tower] = seen.get(segment.tower, 0) + len(ids)
+    for group in groups(request.segments):
+        if len(group) > 1:
+            yield from _read_together([_Lane(lane, ends, readers(lane.tower)) for lane in group])
+            _count(seen, [(lane.tower, len(lane.content) + 2) for lane in group])
+            continue
+        for segment, ids in _given(answer, group[0], ends):
+            yield [(one, segment.tower, ids) for one in readers(segment.tower)] if ids else []
+            _count(seen, [(segment.tower, len(ids))])
 
     generator = request.sampling.generators(1)
-    for number, forced in enumerate(plan):
-        tower, last = forced.tower, number == len(plan) - 1
-        try:
-            cap = model.limit(tower, seen, (request.limits or {}).get(tower))
-        except ZipperError as error:
-            raise NoRoom(str(error)) from error
-        written = Written(tower, list(forced.content), len(forced.content))
-        answer.written.append(written)
-        writing = _Writing(written, *ends[tower], cap, request.rules.get(tower, Rules()))
-        if request.search is None:
-            yield from _sampled(readers(tower), writing, request.sampling, generator, last)
+    planned_groups = groups(plan)
+    for number, group in enumerate(planned_groups):
+        last = number == len(planned_groups) - 1
+        writing = [_begun(model, answer, forced, seen) for forced in group]
+        if len(group) > 1:
+            made = [
+                _Lane(lane, ends, readers(lane.tower), one)
+                for lane, one in zip(group, writing, strict=True)
+            ]
+            yield from _sampled_together(made, request.sampling, generator, last)
+        elif request.search is None:
+            heard = readers(group[0].tower)
+            yield from _sampled(heard, writing[0], request.sampling, generator, last)
         else:
-            yield from _searched(reader, session, writing, request.search, last)
-        seen[tower] = seen.get(tower, 0) + len(written.ids) + 2
+            yield from _searched(reader, session, writing[0], request.search, last)
+        _count(seen, [(one.written.tower, len(one.written.ids) + 2) for one in writing])
 
 
-def _given(answer: Answer, ends: Mapping[str, Any]) -> Iterator[tuple[Segment, Sequence[int]]]:
-    """The given segments in pieces, begin and end included; an empty piece where it has to be fed
+def _count(seen: dict[str, int], read: Sequence[tuple[str, int]]) -> None:
+    for tower, tokens in read:
+        seen[tower] = seen.get(tower, 0) + tokens
+
+
+def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int]) -> "_Writing":
+    """A segment that is about to be written, and what it goes by."""
+    request, tower = answer.request, forced.tower
+    try:
+        cap = model.limit(tower, seen, (request.limits or {}).get(tower))
+    except ZipperError as error:
+        raise NoRoom(str(error)) from error
+    written = Written(tower, list(forced.content), len(forced.content))
+    answer.written.append(written)
+    begin, end = model.ends()[tower]
+    return _Writing(written, begin, end, cap, request.rules.get(tower, Rules()))
+
+
+def _given(
+    answer: Answer, segment: Segment, ends: Mapping[str, Any]
+) -> Iterator[tuple[Segment, Sequence[int]]]:
+    """A given segment in pieces, begin and end included; an empty piece where it has to be fed
     first."""
     request = answer.request
-    for number, segment in enumerate(request.segments):
-        waits = request.more and number == len(request.segments) - 1
-        begin, end = ends[segment.tower]
-        ids = [begin, *segment.content]
-        while True:
-            whole = (
-                not waits or answer.complete
-            )  # looked at first: what is fed after it is in the next round
-            while answer.fed and waits:
-                ids.append(answer.fed.popleft())
-            if whole:
-                ids.append(end)
-            for start in range(0, len(ids), CHUNK):
-                yield segment, ids[start : start + CHUNK]
-            if whole:
-                break
-            if not ids:
-                yield segment, []
-            ids = []
+    waits = request.more and segment is request.segments[-1]
+    begin, end = ends[segment.tower]
+    ids = [begin, *segment.content]
+    while True:
+        # Looked at first: what is fed after it is in the next round.
+        whole = not waits or answer.complete
+        while answer.fed and waits:
+            ids.append(answer.fed.popleft())
+        if whole:
+            ids.append(end)
+        for start in range(0, len(ids), CHUNK):
+            yield segment, ids[start : start + CHUNK]
+        if whole:
+            return
+        if not ids:
+            yield segment, []
+        ids = []
 
 
 class _Writing(NamedTuple):
@@ -494,6 +535,32 @@ class _Writing(NamedTuple):
         return logits.log_softmax(-1)
 
 
+def _drawn(
+    writing: _Writing,
+    logits: Sequence[Tensor],
+    sampling: Sampling,
+    generator: list[torch.Generator],
+) -> int:
+    """Draws the next token of a segment and notes it; the end token where it ends, by itself or by
+    force. logits: behind all, and where guidance is wanted behind its own tower only."""
+    written, _, end, cap, rules = writing
+    logprobs = writing.logprobs(logits[0])
+    guided = sampling.guide(logprobs, logits[1].float()) if len(logits) > 1 else logprobs
+    token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
+    if token == end:
+        written.logprobs.append(float(logprobs[token]))
+        written.stop = "end"
+    elif len(written.ids) >= cap:
+        written.stop = "limit"  # closed by force: not produced, so not in the score
+        return end
+    else:
+        written.ids.append(token)
+        written.logprobs.append(float(logprobs[token]))
+        if rules.loops(written.ids):
+            written.stop = "loop"
+    return token
+
+
 def _sampled(
     sessions: Sequence[Any],
     writing: _Writing,
@@ -503,27 +570,92 @@ def _sampled(
 ) -> Course:
     """One segment, token by token. sessions: one that sees all, and where guidance is wanted one
     that sees its own tower only."""
-    written, begin, end, cap, rules = writing
+    written, begin, end, *_ = writing
     next_ids = [begin, *written.ids]
     while not written.stop:
-        logits, *blind = yield [(session, written.tower, next_ids) for session in sessions]
-        logprobs = writing.logprobs(logits)
-        guided = sampling.guide(logprobs, blind[0].float()) if blind else logprobs
-        token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
-        if token == end:
-            written.logprobs.append(float(logprobs[token]))
-            written.stop = "end"
-        elif len(written.ids) >= cap:
-            written.stop = "limit"  # closed by force: not produced, so not in the score
-        else:
-            written.ids.append(token)
-            written.logprobs.append(float(logprobs[token]))
-            if rules.loops(written.ids):
-                written.stop = "loop"
-        next_ids = [token]
+        logits = yield [(session, written.tower, next_ids) for session in sessions]
+        next_ids = [_drawn(writing, logits, sampling, generator)]
     if not last:
         unread = written.ids[-1:] if written.stop == "loop" else []
         yield [(session, written.tower, [*unread, end]) for session in sessions]
+
+
+class _Lane:
+    """A segment of a group while it is read or written, a token at a time, with the others.
+
+    sessions: one that sees all, and where guidance is wanted one that sees its own tower only.
+    unread: what it reads in its next steps. writing: how it goes on behind that; None for a given
+    one, which ends there. over: it has read its end.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        ends: Mapping[str, Any],
+        sessions: Sequence[Any],
+        writing: _Writing | None = None,
+    ) -> None:
+        begin, self.end = ends[segment.tower]
+        self.segment, self.sessions, self.writing = segment, sessions, writing
+        self.unread = [begin, *segment.content]
+        if writing is None:
+            self.unread.append(self.end)
+        self.over = False
+
+    def due(self, step: int) -> bool:
+        """Whether it reads a token in a step of its group."""
+        since = step - self.segment.delay
+        return not self.over and since >= 0 and since % self.segment.stride == 0
+
+    def wants(self) -> list[Wanted]:
+        """What it reads now."""
+        return [(session, self.segment.tower, self.unread[:1]) for session in self.sessions]
+
+    def go_on(
+        self, logits: Sequence[Any], sampling: Sampling, generator: list[torch.Generator]
+    ) -> None:
+        """Its token is read: draws the next, where none is waiting."""
+        stopped = self.writing is None or bool(self.writing.written.stop)
+        del self.unread[0]
+        if self.unread:
+            return
+        if stopped:
+            self.over = True
+            return
+        assert self.writing is not None
+        token = _drawn(self.writing, logits, sampling, generator)
+        looped = self.writing.written.stop == "loop"
+        self.unread = [token, self.end] if looped else [token]
+
+
+def _read_together(lanes: Sequence[_Lane]) -> Course:
+    """Given lanes of one group: each step they read what is due in it."""
+    for step in count():
+        due = [lane for lane in lanes if lane.due(step)]
+        if due:
+            yield [*chain.from_iterable(lane.wants() for lane in due)]
+        for lane in due:
+            lane.go_on((), Sampling(), [])
+        if all(lane.over for lane in lanes):
+            return
+
+
+def _sampled_together(
+    lanes: Sequence[_Lane], sampling: Sampling, generator: list[torch.Generator], last: bool
+) -> Course:
+    """Lanes of one group, a step at a time: each draws its next token from what came before the
+    step, and ends by itself. Drawn in the order of the towers' names, whatever that of the plan."""
+    for step in count():
+        due = sorted(
+            (lane for lane in lanes if lane.due(step)), key=lambda lane: lane.segment.tower
+        )
+        if due:
+            logits = iter((yield [*chain.from_iterable(lane.wants() for lane in due)]))
+            for lane in due:
+                lane.go_on([next(logits) for _ in lane.sessions], sampling, generator)
+        stopped = all(lane.writing is not None and lane.writing.written.stop for lane in lanes)
+        if all(lane.over for lane in lanes) or (last and stopped):
+            return
 
 
 class _Beam(NamedTuple):

@@ -26,8 +26,8 @@ from zipper.modality import Kind, Scores, is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.statistics import bootstrap
-from zipper.strand import Segment, collate
-from zipper.tasks import Task, tower_of
+from zipper.strand import Segment, Target, collate
+from zipper.tasks import Task, lanes, tower_of
 
 SYSTEMS = ("model", "oracle", "floor")
 SHOWN = 12  # samples on a page
@@ -159,7 +159,7 @@ def _measured(
     answers = _answers(pipeline, task, rows, sampling or Sampling())
     raw = [sample.row for sample in samples]
     found = []
-    for place, item in enumerate(task.produced):
+    for place, (item, *_) in enumerate(task.segments_produced):
         kind = whole(pipeline.modalities[tower_of(item)])
         true = [_raw(kind, item, s, row) for s, row in zip(samples, rows, strict=True)]
         made = {
@@ -201,11 +201,11 @@ def _answers(
     requests = []
     for n, row in enumerate(rows):
         plan: list[str | Segment] = []
-        for item in task.produced:
-            field, tower = item.partition(":")[0], tower_of(item)
+        for lane in task.segments_produced:
+            field, tower = lane.item.partition(":")[0], lane.tower
             named = {*whole(pipeline.modalities[tower]).prefixes.values()}
             first = [i for i in row[field][:1] if i in named]
-            plan.append(Segment(tower, first) if first else tower)
+            plan.append(lane.segment(first))
         own = replace(sampling, seed=sampling.seed + n)
         requests.append(Request(task.prompt(row), plan, own))
     answers = pipeline.engine(BATCH).run(requests)
@@ -216,17 +216,28 @@ def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -
     """-log p of the ids of each produced segment and its end, a token, all before it given."""
     model.eval()
     found = []
-    for place in range(len(task.produced)):
-        one = Task((*task.given, *task.produced[:place]), (task.produced[place],))
+    lanes_made = len(task.segments_produced)
+    for place in range(-lanes_made, 0):
         total, count = 0.0, 0.0
         ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
         with torch.inference_mode():
             for start in range(0, len(ranked), BATCH):
-                parts = [one.segments(row) for row in ranked[start : start + BATCH]]
+                parts = [_only(place, task.segments(row)) for row in ranked[start : start + BATCH]]
                 batch = collate(parts, model.ends()).to(next(model.parameters()).device)
                 total += sum(float(each) for each in batch_losses(model, batch).values())
                 count += sum(float(weight.sum()) for weight in batch.weights.values())
         found.append(total / count)
+    return found
+
+
+def _only(place: int, segments: Sequence[Segment]) -> list[Segment]:
+    """A sample in which one segment has a loss, counted from the end."""
+    found: list[Segment] = []
+    for number, segment in enumerate(segments):
+        if isinstance(segment, Target):
+            weight = float(number == len(segments) + place)
+            segment = replace(segment, weight=weight)
+        found.append(segment)
     return found
 
 
@@ -269,7 +280,7 @@ def _given(
     pipeline: Pipeline, task: Task, sample: Sample, row: Mapping[str, Sequence[int]]
 ) -> dict[str, str]:
     found = {}
-    for item in task.given:
+    for item in [lane.item for lane in lanes(task.given)]:
         kind = whole(pipeline.modalities[tower_of(item)])
         found[item] = kind.html(_raw(kind, item, sample, row))
     return found

@@ -396,7 +396,7 @@ class Pipeline:
         modality = whole(self._modality(segment.tower))
         if is_ids(segment.content):
             return segment
-        return Segment(segment.tower, modality.read(segment.content))
+        return replace(segment, content=modality.read(segment.content))
 
     def _says_nothing(self, segment: Segment) -> bool:
         modality = whole(self._modality(segment.tower))
@@ -405,7 +405,8 @@ class Pipeline:
     def _encoded(self, segment: Segment) -> Segment:
         if is_ids(segment.content):
             return segment
-        return Segment(segment.tower, self._modality(segment.tower).encode(segment.content))
+        ids = self._modality(segment.tower).encode(segment.content)
+        return replace(segment, content=ids)
 
     def _decoded(self, produced: Sequence[Produced]) -> list[Produced]:
         return [

@@ -5,10 +5,10 @@ follow each other in one linear sequence; every token's rank in it is its time. 
 what the ids mean.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -27,10 +27,18 @@ class Segment:
     tower: the tower that reads or writes it.
     content: token ids without begin and end (model), or raw data such as a string, an `Audio` or a
     path (`Pipeline`).
+
+    beside: it runs in the same steps as the segment before it: they are lanes of one group, tokens
+    of one step do not see each other, later ones see all before, and what follows the group begins
+    when the last of them has ended. stride: it reads a token every so many steps of its group.
+    delay: steps of the group before its first token.
     """
 
     tower: str
     content: Any
+    beside: bool = field(default=False, kw_only=True)
+    stride: int = field(default=1, kw_only=True)
+    delay: int = field(default=0, kw_only=True)
 
 
 @final
@@ -55,11 +63,32 @@ class Produced(Segment):
     score: float = 0.0
 
 
+S = TypeVar("S", bound=Segment)
+
+
 class Ends(NamedTuple):
     """The ids that begin and end a segment of one tower."""
 
     begin: int
     end: int
+
+
+def groups(segments: Iterable[S]) -> list[list[S]]:
+    """Segments by the group whose lanes they are; most are alone in theirs. Raises a ZipperError
+    for a tower that is twice in one, and for a first segment beside nothing."""
+    found: list[list[S]] = []
+    for segment in segments:
+        if not segment.beside:
+            found.append([segment])
+            continue
+        if not found or segment.tower in [lane.tower for lane in found[-1]]:
+            raise ZipperError(
+                f"A segment of {segment.tower!r} runs beside "
+                + ("another of it" if found else "nothing")
+                + ". A group has each tower once."
+            )
+        found[-1].append(segment)
+    return found
 
 
 def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]:
@@ -202,21 +231,23 @@ def collate(
         for document, index in enumerate(row):
             time = 0
             position = dict.fromkeys(names, 0)
-            for segment in samples[index]:
+            begun = 0  # of the group, in time
+            for segment in chain(*groups(samples[index])):
+                begun = begun if segment.beside else time
                 name, n = segment.tower, len(segment.content) + 2
                 start, p = slot[name], position[name]
                 part = columns[name][:, r, start : start + n]
                 part[0, 0], part[0, -1] = _ends(ends, name)
                 part[0, 1:-1] = segment.content
                 part[1] = np.arange(p, p + n)
-                part[2] = np.arange(time, time + n)
+                part[2] = begun + segment.delay + segment.stride * np.arange(n)
                 part[3] = document
                 part[4, :-1] = part[0, 1:]
                 if isinstance(segment, Target):
                     weights[name][r, start : start + n - 1] = segment.weight
                 slot[name] += n
                 position[name] += n
-                time += n
+                time = max(time, int(part[2, -1]) + 1)
     parts = {name: [torch.from_numpy(column) for column in columns[name]] for name in names}
     return Batch(
         {name: Strand(*part[:4]) for name, part in parts.items()},

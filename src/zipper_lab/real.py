@@ -221,7 +221,8 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
             **common,
         )
     towers = [TEXT, *chosen.niches]
-    made = {*chain.from_iterable(Task.parse(task).outputs for task in chosen.tasks)}
+    tasks = [Task.parse(task) for task in chosen.tasks]
+    made = {lane.tower for lane in chain.from_iterable(one.segments_produced for one in tasks)}
     found[ZIP] = TrainConfig(
         output=str(output / ZIP),
         towers={tower: str(output / tower / "model" / "towers" / tower) for tower in towers},

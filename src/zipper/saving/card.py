@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import header
-from zipper.tasks import Task, tower_of
+from zipper.tasks import Task, lanes
 
 RECORDED = (
     "tasks",
@@ -134,7 +134,8 @@ def _code(
     ]
     for task in tasks:
         given = ", ".join(
-            f'Segment("{n}", "{modalities[n].like}")' for n in map(tower_of, task.given)
+            f'Segment("{n}", "{modalities[n].like}")'
+            for n in [lane.tower for lane in lanes(task.given)]
         )
         lines.append(f"segments = pipe.run([{given}], outputs={json.dumps(task.outputs)})")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import parse
 from zipper.saving.zips import LostTower
-from zipper.tasks import Task, tower_of
+from zipper.tasks import Task, lanes
 from zipper.tower import Tower
 from zipper.training.config import TrainConfig
 
@@ -61,8 +61,8 @@ build = BuildZip()
 def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
     """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe."""
     tasks = map(Task.parse, config.tasks)
-    items = chain.from_iterable(task.given + task.produced for task in tasks)
-    fields = {tower_of(item): item.partition(":")[0] for item in items}
+    items = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
+    fields = {lane.tower: lane.item.partition(":")[0] for lane in items}
     return {
         tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows]))
         for tower, name in fields.items()

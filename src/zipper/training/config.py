@@ -202,7 +202,9 @@ class TrainConfig:
         """Raises a ZipperError for a setting that would do nothing."""
         tasks = [Task.parse(task) for task, share in self.tasks.items() if share]
         named = set(chain.from_iterable(task.towers for task in tasks))
-        produced = set(chain.from_iterable(task.outputs for task in tasks))
+        produced = set(
+            lane.tower for lane in chain.from_iterable(task.segments_produced for task in tasks)
+        )
         for option, used, what in (
             ("train", named, "named by"),
             ("lora", named, "named by"),
