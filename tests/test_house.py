@@ -40,7 +40,7 @@ ORDER = """
     zipper.fast.weights zipper.fast.blocks zipper.fast.reader zipper.fast zipper.fast.recall
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.sound zipper.modality.text zipper.modality.speech
-    zipper.modality.pinned zipper.modality.image
+    zipper.modality.pinned zipper.modality.image zipper.modality.codec
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify zipper.statistics zipper.evaluation
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction zipper.data

@@ -21,6 +21,7 @@ SHIPPED_KINDS = {
     "text": "zipper.modality.text:Text",
     "speech": "zipper.modality.speech:SpeechUnits",
     "image": "zipper.modality.image:Image",
+    "codec": "zipper.modality.codec:Codec",
 }
 SHIPPED = ("text", "speech")  # known by their files, which were there before kinds were
 _registered: dict[str, Any] = {}
