@@ -25,6 +25,7 @@ SHIPPED_KINDS = {
     "symbols": "zipper.modality.symbols:Symbols",
     "signal": "zipper.modality.signal:Signal",
     "image": "zipper.modality.image:Image",
+    "codec": "zipper.modality.codec:Codec",
 }
 SHIPPED = ("text", "speech")  # known by their files, which were there before kinds were
 _registered: dict[str, Any] = {}

@@ -1,0 +1,113 @@
+"""Sound as the codes of a neural codec: whole frames, in order, and nothing else."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from zipper import modality
+from zipper.audio.sound import Audio
+from zipper.errors import ZipperError
+from zipper.modality.codec import Codec
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "EncodecModel": {
+        "target_bandwidths": [1.5, 3.0],
+        "hidden_size": 16,
+        "num_filters": 4,
+        "codebook_size": 32,
+        "num_lstm_layers": 1,
+    },
+    "DacModel": {
+        "encoder_hidden_size": 8,
+        "downsampling_ratios": [2, 4],
+        "decoder_hidden_size": 16,
+        "n_codebooks": 3,
+        "codebook_size": 32,
+    },
+    "MimiModel": {
+        "hidden_size": 32,
+        "num_filters": 4,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "codebook_size": 32,
+        "codebook_dim": 16,
+        "vector_quantization_hidden_dimension": 16,
+        "num_quantizers": 4,
+        "upsample_groups": 32,
+    },
+}
+
+
+def saved(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**SETTINGS[name]))
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "initialized" not in key:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def sound(seconds: float = 0.3, rate_hz: int = 16_000) -> Audio:
+    samples = np.random.default_rng(0).normal(0, 0.1, round(seconds * rate_hz))
+    return Audio(samples.astype(np.float32), rate_hz)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_codec_is_read_kept_and_heard_again(name: str, tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved(name, tmp_path), codebooks=2)
+    ids = codec.encode(sound())
+    assert codec.vocabulary == 2 * 32 + 2 and len(ids) % 2 == 0 and ids
+    assert [i // 32 for i in ids] == [0, 1] * (len(ids) // 2)
+    made = codec.decode(ids)
+    assert abs(made.seconds - 0.3) < 0.1 and np.isfinite(made.samples).all()
+    broken = [codec.begin, *ids[:2], 40, *ids[2:], ids[0], codec.end]
+    assert np.array_equal(codec.decode(broken).samples, made.samples)
+    assert len(codec.decode([40, codec.end]).samples) == 0
+    modality.save(codec, tmp_path / "kept")
+    again = modality.load(tmp_path / "kept")
+    assert again.fingerprint == codec.fingerprint and again.encode(sound()) == ids
+    assert Codec(codec.model, 1).fingerprint != codec.fingerprint
+
+
+def test_what_no_codec_can_read_is_an_error(tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved("DacModel", tmp_path))
+    assert codec.encode(Audio(np.ones(1, np.float32), 16_000))
+    for wrong, said in {
+        (0.0, "no samples"),
+        (121.0, "at most 120 s"),
+    }:
+        with pytest.raises(ZipperError, match=said):
+            codec.encode(sound(wrong, 8_000))
+    with pytest.raises(ZipperError):
+        codec.encode(Audio(np.full(4_000, np.nan, np.float32), 16_000))
+    with pytest.raises(ZipperError, match="1 to 3"):
+        Codec(codec.model, 4)
+
+
+def test_a_corrupted_folder_is_refused_or_the_same(tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved("DacModel", tmp_path))
+    codec.save(tmp_path / "kept")
+    chance, refused = random.Random(0), 0
+    for number in range(60):
+        folder = Path(shutil.copytree(tmp_path / "kept", tmp_path / str(number)))
+        path = chance.choice(sorted(folder.iterdir()))
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert Codec.load(folder).fingerprint == codec.fingerprint
+        except ZipperError:
+            refused += 1
+    assert refused > 40
