@@ -77,23 +77,32 @@ def times(segments: Sequence[Segment]) -> list[tuple[int, str, int]]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_sample_is_laid_out_as_its_words_say(seed: int) -> None:
-    segments = sample(random.Random(seed))
-    batch = collate([segments], {name: Ends(0, 1) for name in NAMES})
-    laid = [
-        (int(time), name, int(token))
-        for name, strand in batch.strands.items()
-        for time, token in zip(strand.time[0], strand.ids[0], strict=True)
-    ]
-    assert sorted(laid) == sorted(times(segments))
+FEW = range(4)
+MANY = pytest.param(range(4, 304), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seeds", [FEW, MANY])
+def test_samples_are_laid_out_as_their_words_say(seeds: range) -> None:
+    for seed in seeds:
+        segments = sample(random.Random(seed))
+        batch = collate([segments], {name: Ends(0, 1) for name in NAMES})
+        laid = [
+            (int(time), name, int(token))
+            for name, strand in batch.strands.items()
+            for time, token in zip(strand.time[0], strand.ids[0], strict=True)
+        ]
+        assert sorted(laid) == sorted(times(segments))
+
+
+@pytest.mark.parametrize("seeds", [FEW, MANY])
 def test_a_token_changes_nothing_of_its_own_step_and_something_later(
-    model: Zipper, seed: int
+    model: Zipper, seeds: range
 ) -> None:
-    chance = random.Random(seed)
+    for seed in seeds:
+        check_what_a_token_changes(model, random.Random(seed))
+
+
+def check_what_a_token_changes(model: Zipper, chance: random.Random) -> None:
     segments = sample(chance)
     filled = [n for n, segment in enumerate(segments) if segment.content]
     if not filled:
@@ -188,15 +197,18 @@ def plan_of(chance: random.Random) -> list[Segment]:
 
 
 @pytest.mark.parametrize("reader", [Stepwise, fastest])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_engine_writes_what_the_whole_pass_says(model: Zipper, seed: int, reader: Any) -> None:
-    chance = random.Random(seed)
-    given, plan, most = sample(chance), plan_of(chance), 4
-    engine = Engine(model, reader(model), rows=4)
+@pytest.mark.parametrize("seeds", [FEW, MANY])
+def test_the_engine_writes_what_the_whole_pass_says(
+    model: Zipper, seeds: range, reader: Any
+) -> None:
+    engine, most = Engine(model, reader(model), rows=4), 4
     limits = dict.fromkeys(NAMES, most)
-    answers = engine.run([Request(given, plan, limits=limits)] * 2)
-    for answer in answers:
-        assert [part.content for part in answer.segments()] == greedy(model, given, plan, most)
+    for seed in seeds:
+        chance = random.Random(seed)
+        given, plan = sample(chance), plan_of(chance)
+        answers = engine.run([Request(given, plan, limits=limits)] * 2)
+        for answer in answers:
+            assert [part.content for part in answer.segments()] == greedy(model, given, plan, most)
 
 
 def test_the_order_of_lanes_changes_nothing(model: Zipper) -> None:
