@@ -444,7 +444,7 @@ def _told(links: str, result: Mapping[str, Any]) -> str:
 # --- bench
 
 Rounds = Annotated[int, typer.Option(parser=count, help="turns of each arm that count")]
-Warm = Annotated[int, typer.Option(parser=count, help="turns before them")]
+Warm = Annotated[int, typer.Option(parser=threads, help="turns before them")]
 Arms = Annotated[
     str,
     typer.Option(metavar="ARM,ARM", help="only these", show_default="all that the device has"),
