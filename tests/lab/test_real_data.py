@@ -563,3 +563,11 @@ def test_motion_runs_from_the_original_to_its_numbers(
     assert "| ear: activity |" in real.markdown({"sets": {"motion": told}, "about": {}})
     metrics = told["zip"]["test"][1]["metrics"]
     assert metrics["ear: activity"]["oracle"]["value"] > 0.5
+
+
+def test_the_page_about_modalities_is_made_from_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    newest = sorted((root / "benchmarks" / "results").glob("real_2cpu_*.json"))[-1]
+    told = json.loads(newest.read_text(encoding="utf-8"))
+    page = (root / "docs" / "modalities.md").read_text(encoding="utf-8")
+    assert page == real.markdown(told), "docs/modalities.md: tools/modalities.py --page x"
