@@ -42,7 +42,7 @@ ORDER = """
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
     zipper.modality.speech zipper.modality.symbols zipper.modality.series zipper.modality.signal
-    zipper.modality.pinned zipper.modality.image zipper.modality.codec
+    zipper.modality.pinned zipper.modality.image zipper.modality.codec zipper.modality.encoder
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction

@@ -26,6 +26,7 @@ SHIPPED_KINDS = {
     "signal": "zipper.modality.signal:Signal",
     "image": "zipper.modality.image:Image",
     "codec": "zipper.modality.codec:Codec",
+    "units": "zipper.modality.encoder:EncoderUnits",
 }
 SHIPPED = ("text", "speech")  # known by their files, which were there before kinds were
 _registered: dict[str, Any] = {}

@@ -1,0 +1,486 @@
+"""Speech as units of a self-supervised encoder: k-means of what one of its layers makes of a sound.
+
+Back, the units are made into sound by a vocoder, where one was given. Nothing here knows of towers
+or text.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from zipper.audio.sound import Audio
+from zipper.errors import ZipperError
+from zipper.modality.codebook import kmeans, nearest
+from zipper.modality.pinned import Pinned
+from zipper.modality.sound import Sound
+from zipper.saving import hub
+from zipper.saving.files import (
+    check_finite,
+    header,
+    parse,
+    place,
+    read_json,
+    replacing,
+    settle,
+    write_json,
+)
+
+MELS = "Wav2Vec2BertModel"  # takes log-mels, the others samples
+ENCODERS = ("HubertModel", "Wav2Vec2Model", "WavLMModel", MELS)
+VOCODERS = ("SeamlessM4TCodeHifiGan",)
+RATE_HZ = 16_000  # of what every one of these encoders was trained on
+WINDOW, HOP = 400, 160  # samples of a log-mel frame, as SeamlessM4TFeatureExtractor has them
+MOST_S = 120.0  # of a sound, which is encoded at once, or made at once
+MOST_POINTS = 1 << 18  # that a codebook is fitted on, drawn from all
+STEPS = 150  # of the k-means, as for speech; never tuned
+LIMITS = {"layer": (0, 1_000), "stride": (1, 64)}
+
+
+@dataclass(frozen=True)
+class EncoderUnitsConfig:
+    """What the units are made of.
+
+    layer: 0 is what the feature projection makes, n what the n-th block does. merged: whether a
+    unit that follows itself is left out. normalise: whether samples get mean 0 and variance 1, as
+    the encoder was trained; log-mels always do. stride: how many log-mel frames stand side by side.
+    """
+
+    layer: int = 6
+    merged: bool = False
+    normalise: bool = True
+    stride: int = 2
+
+    def __post_init__(self) -> None:
+        settle(self, LIMITS)
+
+
+@final
+class EncoderUnits(Sound):
+    """Sound <-> units. Ids 0 .. K-1 are units, K begins and K+1 ends a segment.
+
+    Merged units lose how long each of them lasts: the vocoder guesses it. Every sound is encoded by
+    itself, never in a batch: padding would change what the norms of these encoders see, and so the
+    ids.
+    """
+
+    name = "units"
+    CONFIG, CODEBOOK = "encoder_units.json", "codebook.safetensors"
+    ENCODER, VOCODER = "encoder", "vocoder"
+
+    def __init__(
+        self,
+        encoder: Pinned,
+        codebook: Float32[np.ndarray, "codes width"],
+        config: EncoderUnitsConfig | None = None,
+    ) -> None:
+        """Of the encoder only the blocks that the layer needs are kept. Raises ZipperError for a
+        layer that it does not have, and a codebook that is not of its width."""
+        self.config = config or EncoderUnitsConfig()
+        self.encoder = _kept(encoder, self.config.layer)
+        width = int(self._settings.hidden_size)
+        if (
+            codebook.ndim != 2
+            or codebook.shape[1] != width
+            or not len(codebook)
+            or not np.isfinite(codebook).all()
+        ):
+            raise ZipperError(
+                f"A codebook of shape {codebook.shape} was given, (codes, {width}) and finite was "
+                "wanted. Fit the units anew."
+            )
+        if self._mels and self._settings.feature_projection_input_dim % self.config.stride:
+            raise ZipperError(
+                f"An encoder of {self._settings.feature_projection_input_dim} log-mels at once was "
+                f"given, which are no {self.config.stride} frames. Give another stride."
+            )
+        self.codebook = codebook.astype(np.float32)
+        self.codes = len(codebook)
+        self.begin, self.end = self.codes, self.codes + 1
+        self.vocabulary = self.codes + 2
+        self.vocoder: Pinned | None = None
+        self.speaker = self.language = 0
+
+    @classmethod
+    def fitted(  # its own settings, by name
+        cls,
+        values: Sequence[Any],
+        encoder: Any,
+        layer: int = 6,
+        codes: int = 500,
+        merged: bool = False,
+        vocoder: Any = None,
+        seed: int = 0,
+        device: str | None = None,
+        speaker: int = 0,
+        language: int = 0,
+        normalise: bool | None = None,
+    ) -> "EncoderUnits":
+        """Units for sounds like these (`Sound.read` says what may stand for one).
+
+        encoder: one of ENCODERS by hub id or folder, or in memory. normalise: None does what its
+        preprocessor_config.json says, and normalises where it has none. vocoder, speaker, language:
+        see `with_vocoder`. The same codebook for the same arguments. Raises ZipperError for too few
+        sounds, and what no unit can be made of.
+        """
+        if type(codes) is not int or codes < 1:
+            raise ZipperError(f"{codes!r} codes were asked for. Ask for at least 1.")
+        found = Pinned.take(encoder, ENCODERS).to(device)
+        said = _preprocessing(encoder, normalise is not None)
+        config = EncoderUnitsConfig(
+            layer,
+            merged,
+            bool(said.get("do_normalize", True)) if normalise is None else normalise,
+            said.get("stride", 2),
+        )
+        blank = np.zeros((1, found.model.config.hidden_size), np.float32)
+        made = cls(found, blank, config)
+        chance, share = np.random.default_rng(seed), max(1, MOST_POINTS // max(1, len(values)))
+        points = [np.zeros((0, blank.shape[1]), np.float32)]
+        for value in tqdm(values, desc="frames", unit="sound", disable=None):
+            points.append(chance.permutation(made.frames(value))[:share])
+        centroids = kmeans(
+            np.concatenate(points)[:MOST_POINTS],
+            codes,
+            seed,
+            STEPS,
+            points_of="frames of the encoder",
+            more="sound",
+        )
+        made = cls(made.encoder, centroids, config)
+        if vocoder is None:
+            return made
+        return made.with_vocoder(vocoder, speaker, language, device)
+
+    def with_vocoder(
+        self, source: Any, speaker: int = 0, language: int = 0, device: str | None = None
+    ) -> "EncoderUnits":
+        """The same units with another vocoder: a SeamlessM4TCodeHifiGan that was trained on them,
+        by hub id, folder or in memory (of a SeamlessM4TModel it is `model.vocoder`).
+
+        speaker, language: ids of the vocoder's. Raises ZipperError for one that has fewer units or
+        another rate of them.
+        """
+        made = copy.copy(self)
+        made.vocoder = Pinned.take(source, VOCODERS).to(device)
+        made.speaker, made.language = speaker, language
+        made._check_vocoder(made.vocoder)
+        return made
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the encoder, as far as it is kept, the codebook, and how ids are made with
+        them; the vocoder changes no ids."""
+        described = json.dumps(asdict(self.config), sort_keys=True)
+        total = hashlib.sha256(f"{self.encoder.fingerprint} {described}".encode())
+        total.update(f" {self.codebook.shape} ".encode())
+        total.update(self.codebook.tobytes())
+        return total.hexdigest()
+
+    @property
+    def units_per_s(self) -> float:
+        """Before any are merged; 50 by the usual encoders."""
+        return RATE_HZ / self._hop
+
+    def frames(self, raw: Any) -> Float32[np.ndarray, "frames width"]:
+        """What the layer makes of a sound, or of anything that `read` takes. Raises ZipperError for
+        sound of more than MOST_S, and for samples that are no numbers."""
+        sound = self.read(raw)
+        if sound.seconds > MOST_S:
+            raise ZipperError(
+                f"A sound of {sound.seconds:.0f} s was given; at most {MOST_S:g} s are encoded at "
+                "once. Cut it."
+            )
+        if not np.isfinite(sound.samples).all():
+            raise ZipperError("The sound holds NaN or infinity. Give one that was not damaged.")
+        samples = sound.resample(RATE_HZ).samples.astype(np.float32)
+        network: Any = self.encoder.model
+        given = (self._logs if self._mels else self._leveled)(samples)
+        layer, seen = self.config.layer, list[torch.Tensor]()
+
+        def keep(module: Any, inputs: Any, made: Any) -> None:
+            seen.append(made[0] if isinstance(made, tuple) else made)
+
+        at = network.encoder.layers[layer - 1] if layer else network.feature_projection
+        hook = at.register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                network(torch.from_numpy(given)[None].to(self.encoder.device))
+        finally:
+            hook.remove()
+        frames: np.ndarray = seen[0][0].float().cpu().numpy()
+        if not np.isfinite(frames).all():
+            raise ZipperError(
+                "The encoder makes NaN or infinity of the sound. Give one from -1 to 1, or another "
+                "encoder."
+            )
+        return frames
+
+    def encode(self, raw: Any) -> list[int]:
+        """Units of a sound, or of anything that `read` takes, resampled to 16 kHz; one too short
+        for a unit is filled up with silence. Raises ZipperError as `frames` does."""
+        codes = nearest(self.frames(raw), self.codebook)
+        if self.config.merged:
+            codes = codes[np.diff(codes, prepend=-1) != 0]
+        ids: list[int] = codes.tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> Audio:
+        """Sound of units; ids that are none are passed over. Raises ZipperError where no vocoder
+        was given, and for what would be more than MOST_S."""
+        if self.vocoder is None:
+            raise ZipperError(
+                "These units have no vocoder, so that no sound can be made of them. Give one that "
+                "was trained on them: units.with_vocoder(FOLDER), or --set vocoder=FOLDER when "
+                "they are fitted."
+            )
+        network: Any = self.vocoder.model
+        rate_hz = int(network.config.sampling_rate)
+        codes = [i for i in ids if 0 <= i < self.codes]
+        if not codes:
+            return Audio(np.zeros(0, np.float32), rate_hz)
+        most = int(MOST_S * rate_hz / prod(network.config.upsample_rates))
+        _few(len(codes), most)
+        device = self.vocoder.device
+        with torch.no_grad():
+            units = network.unit_embedding(torch.tensor([codes], device=device))
+            if self.config.merged:  # as the network's own forward does
+                lasting = torch.expm1(network.dur_predictor(units)).round().nan_to_num(1, most + 1)
+                lasting = lasting.clamp(1, most + 1).long()[0]
+                _few(int(lasting.sum()), most)
+                units = units.repeat_interleave(lasting, dim=1)
+            size = (1, units.shape[1])
+            voice = network.speaker_embedding(torch.full(size, self.speaker, device=device))
+            spoken = network.language_embedding(torch.full(size, self.language, device=device))
+            made = network.hifi_gan(torch.cat([spoken, units, voice], dim=2).transpose(1, 2))
+        return Audio(made.reshape(-1).float().cpu().numpy(), rate_hz)
+
+    def about(self) -> Mapping[str, Any]:
+        """See `Kind.about`."""
+        merged = ", merged" if self.config.merged else ""
+        return {
+            "encoder": f"{self.encoder.described['class']}, layer {self.config.layer}",
+            "codes": self.codes,
+            "rate": f"{self.units_per_s:g} units a second{merged}",
+            "vocoder": "none" if self.vocoder is None else self.vocoder.described["class"],
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes encoder_units.json and, beside it, codebook.safetensors, the files of the encoder
+        and of the vocoder; the first pins the others by their hash, and itself."""
+        folder = place(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.encoder.save(folder, self.ENCODER)
+        if self.vocoder is not None:
+            self.vocoder.save(folder, self.VOCODER)
+        with replacing(folder / self.CODEBOOK) as beside:
+            save_file({"codebook": self.codebook}, beside)
+        write_json(
+            folder / self.CONFIG,
+            {
+                **asdict(self.config),
+                "codes": self.codes,
+                "vocoder": self.vocoder is not None,
+                "speaker": self.speaker,
+                "language": self.language,
+                "sha256": self._pin,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EncoderUnits":
+        """Reads what `save` wrote. Raises ZipperError for anything else."""
+        folder = place(folder)
+        try:
+            described = read_json(folder / cls.CONFIG)
+            own = {key: described.pop(key, None) for key in _OWN}
+            config = parse(EncoderUnitsConfig, described, str(folder / cls.CONFIG), LIMITS)
+            entries = header(folder / cls.CODEBOOK)
+            held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+            encoder = Pinned.load(folder, cls.ENCODER, ENCODERS)
+            wide = encoder.model.config.hidden_size
+            if held != {"codebook": ("F32", (own["codes"], wide))}:
+                raise ZipperError(
+                    f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
+                    f"{cls.CONFIG} describes."
+                )
+            check_finite(folder / cls.CODEBOOK, entries)
+            loaded = cls(encoder, load_file(folder / cls.CODEBOOK)["codebook"], config)
+            if own["vocoder"] is True:
+                loaded.vocoder = Pinned.load(folder, cls.VOCODER, VOCODERS)
+                loaded.speaker, loaded.language = own["speaker"], own["language"]
+                loaded._check_vocoder(loaded.vocoder)
+        except (OSError, SafetensorError, ZipperError) as error:
+            raise ZipperError(
+                f"{folder} holds no units of an encoder: {error} It needs {cls.CONFIG} and what "
+                "lies beside it, written by save."
+            ) from error
+        if own["sha256"] != loaded._pin:
+            raise ZipperError(
+                f"{folder} holds other units than its {cls.CONFIG} describes: they would mean "
+                "other sounds. Restore its files from the run that made them."
+            )
+        return loaded
+
+    @property
+    def _pin(self) -> str:
+        """sha256 of all that is saved."""
+        heard = None if self.vocoder is None else self.vocoder.fingerprint
+        whole = f"{self.fingerprint} {heard} {self.speaker} {self.language}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    @property
+    def _settings(self) -> Any:
+        return self.encoder.model.config
+
+    @property
+    def _mels(self) -> bool:
+        return bool(self.encoder.described["class"] == MELS)
+
+    @property
+    def _hop(self) -> int:
+        """Samples from one unit to the next."""
+        return HOP * self.config.stride if self._mels else prod(self._settings.conv_stride)
+
+    def _leveled(self, samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, " filled"]:
+        """As Wav2Vec2FeatureExtractor has it, and long enough for one unit."""
+        if self.config.normalise:
+            wide = samples.astype(np.float64)
+            samples = ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-7)).astype(np.float32)
+        least = 1
+        pairs = zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)
+        for kernel, stride in reversed([*pairs]):
+            least = (least - 1) * stride + kernel
+        return np.pad(samples, (0, max(0, least - len(samples))))
+
+    def _logs(self, samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, "units mels"]:
+        """Log-mels as SeamlessM4TFeatureExtractor has them, without a unit that is not whole."""
+        from transformers import SeamlessM4TFeatureExtractor  # seconds
+
+        stride, wide = self.config.stride, self._settings.feature_projection_input_dim
+        least = WINDOW + HOP * (max(2, stride) - 1)  # two frames have a variance
+        samples = np.pad(samples, (0, max(0, least - len(samples))))
+        bins = wide // stride
+        front = SeamlessM4TFeatureExtractor(
+            feature_size=bins, num_mel_bins=bins, stride=stride, sampling_rate=RATE_HZ
+        )
+        made = front(samples, sampling_rate=RATE_HZ, pad_to_multiple_of=None, return_tensors="np")
+        logs: np.ndarray = made["input_features"][0].astype(np.float32)
+        return logs
+
+    def _check_vocoder(self, vocoder: Pinned) -> None:
+        """Raises ZipperError for a vocoder that these units do not fit."""
+        settings: Any = vocoder.model.config
+        if (known := int(settings.unit_hifi_gan_vocab_size)) < self.codes:
+            raise ZipperError(
+                f"The vocoder knows {known} units; these are {self.codes}. Give the one that was "
+                "trained on them."
+            )
+        rate = settings.sampling_rate / prod(settings.upsample_rates)
+        if not self.config.merged and rate != self.units_per_s:
+            raise ZipperError(
+                f"The vocoder takes {rate:g} units a second; these are {self.units_per_s:g}. Give "
+                "the one that was trained on them."
+            )
+        for named, chosen, count in (
+            ("speaker", self.speaker, settings.vocoder_num_spkrs),
+            ("language", self.language, settings.vocoder_num_langs),
+        ):
+            if type(chosen) is not int or not 0 <= chosen < count:
+                raise ZipperError(
+                    f"The {named} {chosen!r:.80} was asked for; the vocoder has 0 to {count - 1}."
+                )
+
+
+#: Of encoder_units.json, what is not in the configuration.
+_OWN = ("codes", "vocoder", "speaker", "language", "sha256")
+#: Of an encoder, what stands behind its blocks or is for training only.
+_BEHIND = ("adapter.", "intermediate_ffn.", "masked_spec_embed")
+
+
+def _kept(encoder: Pinned, layer: int) -> Pinned:
+    """The encoder up to a layer, in memory of its own; itself where it is that already."""
+    network: Any = encoder.model
+    most = int(network.config.num_hidden_layers)
+    if not 0 <= layer <= most:
+        raise ZipperError(
+            f"The layer {layer} was asked for; this encoder has 0 (its feature projection) to "
+            f"{most}."
+        )
+    without: dict[str, Any] = {"num_hidden_layers": layer}
+    for key, none in {
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+        "add_adapter": False,
+        "use_intermediate_ffn_before_adapter": False,
+    }.items():
+        if hasattr(network.config, key):
+            without[key] = none
+    if all(getattr(network.config, key) == value for key, value in without.items()):
+        return encoder
+    kind: Any = type(network)
+    tensors = {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(_BEHIND) and _block(name) < layer
+    }
+    config = kind.config_class.from_dict({**encoder.described["config"], **without})
+    made, report = kind.from_pretrained(
+        None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
+    )
+    if report["missing_keys"]:
+        raise ZipperError(f"The encoder lacks {sorted(report['missing_keys'])[:3]}.")
+    return Pinned.take(made, ENCODERS).to(encoder.device)
+
+
+def _block(name: str) -> int:
+    """The number of the block that a tensor belongs to; -1 for none."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["encoder", "layers"] else -1
+
+
+def _preprocessing(source: Any, settled: bool) -> Mapping[str, Any]:
+    """What lies beside an encoder of how it takes sound; nothing for one in memory.
+
+    settled: whether the caller said it all, so that a hub without the file is no error.
+    """
+    if isinstance(source, torch.nn.Module):
+        return {}
+    name, folder = "preprocessor_config.json", hub.as_folder(source)
+    if folder is not None:
+        path = folder / name
+        if not path.is_file():
+            return {}
+    else:
+        try:
+            path = hub.file(str(source), name)
+        except ZipperError as error:
+            if settled:
+                return {}
+            raise ZipperError(f"{error} Or say how it takes sound: normalise=True or False.") from (
+                error
+            )
+    said = read_json(path)
+    if (rate := said.get("sampling_rate", RATE_HZ)) != RATE_HZ:
+        raise ZipperError(f"{path} is of {rate!r:.80} Hz; encoders of {RATE_HZ} Hz are known.")
+    return said
+
+
+def _few(units: int, most: int) -> None:
+    """Raises ZipperError for more units than are made into sound at once."""
+    if units > most:
+        raise ZipperError(
+            f"Sound of {units} units or more was asked for; at most {most} ({MOST_S:g} s) are made "
+            "at once. Decode it in parts."
+        )
