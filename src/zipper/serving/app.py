@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from zipper.pipeline import Pipeline
 from zipper.serving import anything, bodies, chat, saying, transcription
-from zipper.serving.bodies import Caps
+from zipper.serving.bodies import SHARE, Caps, Held, Share
 from zipper.serving.gauges import MEDIA_TYPE, Gauges
 from zipper.serving.refusals import Refused, refusal
 from zipper.serving.service import Service
@@ -29,7 +29,9 @@ log = logging.getLogger("zipper.serving")
 #: The only place that answers without the key: whether the process lives is no secret.
 OPEN = "/health"
 
-Scope, Receive, Send = dict[str, Any], Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 def serve(
@@ -67,6 +69,7 @@ class Guard:
 
     def __init__(self, app: FastAPI, service: Service, gauges: Gauges, key: str) -> None:
         self.app, self.service, self.gauges = app, service, gauges
+        self.held = Held(service.caps.held_bytes)
         self._key = _digest(key.encode()) if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +80,7 @@ class Guard:
         if scope["type"] != "http":  # no websockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        began = False
+        began, share = False, Share(self.held)
 
         async def told(message: Any) -> None:
             nonlocal began
@@ -86,7 +89,7 @@ class Guard:
 
         try:
             self._check(scope)
-            await self.app(scope, receive, told)
+            await self.app({**scope, SHARE: share}, receive, told)
         except Exception as error:
             refused = refusal(error)
             if refused.status == 500:
@@ -95,6 +98,8 @@ class Guard:
                 self.gauges.refused(refused.status, refused.code)
                 await bodies.drain(Request(scope, receive))
                 await _response(refused)(scope, receive, send)
+        finally:
+            share.give()
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -104,7 +109,9 @@ class Guard:
             if not (same and kind.lower() == b"bearer"):
                 raise Refused(401, "no_key", "Send the key: Authorization: Bearer KEY.")
         if scope["method"] == "POST":
-            told = {name.decode("latin1"): value.decode("latin1") for name, value in headers.items()}
+            told = {
+                name.decode("latin1"): value.decode("latin1") for name, value in headers.items()
+            }
             bodies.check_length(told, self.service.caps)
             self.service.worker.check()
 
@@ -145,7 +152,8 @@ def _add_refusals(app: FastAPI, gauges: Gauges) -> None:
             code = {404: "no_such_route", 405: "method"}.get(error.status_code, "refused")
             refused = Refused(error.status_code, code, f"{request.method}: {error.detail}.")
         gauges.refused(refused.status, refused.code)
-        await bodies.drain(request)
+        if refused.status != 500:  # then starlette hands over a request that cannot be read
+            await bodies.drain(request)
         return _response(refused)
 
     app.add_exception_handler(HTTPException, refuse)
@@ -175,5 +183,9 @@ def _digest(key: bytes) -> bytes:
 
 def _log(scope: Scope, error: Exception) -> None:
     """Where something went wrong: no message, it may hold what was sent."""
-    places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-    log.error("%s %s: %s at %s", scope["method"], scope["path"][:80], type(error).__name__, places[-3:])
+    places = [
+        f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    log.error(
+        "%s %s: %s at %s", scope["method"], scope["path"][:80], type(error).__name__, places[-3:]
+    )

@@ -10,7 +10,7 @@ import binascii
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from zipper.errors import ZipperError
-from zipper.serving.refusals import Refused
+from zipper.serving.refusals import Busy, Refused
 
 DRAIN_S = 1.0  # for what is still on its way when a body is refused, so that the answer is read
 DRAIN_BYTES = 64 << 20
@@ -33,7 +33,7 @@ class Caps:
 
     body_bytes: of what is sent. upload_s: until all of it is there. seconds: of all sound in it.
     segments: given and produced, each. tokens: of one produced segment, unless it has less room.
-    letters: of one text.
+    letters: of one text. held_bytes: of the bodies of all requests that are being answered.
     """
 
     body_bytes: int = 26_000_000
@@ -42,11 +42,47 @@ class Caps:
     segments: int = 16
     tokens: int = 4096
     letters: int = 20_000
+    held_bytes: int = 256_000_000
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "upload_s", "seconds", "segments", "tokens", "letters"):
             if not getattr(self, name) > 0:
                 raise ZipperError(f"{name} is {getattr(self, name)}; give more than 0.")
+
+
+@final
+class Held:
+    """How many bytes of bodies lie in memory. All of one loop."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes = most, 0
+
+    def take(self, count: int) -> None:
+        """Raises Busy where there is no room for so many more."""
+        if self.bytes + count > self.most:
+            raise Busy(f"{self.bytes:,} bytes of requests lie here already. Come again later.")
+        self.bytes += count
+
+
+@final
+class Share:
+    """What one request holds of it, given back in the end."""
+
+    def __init__(self, held: Held) -> None:
+        self._held, self._mine = held, 0
+
+    def take(self, count: int) -> None:
+        """As `Held.take`."""
+        self._held.take(count)
+        self._mine += count
+
+    def give(self) -> None:
+        """Gives all of it back."""
+        self._held.bytes, self._mine = self._held.bytes - self._mine, 0
+
+
+#: Where a request's share is found.
+SHARE = "zipper.share"
 
 
 def check_length(headers: Mapping[str, str], caps: Caps) -> None:
@@ -63,7 +99,7 @@ async def body(request: Request, caps: Caps) -> AsyncIterator[bytes]:
     try:
         check_length(request.headers, caps)
         there, deadline = 0, asyncio.get_running_loop().time() + caps.upload_s
-        parts = request.stream()
+        parts, share = request.stream(), request.scope[SHARE]
         while True:
             async with asyncio.timeout_at(deadline):
                 part = await anext(parts, None)
@@ -72,6 +108,7 @@ async def body(request: Request, caps: Caps) -> AsyncIterator[bytes]:
             there += len(part)
             if there > caps.body_bytes:
                 raise _large(caps)
+            share.take(len(part))
             yield part
     except TimeoutError as error:
         raise Refused(
@@ -169,8 +206,8 @@ def decoded(content: str, where: str) -> bytes:
         raise Refused(
             422,
             "bad_base64",
-            f"{where} is not base64 ({error!s:.80}). Send the content of the file itself; paths and "
-            "URLs are not opened.",
+            f"{where} is not base64 ({error!s:.80}). Send the content of the file itself; paths "
+            "and URLs are not opened.",
         ) from error
     if not found:
         raise Refused(422, "empty", f"{where} is empty. Send the content of a file.")

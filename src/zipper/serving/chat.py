@@ -97,7 +97,12 @@ def add(app: FastAPI, service: Service) -> None:
         tokens = sum(len(one.ids) for one in written)
         read = sum(len(one.content) for one in ticket.request.segments)
         usage = {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
-        choice = {"index": 0, "message": answer, "finish_reason": _reason(written), "logprobs": None}
+        choice = {
+            "index": 0,
+            "message": answer,
+            "finish_reason": _reason(written),
+            "logprobs": None,
+        }
         return JSONResponse(
             {**about, "object": "chat.completion", "choices": [choice], "usage": usage}
         )
@@ -127,9 +132,7 @@ def _given(service: Service, wanted: Chat) -> list[Segment]:
             elif part.input_audio is None:
                 raise Refused(422, "bad_request", "A part of input_audio has no input_audio.")
             else:
-                found.append(
-                    service.segment("speech", part.input_audio.data, "input_audio.data")
-                )
+                found.append(service.segment("speech", part.input_audio.data, "input_audio.data"))
     if not found:
         raise Refused(422, "empty", "The messages hold nothing. Send a text or a sound.")
     return found

@@ -85,17 +85,22 @@ class Service:
         self._check(given, outputs, limits)
         self.worker.enter()
         try:
-            asked = await self.apart(lambda: self._asked(given, outputs, sampling, limits))
+            asked, seconds = await self.apart(lambda: self._asked(given, outputs, sampling, limits))
         except BaseException:
             self.worker.leave()
             raise
-        return self.worker.submit(asked, streams) if asked is not None else self._silent(outputs)
+        ticket = (
+            self._silent(outputs, streams) if asked is None else self.worker.submit(asked, streams)
+        )
+        ticket.seconds = seconds
+        return ticket
 
     async def written(self, request: Asked, ticket: Ticket) -> list[Written]:
         """What was written in the end. Where the client leaves before, its row is free at once."""
         gone = asyncio.ensure_future(left(request))
+        both: set[asyncio.Future[Any]] = {ticket.done, gone}
         try:
-            await asyncio.wait({ticket.done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not ticket.done.done():
                 raise Refused(499, "gone", "The client has left.")
             return ticket.done.result()
@@ -175,8 +180,8 @@ class Service:
         outputs: Sequence[str | Segment],
         sampling: Sampling | None,
         limits: Limits | None,
-    ) -> Request | None:
-        """The request of ids; None where nothing is said."""
+    ) -> tuple[Request | None, float]:
+        """The request of ids, None where nothing is said; and how much sound was given."""
         read = [Segment(one.tower, self._read(one)) for one in given]
         seconds = sum(one.content.seconds for one in read if isinstance(one.content, Audio))
         if seconds > self.caps.seconds:
@@ -186,7 +191,7 @@ class Service:
                 f"{seconds:.1f} s of sound were given, at most {self.caps.seconds:g} s are heard "
                 "at a time.",
             )
-        return self.pipeline.asked(read, outputs, sampling, limits)
+        return self.pipeline.asked(read, outputs, sampling, limits), seconds
 
     def _unknown(self, tower: str) -> Refused:
         known = ", ".join(self.kinds)
@@ -200,10 +205,10 @@ class Service:
             raise Refused(422, "bad_request", "A path was given; nothing is opened here.")
         return self.kinds[segment.tower].read(content) if isinstance(content, bytes) else content
 
-    def _silent(self, outputs: Sequence[str | Segment]) -> Ticket:
+    def _silent(self, outputs: Sequence[str | Segment], streams: bool) -> Ticket:
         """The answer where nothing was said: nothing."""
         self.worker.leave()
-        ticket = Ticket(Request([], outputs), streams=True)
+        ticket = Ticket(Request([], outputs), streams)
         ticket.settle([Written(one.tower, [], 0, stop="end") for one in planned(outputs)])
         return ticket
 

@@ -13,6 +13,7 @@ from zipper.serving import bodies
 from zipper.serving.answers import events, peeked
 from zipper.serving.refusals import Refused, refusal
 from zipper.serving.service import Service
+from zipper.serving.worker import Ticket
 from zipper.strand import Segment
 from zipper.words import words
 
@@ -33,22 +34,11 @@ def add(app: FastAPI, service: Service) -> None:
     """Adds the route."""
 
     async def transcribe(request: Request) -> Response:
-        found = await bodies.form(request, service.caps)
-        try:
-            sound = await bodies.upload(found, "file")
-            shape = bodies.field(found, "response_format", "json")
-            streams = bodies.flag(found, "stream")
-            _check(shape, streams, found)
-        finally:
-            await found.close()
-        seconds = await service.apart(lambda: service.kinds["speech"].read(sound))
-        given = [Segment("speech", seconds)]
-        ticket = await service.begin(given, ["text"], streams=streams)
-        if streams:
-            parts = await peeked(service.parts(request, ticket))
-            return events(_events(parts))
+        ticket, shape = await _begin(request, service)
+        if ticket.streams:
+            return events(_events(await peeked(service.parts(request, ticket))))
         (written,) = await service.written(request, ticket)
-        return _answer(service, written, seconds.seconds, shape)
+        return _answer(service, written, ticket.seconds, shape)
 
     app.add_api_route(
         "/v1/audio/transcriptions",
@@ -60,6 +50,20 @@ def add(app: FastAPI, service: Service) -> None:
             "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": SHAPE}}}
         },
     )
+
+
+async def _begin(request: Request, service: Service) -> tuple[Ticket, str]:
+    """Has it run; what was sent is not kept while it does. Returns the format wanted, too."""
+    found = await bodies.form(request, service.caps)
+    try:
+        sound = await bodies.upload(found, "file")
+        shape = bodies.field(found, "response_format", "json")
+        streams = bodies.flag(found, "stream")
+        _check(shape, streams, found)
+    finally:
+        await found.close()
+    ticket = await service.begin([Segment("speech", sound)], ["text"], streams=streams)
+    return ticket, shape
 
 
 def _check(shape: str, streams: bool, found: Any) -> None:
@@ -76,7 +80,9 @@ def _check(shape: str, streams: bool, found: Any) -> None:
             f"{shape} is made of the whole, it cannot be streamed. Take json.",
         )
     if bodies.field(found, "prompt"):
-        raise Refused(400, "unsupported", "This model reads no prompt beside a sound. Leave it out.")
+        raise Refused(
+            400, "unsupported", "This model reads no prompt beside a sound. Leave it out."
+        )
     try:
         drawn = float(bodies.field(found, "temperature", "0") or 0) != 0
     except ValueError:
@@ -106,10 +112,10 @@ def _answer(service: Service, written: Written, seconds: float, shape: str) -> R
     if shape == "verbose_json":
         return JSONResponse(_verbose(modality, written, text, seconds))
     if shape == "srt":
-        cue = f"1\n{_clock(0, ',')} --> {_clock(seconds, ',')}\n{text}\n\n" if text else ""
+        cue = f"1\n{_clock(0.0, ',')} --> {_clock(seconds, ',')}\n{text}\n\n" if text else ""
         return PlainTextResponse(cue, media_type="application/x-subrip")
     if shape == "vtt":
-        cue = f"{_clock(0, '.')} --> {_clock(seconds, '.')}\n{text}\n\n" if text else ""
+        cue = f"{_clock(0.0, '.')} --> {_clock(seconds, '.')}\n{text}\n\n" if text else ""
         return PlainTextResponse(f"WEBVTT\n\n{cue}", media_type="text/vtt")
     return PlainTextResponse(f"{text}\n")
 

@@ -28,7 +28,7 @@ class Ticket:
     """A request that was taken.
 
     done: what was written, in the end. tokens: each as it is made, None behind the last; only where
-    somebody asked for them.
+    somebody asked for them. seconds: of sound that were given.
     """
 
     def __init__(self, request: Request, streams: bool) -> None:
@@ -39,6 +39,7 @@ class Ticket:
         self.since = time.monotonic()
         self.answer: Answer | None = None
         self.gone = False
+        self.seconds = 0.0
         self._told = (0, 0)  # segments, and tokens of the next one
 
     def cancel(self) -> None:
@@ -142,8 +143,7 @@ class Worker:
             raise Stopping("This server is stopping and takes no new requests. Ask another one.")
         if self._taken >= self.rows + self.queue:
             raise Busy(
-                f"{self._taken} requests run or wait here, and no more are taken. Come again "
-                "later."
+                f"{self._taken} requests run or wait here, and no more are taken. Come again later."
             )
 
     def enter(self) -> None:
