@@ -82,21 +82,27 @@ class Guard:
             return
         began, share = False, Share(self.held)
 
+        async def heard() -> Any:
+            message = await receive()
+            share.whole = message["type"] != "http.request" or not message.get("more_body")
+            return message
+
         async def told(message: Any) -> None:
             nonlocal began
             began = True
             await send(message)
 
+        scope = {**scope, SHARE: share}
         try:
             self._check(scope)
-            await self.app({**scope, SHARE: share}, receive, told)
+            await self.app(scope, heard, told)
         except Exception as error:
             refused = refusal(error)
             if refused.status == 500:
                 _log(scope, error)
             if not began:
                 self.gauges.refused(refused.status, refused.code)
-                await bodies.drain(Request(scope, receive))
+                await bodies.drain(Request(scope, heard))
                 await _response(refused)(scope, receive, send)
         finally:
             share.give()

@@ -66,10 +66,10 @@ class Held:
 
 @final
 class Share:
-    """What one request holds of it, given back in the end."""
+    """What one request holds of it, given back in the end. whole: no more of its body comes."""
 
     def __init__(self, held: Held) -> None:
-        self._held, self._mine = held, 0
+        self._held, self._mine, self.whole = held, 0, False
 
     def take(self, count: int) -> None:
         """As `Held.take`."""
@@ -121,11 +121,8 @@ async def drain(request: Request) -> None:
     there = 0
     try:
         async with asyncio.timeout(DRAIN_S):
-            while there < DRAIN_BYTES:
-                message = await request.receive()
-                there += len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body"):
-                    return
+            while there < DRAIN_BYTES and not request.scope[SHARE].whole:
+                there += len((await request.receive()).get("body", b""))
     except TimeoutError:
         return
 

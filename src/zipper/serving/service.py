@@ -183,7 +183,7 @@ class Service:
     ) -> tuple[Request | None, float]:
         """The request of ids, None where nothing is said; and how much sound was given."""
         read = [Segment(one.tower, self._read(one)) for one in given]
-        seconds = sum(one.content.seconds for one in read if isinstance(one.content, Audio))
+        seconds = sum((one.content.seconds for one in read if isinstance(one.content, Audio)), 0.0)
         if seconds > self.caps.seconds:
             raise Refused(
                 413,
