@@ -52,6 +52,10 @@ ORDER = """
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history
     zipper.doctor zipper.testing
+    zipper.serving zipper.serving.refusals zipper.serving.worker zipper.serving.bodies
+    zipper.serving.sounds zipper.serving.answers zipper.serving.service
+    zipper.serving.transcription zipper.serving.saying zipper.serving.chat zipper.serving.anything
+    zipper.serving.gauges zipper.serving.app zipper.serving.process
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
     zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
@@ -301,9 +305,9 @@ def wrong_usage(arguments: list[str]) -> str:
     return ""
 
 
-#: May say of text and speech by name: the kinds themselves, the pipeline's two conveniences, and the
-#: table of names of before, whose functions were called so.
-MAY_NAME = ("zipper.modality", "zipper.pipeline", "zipper.former", "zipper_lab")
+#: May say of text and speech by name: the kinds themselves, the pipeline's two conveniences, the
+#: server, whose clients do, and the table of names of before, whose functions were called so.
+MAY_NAME = ("zipper.modality", "zipper.pipeline", "zipper.serving", "zipper.former", "zipper_lab")
 
 
 def test_no_modality_is_known_by_name_outside_of_its_place() -> None:

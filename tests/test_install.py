@@ -79,6 +79,7 @@ CORE = {
     "show run": "train",
     "prune": "speech",
     "reproduce": "speech",
+    "serve": "serve",
 }
 
 
@@ -138,6 +139,7 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
         "fit codebook": ["speech", clip, "-o", place / "codebook", "--set", "codes=4"],
         "fit image": ["image", "--example", place / "pictures"],
         "evaluate rows": [zip_, world.folder / "dev.jsonl", "--of", "text -> speech"],
+        "serve": [zip_, "--check"],
         "run text": ["--given", "text=call", "--outputs", "text", "--model", zip_],
         "units": [clip, "-o", place / "units.jsonl", "--units", units],
         "units parquet": [f"parquet:{place / 'none.parquet'}", "-o", place / "corpus"],

@@ -17,7 +17,7 @@ from zipper.audio.sound import Audio
 from zipper.errors import Mismatch, ZipperError
 from zipper.fast import fastest
 from zipper.fast import recall as proofs
-from zipper.generation import Engine, Limits, planned
+from zipper.generation import Engine, Limits, Request, planned
 from zipper.modality import Modality, is_ids, register, whole
 from zipper.modality import load as load_modality
 from zipper.modality import save as save_modality
@@ -281,6 +281,22 @@ class Pipeline:
         """`Engine.generate` with this model, ids in and ids out, by the fastest way that knows
         it."""
         return self.engine(ROWS).generate(prompts, outputs, sampling, limits)
+
+    def asked(
+        self,
+        segments: Sequence[Segment],
+        outputs: Sequence[str | Segment],
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+    ) -> Request | None:
+        """What `run` would have an engine do, for whoever steps one: all contents are ids. None
+        where nothing is said in what is given, so that nothing is to be produced."""
+        prompt = self._prompt(segments)
+        plan = [
+            self._encoded(self._read(item)) if isinstance(item, Segment) else item
+            for item in outputs
+        ]
+        return None if prompt is None else Request(prompt, plan, sampling or Sampling(), limits)
 
     def engine(self, rows: int = 8) -> Engine:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are

@@ -1,13 +1,26 @@
 """Commands that use a model: raw in, raw out. Each is a few lines over `zipper.pipeline`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from zipper.cli.options import USE, AllowMismatch, Bases, Json, Model, command, pipeline, writable
+from zipper.cli.options import (
+    USE,
+    AllowMismatch,
+    Bases,
+    Json,
+    Model,
+    SavedModel,
+    command,
+    count,
+    pipeline,
+    threads,
+    writable,
+)
 from zipper.errors import ZipperError
 
 app = typer.Typer()
@@ -146,6 +159,47 @@ def run(
             print(json.dumps({segment.tower: content, "ended": segment.ended}))
         else:
             print(f"{segment.tower}: {content}")
+
+
+@command(app, USE, "zipper serve --port 8000")
+def serve(
+    model: SavedModel = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="to listen on", min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="ZIPPER_API_KEY",
+            help="closes every route but /health to whoever has it not",
+            show_default="none",
+        ),
+    ] = "",
+    rows: Annotated[int, typer.Option(parser=count, metavar="N", help="run at once")] = 8,
+    queue: Annotated[
+        int, typer.Option(parser=threads, metavar="N", help="wait at most; more get a 429")
+    ] = 64,
+    check: Annotated[
+        bool, typer.Option("--check", help="load the model, say what would be served, and end")
+    ] = False,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Serve a model to many clients, in the shapes that clients of speech services know."""
+    from zipper import environment
+
+    environment.need("serve")
+    pipe = pipeline(model, towers, allow_mismatch)
+    from zipper.serving import app, process
+
+    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"zipper: {host} is open to others, and no --api-key was given", file=sys.stderr)
+    name = Path(model).name if model else "zipper"
+    served = app.serve(pipe, rows, queue, api_key, name=name)
+    print(f"{name} on http://{host}:{port}: {', '.join(pipe.modalities)}", flush=True)
+    if not check:
+        process.server(served, host, port).run()
+    served.service.worker.stop()
+    served.service.worker.join()
 
 
 def _segments(items: Sequence[str]) -> list[Any]:

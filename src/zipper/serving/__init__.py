@@ -1,0 +1,5 @@
+"""A server for one model: its requests share steps, its answers have the shapes that existing
+clients of speech and chat services read.
+
+Nothing in zipper imports it but the command `zipper serve`; its packages are the extra `serve`.
+"""

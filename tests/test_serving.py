@@ -1,0 +1,791 @@
+"""The server against the offline pipeline: what a client gets, among others and in whatever shape,
+is what `Pipeline` answers; what a stranger sends costs nothing and opens nothing."""
+
+import asyncio
+import base64
+import builtins
+import io
+import json
+import random
+import socket
+import struct
+import threading
+import time
+import wave
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from tiny import sound
+
+from zipper.audio.sound import Audio
+from zipper.errors import ZipperError
+from zipper.generation import Engine, Request
+from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
+from zipper.serving import app, process, sounds
+from zipper.serving.bodies import Caps
+from zipper.serving.refusals import Busy, Refused, Stopping
+from zipper.serving.worker import Worker
+from zipper.strand import Segment
+
+SENTENCE = "send forty two oranges to vienna"
+JSON = {"content-type": "application/json"}
+
+
+class Served:
+    """A server that runs, and how to ask it."""
+
+    def __init__(self, guard: app.Guard, port: int) -> None:
+        self.guard, self.worker, self.port = guard, guard.service.worker, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def post(self, path: str, **sent: Any) -> Any:
+        return self.client.post(path, **sent)
+
+    def transcribe(self, content: bytes, **fields: str) -> Any:
+        return self.post("/v1/audio/transcriptions", files={"file": ("a", content)}, data=fields)
+
+    def said(self, text: str, form: str, **more: Any) -> Any:
+        wanted = {"model": "m", "input": text, "voice": "default", "response_format": form}
+        return self.post("/v1/audio/speech", json=wanted | more)
+
+    def idle(self) -> None:
+        """Waits until nothing runs."""
+        until = time.monotonic() + 20
+        while self.worker.load != (0, 0):
+            assert time.monotonic() < until, self.worker.load
+            time.sleep(0.005)
+
+
+@contextmanager
+def serving(pipe: Pipeline, **options: Any) -> Iterator[Served]:
+    """A server on a free port."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    guard = app.serve(pipe, **options)
+    server = process.server(guard, port=port)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    served = Served(guard, port)
+    try:
+        yield served
+    finally:
+        served.client.close()
+        server.should_exit = True
+        thread.join(20.0)
+        guard.service.worker.stop()
+        assert guard.service.worker.join(20.0), "a request never ended"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def spoken(pipe: Pipeline) -> bytes:
+    """A sentence as a wav file."""
+    return sounds.content(pipe.speak(SENTENCE), "wav")
+
+
+@pytest.fixture(scope="module")
+def served(pipe: Pipeline) -> Iterator[Served]:
+    with serving(pipe, name="mine") as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does, no row stays taken."""
+    yield
+    if "served" in request.fixturenames:
+        request.getfixturevalue("served").idle()
+
+
+def is_refused(answer: Any, status: int, code: str = "") -> None:
+    """An error in the clients' shape."""
+    error = answer.json()["error"]
+    assert answer.status_code == status, answer.text
+    assert set(error) == {"message", "type", "code", "param"} and error["message"]
+    assert not code or error["code"] == code
+    assert "Traceback" not in answer.text
+
+
+def events(answer: Any) -> list[Any]:
+    """What server-sent events hold, but for the end."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# --- answers
+
+
+def test_a_transcription_is_what_the_pipeline_hears(
+    served: Served, pipe: Pipeline, spoken: bytes
+) -> None:
+    heard = pipe.hear(spoken)
+    assert served.transcribe(spoken).json() == {"text": heard.text}
+    assert served.transcribe(spoken, response_format="text").text == f"{heard.text}\n"
+    told = served.transcribe(spoken, response_format="verbose_json").json()
+    assert (told["text"], told["duration"]) == (heard.text, pytest.approx(1.88, abs=0.1))
+    assert told["confidence"] == pytest.approx(heard.confidence, rel=1e-5)
+    assert [word["word"] for word in told["words"]] == heard.text.split()
+    assert all(0 < word["confidence"] <= 1 for word in told["words"])
+    srt = served.transcribe(spoken, response_format="srt").text
+    assert srt.startswith("1\n00:00:00,000 --> 00:00:01,") and heard.text in srt
+    vtt = served.transcribe(spoken, response_format="vtt").text
+    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.") and heard.text in vtt
+
+
+def test_a_streamed_transcription_is_the_same_in_parts(served: Served, spoken: bytes) -> None:
+    *parts, done = events(served.transcribe(spoken, stream="true"))
+    assert len(parts) > 3 and {part["type"] for part in parts} == {"transcript.text.delta"}
+    assert "".join(part["delta"] for part in parts) == done["text"] == SENTENCE
+    assert done["type"] == "transcript.text.done"
+
+
+def test_where_nothing_is_said_the_text_is_empty(served: Served) -> None:
+    silence = sounds.content(Audio(np.zeros(16_000, np.float32), 16_000), "wav")
+    assert served.transcribe(silence).json() == {"text": ""}
+    assert served.transcribe(silence, response_format="verbose_json").json()["words"] == []
+    assert events(served.transcribe(silence, stream="true"))[-1]["text"] == ""
+
+
+def test_speech_is_what_the_pipeline_says(served: Served, pipe: Pipeline) -> None:
+    there = sounds.formats()
+    assert {"wav", "flac", "pcm"} <= set(there)
+    for voice in ("default", pipe.units.voices[0]):
+        offline = pipe.speak(SENTENCE, None if voice == "default" else voice)
+        for form in set(there) - {"wav", "pcm"}:
+            answer = served.said(SENTENCE, form, voice=voice)
+            assert answer.content == sounds.content(offline, form) or form == "opus"  # a serial
+            assert answer.headers["content-type"] == sounds.media(form, offline.rate_hz)
+        output = pipe.voice(None if voice == "default" else voice)
+        asked = pipe.asked([Segment("text", SENTENCE)], [output])
+        assert asked is not None
+        ((ids, *_),) = [pipe.generate([asked.segments], asked.outputs, Sampling())[0]]
+        streamed = b"".join(map(sounds.pcm, pipe.units.stream(ids.content)))
+        assert served.said(SENTENCE, "pcm", voice=voice).content == streamed
+        wav = served.said(SENTENCE, "wav", voice=voice).content
+        assert wav == sounds.header(offline.rate_hz) + streamed
+        assert pipe.transcribe(wav) == SENTENCE, "zipper reads a wav whose length is unknown"
+
+
+def test_sound_comes_while_it_is_made(served: Served) -> None:
+    wanted = {"input": SENTENCE, "voice": "default", "response_format": "pcm"}
+    with served.client.stream("POST", "/v1/audio/speech", json=wanted) as answer:
+        parts = [len(part) for part in answer.iter_raw()]
+    assert len(parts) > 2
+
+
+def test_run_is_what_the_pipeline_runs(served: Served, pipe: Pipeline, spoken: bytes) -> None:
+    content = base64.b64encode(spoken).decode()
+    given = [{"tower": "speech", "content": content}]
+    answer = served.post("/v1/run", json={"given": given, "outputs": ["text"]}).json()
+    ((offline,),) = [pipe.run([Segment("speech", spoken)], ["text"])]
+    (made,) = answer["produced"]
+    assert (made["content"], made["ended"]) == (offline.content, offline.ended)
+    assert made["score"] == pytest.approx(offline.score, rel=1e-5) and answer["model"] == "mine"
+    how = {"temperature": 0.8, "top_k": 20}
+    wanted = {
+        "given": [{"tower": "text", "content": SENTENCE}],
+        "outputs": ["speech", {"tower": "text", "content": []}],
+        "sampling": how,
+        "limits": {"speech": 30, "text": 5},
+        "seed": 3,
+    }
+    said, text = served.post("/v1/run", json=wanted).json()["produced"]
+    sampling, limits = Sampling(0.8, 20, seed=3), {"speech": 30, "text": 5}
+    first, second = pipe.run([Segment("text", SENTENCE)], ["speech", "text"], sampling, limits)
+    assert (text["content"], text["ended"]) == (second.content, second.ended)
+    assert said["media_type"] == "audio/wav" and len(said["ids"]) <= 30
+    with wave.open(io.BytesIO(base64.b64decode(said["content"]))) as file:
+        assert file.getnframes() == len(first.content.samples)
+    ids = [{"tower": "text", "content": pipe.modalities["text"].encode("call anna")}]
+    assert served.post("/v1/run", json={"given": ids, "outputs": ["speech"]}).status_code == 200
+
+
+def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
+    heard = {"messages": [{"role": "user", "content": [part]}]}
+    answer = served.post("/v1/chat/completions", json=heard).json()
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (SENTENCE, "stop")
+    assert answer["usage"]["completion_tokens"] > 5 and answer["object"] == "chat.completion"
+    few = served.post("/v1/chat/completions", json=heard | {"max_tokens": 2}).json()
+    assert few["choices"][0]["finish_reason"] == "length"
+    chunks = events(served.post("/v1/chat/completions", json=heard | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(deltas) == SENTENCE and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    said = {
+        "messages": [{"role": "user", "content": SENTENCE}],
+        "modalities": ["audio"],
+        "audio": {"voice": "default", "format": "wav"},
+    }
+    message = served.post("/v1/chat/completions", json=said).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert served.transcribe(base64.b64decode(message["audio"]["data"])).json()["text"] == SENTENCE
+
+
+def test_what_is_told_of_the_server(served: Served) -> None:
+    get = served.client.get
+    assert get("/health").json() == {"status": "alive"}
+    assert get("/ready").json()["status"] == "ready"
+    (model,) = get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("mine", "model") and model["voices"]
+    served.said(SENTENCE, "pcm")
+    told = get("/metrics").text
+    for line in ("zipper_rows 0.0", "zipper_queue 0.0", 'zipper_tokens_total{tower="speech"}'):
+        assert line in told
+    assert "zipper_first_token_seconds_count" in told
+    described = get("/openapi.json").json()
+    assert set(described["paths"]) >= {"/v1/run", "/v1/audio/speech", "/health"}
+    for page in ("/docs", "/redoc"):
+        is_refused(get(page), 404, "no_such_route")
+
+
+def test_the_official_client_unchanged(served: Served, spoken: bytes) -> None:
+    openai = pytest.importorskip("openai", reason="the client is not installed")
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+    speech = client.audio.speech.create(
+        model="mine", input=SENTENCE, voice="default", response_format="flac"
+    )
+    for file in (("a.wav", spoken), ("b.flac", speech.content)):
+        heard = client.audio.transcriptions.create(model="mine", file=file)
+        assert heard.text == SENTENCE
+    stream = client.audio.transcriptions.create(model="mine", file=("a", spoken), stream=True)
+    assert [*stream][-1].text == SENTENCE
+    with client.audio.speech.with_streaming_response.create(
+        model="mine", input=SENTENCE, voice="default", response_format="pcm"
+    ) as streamed:
+        assert sum(map(len, streamed.iter_bytes())) > 40_000
+    audio = {"data": base64.b64encode(spoken).decode(), "format": "wav"}
+    messages = [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}]
+    answer = client.chat.completions.create(model="mine", messages=messages)
+    assert answer.choices[0].message.content == SENTENCE
+    chunks = client.chat.completions.create(model="mine", messages=messages, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SENTENCE
+    assert [model.id for model in client.models.list()] == ["mine"]
+    with pytest.raises(openai.BadRequestError, match="no voice 'alloy'"):
+        client.audio.speech.create(model="mine", input="hi", voice="alloy")
+
+
+def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
+    served: Served, pipe: Pipeline
+) -> None:
+    texts = ["call anna", "call peter", SENTENCE, "turn on the lamp"] * 3
+    offline = {text: sounds.content(pipe.speak(text), "flac") for text in {*texts}}
+    alone = served.worker.steps
+    for text in texts:
+        served.said(text, "flac")
+    alone = served.worker.steps - alone
+    found: dict[int, bytes] = {}
+    together = served.worker.steps
+
+    def ask(number: int) -> None:
+        found[number] = httpx.post(
+            f"{served.url}/v1/audio/speech",
+            json={"input": texts[number], "response_format": "flac"},
+            timeout=60,
+        ).content
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = served.worker.steps - together
+    assert found == {number: offline[text] for number, text in enumerate(texts)}
+    assert together < alone / 2
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "status", "code"),
+    [
+        ("/v1/run", {"content": b"{", "headers": JSON}, 400, "bad_json"),
+        ("/v1/run", {"content": b"[" * 100_000, "headers": JSON}, 400, "bad_json"),
+        ("/v1/run", {"content": b"\xff\xfe", "headers": JSON}, 400, "bad_json"),
+        (
+            "/v1/run",
+            {"content": b"{}", "headers": {"content-type": "text/plain"}},
+            415,
+            "media_type",
+        ),
+        ("/v1/run", {"json": {}}, 422, "bad_request"),
+        ("/v1/run", {"json": {"outputs": ["smell"]}}, 422, "no_such_modality"),
+        ("/v1/run", {"json": {"outputs": ["text"] * 17}}, 422, "too_many_segments"),
+        (
+            "/v1/run",
+            {"json": {"outputs": ["text"], "limits": {"text": 10**9}}},
+            422,
+            "too_many_tokens",
+        ),
+        ("/v1/run", {"json": {"outputs": ["text"], "limits": {"text": 0}}}, 422, "unprocessable"),
+        (
+            "/v1/run",
+            {"json": {"outputs": ["text"], "sampling": {"temperature": -1}}},
+            422,
+            "unprocessable",
+        ),
+        (
+            "/v1/run",
+            {"json": {"outputs": ["text"], "given": [{"tower": "text", "content": [10**9]}]}},
+            422,
+            "unprocessable",
+        ),
+        (
+            "/v1/run",
+            {"json": {"outputs": ["text"], "given": [{"tower": "text", "content": "a" * 20_001}]}},
+            413,
+            "too_long",
+        ),
+        (
+            "/v1/run",
+            {"json": {"outputs": ["text"], "given": [{"tower": "text", "content": [3] * 5000}]}},
+            422,
+            "",
+        ),
+        (
+            "/v1/audio/speech",
+            {"json": {"input": "hi", "voice": "alloy", "response_format": "wav"}},
+            400,
+            "no_such_voice",
+        ),
+        (
+            "/v1/audio/speech",
+            {"json": {"input": "hi", "response_format": "aac"}},
+            400,
+            "unsupported_format",
+        ),
+        ("/v1/audio/speech", {"json": {"input": "hi", "speed": 2.0}}, 400, "unsupported"),
+        ("/v1/audio/speech", {"json": {"input": "日本"}}, 422, "unprocessable"),
+        ("/v1/audio/transcriptions", {"json": {}}, 415, "media_type"),
+        (
+            "/v1/audio/transcriptions",
+            {"data": {"model": "m"}, "files": {"other": b""}},
+            400,
+            "no_file",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"response_format": "pdf"}},
+            400,
+            "unsupported_format",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"stream": "maybe"}},
+            422,
+            "bad_request",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"stream": "true"}},
+            422,
+            "unprocessable",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {str(n): "" for n in range(99)}},
+            400,
+            "bad_form",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"content": b"--", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "bad_form",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {
+                "content": b"nonsense",
+                "headers": {"content-type": "multipart/form-data; boundary=a"},
+            },
+            400,
+            "",
+        ),
+        ("/v1/chat/completions", {"json": {"messages": []}}, 422, "bad_request"),
+        ("/v1/chat/completions", {"json": {"messages": [{"role": "user"}]}}, 422, "empty"),
+        (
+            "/v1/chat/completions",
+            {
+                "json": {
+                    "messages": [{"role": "user", "content": "a"}],
+                    "modalities": ["audio"],
+                    "stream": True,
+                }
+            },
+            400,
+            "unsupported",
+        ),
+        ("/health", {}, 405, "method"),
+        ("/nowhere", {}, 404, "no_such_route"),
+    ],
+)
+def test_errors_have_the_clients_shape(
+    served: Served, path: str, sent: dict[str, Any], status: int, code: str
+) -> None:
+    is_refused(served.post(path, **sent), status, code)
+
+
+def test_with_a_key_every_route_but_health_is_closed(pipe: Pipeline) -> None:
+    with serving(pipe, key="secret") as closed:
+        routes: list[Any] = [
+            (method, route.path)
+            for route in closed.guard.app.routes
+            for method in sorted(route.methods)
+        ]
+        assert len(routes) >= 9 and ("POST", "/v1/run") in routes
+        for method, path in [
+            *routes,
+            ("GET", "/nowhere"),
+            ("GET", "/health/"),
+            ("GET", "//health"),
+        ]:
+            for header in ({}, {"authorization": "Bearer secre"}, {"authorization": "secret"}):
+                answer = closed.client.request(method, path, headers=header)
+                if path == app.OPEN:
+                    assert answer.status_code == 200
+                elif method == "HEAD":
+                    assert answer.status_code == 401
+                else:
+                    is_refused(answer, 401, "no_key")
+            known = closed.client.request(method, path, headers={"authorization": "Bearer secret"})
+            assert known.status_code != 401
+
+
+def test_nobody_elses_page_is_let_in(served: Served) -> None:
+    answer = served.client.options(
+        "/v1/run", headers={"origin": "http://a", "access-control-request-method": "POST"}
+    )
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_bodies_that_are_too_large_are_refused_before_they_are_here(pipe: Pipeline) -> None:
+    sent = 0
+
+    def parts() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(200):
+            sent += 1
+            yield bytes(100_000)
+
+    with serving(pipe, caps=Caps(body_bytes=1_000_000)) as small:
+        for path, kind in (
+            ("/v1/run", "application/json"),
+            ("/v1/audio/transcriptions", "multipart/form-data; boundary=a"),
+        ):
+            is_refused(small.post(path, content=parts(), headers={"content-type": kind}), 413)
+        is_refused(small.post("/v1/run", content=bytes(1_000_001), headers=JSON), 413, "too_large")
+        head = f"POST /v1/run HTTP/1.1\r\nhost: a\r\ncontent-length: {10**12}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", small.port)) as line:
+            line.sendall(head.encode())
+            assert line.recv(64).startswith(b"HTTP/1.1 413"), "before one byte of the body"
+        assert small.guard.held.bytes == 0
+    with serving(pipe, caps=Caps(held_bytes=1000)) as full:
+        is_refused(full.post("/v1/run", content=bytes(2000), headers=JSON), 429, "busy")
+
+
+def test_sound_that_lasts_too_long_is_refused(pipe: Pipeline, spoken: bytes) -> None:
+    with serving(pipe, caps=Caps(seconds=1.0)) as short:
+        is_refused(short.transcribe(spoken), 413, "too_long")
+
+
+def test_a_slow_upload_is_cut(pipe: Pipeline) -> None:
+    with serving(pipe, caps=Caps(upload_s=0.5)) as hasty:
+        head = "POST /v1/run HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+        since = time.monotonic()
+        with socket.create_connection(("127.0.0.1", hasty.port)) as line:
+            line.sendall(head.encode())
+            line.settimeout(0.2)
+            said = b""
+            while not said and time.monotonic() < since + 10:
+                try:
+                    line.sendall(b"{")
+                    said = line.recv(65536)
+                except TimeoutError:
+                    pass
+        assert said.startswith(b"HTTP/1.1 408") and time.monotonic() < since + 5
+
+
+def test_a_full_queue_is_told_at_once(pipe: Pipeline) -> None:
+    with serving(pipe, rows=1, queue=0) as narrow:
+        narrow.worker.enter()  # somebody holds the only row
+        since = time.monotonic()
+        answer = narrow.said("call anna", "wav")
+        took = time.monotonic() - since
+        is_refused(answer, 429, "busy")
+        assert took < 0.05 and answer.headers["retry-after"]
+        assert narrow.client.get("/health").status_code == 200
+        assert (
+            'zipper_refusals_total{code="busy",status="429"} 1.0'
+            in narrow.client.get("/metrics").text
+        )
+        narrow.worker.leave()
+        assert narrow.said("call anna", "wav").status_code == 200
+
+
+def test_a_server_that_stops_ends_what_runs_and_takes_no_more(pipe: Pipeline) -> None:
+    with serving(pipe) as ending:
+        found: list[Any] = []
+        running = threading.Thread(target=lambda: found.append(ending.said(SENTENCE, "flac")))
+        running.start()
+        while ending.worker.load == (0, 0):
+            time.sleep(0.001)
+        ending.worker.stop()
+        with httpx.Client(base_url=ending.url) as other:
+            is_refused(other.post("/v1/run", json={"outputs": ["text"]}), 503, "stopping")
+            is_refused(other.get("/ready"), 503, "stopping")
+            assert other.get("/health").status_code == 200
+        running.join()
+        assert found[0].status_code == 200 and ending.worker.join(10.0)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_leaves_frees_the_row_within_a_step(
+    pipe: Pipeline, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def slow(self: Engine) -> bool:
+        time.sleep(0.05)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", slow)
+    with serving(pipe, rows=1) as narrow:
+        wanted = {"input": SENTENCE, "response_format": "wav" if streams else "flac"}
+        content = json.dumps(wanted).encode()
+        head = f"POST /v1/audio/speech HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", narrow.port)) as line:
+            line.sendall(head.encode() + content)
+            while narrow.worker.steps < 4:
+                time.sleep(0.005)
+        before = narrow.worker.steps
+        narrow.idle()
+        assert narrow.worker.steps <= before + 3, "the step that runs, and the one that sees it"
+
+
+# --- strangers
+
+
+def strange_places(folder: Path) -> list[str]:
+    (folder / "there.wav").write_bytes(b"secret")
+    files = ["etc/passwd", "etc/shadow", "proc/self/environ", "there.wav", "C:\\windows\\win.ini"]
+    ways = [
+        "/{}",
+        "../../../../{}",
+        "file:///{}",
+        "~/{}",
+        "..%2f..%2f{}",
+        "\\\\host\\{}",
+        "{}\0.wav",
+    ]
+    found = [way.format(file) for file in files for way in ways]
+    urls = ["http://127.0.0.1:9/{}", "https://example.org/{}", "s3://bucket/{}", "ftp://a/{}"]
+    found += [url.format(file) for url in urls for file in files[:3]]
+    return [*found, str(folder / "there.wav"), "data:audio/wav;base64,AAAA", "hf://a/b"]
+
+
+def test_no_place_that_a_client_names_is_opened(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = strange_places(tmp_path)
+    assert len(places) >= 50
+    served.client.get("/health")  # the connection is there
+    opened: list[Any] = []
+    real_open, real_path_open, real_connect = builtins.open, Path.open, socket.socket.connect
+
+    def note(real: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            opened.append(args)
+            return real(*args, **options)
+
+        return noted
+
+    monkeypatch.setattr(builtins, "open", note(real_open))
+    monkeypatch.setattr(io, "open", note(real_open))
+    monkeypatch.setattr(Path, "open", note(real_path_open))
+    monkeypatch.setattr(socket.socket, "connect", note(real_connect))
+    monkeypatch.setattr(socket, "getaddrinfo", note(socket.getaddrinfo))
+    for place in places:
+        for content in (place, {"path": place}, {"bytes": place}, [place]):
+            given = [{"tower": "speech", "content": content}]
+            is_refused(served.post("/v1/run", json={"given": given, "outputs": ["text"]}), 422)
+        part = {"type": "input_audio", "input_audio": {"data": place, "format": "wav"}}
+        chat = {"messages": [{"role": "user", "content": [part]}]}
+        is_refused(served.post("/v1/chat/completions", json=chat), 422)
+        boundary = b'--a\r\ncontent-disposition: form-data; name="file"; filename="%s"\r\n\r\nx\r\n--a--\r\n'
+        form = boundary % place.encode().replace(b"\0", b"%00")
+        kind = {"content-type": "multipart/form-data; boundary=a"}
+        is_refused(served.post("/v1/audio/transcriptions", content=form, headers=kind), 422)
+        field = {"file": (None, place)}
+        is_refused(served.post("/v1/audio/transcriptions", files=field), 400, "no_file")
+    assert opened == []
+
+
+def hostile(spoken: bytes) -> Iterator[bytes]:
+    """Files that are no sound, or not what they say; each must be refused."""
+    yield from (
+        b"",
+        b"\0",
+        b"x" * 1000,
+        b"<html>",
+        b"#!AMR\n" + bytes(99),
+        b"OggS",
+        b"ID3",
+        b"fLaC",
+    )
+    yield from (spoken[:12], spoken[:44], spoken[:-2000], b"RIFF" * 5000, b"\xff\xfb" * 3000)
+    pcm = spoken[44:]
+    for channels, rate, bits in (
+        (1, 0, 16), (0, 16_000, 16), (9, 16_000, 16), (65_535, 16_000, 16), (1, 7_999, 16),
+        (1, 192_001, 16), (1, 2**31 - 1, 16), (1, 16_000, 0), (1, 16_000, 7), (1, 16_000, 65_535),
+    ):  # fmt: skip
+        align = max(1, channels * bits // 8) % 65_536
+        fmt = struct.pack("<HHIIHH", 1, channels, rate, rate * align % 2**32, align, bits)
+        head = b"RIFF" + struct.pack("<I", 36 + len(pcm)) + b"WAVEfmt " + struct.pack("<I", 16)
+        yield head + fmt + b"data" + struct.pack("<I", len(pcm)) + pcm
+    floats = struct.pack("<HHIIHH", 3, 1, 16_000, 64_000, 4, 32)
+    for value in (float("nan"), float("inf")):
+        data = struct.pack("<f", value) * 16_000
+        head = b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack("<I", 16)
+        yield head + floats + b"data" + struct.pack("<I", len(data)) + data
+    long = io.BytesIO()
+    with wave.open(long, "wb") as file:
+        file.setnchannels(1), file.setsampwidth(1), file.setframerate(8000)
+        file.writeframes(bytes(8000 * 601))
+    yield long.getvalue()
+    for told in (2**31 - 2**13, 10**9, 123_456):  # says it holds more than there is
+        yield spoken[:40] + struct.pack("<I", told - told % 2) + pcm
+    dice = random.Random(0)
+    for _ in range(12):
+        yield dice.randbytes(dice.randrange(1, 5000))
+
+
+def test_hostile_sounds_are_refused_by_type(served: Served, spoken: bytes) -> None:
+    found = [*hostile(spoken)]
+    assert len(found) >= 40
+    for number, content in enumerate(found):
+        answer = served.transcribe(content)
+        assert 400 <= answer.status_code < 500, (number, content[:60], answer.text)
+        is_refused(answer, answer.status_code)
+    assert served.transcribe(spoken).json() == {"text": SENTENCE}
+
+
+def test_no_body_whatever_breaks_the_server(served: Served) -> None:
+    dice = random.Random(1)
+    paths = ["/v1/run", "/v1/audio/speech", "/v1/chat/completions", "/v1/audio/transcriptions"]
+    kinds = ["application/json", "multipart/form-data; boundary=a"]
+    values: list[Any] = [
+        None,
+        1,
+        -1.5,
+        "",
+        "text",
+        [],
+        {},
+        ["text"],
+        {"tower": "text"},
+        1e308,
+        True,
+    ]
+    names = (
+        "given outputs sampling limits seed input voice messages modalities stream audio n".split()
+    )
+    for number in range(150):
+        body = {dice.choice(names): dice.choice(values) for _ in range(4)}
+        content = json.dumps(body).encode() if number % 3 else dice.randbytes(200)
+        headers = {"content-type": kinds[number % 5 == 0]}
+        answer = served.post(dice.choice(paths), content=content, headers=headers)
+        assert answer.status_code < 500, (body, answer.text)
+
+
+def test_logs_carry_no_content(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise KeyError("the secret of anna")
+
+    with serving(pipe) as broken:
+        monkeypatch.setattr(broken.guard.service.pipeline, "asked", fails, raising=False)
+        answer = broken.said("call anna", "wav")
+        is_refused(answer, 500, "internal")
+        assert "anna" not in answer.text
+        broken.idle()
+    assert "KeyError" in caplog.text and "anna" not in caplog.text
+
+
+# --- the worker alone
+
+
+def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = pipe.asked([Segment("text", "call anna")], ["speech"])
+    assert asked is not None
+    worker = Worker(lambda: pipe.engine(2), rows=2, queue=1)
+    worker.start()
+    step = Engine.step
+
+    async def run(request: Request) -> Any:
+        worker.enter()
+        return await worker.submit(request).done
+
+    async def both() -> list[Any]:
+        monkeypatch.setattr(Engine, "step", lambda self: 1 / 0)
+        lost = await asyncio.gather(run(asked), run(asked), return_exceptions=True)
+        monkeypatch.setattr(Engine, "step", step)
+        return [*lost, await run(asked)]
+
+    first, second, (written,) = asyncio.run(both())
+    assert isinstance(first, ZeroDivisionError) and isinstance(second, ZeroDivisionError)
+    assert written.stop == "end" and worker.load == (0, 0)
+    for _ in range(3):
+        worker.enter()
+    assert worker.load == (2, 1)
+    with pytest.raises(Busy):
+        worker.enter()
+    for _ in range(3):
+        worker.leave()
+    worker.stop()
+    assert worker.join(5.0)
+    with pytest.raises(Stopping):
+        worker.enter()
+
+
+def test_settings_that_cannot_work_are_refused(pipe: Pipeline) -> None:
+    with pytest.raises(ZipperError, match="at least 1 row"):
+        Worker(lambda: pipe.engine(1), rows=0)
+    with pytest.raises(ZipperError, match="body_bytes is 0"):
+        Caps(body_bytes=0)
+    with pytest.raises(Refused, match="cannot be written here"):
+        sounds.check_format("aac")
+
+
+def test_a_modality_of_sound_takes_no_path(pipe: Pipeline, tmp_path: Path) -> None:
+    path = str(sound(tmp_path / "there.wav"))
+    guard = app.serve(pipe)
+    for content in (path, Path(path)):
+        with pytest.raises(Refused, match="nothing is opened"):
+            asyncio.run(guard.service.begin([Segment("speech", content)], ["text"]))
+    guard.service.worker.stop()
+    assert guard.service.worker.join(5.0)
