@@ -40,7 +40,7 @@ class Ticket:
         self.answer: Answer | None = None
         self.gone = False
         self.seconds = 0.0
-        self._told = (0, 0)  # segments, and tokens of the next one
+        self._told: dict[int, int] = {}  # by segment, how many tokens
 
     def cancel(self) -> None:
         """Nobody waits for it any more: its row is free at the next step. Any thread may say so,
@@ -51,19 +51,11 @@ class Ticket:
     def fresh(self) -> list[Token]:
         """What was produced since this was asked last."""
         assert self.answer is not None
-        found = []
-        number, told = self._told
-        while number < len(self.answer.written):
-            written = self.answer.written[number]
-            known = min(len(written.ids) - written.forced, len(written.logprobs))
-            for at in range(told, known):
-                id, logprob = written.ids[written.forced + at], written.logprobs[at]
-                found.append(Token(number, written.tower, id, logprob))
-            told = max(told, known)
-            if number + 1 == len(self.answer.written):
-                break
-            number, told = number + 1, 0
-        self._told = (number, told)
+        found: list[Token] = []
+        for number in range(len(self.answer.written)):
+            tokens = self.answer.said(number)
+            found += tokens[self._told.get(number, 0) :]
+            self._told[number] = len(tokens)
         return found
 
     def settle(self, outcome: list[Written] | Exception) -> None:
@@ -201,7 +193,7 @@ class Worker:
 
     def _tell(self, ticket: Ticket) -> None:
         """Hands out what is new of a request."""
-        answer, first = ticket.answer, ticket._told == (0, 0)
+        answer, first = ticket.answer, not any(ticket._told.values())
         if answer is None:
             return
         if fresh := ticket.fresh():
