@@ -300,7 +300,7 @@ class EncoderUnits(Sound):
         folder = place(folder)
         try:
             described = read_json(folder / cls.CONFIG)
-            own = {key: described.get(key) for key in _OWN}
+            own: dict[str, Any] = {key: described.get(key) for key in _OWN}
             made_of = {key: value for key, value in described.items() if key not in _OWN}
             config = parse(EncoderUnitsConfig, made_of, str(folder / cls.CONFIG), LIMITS)
             entries = header(folder / cls.CODEBOOK)
