@@ -7,11 +7,12 @@ or text.
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from zipper.audio.sound import Audio
+from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio
 from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans, nearest
 from zipper.modality.pinned import Pinned
@@ -100,6 +101,11 @@ class EncoderUnits(Sound):
                 f"A codebook of shape {codebook.shape} was given, (codes, {width}) and finite was "
                 "wanted. Fit the units anew."
             )
+        if not (0 < self._hop <= RATE_HZ and 0 < self._least <= RATE_HZ):
+            raise ZipperError(
+                f"An encoder was given whose units are {self._hop} samples apart and look at "
+                f"{self._least}; at most {RATE_HZ} are known."
+            )
         if self._mels and self._settings.feature_projection_input_dim % self.config.stride:
             raise ZipperError(
                 f"An encoder of {self._settings.feature_projection_input_dim} log-mels at once was "
@@ -129,10 +135,10 @@ class EncoderUnits(Sound):
     ) -> "EncoderUnits":
         """Units for sounds like these (`Sound.read` says what may stand for one).
 
-        encoder: one of ENCODERS by hub id or folder, or in memory. normalise: None does what its
-        preprocessor_config.json says, and normalises where it has none. vocoder, speaker, language:
-        see `with_vocoder`. The same codebook for the same arguments. Raises ZipperError for too few
-        sounds, and what no unit can be made of.
+        encoder: one of ENCODERS by hub id or folder, with safetensors, or in memory. normalise:
+        None does what its preprocessor_config.json says, and normalises where it has none. vocoder,
+        speaker, language: see `with_vocoder`. The same codebook for the same arguments. Raises
+        ZipperError for too few sounds, and what no unit can be made of.
         """
         if type(codes) is not int or codes < 1:
             raise ZipperError(f"{codes!r} codes were asked for. Ask for at least 1.")
@@ -215,7 +221,7 @@ class EncoderUnits(Sound):
         at = network.encoder.layers[layer - 1] if layer else network.feature_projection
         hook = at.register_forward_hook(keep)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _refusing(self.encoder):
                 network(torch.from_numpy(given)[None].to(self.encoder.device))
         finally:
             hook.remove()
@@ -253,7 +259,7 @@ class EncoderUnits(Sound):
         most = int(MOST_S * rate_hz / prod(network.config.upsample_rates))
         _few(len(codes), most)
         device = self.vocoder.device
-        with torch.no_grad():
+        with torch.no_grad(), _refusing(self.vocoder):
             units = network.unit_embedding(torch.tensor([codes], device=device))
             if self.config.merged:  # as the network's own forward does
                 lasting = torch.expm1(network.dur_predictor(units)).round().nan_to_num(1, most + 1)
@@ -286,17 +292,7 @@ class EncoderUnits(Sound):
             self.vocoder.save(folder, self.VOCODER)
         with replacing(folder / self.CODEBOOK) as beside:
             save_file({"codebook": self.codebook}, beside)
-        write_json(
-            folder / self.CONFIG,
-            {
-                **asdict(self.config),
-                "codes": self.codes,
-                "vocoder": self.vocoder is not None,
-                "speaker": self.speaker,
-                "language": self.language,
-                "sha256": self._pin,
-            },
-        )
+        write_json(folder / self.CONFIG, self._described)
 
     @classmethod
     def load(cls, folder: str | Path) -> "EncoderUnits":
@@ -304,8 +300,9 @@ class EncoderUnits(Sound):
         folder = place(folder)
         try:
             described = read_json(folder / cls.CONFIG)
-            own = {key: described.pop(key, None) for key in _OWN}
-            config = parse(EncoderUnitsConfig, described, str(folder / cls.CONFIG), LIMITS)
+            own: dict[str, Any] = {key: described.get(key) for key in _OWN}
+            made_of = {key: value for key, value in described.items() if key not in _OWN}
+            config = parse(EncoderUnitsConfig, made_of, str(folder / cls.CONFIG), LIMITS)
             entries = header(folder / cls.CODEBOOK)
             held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
             encoder = Pinned.load(folder, cls.ENCODER, ENCODERS)
@@ -326,7 +323,7 @@ class EncoderUnits(Sound):
                 f"{folder} holds no units of an encoder: {error} It needs {cls.CONFIG} and what "
                 "lies beside it, written by save."
             ) from error
-        if own["sha256"] != loaded._pin:
+        if described != loaded._described:
             raise ZipperError(
                 f"{folder} holds other units than its {cls.CONFIG} describes: they would mean "
                 "other sounds. Restore its files from the run that made them."
@@ -334,11 +331,18 @@ class EncoderUnits(Sound):
         return loaded
 
     @property
-    def _pin(self) -> str:
-        """sha256 of all that is saved."""
+    def _described(self) -> dict[str, Any]:
+        """What is saved of it, with a sha256 of everything beside that."""
         heard = None if self.vocoder is None else self.vocoder.fingerprint
         whole = f"{self.fingerprint} {heard} {self.speaker} {self.language}"
-        return hashlib.sha256(whole.encode()).hexdigest()
+        return {
+            **asdict(self.config),
+            "codes": self.codes,
+            "vocoder": self.vocoder is not None,
+            "speaker": self.speaker,
+            "language": self.language,
+            "sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        }
 
     @property
     def _settings(self) -> Any:
@@ -353,24 +357,30 @@ class EncoderUnits(Sound):
         """Samples from one unit to the next."""
         return HOP * self.config.stride if self._mels else prod(self._settings.conv_stride)
 
+    @property
+    def _least(self) -> int:
+        """Samples that one unit is made of; 400 by the usual encoders."""
+        if self._mels:
+            return WINDOW + HOP * (max(2, self.config.stride) - 1)  # two frames have a variance
+        least = 1
+        pairs = zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)
+        for kernel, stride in reversed([*pairs]):
+            least = (least - 1) * stride + kernel
+        return least
+
     def _leveled(self, samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, " filled"]:
         """As Wav2Vec2FeatureExtractor has it, and long enough for one unit."""
         if self.config.normalise:
             wide = samples.astype(np.float64)
             samples = ((wide - wide.mean()) / np.sqrt(wide.var() + 1e-7)).astype(np.float32)
-        least = 1
-        pairs = zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)
-        for kernel, stride in reversed([*pairs]):
-            least = (least - 1) * stride + kernel
-        return np.pad(samples, (0, max(0, least - len(samples))))
+        return np.pad(samples, (0, max(0, self._least - len(samples))))
 
     def _logs(self, samples: Float32[np.ndarray, " samples"]) -> Float32[np.ndarray, "units mels"]:
         """Log-mels as SeamlessM4TFeatureExtractor has them, without a unit that is not whole."""
         from transformers import SeamlessM4TFeatureExtractor  # seconds
 
         stride, wide = self.config.stride, self._settings.feature_projection_input_dim
-        least = WINDOW + HOP * (max(2, stride) - 1)  # two frames have a variance
-        samples = np.pad(samples, (0, max(0, least - len(samples))))
+        samples = np.pad(samples, (0, max(0, self._least - len(samples))))
         bins = wide // stride
         front = SeamlessM4TFeatureExtractor(
             feature_size=bins, num_mel_bins=bins, stride=stride, sampling_rate=RATE_HZ
@@ -387,7 +397,13 @@ class EncoderUnits(Sound):
                 f"The vocoder knows {known} units; these are {self.codes}. Give the one that was "
                 "trained on them."
             )
-        rate = settings.sampling_rate / prod(settings.upsample_rates)
+        samples = prod(settings.upsample_rates)
+        if not LOWEST_RATE_HZ <= settings.sampling_rate <= HIGHEST_RATE_HZ or samples < 1:
+            raise ZipperError(
+                f"A vocoder of {settings.sampling_rate} Hz and {samples} samples a unit was given. "
+                "Give one that makes sound."
+            )
+        rate = settings.sampling_rate / samples
         if not self.config.merged and rate != self.units_per_s:
             raise ZipperError(
                 f"The vocoder takes {rate:g} units a second; these are {self.units_per_s:g}. Give "
@@ -484,3 +500,17 @@ def _few(units: int, most: int) -> None:
             f"Sound of {units} units or more was asked for; at most {most} ({MOST_S:g} s) are made "
             "at once. Decode it in parts."
         )
+
+
+@contextmanager
+def _refusing(model: Pinned) -> Iterator[None]:
+    """What goes wrong in a model, as a ZipperError."""
+    try:
+        yield
+    except ZipperError:
+        raise
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise ZipperError(
+            f"The {model.described['class']} cannot be run: {error!s:.300}. Give a shorter sound, "
+            "or another model."
+        ) from error
