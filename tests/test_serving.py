@@ -168,7 +168,7 @@ def test_where_nothing_is_said_the_text_is_empty(served: Served) -> None:
 def test_speech_is_what_the_pipeline_says(served: Served, pipe: Pipeline) -> None:
     there = sounds.formats()
     assert {"wav", "flac", "pcm"} <= set(there)
-    for voice in ("default", pipe.units.voices[0]):
+    for voice in ("default", pipe.units.voices[1]):
         offline = pipe.speak(SENTENCE, None if voice == "default" else voice)
         for form in set(there) - {"wav", "pcm"}:
             answer = served.said(SENTENCE, form, voice=voice)
@@ -287,7 +287,7 @@ def test_the_official_client_unchanged(served: Served, spoken: bytes) -> None:
 def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
     served: Served, pipe: Pipeline
 ) -> None:
-    texts = ["call anna", "call peter", SENTENCE, "turn on the lamp"] * 3
+    texts = ["call anna", "call peter", "turn on the lamp"] * 2
     offline = {text: sounds.content(pipe.speak(text), "flac") for text in {*texts}}
     alone = served.worker.steps
     for text in texts:
@@ -485,6 +485,7 @@ def test_bodies_that_are_too_large_are_refused_before_they_are_here(pipe: Pipeli
 
     def parts() -> Iterator[bytes]:
         nonlocal sent
+        yield b'--a\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
         for _ in range(200):
             sent += 1
             yield bytes(100_000)
@@ -658,7 +659,7 @@ def hostile(spoken: bytes) -> Iterator[bytes]:
     pcm = spoken[44:]
     for channels, rate, bits in (
         (1, 0, 16), (0, 16_000, 16), (9, 16_000, 16), (65_535, 16_000, 16), (1, 7_999, 16),
-        (1, 192_001, 16), (1, 2**31 - 1, 16), (1, 16_000, 0), (1, 16_000, 7), (1, 16_000, 65_535),
+        (1, 192_001, 16), (1, 2**31 - 1, 16), (1, 16_000, 0), (1, 16_000, 33), (1, 16_000, 65_535),
     ):  # fmt: skip
         align = max(1, channels * bits // 8) % 65_536
         fmt = struct.pack("<HHIIHH", 1, channels, rate, rate * align % 2**32, align, bits)

@@ -8,7 +8,7 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
@@ -94,7 +94,7 @@ def check_length(headers: Mapping[str, str], caps: Caps) -> None:
         raise _large(caps)
 
 
-async def body(request: Request, caps: Caps) -> AsyncIterator[bytes]:
+async def body(request: Request, caps: Caps) -> AsyncGenerator[bytes, None]:
     """The parts of a body. Raises Refused where it is too large or too slow."""
     try:
         check_length(request.headers, caps)
