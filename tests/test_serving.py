@@ -284,6 +284,7 @@ def test_the_official_client_unchanged(served: Served, spoken: bytes) -> None:
         client.audio.speech.create(model="mine", input="hi", voice="alloy")
 
 
+@pytest.mark.slow
 def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
     served: Served, pipe: Pipeline
 ) -> None:
