@@ -556,7 +556,8 @@ def add(
     ((whose, folder),) = named("--modality", [modality]).items()
     if whose != name:
         raise ZipperError(
-            f"--modality names {whose!r}; the new tower is {name!r}. Write --modality {name}=FOLDER."
+            f"--modality names {whose!r}; the new tower is {name!r}. "
+            f"Write --modality {name}=FOLDER."
         )
     absent(output)
     record = checkpoint.load(model)[1]
