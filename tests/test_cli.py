@@ -39,6 +39,7 @@ LOADS = {
     "show": [],
     "verify": [],
     "swap": ["text=x", "-o", "out"],
+    "add": ["image=x", "--modality", "image=y", "-o", "out"],
     "prune": ["--below", "0.1", "-o", "out"],
     "push": ["me/zip"],
 }

@@ -49,6 +49,13 @@ class LinkKey(NamedTuple):
         """What the link is called in files, and among the modules of a model: "0:text>speech"."""
         return f"{self.junction}:{self.source}>{self.target}"
 
+    @classmethod
+    def of(cls, name: str) -> "LinkKey":
+        """The link of a name; the inverse of `str`."""
+        junction, _, pair = name.partition(":")
+        source, _, target = pair.partition(">")
+        return cls(int(junction), source, target)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -148,6 +155,9 @@ class ZipperConfig:
     shows: for each junction, {tower that is read there: number of its blocks that run before it is
         shown}; None = the towers of the junction, each where it is fused (the paper).
     dropped: names of links that are not there ("0:text>speech", see `zipper prune`).
+    shapes: links that look otherwise than `link`, by name (see `link_of`).
+    frozen_links: names of links that no longer learn.
+    kept: towers whose input projection and adapter no longer learn.
 
     A state is shown before it is fused. Any links that close no circle will do: a state may not
     depend on itself.
@@ -158,15 +168,25 @@ class ZipperConfig:
     link: LinkConfig = field(default_factory=LinkConfig)
     dropped: tuple[str, ...] = ()
     shows: tuple[Junction, ...] | None = None
+    shapes: dict[str, LinkConfig] = field(default_factory=dict)
+    frozen_links: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
+        known("kept", self.kept, self.towers)
         layers = {name: tower.layers for name, tower in self.towers.items()}
         check_junctions(layers, self.junctions, self.shows)
-        if foreign := {*self.dropped} - {str(key) for key in self._possible()}:
-            raise ZipperError(
-                f"It drops {sorted(foreign)[0]!a:.80}, which is no link between its towers."
-            )
+        possible = {str(key) for key in self._possible()}
+        for does, names in (
+            ("drops", self.dropped),
+            ("gives a shape to", self.shapes),
+            ("freezes", self.frozen_links),
+        ):
+            if foreign := {*names} - possible:
+                raise ZipperError(
+                    f"It {does} {sorted(foreign)[0]!a:.80}, which is no link between its towers."
+                )
         Route.of(self)  # raises where links close a circle
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,6 +211,10 @@ class ZipperConfig:
     def route(self) -> "Route":
         """The order in which the towers of this zip run and exchange."""
         return Route.of(self)
+
+    def link_of(self, key: LinkKey) -> LinkConfig:
+        """What one link looks like: its own shape where it has one, else that of all links."""
+        return self.shapes.get(str(key), self.link)
 
     def shown(self, key: LinkKey) -> int:
         """Behind how many blocks of its source a link reads it."""

@@ -73,6 +73,7 @@ class Zipper(nn.Module):
                     f"The model given as {name!r} has an adapter. Name its settings in lora, or "
                     "load its base anew."
                 )
+        self._freeze()
         self.train(False)
 
     @classmethod
@@ -199,10 +200,20 @@ class Zipper(nn.Module):
         """Give every link typical states of its source to whiten (`Link.calibrate`); the model's
         function does not change."""
         taps = self.taps(strands)
+        shapes = {}
         for key in self.config.links:
-            self.link(*key).calibrate(taps[key].source[strands[key.source].document >= 0])
+            if str(key) not in self.config.frozen_links:  # one that is stays what it is, to the bit
+                self.link(*key).calibrate(taps[key].source[strands[key.source].document >= 0])
+            shapes[str(key)] = self.link(*key).config
+        whitened = dataclasses.replace(self.config.link, whiten=True)
+        own = {
+            name: dataclasses.replace(self.config.link_of(LinkKey.of(name)), whiten=shape.whiten)
+            for name, shape in shapes.items()
+        }
         self.config = dataclasses.replace(
-            self.config, link=dataclasses.replace(self.config.link, whiten=True)
+            self.config,
+            link=whitened,
+            shapes={name: shape for name, shape in own.items() if shape != whitened},
         )
 
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
@@ -452,6 +463,16 @@ class Zipper(nn.Module):
         tower: Any = self.towers[name]
         return int(tower.room)
 
+    def _freeze(self) -> None:
+        """Links, input projections and adapters that no longer learn, by the configuration."""
+        for name in {*self.config.frozen_links} & {*self.links}:
+            self.links[name].requires_grad_(False)
+        for name in self.config.kept:
+            if name in self.inputs:
+                self.inputs[name].requires_grad_(False)
+            if self.config.towers[name].lora is not None:
+                self.towers[name].requires_grad_(False)
+
     def _join_towers(self) -> None:
         """Put what reads into a tower, its links and input projection, on the device of the
         tower."""
@@ -477,7 +498,7 @@ def _links(config: ZipperConfig) -> nn.ModuleDict:
     for key in config.links:
         source, target = config.towers[key.source], config.towers[key.target]
         scale = source.tokens / target.tokens if target.tokens and source.tokens else 1.0
-        found[str(key)] = Link(target.width, source.width, config.link, scale)
+        found[str(key)] = Link(target.width, source.width, config.link_of(key), scale)
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipper.config import Junction, TowerConfig, ZipperConfig
+from zipper.config import Junction, LinkKey, TowerConfig, ZipperConfig
 from zipper.data.manifests import Row
 from zipper.errors import ZipperError
 from zipper.former import names_of
@@ -406,6 +406,16 @@ def _move(config: ZipperConfig, changes: Mapping[str, Change]) -> _Move:
         junctions=tuple(junctions[n] for n in places),
         shows=tuple(shows[n] for n in places) if config.shows else None,
         dropped=tuple(now for was, now in names.items() if was in config.dropped and now),
+        shapes={
+            now: config.shapes[was] for was, now in names.items() if was in config.shapes and now
+        },
+        # What is born again beside a new tower has to learn.
+        frozen_links=tuple(
+            now
+            for was, now in names.items()
+            if was in config.frozen_links and now and not {*LinkKey.of(was)[1:]} & changes.keys()
+        ),
+        kept=tuple(name for name in config.kept if name not in changes),
     )
     left = (junction or None for junction in junctions)
     return _Move(new, tuple(zip(config.junctions, left, strict=True)), names)

@@ -522,6 +522,52 @@ def swap(
     print(json.dumps(told, indent=1) if as_json else f"{report.text()}\n{output}: saved")
 
 
+@command(
+    app,
+    MAKE,
+    "zipper add runs/demo/model image=runs/image --modality image=runs/image -o runs/three",
+)
+def add(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a saved model")],
+    tower: Annotated[
+        str, typer.Argument(metavar="NAME=SOURCE", help="the new tower: a folder or hub id")
+    ],
+    modality: Annotated[str, typer.Option(metavar="NAME=FOLDER", help="its tokenizer or codebook")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="new folder for the model")],
+    partner: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="an old tower that it is linked with", show_default="all"
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option(help="blocks of the new tower between junctions")] = 1,
+    train: Annotated[
+        bool, typer.Option("--train", help="the new tower learns; else it is frozen")
+    ] = False,
+    towers: Bases = None,
+) -> None:
+    """Add a tower to a saved model: what was there stays as it was, new links begin closed."""
+    from zipper import growth, surgery
+    from zipper import modality as modalities
+    from zipper.pipeline import Pipeline
+    from zipper.saving import checkpoint
+
+    ((name, source),) = named("add", [tower]).items()
+    ((whose, folder),) = named("--modality", [modality]).items()
+    if whose != name:
+        raise ZipperError(
+            f"--modality names {whose!r}; the new tower is {name!r}. "
+            f"Write --modality {name}=FOLDER."
+        )
+    absent(output)
+    record = checkpoint.load(model)[1]
+    old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
+    given = modalities.load(folder)
+    new = growth.add_pipeline(old, name, source, given, partners=partner, every=every, train=train)
+    new.save_pretrained(output, surgery.inside(new.zip, model), record)
+    print(f"{output}: saved")
+
+
 def _means(tokens: list[str]) -> dict[str, float]:
     """NAME=MEAN items as numbers."""
     try:

@@ -1,0 +1,130 @@
+"""Growth: what was there stays to the bit, what is new is silent, and only what is named learns."""
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from laws import ENDS, LAYERS, SEED, VOCABULARY, WIDTH, draw, lay, number, wake, zipped
+from tiny import World
+
+from zipper import cli
+from zipper.errors import ZipperError
+from zipper.fast.reader import Fused
+from zipper.generation import Engine
+from zipper.growth import add
+from zipper.link import LinkConfig
+from zipper.model import Zipper
+from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
+from zipper.saving import checkpoint
+from zipper.strand import Segment
+from zipper.testing import tiny_tower
+from zipper.tower import Tower
+
+OLD = {"text": "llama", "speech": "llama"}
+NARROW = LinkConfig(head_width=4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A saved pipeline and all that it is made of."""
+    return tiny.world(tmp_path_factory.mktemp("world"))
+
+
+def image() -> Tower:
+    """The new tower."""
+    shape = WIDTH["image"], LAYERS["image"], VOCABULARY["image"]
+    return Tower(tiny_tower("llama", SEED["image"], *shape))
+
+
+def grown(seed: int) -> tuple[Zipper, Zipper]:
+    """A zip drawn at random, its gates open, and the same with one tower more."""
+    dice = random.Random(seed)
+    shows = dice.choice([None, {"text": 0}, {"speech": "before"}])
+    old = zipped(OLD, dice.choice([None, {"text": 2}]), shows=shows, train=["speech"])
+    options = {"link": dice.choice([None, NARROW]), "seed": seed}
+    partners = dice.choice([None, ["text"], ["speech"]])
+    return old, add(old, "image", image(), partners=partners, ends=ENDS["image"], **options)
+
+
+def keeps_old_answers(old: Zipper, new: Zipper, seed: int) -> None:
+    """Logits and greedy tokens, by both readers, where the new tower takes no part."""
+    dice = random.Random(seed)
+    strands = lay([number(draw(dice, [*OLD], 3)) for _ in range(2)])
+    before, after = old(strands), new(strands)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for source, target in (("text", "speech"), ("speech", "text")):
+        given = [Segment(source, [i for _, i in draw(dice, [source], 2)])]
+        assert old.generate(given, [target]) == new.generate(given, [target])
+        said = [
+            Engine(model, Fused(model)).generate([given], [target], Sampling())
+            for model in (old, new)
+        ]
+        assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_old_answers_stay_to_the_bit(seed: int) -> None:
+    keeps_old_answers(*grown(seed), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6, 306))
+def test_old_answers_stay_to_the_bit_in_many(seed: int) -> None:
+    keeps_old_answers(*grown(seed), seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_new_links_add_nothing_at_birth_and_something_once_open(seed: int) -> None:
+    old, new = grown(seed)
+    sequence = draw(random.Random(seed), [*OLD], 4)
+    both = lay([number(sequence)])
+    three = lay([number([("image", 5), *sequence])])
+    assert all(torch.equal(new(three)[name], old(both)[name]) for name in both)
+    fresh = {*map(str, new.config.links)} - {*map(str, old.config.links)}
+    assert fresh
+    assert not any(new.links[name].gate.any() for name in fresh)
+    wake(new)
+    assert any(not torch.equal(new(three)[name], new(both)[name]) for name in both)
+
+
+def test_only_what_is_new_learns() -> None:
+    old, new = grown(0)
+    learns = {name for name, p in new.named_parameters() if p.requires_grad}
+    fresh = {f"links.{key}" for key in new.config.links[len(old.config.links) :]}
+    assert not learns & {name for name, _ in old.named_parameters()}
+    assert any(name.startswith(tuple(fresh)) for name in learns)
+    before = {name: p.detach().clone() for name, p in new.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in new.parameters() if p.requires_grad], 0.1)
+    new(lay([number([("image", 5), ("text", 4), ("image", 3)])]))["text"].logsumexp(
+        -1
+    ).sum().backward()
+    optimizer.step()
+    changed = {name for name, p in new.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert changed <= learns
+
+
+def test_a_name_that_is_taken_and_links_elsewhere_are_refused() -> None:
+    old = zipped(OLD)
+    with pytest.raises(ZipperError, match="already"):
+        add(old, "text", image())
+    with pytest.raises(ZipperError, match="does not touch"):
+        add(old, "image", image(), ends=ENDS["image"], links=[("text", 1, "speech", 1)])
+
+
+def test_the_command_keeps_files_and_tensors(world: World, tmp_path: Path) -> None:
+    out, text = tmp_path / "grown", world.folder / "text"
+    named = f"second={text / 'tower'}"
+    wanted = ["--modality", f"second={text}", "-o", str(out)]
+    assert cli.main(["add", str(world.zip), named, *wanted]) == 0
+    shard = "towers/speech/model.safetensors"
+    assert checkpoint.sha256(out / shard) == checkpoint.sha256(world.zip / shard)
+    old, new = (Pipeline.from_pretrained(f).model for f in (world.zip, out))
+    held = new.state_dict()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in old.state_dict().items())
+    assert new.config.frozen_links
+    assert not any(p.requires_grad for n, p in new.named_parameters() if n.startswith("towers."))
