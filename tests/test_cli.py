@@ -110,6 +110,7 @@ def refused(answer: Answer) -> str:
 # --- help
 
 
+@pytest.mark.slow  # the pages themselves are tried in tests/lab/test_results.py
 def test_a_recorded_run_is_told_again(zipper: Zipper, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     (recorded,) = (root / "benchmarks" / "results").glob("reproduce_cpu_*.json")

@@ -351,7 +351,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "a segment goes on beyond its cap": (
         generation,
-        "_sampled",
+        "_drawn",
         "len(written.ids) >= cap",
         "len(written.ids) > cap",
     ),

@@ -407,7 +407,7 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "every produced",
     ),
     "a segment is longer than its cap": (
-        [(generation, "_sampled", "len(written.ids) >= cap", "len(written.ids) > cap")],
+        [(generation, "_drawn", "len(written.ids) >= cap", "len(written.ids) > cap")],
         "every produced",
     ),
 }
