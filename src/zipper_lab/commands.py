@@ -594,6 +594,8 @@ def bench_speech(
     time, and the first sound."""
     from zipper_lab.bench import speech as benchmark
 
+    environment.need("speech")
+
     bases = named("--tower", towers)
     how = (rounds, 1, model, utterances, threads, hardware, bases)
     _benchmark(partial(benchmark.bench, *how), benchmark.markdown, output, as_json)
