@@ -58,7 +58,7 @@ report: setup  ## docs/results.md, and beside it results.html with figures, from
 	$(BIN)/zipper reproduce --report $(lastword $(sort $(wildcard benchmarks/results/reproduce_cpu_*.json))) --output docs
 
 real: setup  ## zips of real data in DATA beside what they are compared with; hours (SHARE=0.2, SETS="motion digits"), then docs/modalities.md
-	$(BIN)/python tools/modalities.py $(DATA) $(SETS) $(if $(SHARE),--share $(SHARE))
+	$(BIN)/python tools/modalities.py $(SETS) --data $(DATA) $(if $(SHARE),--share $(SHARE))
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results
 	$(BIN)/python -m zipper_lab.bench.summary $(sort $(wildcard benchmarks/results/*_30m_fp32_2cpu_*.json benchmarks/results/speech_*.json)) > src/zipper_lab/bench/recorded.json

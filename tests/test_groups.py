@@ -242,6 +242,11 @@ def test_what_is_no_group_is_refused(model: Zipper) -> None:
     for said in ("text + text", "text@0", "text@2/x", "+ text", "text + ", "a b", "@2"):
         with pytest.raises(ZipperError):
             lanes([said])
+    for pace in ({"stride": 0}, {"stride": -1}, {"delay": -1}):
+        with pytest.raises(ZipperError, match="a stride is at least 1"):
+            model.generate([Segment("text", [3], **pace)], ["speech"])
+    with pytest.raises(ZipperError, match="runs beside nothing"):
+        model.generate([Segment("text", [3])], [Segment("speech", [], beside=True)])
     with pytest.raises(ZipperError, match="runs beside nothing"):
         groups([Segment("text", [], beside=True)])
     engine = Engine(model, Stepwise(model))

@@ -10,11 +10,13 @@ from laws import ENDS, LAYERS, SEED, VOCABULARY, WIDTH, draw, lay, number, wake,
 from tiny import World
 
 from zipper import cli
+from zipper.data import manifests
 from zipper.errors import ZipperError
 from zipper.fast.reader import Fused
 from zipper.generation import Engine
-from zipper.growth import add
+from zipper.growth import add, add_pipeline
 from zipper.link import LinkConfig
+from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -22,6 +24,7 @@ from zipper.saving import checkpoint
 from zipper.strand import Segment
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
+from zipper.training import train
 
 OLD = {"text": "llama", "speech": "llama"}
 NARROW = LinkConfig(head_width=4)
@@ -128,3 +131,45 @@ def test_the_command_keeps_files_and_tensors(world: World, tmp_path: Path) -> No
     assert all(torch.equal(tensor, held[name]) for name, tensor in old.state_dict().items())
     assert new.config.frozen_links
     assert not any(p.requires_grad for n, p in new.named_parameters() if n.startswith("towers."))
+
+
+def test_a_grown_zip_is_trained_by_the_loop_and_only_what_is_new_learns(
+    world: World, tmp_path: Path
+) -> None:
+    old = Pipeline.from_pretrained(world.zip)
+    text = Text.load(world.folder / "text")
+    source = str(world.folder / "text" / "tower")
+    grown = add_pipeline(old, "second", source, text, train=True, link=NARROW)
+    grown.save_pretrained(tmp_path / "grown")
+    saved = Pipeline.from_pretrained(tmp_path / "grown").zip
+    assert saved.config.shapes == grown.zip.config.shapes != {}
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(saved.state_dict().values(), grown.zip.state_dict().values(), strict=True)
+    )
+    rows = [
+        row | {"second": row["text"]} for row in manifests.manifest(world.folder / "pairs.jsonl")
+    ]
+    manifests.write(tmp_path / "three.jsonl", rows)
+    recipe = world.config(
+        tmp_path / "run",
+        start=str(tmp_path / "grown"),
+        towers={
+            "text": source,
+            "speech": str(tmp_path / "grown" / "towers" / "speech"),
+            "second": source,
+        },
+        modalities={name: str(tmp_path / "grown" / "modalities" / name) for name in saved.towers},
+        data=str(tmp_path / "three.jsonl"),
+        dev=str(tmp_path / "three.jsonl"),
+        tasks={"second -> text": 0.5, "text -> second": 0.5},
+        train=(),
+    )
+    trained = train(recipe).zip
+    before, moved = saved.state_dict(), set()
+    for name, tensor in trained.state_dict().items():
+        if not torch.equal(tensor, before[name]):
+            moved.add(name)
+    assert moved
+    assert all("second" in name for name in moved), moved
+    assert trained.config.frozen_links == saved.config.frozen_links

@@ -47,7 +47,7 @@ ORDER = """
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
     zipper.data.fitting zipper.data
-    zipper.surgery zipper.growth zipper.measurement
+    zipper.growth zipper.surgery zipper.measurement
     zipper.training.config zipper.training.building zipper.training.packing
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history

@@ -91,6 +91,12 @@ def test_a_judge_is_asked_of_every_system_with_the_rows(pipe: Pipeline) -> None:
     assert found[0].metrics["eye: same first"]["oracle"].value == 1
 
 
+def test_a_judge_is_found_by_its_name(pipe: Pipeline) -> None:
+    rows_told = [{"text": "call anna now"}, {"text": "call"}]
+    said = measurement.judge("words")(["", ""], ["call anna", "send"], rows_told)
+    assert said["words"] == [(pytest.approx(0.8), 1.0), (0.0, 1.0)]
+
+
 def test_the_number_is_a_ratio_of_sums_inside_of_its_interval() -> None:
     number = measurement._number([(1.0, 10.0), (3.0, 2.0), (0.0, 8.0)], seed=0)
     assert number.value == pytest.approx(4 / 20)

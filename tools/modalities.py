@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "modalities.md"
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="the folder with the originals")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the originals")
     parser.add_argument("sets", nargs="*", help=f"of {', '.join(real.SETS)} (default all)")
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="folder of the runs")
     parser.add_argument("--share", type=float, default=1.0, help="of all steps (default 1)")
@@ -49,7 +49,7 @@ def gathered(given: argparse.Namespace) -> dict[str, object]:
             found[name] = read_json(place / "measured.json")
     asked = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    about = {name: real.said(name, given.output / name) for name in found}
+    about = {name: real.summary(name, given.output / name) for name in found}
     return {"commit": commit, "command": "make real DATA=FOLDER", "about": about, "sets": found}
 
 

@@ -390,7 +390,8 @@ def _checked(model: Model, request: Request) -> Request:
             "A request with more=True has no given segment to feed. Give one, its content may be "
             "empty."
         )
-    together = [group for group in groups([*request.segments, *plan]) if len(group) > 1]
+    apart = [*groups(request.segments), *groups(plan)]
+    together = [group for group in apart if len(group) > 1]
     if together and (request.search is not None or request.more):
         raise ZipperError(
             f"A request with {' + '.join(lane.tower for lane in together[0])} in one group was "

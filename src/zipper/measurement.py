@@ -25,6 +25,7 @@ from zipper.loss import batch_losses
 from zipper.modality import Kind, Scores, is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
+from zipper.saving.files import place
 from zipper.statistics import bootstrap
 from zipper.strand import Segment, Target, collate
 from zipper.tasks import Task, lanes, tower_of
@@ -127,10 +128,7 @@ def judge(name: str) -> Judge:
 def _samples(data: str | Path | Sequence[Sample], limit: int | None) -> list[Sample]:
     if not isinstance(data, str | Path):
         return list(data)[:limit]
-    found = list(manifests.samples(Path(data).expanduser()))[:limit]
-    if bad := next((sample for sample in found if sample.problem), None):
-        raise ZipperError(f"{bad.where} {bad.problem}")
-    return found
+    return manifests.good(place(data), limit)
 
 
 def _pairs(modalities: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Task]:
@@ -159,11 +157,11 @@ def _measured(
     answers = _answers(pipeline, task, rows, sampling or Sampling())
     raw = [sample.row for sample in samples]
     found = []
-    for place, (item, *_) in enumerate(task.segments_produced):
+    for number, (item, *_) in enumerate(task.segments_produced):
         kind = whole(pipeline.modalities[tower_of(item)])
         true = [_raw(kind, item, s, row) for s, row in zip(samples, rows, strict=True)]
         made = {
-            "model": [kind.decode(answer[place].content) for answer in answers],
+            "model": [kind.decode(answer[number].content) for answer in answers],
             "oracle": [kind.decode(row[item.partition(":")[0]]) for row in rows],
             "floor": _others(kind, true, seed),
         }
@@ -185,8 +183,8 @@ def _measured(
             )
             for n in range(min(SHOWN, len(rows)))
         ]
-        ended = float(np.mean([answer[place].ended for answer in answers]))
-        found.append(Measured(str(task), item, len(rows), metrics, nats[place], ended, shown))
+        ended = float(np.mean([answer[number].ended for answer in answers]))
+        found.append(Measured(str(task), item, len(rows), metrics, nats[number], ended, shown))
     return found
 
 
@@ -202,9 +200,8 @@ def _answers(
     for n, row in enumerate(rows):
         plan: list[str | Segment] = []
         for lane in task.segments_produced:
-            field, tower = lane.item.partition(":")[0], lane.tower
-            named = {*whole(pipeline.modalities[tower]).prefixes.values()}
-            first = [i for i in row[field][:1] if i in named]
+            named = {*whole(pipeline.modalities[lane.tower]).prefixes.values()}
+            first = [i for i in row[lane.item.partition(":")[0]][:1] if i in named]
             plan.append(lane.segment(first))
         own = replace(sampling, seed=sampling.seed + n)
         requests.append(Request(task.prompt(row), plan, own))
@@ -216,13 +213,12 @@ def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -
     """-log p of the ids of each produced segment and its end, a token, all before it given."""
     model.eval()
     found = []
-    lanes_made = len(task.segments_produced)
-    for place in range(-lanes_made, 0):
+    for number in range(-len(task.segments_produced), 0):
         total, count = 0.0, 0.0
         ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
         with torch.inference_mode():
             for start in range(0, len(ranked), BATCH):
-                parts = [_only(place, task.segments(row)) for row in ranked[start : start + BATCH]]
+                parts = [_only(number, task.segments(row)) for row in ranked[start : start + BATCH]]
                 batch = collate(parts, model.ends()).to(next(model.parameters()).device)
                 total += sum(float(each) for each in batch_losses(model, batch).values())
                 count += sum(float(weight.sum()) for weight in batch.weights.values())
@@ -230,12 +226,12 @@ def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -
     return found
 
 
-def _only(place: int, segments: Sequence[Segment]) -> list[Segment]:
+def _only(which: int, segments: Sequence[Segment]) -> list[Segment]:
     """A sample in which one segment has a loss, counted from the end."""
     found: list[Segment] = []
     for number, segment in enumerate(segments):
         if isinstance(segment, Target):
-            weight = float(number == len(segments) + place)
+            weight = float(number == len(segments) + which)
             segment = replace(segment, weight=weight)
         found.append(segment)
     return found

@@ -260,10 +260,7 @@ class Pipeline:
         twice more.
         """
         prompts = [self._prompt(segments) for segments in batch]
-        plan = [
-            self._encoded(self._read(item)) if isinstance(item, Segment) else item
-            for item in outputs
-        ]
+        plan = self._plan(outputs)
         spoken = [prompt for prompt in prompts if prompt is not None]
         produced = iter(
             self.generate(spoken, plan, sampling or Sampling(), limits) if spoken else ()
@@ -292,10 +289,7 @@ class Pipeline:
         """What `run` would have an engine do, for whoever steps one: all contents are ids. None
         where nothing is said in what is given, so that nothing is to be produced."""
         prompt = self._prompt(segments)
-        plan = [
-            self._encoded(self._read(item)) if isinstance(item, Segment) else item
-            for item in outputs
-        ]
+        plan = self._plan(outputs)
         return None if prompt is None else Request(prompt, plan, sampling or Sampling(), limits)
 
     def engine(self, rows: int = 8) -> Engine:
@@ -399,6 +393,13 @@ class Pipeline:
                 f"This model has no modality {name!r}; it has {sorted(self.modalities)}."
             )
         return self.modalities[name]
+
+    def _plan(self, outputs: Sequence[str | Segment]) -> list[str | Segment]:
+        """What is to be produced, forced beginnings as ids."""
+        return [
+            self._encoded(self._read(item)) if isinstance(item, Segment) else item
+            for item in outputs
+        ]
 
     def _prompt(self, segments: Sequence[Segment]) -> list[Segment] | None:
         """Raw segments as ids; None where in none of them anything is said."""

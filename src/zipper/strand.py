@@ -75,9 +75,14 @@ class Ends(NamedTuple):
 
 def groups(segments: Iterable[S]) -> list[list[S]]:
     """Segments by the group whose lanes they are; most are alone in theirs. Raises a ZipperError
-    for a tower that is twice in one, and for a first segment beside nothing."""
+    for a tower that is twice in one, a first segment beside nothing, and a pace that is none."""
     found: list[list[S]] = []
     for segment in segments:
+        if segment.stride < 1 or segment.delay < 0:
+            raise ZipperError(
+                f"A segment of {segment.tower!r} has a stride of {segment.stride} and a delay of "
+                f"{segment.delay}; a stride is at least 1, a delay at least 0."
+            )
         if not segment.beside:
             found.append([segment])
             continue

@@ -22,6 +22,7 @@ from zipper.config import Junction, LinkKey, TowerConfig, ZipperConfig
 from zipper.data.manifests import Row
 from zipper.errors import ZipperError
 from zipper.former import names_of
+from zipper.growth import add as add
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
@@ -35,7 +36,7 @@ from zipper.strand import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 
-__getattr__ = names_of(__name__, ("zipper.growth",))
+__getattr__ = names_of(__name__, ())
 
 # `kinship`: 0.00 between towers trained apart, 0.89 between the shipped speech tower and what it
 # was before alignment

@@ -405,7 +405,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def said(name: str, output: Path) -> str:
+def summary(name: str, output: Path) -> str:
     """A set in a sentence or two: the original, rows, steps and sizes of what was run."""
     chosen, folder = named(name), output / "data"
     parts = ["train", "dev", *chosen.tests]

@@ -545,3 +545,9 @@ def _tanimoto(one: str, other: str) -> float:
     maker = extra("rdkit.Chem.rdFingerprintGenerator").GetMorganGenerator(radius=2, fpSize=2048)
     prints = [maker.GetFingerprint(chemistry.MolFromSmiles(line)) for line in (one, other)]
     return float(extra("rdkit.DataStructs").TanimotoSimilarity(*prints))
+
+
+#: By name, for `zipper evaluate --by` (entry point group `zipper.judges`): those that need no
+#: training.
+SIMULATOR, MISSIONS = scored(Simulator()), scored(Missions())
+RDKIT, WORDS = scored(Chemistry()), scored(Words())

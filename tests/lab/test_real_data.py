@@ -570,4 +570,4 @@ def test_the_page_about_modalities_is_made_from_what_was_measured() -> None:
     newest = sorted((root / "benchmarks" / "results").glob("real_2cpu_*.json"))[-1]
     told = json.loads(newest.read_text(encoding="utf-8"))
     page = (root / "docs" / "modalities.md").read_text(encoding="utf-8")
-    assert page == real.markdown(told), "docs/modalities.md: tools/modalities.py --page x"
+    assert page == real.markdown(told), "docs/modalities.md: tools/modalities.py --page"

@@ -110,10 +110,12 @@ def samples(path: Path) -> Iterator[Sample]:
 def manifest(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The raw rows of a JSONL manifest; a line that is not a JSON object is a ZipperError that
     names it."""
-    return [dict(sample.row) for sample in _good(path, limit)]
+    return [dict(sample.row) for sample in good(path, limit)]
 
 
-def _good(path: Path, limit: int | None) -> list[Sample]:
+def good(path: Path, limit: int | None = None) -> list[Sample]:
+    """The rows of a manifest, all of them JSON objects. Raises a ZipperError that names the first
+    that is none, and for an empty file."""
     found = list(islice(samples(path), limit))
     if bad := next((sample for sample in found if sample.problem), None):
         raise ZipperError(f"{bad.where} {bad.problem}")
@@ -139,7 +141,7 @@ def read(path: Path, modalities: Mapping[str, Modality], limit: int | None = Non
             path, {name: modality.fingerprint for name, modality in modalities.items()}
         )[:limit]
     return [
-        encode(sample.row, modalities, sample.folder, sample.where) for sample in _good(path, limit)
+        encode(sample.row, modalities, sample.folder, sample.where) for sample in good(path, limit)
     ]
 
 

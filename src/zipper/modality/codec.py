@@ -69,14 +69,7 @@ class Codec(Sound):
     def encode(self, raw: Any) -> list[int]:
         """Ids of a sound, or of anything that `read` takes, resampled to the codec's rate. Raises
         ZipperError for sound of more than MOST_S, and for samples that are no numbers."""
-        sound = self.read(raw)
-        if sound.seconds > MOST_S:
-            raise ZipperError(
-                f"A sound of {sound.seconds:.0f} s was given; at most {MOST_S:g} s are encoded at "
-                "once. Cut it."
-            )
-        if not np.isfinite(sound.samples).all():
-            raise ZipperError("The sound holds NaN or infinity. Give one that was not damaged.")
+        sound = self.bounded(raw, MOST_S)
         samples = sound.resample(self.rate_hz).samples
         samples = np.pad(samples, (0, max(0, round(LEAST_S * self.rate_hz) - len(samples))))
         given = torch.from_numpy(samples.astype(np.float32))[None, None].to(self.model.device)

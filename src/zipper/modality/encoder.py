@@ -202,14 +202,7 @@ class EncoderUnits(Sound):
     def frames(self, raw: Any) -> Float32[np.ndarray, "frames width"]:
         """What the layer makes of a sound, or of anything that `read` takes. Raises ZipperError for
         sound of more than MOST_S, and for samples that are no numbers."""
-        sound = self.read(raw)
-        if sound.seconds > MOST_S:
-            raise ZipperError(
-                f"A sound of {sound.seconds:.0f} s was given; at most {MOST_S:g} s are encoded at "
-                "once. Cut it."
-            )
-        if not np.isfinite(sound.samples).all():
-            raise ZipperError("The sound holds NaN or infinity. Give one that was not damaged.")
+        sound = self.bounded(raw, MOST_S)
         samples = sound.resample(RATE_HZ).samples.astype(np.float32)
         network: Any = self.encoder.model
         given = (self._logs if self._mels else self._leveled)(samples)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
@@ -39,6 +41,19 @@ class Sound(Kind):
         sound = value if isinstance(value, Audio) else heard(value, folder)
         if not self.there(sound):
             raise ZipperError("The sound given has no samples. Give one with something in it.")
+        return sound
+
+    def bounded(self, value: Any, most_s: float) -> Audio:
+        """`read`, for encoders that take all of a sound at once. Raises a ZipperError for more than
+        `most_s` seconds, and for samples that are no numbers."""
+        sound = self.read(value)
+        if sound.seconds > most_s:
+            raise ZipperError(
+                f"A sound of {sound.seconds:.0f} s was given; at most {most_s:g} s are encoded at "
+                "once. Cut it."
+            )
+        if not np.isfinite(sound.samples).all():
+            raise ZipperError("The sound holds NaN or infinity. Give one that was not damaged.")
         return sound
 
     def files(self, value: Any, folder: Path = Path()) -> list[Path]:

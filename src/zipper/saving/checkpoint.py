@@ -454,7 +454,7 @@ def _savable(model: PreTrainedModel) -> Iterator[None]:
 def _strip(path: Path) -> None:
     """Take the settings out of a config.json by which code could come in."""
     written = read_json(path)
-    write_json(path, _without_code(written))
+    write_json(path, without_code(written))
 
 
 def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -643,6 +643,20 @@ def _check_parts(
             )
 
 
+def _check_settings(path: Path, described: Mapping[str, Any]) -> None:
+    """Raises a ZipperError for settings by which code comes in, or that no model has."""
+    for key, value in _settings(described):
+        if _FOREIGN.match(key):
+            raise ZipperError(
+                f"{path} sets {key!a:.80}, by which other code or files come in. Do not use this "
+                "file."
+            )
+        if isinstance(value, int | float) and abs(value) > (
+            MOST_LAYERS if _DEPTH.search(key) else 1 << 53
+        ):
+            raise ZipperError(f"{path} sets {key!a:.80} to {value!a:.30}, which no model has.")
+
+
 def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any] | None) -> None:
     """The files of a tower hold the tensors of the model that its config.json describes, and that
     is of the pinned size.
@@ -658,16 +672,7 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
     described = read_json(path)
     if generation.is_file():
         read_json(generation)
-    for key, value in _settings(described):
-        if _FOREIGN.match(key):
-            raise ZipperError(
-                f"{path} sets {key!a:.80}, by which other code or files come in. Do not use this "
-                "file."
-            )
-        if isinstance(value, int | float) and abs(value) > (
-            MOST_LAYERS if _DEPTH.search(key) else 1 << 53
-        ):
-            raise ZipperError(f"{path} sets {key!a:.80} to {value!a:.30}, which no model has.")
+    _check_settings(path, described)
     if described.get("model_type") not in [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
         raise ZipperError(
             f"{path} describes no causal language model that transformers knows: "
@@ -754,11 +759,11 @@ def _compare(
             )
 
 
-def _without_code(data: Any) -> Any:
+def without_code(data: Any) -> Any:
     """A nested configuration without the settings by which code could come in."""
     if isinstance(data, dict):
-        return {key: _without_code(item) for key, item in data.items() if not _CODE.match(key)}
-    return [_without_code(item) for item in data] if isinstance(data, list) else data
+        return {key: without_code(item) for key, item in data.items() if not _CODE.match(key)}
+    return [without_code(item) for item in data] if isinstance(data, list) else data
 
 
 def _settings(data: Any) -> Iterator[tuple[str, Any]]:
@@ -792,11 +797,6 @@ class _Few(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def without_code(data: Any) -> Any:
-    """A nested configuration without the settings by which code could come in."""
-    return _without_code(data)
-
-
 def check_built(
     kind: Any, settings: Mapping[str, Any], held: Mapping[str, Entry], path: Path, weights: Path
 ) -> Any:
@@ -806,16 +806,7 @@ def check_built(
     path, weights: the files that they came from, for errors. The model is built without memory, and
     not before what it is built of is known to be no more than the file holds. Raises ZipperError.
     """
-    for key, value in _settings(settings):
-        if _FOREIGN.match(key):
-            raise ZipperError(
-                f"{path} sets {key!a:.80}, by which other code or files come in. Do not use this "
-                "file."
-            )
-        if isinstance(value, int | float) and abs(value) > (
-            MOST_LAYERS if _DEPTH.search(key) else 1 << 53
-        ):
-            raise ZipperError(f"{path} sets {key!a:.80} to {value!a:.30}, which no model has.")
+    _check_settings(path, settings)
     try:
         config = kind.config_class.from_dict(dict(settings))
         with torch.device("meta"), _Few(2_000 + 200 * len(held)):
