@@ -18,7 +18,7 @@ from zipper.generation import Engine, Request
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.reading import Stepwise
-from zipper.sampling import Sampling, Search
+from zipper.sampling import Rules, Sampling, Search
 from zipper.strand import Ends, Segment, Target, collate, groups
 from zipper.tasks import Task, lanes
 from zipper.testing import tiny_tower
@@ -268,3 +268,41 @@ def test_a_task_of_a_group_is_learnt_and_written_alike() -> None:
         ("image", [6], False, 1),
     ]
     assert [isinstance(s, Target) for s in segments] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("reader", [Stepwise, fastest])
+@pytest.mark.parametrize(
+    "rules", [{}, {"speech": Rules(period=2, repeats=2)}], ids=["at its limit", "in a loop"]
+)
+def test_what_follows_a_group_has_read_it_as_if_it_was_given(
+    model: Zipper, reader: Any, rules: dict[str, Rules]
+) -> None:
+    engine, limits = Engine(model, reader(model)), {"speech": 9, "image": 5, "text": 6}
+    given = [Segment("text", [3, 4])]
+    (answer,) = engine.run(
+        [Request(given, ["speech + image@2", "text"], limits=limits, rules=rules)]
+    )
+    speech, image, text = answer.written
+    assert not rules or speech.stop == "loop"
+    read = [
+        *given,
+        Segment("speech", speech.ids),
+        Segment("image", image.ids, beside=True, stride=2),
+    ]
+    (again,) = engine.run([Request(read, ["text"], limits=limits)])
+    assert again.written[0].ids == text.ids
+    assert again.written[0].logprobs == pytest.approx(text.logprobs, abs=1e-4)
+
+
+def test_lanes_are_guided_away_from_what_their_tower_says_alone(model: Zipper) -> None:
+    given, limits = [Segment("text", [3, 4, 5])], {"speech": 5, "image": 5}
+    plan, guided = ["speech + image@2"], Sampling(guidance=2.5)
+    found = []
+    for reader in (Stepwise, fastest):
+        engine = Engine(model, reader(model))
+        answers = engine.run([Request(given, plan, how, limits) for how in (guided, Sampling())])
+        found.append([[written.ids for written in answer.written] for answer in answers])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+    first = model.generate(given, ["speech"], sampling=guided, limits=limits)[0].content[:1]
+    assert found[0][0][0][:1] == first  # in the first step there is nothing else to see
