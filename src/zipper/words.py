@@ -96,18 +96,17 @@ def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
     targets, sources = gain.shape
     best = np.full((targets + 1, sources + 1), -np.inf)
     best[0, 0] = 0.0
-    steps = ((1, 1), (0, 1), (1, 0))  # both go on, the source alone, the target alone
-    came = np.zeros((targets + 1, sources + 1), dtype=np.int8)
     for t in range(1, targets + 1):
-        for s in range(1, sources + 1):
-            options = [best[t - i, s - j] for i, j in steps]
-            came[t, s] = int(np.argmax(options))
-            best[t, s] = options[came[t, s]] + gain[t - 1, s - 1]
+        # A row at once: its best path enters it at some source, from above, and goes on along it.
+        enters = np.maximum(best[t - 1, :-1], best[t - 1, 1:])
+        along = np.cumsum(gain[t - 1])
+        best[t, 1:] = along + np.maximum.accumulate(enters - along + gain[t - 1])
     found = [(sources, 0)] * targets
     t, s = targets, sources
     while t and s:
         start, stop = found[t - 1]
         found[t - 1] = (min(start, s - 1), max(stop, s))
-        i, j = steps[came[t, s]]
+        steps = ((1, 1), (0, 1), (1, 0))  # both go on, the source alone, the target alone
+        i, j = max(steps, key=lambda step: best[t - step[0], s - step[1]])
         t, s = t - i, s - j
     return found

@@ -7,11 +7,10 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
-from zipper.audio.sound import Audio
 from zipper.serving import bodies, sounds
 from zipper.serving.answers import peeked
 from zipper.serving.refusals import Refused
-from zipper.serving.service import Service
+from zipper.serving.service import Part, Service
 from zipper.strand import Segment
 
 #: Names of a voice that leave it to the model.
@@ -92,8 +91,8 @@ def voice(service: Service, name: str | dict[str, Any]) -> str | Segment:
     return service.pipeline.voice(None if name in ANY else name)
 
 
-async def _bytes(parts: AsyncIterator[Audio], name: str, rate_hz: int) -> AsyncIterator[bytes]:
+async def _bytes(parts: AsyncIterator[Part], name: str, rate_hz: int) -> AsyncIterator[bytes]:
     if name != "pcm":
         yield sounds.header(rate_hz)
     async for part in parts:
-        yield sounds.pcm(part)
+        yield sounds.pcm(part.raw)
