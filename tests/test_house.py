@@ -55,7 +55,7 @@ ORDER = """
     zipper.serving zipper.serving.refusals zipper.serving.worker zipper.serving.bodies
     zipper.serving.sounds zipper.serving.answers zipper.serving.looking zipper.serving.service
     zipper.serving.transcription zipper.serving.saying zipper.serving.chat zipper.serving.anything
-    zipper.serving.page zipper.serving.gauges zipper.serving.app zipper.serving.process
+    zipper.serving.realtime zipper.serving.page zipper.serving.gauges zipper.serving.app zipper.serving.process
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
     zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline

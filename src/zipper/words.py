@@ -20,6 +20,10 @@ from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.strand import Segment, collate
 
+#: What a target that is a tenth of the sound away from where it is expected loses, by the square:
+#: one spread of the looks. Chosen on 150 sentences that are no test (docs/log.md).
+EVEN = 100.0
+
 
 @dataclass(frozen=True)
 class Word:
@@ -83,17 +87,30 @@ def spans(model: Zipper, given: Segment, produced: Segment) -> list[tuple[int, i
     return align(looks[: len(produced.content), 1:-1])
 
 
-def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
+def places(modality: Text, ids: Sequence[int]) -> list[float]:
+    """Where in a text each id stands, 0 to 1, by letters: about where in the sound it is said."""
+    ends = [len(modality.decode(list(ids[: n + 1]))) for n in range(len(ids))]
+    middles = [(before + end) / 2 for before, end in zip([0, *ends], ends, strict=False)]
+    return [middle / max(1, ends[-1]) for middle in middles]
+
+
+def align(
+    looks: Float[Tensor, "target source"], expected: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
     """Dynamic time warping: the forward path on which the targets look most; per target the sources
     [start, stop) on it.
 
     A source that all targets look at (a pause, the end) says nothing, so that each is measured by
-    its own mean and spread.
+    its own mean and spread. expected: where each target is looked for (`places`), so that one that
+    looks nowhere does not pull the others along.
     """
     gain = np.asarray(
         (looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64
     )
     targets, sources = gain.shape
+    if expected is not None:
+        middles = (np.arange(sources) + 0.5) / sources
+        gain -= EVEN * np.square(np.asarray(expected)[:, None] - middles)
     best = np.full((targets + 1, sources + 1), -np.inf)
     best[0, 0] = 0.0
     for t in range(1, targets + 1):

@@ -4,6 +4,7 @@ Every answer that is none has one shape, whoever refuses. Logs name what happene
 sent.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -17,12 +18,14 @@ from typing import Any, final
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket
 
+from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
-from zipper.serving import anything, bodies, chat, page, saying, transcription
+from zipper.serving import anything, bodies, chat, page, realtime, saying, transcription
 from zipper.serving.bodies import SHARE, Caps, Held, Share
 from zipper.serving.gauges import MEDIA_TYPE, Gauges
-from zipper.serving.refusals import Refused, refusal
+from zipper.serving.refusals import Busy, Refused, refusal
 from zipper.serving.service import Service
 from zipper.serving.worker import Worker
 
@@ -57,7 +60,7 @@ def serve(
         docs_url=None,  # its page would load scripts from elsewhere; /openapi.json has all of it
         redoc_url=None,
     )
-    for part in (transcription, saying, chat, anything, page):
+    for part in (transcription, saying, chat, anything, realtime, page):
         part.add(app, service)
     _add_plain(app, service, gauges)
     _add_refusals(app, gauges)
@@ -71,7 +74,7 @@ class Guard:
 
     def __init__(self, app: FastAPI, service: Service, gauges: Gauges, key: str) -> None:
         self.app, self.service, self.gauges = app, service, gauges
-        self.held = Held(service.caps.held_bytes)
+        self.held, self.sockets = Held(service.caps.held_bytes), 0
         self._key = _digest(key.encode()) if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +82,8 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no websockets
-            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "websocket":
+            await self._talk(scope, receive, send)
             return
         began, share = False, Share(self.held)
 
@@ -92,7 +95,8 @@ class Guard:
         async def told(message: Any) -> None:
             nonlocal began
             began = True
-            await send(message)
+            async with asyncio.timeout(self.service.caps.stalled_s):
+                await send(message)
 
         scope = {**scope, SHARE: share}
         try:
@@ -107,6 +111,29 @@ class Guard:
                 await bodies.drain(Request(scope, heard))
                 await _response(refused)(scope, receive, send)
         finally:
+            share.give()
+
+    async def _talk(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A websocket; who is refused gets an answer of HTTP."""
+        share = Share(self.held)
+        try:
+            self._check({**scope, "method": "GET"})
+            self.service.worker.check()
+            if self.sockets >= self.service.caps.sockets:
+                raise Busy(f"{self.sockets} sockets are open, and no more are. Come again later.")
+        except ZipperError as error:
+            refused = refusal(error)
+            self.gauges.refused(refused.status, refused.code)
+            await receive()
+            await WebSocket(scope, receive, send).send_denial_response(_response(refused))
+            return
+        self.sockets += 1
+        try:
+            await self.app({**scope, SHARE: share}, receive, send)
+        except Exception as error:
+            _log({**scope, "method": "WEBSOCKET"}, error)
+        finally:
+            self.sockets -= 1
             share.give()
 
     def _check(self, scope: Scope) -> None:

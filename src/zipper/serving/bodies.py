@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, final
 
 from fastapi import Request
@@ -34,6 +34,8 @@ class Caps:
     body_bytes: of what is sent. upload_s: until all of it is there. seconds: of all sound in it.
     segments: given and produced, each. tokens: of one produced segment, unless it has less room.
     letters: of one text. held_bytes: of the bodies of all requests that are being answered.
+    sockets: that are open at once, and idle_s until one is closed on which nothing is said.
+    stalled_s: until a client that does not read its answer is left.
     """
 
     body_bytes: int = 26_000_000
@@ -43,11 +45,14 @@ class Caps:
     tokens: int = 4096
     letters: int = 20_000
     held_bytes: int = 256_000_000
+    sockets: int = 64
+    idle_s: float = 120.0
+    stalled_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "upload_s", "seconds", "segments", "tokens", "letters"):
-            if not getattr(self, name) > 0:
-                raise ZipperError(f"{name} is {getattr(self, name)}; give more than 0.")
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ZipperError(f"{name} is {value}; give more than 0.")
 
 
 @final

@@ -19,7 +19,7 @@ from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.strand import Segment, collate
-from zipper.words import Word, align, words
+from zipper.words import Word, align, places, words
 
 MOST_CELLS = 1 << 22  # of one picture: 16 MB a head; of more none is made
 
@@ -114,7 +114,7 @@ def timed(
         if look.target == target and look.source < len(clocks) and clocks[look.source]
     ]
     read = clocks[heard[0].source] if heard else None
-    spans = align(heard[0].weights) if heard else None
+    spans = align(heard[0].weights, places(kind, written.ids)) if heard else None
     said: list[Word] = words(kind, written, spans) if written.ids else []
     told: list[dict[str, Any]] = [
         {"word": word.text, "confidence": word.confidence} for word in said

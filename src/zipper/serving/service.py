@@ -5,15 +5,13 @@ pipeline and the worker, and of the web only whether somebody still listens.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar, final
-
-from fastapi import Request as Asked
+from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 from zipper.audio.sound import Audio
 from zipper.generation import Limits, Request, Written, planned
@@ -33,6 +31,13 @@ READERS = 2  # that turn sound into ids at once: each may hold a whole decoded s
 PLAIN = frozenset({"values", "rate_hz", "channels", "units"})
 
 Found = TypeVar("Found")
+
+
+class Asked(Protocol):
+    """Whoever waits for an answer: a request, or the line that one came by."""
+
+    def receive(self) -> Awaitable[Any]:
+        """The next message of ASGI."""
 
 
 class Part(NamedTuple):
