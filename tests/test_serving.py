@@ -445,6 +445,7 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
             "unsupported_format",
         ),
         ("/v1/audio/speech", {"json": {"input": "hi", "speed": 2.0}}, 400, "unsupported"),
+        ("/v1/audio/speech", {"json": {"input": " ", "response_format": "wav"}}, 422, "empty"),
         ("/v1/audio/speech", {"json": {"input": "日本"}}, 422, "unprocessable"),
         ("/v1/audio/transcriptions", {"json": {}}, 415, "media_type"),
         (
