@@ -16,6 +16,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from zipper.errors import ZipperError
 from zipper.serving.refusals import Busy, Refused
@@ -115,6 +116,8 @@ async def body(request: Request, caps: Caps) -> AsyncGenerator[bytes, None]:
                 raise _large(caps)
             share.take(len(part))
             yield part
+    except ClientDisconnect as error:
+        raise Refused(499, "gone", "The client has left.") from error
     except TimeoutError as error:
         raise Refused(
             408, "slow", f"The request was not there after {caps.upload_s:g} s. Send it faster."
