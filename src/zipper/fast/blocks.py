@@ -1,7 +1,7 @@
 """Towers and links as they are run for decoding: blocks like Llama's, input projections, links."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import pointer
 from functools import cached_property, partial, reduce
 from typing import Any, Protocol, final, runtime_checkable
@@ -16,7 +16,7 @@ from zipper.fast.graphs import Row, Shape
 from zipper.fast.plain import Block, Held, Plain
 from zipper.fast.session import Cache
 from zipper.fast.weights import Angles, Form, Matrix, Norm, Table, layer_norm, paired, turn
-from zipper.link import InputProjection, Link, rotate
+from zipper.link import InputProjection, Link, project, rotate
 
 
 @runtime_checkable
@@ -168,21 +168,21 @@ class FastBlock:
 class FastInput:
     """What stands between embeddings and the first block, where a plan has several towers."""
 
-    def __init__(self, module: InputProjection) -> None:
-        self.module = module
+    def __init__(self, modules: Sequence[InputProjection]) -> None:
+        self.modules = modules
+
+    def __call__(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """Embeddings through all of them."""
+        return project(h[None], [(module, None) for module in self.modules])[0]
 
     @cached_property
     def stage(self) -> native.Stage:
         """As the compiled step takes it."""
-        self._matrices = [
-            Matrix([layer], Form(int8=False, compiled=True))
-            for layer in self.module.mlp
-            if isinstance(layer, nn.Linear)
-        ]
+        form = Form(int8=False, compiled=True)
+        self._matrices = [Matrix([layer], form) for layer in _side_by_side(self.modules)]
+        residual = self.modules[0].kind == "residual"
         layers = native.array(native.Matrix, [matrix.struct for matrix in self._matrices])
-        return native.Stage(
-            input=pointer(native.Input(layers, len(layers), self.module.kind == "residual"))
-        )
+        return native.Stage(input=pointer(native.Input(layers, len(layers), residual)))
 
 
 @final
@@ -324,6 +324,23 @@ class FastLink:
     @cached_property
     def _pointer(self) -> Any:
         return pointer(self.struct)
+
+
+def _side_by_side(modules: Sequence[InputProjection]) -> list[Held]:
+    """Several MLPs as one whose result is what `project` makes of theirs."""
+    paper = modules[0].kind == "paper"
+    each = [[part for part in m.mlp if isinstance(part, nn.Linear)] for m in modules]
+    found, last = [], len(each[0]) - 1
+    for number, layers in enumerate(zip(*each, strict=True)):
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers]
+        if number == last:
+            share = 1 / len(modules) if paper else 1
+            whole = torch.cat(weights, 1) * share, torch.stack(biases).sum(0) * share
+        else:
+            whole = torch.block_diag(*weights) if number else torch.cat(weights), torch.cat(biases)
+        found.append(Held(*whole))
+    return found
 
 
 def _reads(link: Link) -> list[Held]:

@@ -16,7 +16,7 @@ from ctypes import c_int32
 from functools import partial
 from itertools import chain, pairwise
 from types import FunctionType
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from zipper.fast import native
 from zipper.fast.blocks import FastInput, FastLink, FastTower, attention, masked
 from zipper.fast.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.fast.plain import CUTS, Plain, plain, sample, truth
-from zipper.fast.session import Cache, Place, Session, Shown
+from zipper.fast.session import Cache, Entry, Place, Session, Shown
 from zipper.fast.weights import Angles, Form, Table
 from zipper.link import InputProjection
 from zipper.model import Zipper
@@ -58,11 +58,7 @@ class Fused:
         form = Form(int8, not pooled and self._compilable(towers.values()))
         self._towers = {name: FastTower(tower, form) for name, tower in towers.items()}
         self._links = {key: FastLink(model.link(*key), form) for key in model.config.links}
-        self._inputs = {
-            name: FastInput(part)
-            for name, part in model.inputs.items()
-            if isinstance(part, InputProjection)
-        }
+        self._entrances: dict[Entry, FastInput] = {}
         self._turns: dict[tuple[float, int] | None, Table] = {}
         for link in self._links.values():
             for turns in filter(None, (link.turns, link.key_turns)):
@@ -89,7 +85,11 @@ class Fused:
     def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
         """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked
         for logits."""
-        session = Session(tuple(towers), tuple(outputs))
+        entries: dict[str, Entry] = dict.fromkeys(towers)
+        for name in towers if len(towers) > 1 else ():
+            parts = self.model.config.inputs[name].items()
+            entries[name] = tuple(part for part, company in parts if {*company} & {*towers})
+        session = Session(tuple(towers), tuple(outputs), entries)
         if self._pool is not None:
             session.row = self._pool.take()
             weakref.finalize(session, self._pool.free, session.row)
@@ -149,13 +149,14 @@ class Fused:
         """The pieces of one tower. shown: gets what other towers may read from the next step on."""
         answers: Logits = [None] * len(pieces)
         # A plan of one tower goes by no links, one in which the tower is silent stops early.
-        paths: dict[tuple[bool, bool], list[int]] = {}
+        paths: dict[tuple[Entry, bool], list[int]] = {}
         for index, (session, _) in enumerate(pieces):
-            paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
-        for (linked, speaks), indices in paths.items():
+            path = session.entries[tower], tower in session.outputs
+            paths.setdefault(path, []).append(index)
+        for (entry, speaks), indices in paths.items():
             for group, step in self._groups(indices, [len(ids) for _, ids in pieces]):
                 logits = self._read_alike(
-                    tower, [pieces[index] for index in group], linked, speaks, step, shown
+                    tower, [pieces[index] for index in group], entry, speaks, step, shown
                 )
                 if logits is not None:
                     for index, row in zip(group, logits, strict=True):
@@ -176,9 +177,11 @@ class Fused:
             if group:
                 yield group, step
 
-    def _halts(self, name: str, linked: bool, end: int) -> list[Stop]:
+    def _halts(self, name: str, entry: Entry, end: int) -> list[Stop]:
         """Where a tower halts on its way, none on the unimodal path."""
-        return [stop for stop in self._stops[name] if stop.layer <= end] if linked else []
+        if entry is None:
+            return []
+        return [stop for stop in self._stops[name] if stop.layer <= end]
 
     def _heard(self, name: str) -> list[LinkKey]:
         """The links by which a tower reads others."""
@@ -188,7 +191,7 @@ class Fused:
         self,
         name: str,
         pieces: Sequence[Piece],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
         step: "_Way",
         shown: list[tuple[Session, tuple[str, str], Shown]],
@@ -206,10 +209,10 @@ class Fused:
         for place in places:
             positions += range(place.cache.length, place.cache.length + place.stop - place.start)
         ids = list(chain.from_iterable(ids for _, ids in pieces))
-        spoken, kept = step(name, ids, positions, places, linked, speaks)
+        spoken, kept = step(name, ids, positions, places, entry, speaks)
         for session, cache, start, stop in places:
             cache.length += stop - start
-            for pair in self._between if linked else ():
+            for pair in self._between if entry is not None else ():
                 if pair[0] == name and pair[1] in session.towers:
                     shown.append((session, pair, Shown(kept, start, stop)))
         return spoken
@@ -253,17 +256,17 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """One kernel after another, for any number of tokens."""
         tower = self._towers[name]
         self._reach(1 + max(positions))
         position = torch.tensor(positions, device=tower.device)
-        h = self._embed(name, torch.tensor(ids, device=tower.device), linked)
+        h = self._embed(name, torch.tensor(ids, device=tower.device), entry)
         spoken = [place.stop - 1 for place in places]
         return self._walk(
-            name, h, Ragged(self, places, position), linked, spoken if speaks else None
+            name, h, Ragged(self, places, position), entry, spoken if speaks else None
         )
 
     def _reach(self, length: int) -> None:
@@ -279,17 +282,24 @@ class Fused:
             self._replays.clear()
 
     def _embed(
-        self, name: str, ids: Int[Tensor, " tokens"], linked: bool
+        self, name: str, ids: Int[Tensor, " tokens"], entry: Entry
     ) -> Float[Tensor, "tokens width"]:
         h = F.embedding(ids, self._towers[name].table)
-        return self._inputs[name].module(h[None])[0] if linked and name in self._inputs else h
+        return self._entrance(entry)(h) if entry else h
+
+    def _entrance(self, entry: Entry) -> FastInput:
+        """Input projections that embeddings go through."""
+        if entry not in self._entrances:
+            modules = [cast(InputProjection, self.model.inputs[part]) for part in entry or ()]
+            self._entrances[entry] = FastInput(modules)
+        return self._entrances[entry]
 
     def _walk(
         self,
         name: str,
         h: Tensor,
         way: "Ragged | Fixed",
-        linked: bool,
+        entry: Entry,
         spoken: Sequence[int] | slice | None,
     ) -> "_Read":
         """Embeddings to the logits of the tokens that are spoken."""
@@ -297,7 +307,7 @@ class Fused:
         kept: list[Tensor] = []
         angles = tower.angles.at(way.position)
         end = self._end(name, spoken is not None)
-        for stop in self._halts(name, linked, end):
+        for stop in self._halts(name, entry, end):
             h, done = tower.run(h, range(done, stop.layer), angles, way), stop.layer
             kept.append(h)
             for link in stop.reads if stop.layer < end else ():
@@ -312,23 +322,23 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """One token of each session, in a shape that has perhaps been there before."""
         assert self._pool is not None
         rows, seen = [place.session.row for place in places], dict[LinkKey, list[int]]()
-        for link in self._heard(name) if linked else ():
+        for link in self._heard(name) if entry is not None else ():
             memories = [place.session.memory.get(link) for place in places]
             if any(memories):
                 seen[link] = [memory.length if memory else 0 for memory in memories]
         batch, reach = above(1 + max(rows), least=1), above(1 + max(positions))
         span = above(max(map(max, seen.values()), default=0))
         self._reach(reach)
-        key = name, linked, speaks, tuple(seen), batch, reach, span
+        key = name, entry, speaks, tuple(seen), batch, reach, span
         shape = 3 + len(seen), batch
         if key not in self._replays:
-            step = self._fixed(name, linked, speaks, tuple(seen), reach, span)
+            step = self._fixed(name, entry, speaks, tuple(seen), reach, span)
             self._replays[key] = Replay(step, shape, self._towers[name].device, self._inductor)
         given = torch.zeros(shape, dtype=torch.long)
         given[:, rows] = torch.tensor([ids, positions, [1] * len(rows), *seen.values()])
@@ -340,7 +350,7 @@ class Fused:
         return logits, kept[:, rows]
 
     def _fixed(
-        self, name: str, linked: bool, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
+        self, name: str, entry: Entry, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
     ) -> FunctionType:
         """A step for `Replay`. Its input: ids, positions, whether a row takes part, and how much of
         each link in `seen` it sees."""
@@ -359,7 +369,7 @@ class Fused:
                 span,
             )
             logits, kept = self._walk(
-                name, self._embed(name, ids, linked), way, linked, slice(None) if speaks else None
+                name, self._embed(name, ids, entry), way, entry, slice(None) if speaks else None
             )
             if not len(kept):
                 return logits, None
@@ -379,7 +389,7 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """The same by one call of compiled code."""
@@ -387,14 +397,14 @@ class Fused:
         self._reach(1 + max(positions))
         seen = tuple(
             link
-            for link in (self._heard(name) if linked else ())
+            for link in (self._heard(name) if entry is not None else ())
             if any(link in place.session.memory for place in places)
         )
-        key = name, linked, speaks, seen, tuple(place.stop for place in places)
+        key = name, entry, speaks, seen, tuple(place.stop for place in places)
         if (prepared := self._prepared.get(key)) is None:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
-            prepared = self._prepared[key] = self._prepare(name, places, seen, linked, speaks)
+            prepared = self._prepared[key] = self._prepare(name, places, seen, entry, speaks)
         shape = len(prepared.keeps), len(ids), tower.table.shape[1]
         kept = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
         place, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
@@ -415,16 +425,16 @@ class Fused:
         name: str,
         places: Sequence[Place],
         seen: Sequence[LinkKey],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "Prepared":
         """What is the same in every step of so many tokens that see something through `seen`."""
         tower, done = self._towers[name], 0
         stages, keeps = list[native.Stage](), list[int]()
-        if linked and name in self._inputs:
-            stages.append(self._inputs[name].stage)
+        if entry:
+            stages.append(self._entrance(entry).stage)
         end = self._end(name, speaks)
-        for stop in self._halts(name, linked, end):
+        for stop in self._halts(name, entry, end):
             stages += tower.stages[done : stop.layer]
             done = stop.layer
             keeps.append(len(stages))
@@ -617,8 +627,8 @@ def _between(
     return found
 
 
-#: A way to read places: tower, ids, positions, places, whether links are read, whether logits are
+#: A way to read places: tower, ids, positions, places, input projections, whether logits are
 #: wanted.
-_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], bool, bool], "_Read"]
+_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], Entry, bool], "_Read"]
 #: Logits of the places, and states at the tower's halts.
 _Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]

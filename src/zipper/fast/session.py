@@ -60,12 +60,18 @@ class Cache:
         self._layers = [(layer[0], layer[1]) for layer in moved]
 
 
+#: Names of input projections; None on the unimodal path.
+Entry = tuple[str, ...] | None
+
+
 @dataclass
 class Session:
     """One sequence: what it has read.
 
     towers: those of its plan. outputs: those that will produce, the others run no further than
     their last halt.
+    entries: by tower the input projections that its embeddings go through; None on the unimodal
+    path, on which there are no links either.
     memory: what links between its towers have read, one layer each.
     unread: {(source, target): states of the source that links into the target have not read yet}.
     row: in the pool, if there is one.
@@ -73,6 +79,7 @@ class Session:
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
+    entries: dict[str, Entry]
     caches: dict[str, Cache | Row] = field(default_factory=dict)
     memory: dict[LinkKey, Cache | Row] = field(default_factory=dict)
     unread: dict[tuple[str, str], list["Shown"]] = field(default_factory=dict)

@@ -648,16 +648,16 @@ struct Seen {
 };
 
 void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
-  const int n = c.n_tokens, width = c.width;
+  const int n = c.n_tokens;
   float *states = all.states.data, *from = states, *to[] = {all.added.data, all.delta.data};
   for (int layer = 0; layer < s.input->depth; layer++) {
     const bool last = layer == s.input->depth - 1, residual = last && s.input->residual;
     const Matrix& m = s.input->layers[layer];
-    auto laid = lay_out(me, all, m, n, [&](int t, float*) { return from + (int64_t)t * width; });
+    auto laid = lay_out(me, all, m, n, [&](int t, float*) { return from + (int64_t)t * m.in; });
     if (s.input->depth == 1) me.meet();  // all have read what is about to change
     float* out = last ? states : to[layer % 2];
     multiply(me, m, laid, n, [&](int t, int j, float y) {
-      int64_t place = (int64_t)t * width + j;
+      int64_t place = (int64_t)t * m.out + j;
       out[place] = residual ? out[place] + y : y < 0 ? 0 : y;
     });
     from = out;
@@ -799,7 +799,7 @@ std::vector<Piece> pieces_of(const Call& c) {
 extern "C" void zipper_step(const Call* call) {
   const Call& c = *call;
   static thread_local Shared all;  // memory that is asked for anew at every step costs more than the step's small parts
-  size_t mixed = 0, attended = 0, inner = 0, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
+  size_t mixed = 0, attended = 0, inner = 0, added = c.width, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
   auto reads = [&](const Matrix& m) { laid = std::max(laid, laid_size(m, 1)); };
   for (int i = 0; i < c.n_stages; i++) {
     const Stage& s = c.stages[i];
@@ -808,10 +808,13 @@ extern "C" void zipper_step(const Call* call) {
     inner = std::max<size_t>(inner, s.block ? s.block->gate.out : s.link ? s.link->up.out : 0);
     if (s.block) reads(s.block->qkv), reads(s.block->out), reads(s.block->gate), reads(s.block->down);
     if (s.link) reads(s.link->query), reads(s.link->out), reads(s.link->up), reads(s.link->down);
-    for (int layer = 0; s.input && layer < s.input->depth; layer++) reads(s.input->layers[layer]);
+    for (int layer = 0; s.input && layer < s.input->depth; layer++) {
+      reads(s.input->layers[layer]);
+      added = std::max<size_t>(added, s.input->layers[layer].out);
+    }
   }
   auto grow = [&](Buffer& part, size_t width) { part.grow(width * c.n_tokens); };
-  grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, c.width), grow(all.delta, c.width);
+  grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, added), grow(all.delta, added);
   grow(all.laid, laid), grow(all.states, c.width);
   for (int64_t t = 0; t < c.n_tokens; t++)
     for (int64_t i = 0, at = c.tokens[t].id * c.width; i < c.width; i++)
