@@ -4,10 +4,25 @@ are read, in whatever company."""
 import random
 from collections.abc import Sequence
 from functools import partialmethod
+from typing import Any
 
 import pytest
 import torch
-from laws import LLAMAS, draw, lay, number, read_one, zipped
+from laws import (
+    ENDS,
+    LAYERS,
+    LLAMAS,
+    SEED,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    draw,
+    lay,
+    number,
+    read_one,
+    wake,
+    zipped,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,7 +34,8 @@ from zipper.fast.graphs import Pool, Shape
 from zipper.fast.reader import Fused
 from zipper.fast.session import Cache, Session
 from zipper.fast.weights import Form, Matrix
-from zipper.link import PAPER_LINK, LinkConfig, Memory
+from zipper.growth import add
+from zipper.link import PAPER_LINK, LinkConfig
 from zipper.model import Zipper
 from zipper.reading import Stepwise
 from zipper.strand import Strand
@@ -129,6 +145,10 @@ ZIPS = {
         "preset": "paper",
         "link": PAPER_LINK.__class__(**{**PAPER_LINK.__dict__, "head_width": 8}),
     },
+    "deep": {
+        "families": LLAMAS,
+        "link": LinkConfig(head_width=8, projection_depth=3, projection_relu=True, whiten=True),
+    },
     "plain": {
         "families": LLAMAS,
         "input_projection": "none",
@@ -150,6 +170,33 @@ def test_pieces_of_several_sequences_side_by_side_are_one_step_over_each(kind: s
         ):
             assert found
             assert_close(found, truth(model, words, names))
+
+
+def test_links_of_one_rate_may_have_heads_of_several_widths() -> None:
+    new = tiny_tower("llama", SEED["image"], WIDTH["image"], LAYERS["image"], VOCABULARY["image"])
+    wider, same = LinkConfig(head_width=4), TOKENS["speech"]
+    model = add(zipped(LLAMAS), "image", new, link=wider, ends=ENDS["image"], tokens=same)
+    wake(model)
+    names, dice, fast = list(model.towers), random.Random(0), Fused(model)
+    words = draw(dice, names, 8)
+    (found,) = read(fast, [fast.open(names, names)], [pieces(words, dice)])
+    assert_close(found, truth(model, words, names))
+
+
+def test_a_fork_and_what_it_came_of_hear_different_things_later() -> None:
+    model = zipped(LLAMAS)
+    fast, names = Fused(model), ["text", "speech"]
+    start = [("speech", [3, 4]), ("text", [5])]
+    for first in 0, 1:
+        sessions = [fast.open(names, names)]
+        read(fast, sessions, [start])
+        sessions.append(fast.fork(sessions[0]))
+        for own in (first, 1 - first):
+            end = [("speech", [6 + own]), ("text", [7]), ("speech", [8 + own]), ("text", [9])]
+            words = [(tower, i) for tower, ids in (*start, *end) for i in ids]
+            (found,) = read(fast, [sessions[own]], [end])
+            wanted = truth(model, words, names)
+            assert_close({time + 3: logits for time, logits in found.items()}, wanted)
 
 
 def test_plans_of_one_and_of_several_towers_go_side_by_side() -> None:
@@ -313,15 +360,16 @@ def test_a_link_turns_source_states_into_keys_once_and_in_one_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, calls = zipped(LLAMAS), []
-    fast, turn = Fused(model), FastLink.extend
+    fast = Fused(model)
+    for way in "read", "unread":
+        turn = getattr(FastLink, way)
 
-    def counted(link: FastLink, memory: Memory | None, states: Tensor) -> Memory:
-        calls.append(
-            (next(name for name, other in fast._links.items() if other is link), len(states))
-        )
-        return turn(link, memory, states)
+        def counted(link: FastLink, memory: Cache, states: Tensor, *rest: Any, turn=turn) -> Any:
+            number = next(name for name, other in fast._links.items() if other is link)
+            calls.append((number, len(states)))
+            return turn(link, memory, states, *rest)
 
-    monkeypatch.setattr(FastLink, "extend", counted)
+        monkeypatch.setattr(FastLink, way, counted)
     cut = [
         ("speech", [2]),
         ("speech", [3, 4]),

@@ -47,7 +47,7 @@ ORDER = """
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
     zipper.data.fitting zipper.data
-    zipper.growth zipper.surgery zipper.measurement zipper.batch
+    zipper.growth zipper.composition zipper.surgery zipper.measurement zipper.batch
     zipper.training.config zipper.training.building zipper.training.packing
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history
@@ -322,7 +322,7 @@ def test_no_modality_is_known_by_name_outside_of_its_place() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/growing.md"])
 def test_the_commands_in_the_documentation_exist(page: str) -> None:
     targets = re.findall(
         r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE

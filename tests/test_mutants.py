@@ -225,15 +225,15 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "an input projection is left out": (
         lockstep,
         "_projected",
-        "projection(h), h)",
-        "h, h)",
+        "project(h, used)",
+        "h",
     ),
     "a unimodal row is projected": (lockstep, "_shared", "torch.zeros_like", "torch.ones_like"),
     "a unimodal plan is projected": (
-        model,
-        "advance",
-        "if fused and name in parts.inputs",
-        "if name in parts.inputs",
+        lockstep,
+        "_projected",
+        "if there",
+        "if partners",
     ),
     # The link.
     "an empty row attends uniformly": (

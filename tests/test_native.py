@@ -241,6 +241,7 @@ def small(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = tmp_path / "small.cpp"
     source.write_text(
         'extern "C" void zipper_step(void*) {}\nextern "C" void zipper_product(void*) {}\n'
+        'extern "C" void zipper_read(void*) {}\n'
     )
     monkeypatch.setattr(native, "SOURCE", source)
     return fresh

@@ -259,7 +259,7 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
     "a unimodal plan is projected": (
         [
             (lockstep, "_shared", "torch.zeros_like", "torch.ones_like"),
-            (model, "advance", "if fused and name in parts.inputs", "if name in parts.inputs"),
+            (lockstep, "_projected", "if there", "if partners"),
         ],
         "unimodal text is the bare tower",
     ),
@@ -364,7 +364,7 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "rows of a batch are",
     ),
     "a unimodal plan is projected when it generates": (
-        [(model, "advance", "if fused and name in parts.inputs", "if name in parts.inputs")],
+        [(lockstep, "_projected", "if there", "if partners")],
         "text alone writes",
     ),
     "a unimodal row is projected": (

@@ -12,6 +12,7 @@ from zipper.former import install
 
 if TYPE_CHECKING:
     from zipper.audio.sound import Audio
+    from zipper.composition import compose
     from zipper.config import ZipperConfig
     from zipper.errors import ZipperError
     from zipper.link import LinkConfig
@@ -41,6 +42,7 @@ _HOME = {
     "Zipper": "model",
     "ZipperConfig": "config",
     "ZipperError": "errors",
+    "compose": "composition",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Zipper",
     "ZipperConfig",
     "ZipperError",
+    "compose",
 ]
 
 

@@ -147,6 +147,12 @@ class TowerConfig:
         return Ends(self.begin, self.end)
 
 
+def usual_rate(source: TowerConfig, target: TowerConfig) -> float:
+    """Tokens of one tower per token of another, by their usual numbers; 1 where these are
+    unknown."""
+    return source.tokens / target.tokens if source.tokens and target.tokens else 1.0
+
+
 @dataclass(frozen=True)
 class ZipperConfig:
     """The whole shape of a zip.
@@ -158,6 +164,9 @@ class ZipperConfig:
     shapes: links that look otherwise than `link`, by name (see `link_of`).
     frozen_links: names of links that no longer learn.
     kept: towers whose input projection and adapter no longer learn.
+    company: {tower: (partners, ...)} for towers that have several input projections, one for the
+        company of these partners and one for that of others (see `inputs`); those of a composed
+        zip have, so that each pair is what it was.
 
     A state is shown before it is fused. Any links that close no circle will do: a state may not
     depend on itself.
@@ -171,10 +180,12 @@ class ZipperConfig:
     shapes: dict[str, LinkConfig] = field(default_factory=dict)
     frozen_links: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    company: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
         known("kept", self.kept, self.towers)
+        self._check_company()
         layers = {name: tower.layers for name, tower in self.towers.items()}
         check_junctions(layers, self.junctions, self.shows)
         possible = {str(key) for key in self._possible()}
@@ -208,6 +219,21 @@ class ZipperConfig:
         return tuple(sorted(there, key=lambda key: (key.junction, key.target, key.source)))
 
     @cached_property
+    def inputs(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """By tower the names of its input projections, and for each the towers in whose company
+        embeddings go through it. One tower alone has none."""
+        found: dict[str, dict[str, tuple[str, ...]]] = {}
+        for name, tower in self.towers.items():
+            others = tuple(other for other in self.towers if other != name)
+            there = others and tower.input_projection != "none"
+            if name in self.company:
+                parts = self.company[name] if there else ()
+                found[name] = {f"{name}:{'+'.join(part)}": part for part in parts}
+            else:
+                found[name] = {name: others} if there else {}
+        return found
+
+    @cached_property
     def route(self) -> "Route":
         """The order in which the towers of this zip run and exchange."""
         return Route.of(self)
@@ -216,6 +242,11 @@ class ZipperConfig:
         """What one link looks like: its own shape where it has one, else that of all links."""
         return self.shapes.get(str(key), self.link)
 
+    def rate(self, key: LinkKey) -> float:
+        """Source tokens per target token, by which a link scales rotary positions."""
+        usual = usual_rate(self.towers[key.source], self.towers[key.target])
+        return self.link_of(key).rate or usual
+
     def shown(self, key: LinkKey) -> int:
         """Behind how many blocks of its source a link reads it."""
         return (self.shows or self.junctions)[key.junction][key.source]
@@ -223,6 +254,18 @@ class ZipperConfig:
     def fused(self, key: LinkKey) -> int:
         """Behind how many blocks of its target a link is fused."""
         return self.junctions[key.junction][key.target]
+
+    def _check_company(self) -> None:
+        """Raises a ZipperError for company that names other towers, or one twice."""
+        known("company", self.company, self.towers)
+        for name, parts in self.company.items():
+            partners = [*chain.from_iterable(parts)]
+            known("company", partners, self.towers)
+            if name in partners or len({*partners}) < len(partners) or not all(parts):
+                raise ZipperError(
+                    f"company of {name!r} is {parts!r}; each of its partners is another tower, and "
+                    "named once."
+                )
 
     def _possible(self) -> Iterator[LinkKey]:
         for n, fused in enumerate(self.junctions):
@@ -343,7 +386,9 @@ def default_limit(own: float, given: Mapping[str, tuple[int, float]], room: int)
     segment)}; 0 = unknown. room: what the tower can still read.
     """
     ratios = [tokens * own / usual if own and usual else tokens for tokens, usual in given.values()]
-    return max(1, min(math.ceil(3 * max(ratios, default=own or 64)) + 16, room))
+    # Rounded: where all lengths are given in other units, ratios differ in their last bits.
+    likely = round(3 * max(ratios, default=own or 64), 6)
+    return max(1, min(math.ceil(likely) + 16, room))
 
 
 def check(config: ZipperConfig, room: Callable[[str], int], segments: Sequence[Segment]) -> None:

@@ -5,6 +5,7 @@ then a gated feed-forward (Zipper, arXiv:2405.18669, sec. 3; the gates are Flami
 arXiv:2204.14198). It sees tensors and a mask; it knows nothing of modalities, tokens or time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ LIMITS = {
     "projection_depth": (0, 64),
     "gate_init": (-100.0, 100.0),
     "dropout": (0.0, 0.999),
+    "rate": (1e-6, 1e6),
 }
 
 InputKind = Literal["residual", "paper", "none"]
@@ -54,6 +56,7 @@ class LinkConfig:
     (Flamingo).
     dropout: on both branches, in training.
     whiten: a fixed affine map before the projection; `calibrate` adds and sets it.
+    rate: source tokens per target token; None = by the usual tokens of both towers.
     """
 
     width: int | None = None
@@ -65,6 +68,7 @@ class LinkConfig:
     gate_init: float = 0.0
     dropout: float = 0.0
     whiten: bool = False
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
@@ -142,8 +146,26 @@ class InputProjection(nn.Module):
         self, h: Float[Tensor, "batch length width"]
     ) -> Float[Tensor, "batch length width"]:
         """Project embeddings; same shape out. Runs in its own dtype, returns the input's."""
-        out = self.mlp(h.to(next(self.mlp.parameters()).dtype)).to(h.dtype)
-        return h + out if self.kind == "residual" else F.relu(out)
+        return project(h, [(self, None)])
+
+
+def project(
+    h: Float[Tensor, "batch length width"],
+    projections: Sequence[tuple[InputProjection, Bool[Tensor, "batch length"] | None]],
+) -> Float[Tensor, "batch length width"]:
+    """Embeddings through the input projections of a tower, each where its mask says; None:
+    everywhere. What several add adds up; those of the paper are averaged before their ReLU.
+    """
+    used: Any = torch.zeros((), dtype=torch.int, device=h.device)
+    added = torch.zeros_like(h)
+    for projection, mask in projections:
+        where = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask
+        out = projection.mlp(h.to(next(projection.mlp.parameters()).dtype)).to(h.dtype)
+        added = added + torch.where(where[..., None], out, 0)
+        used = used + where[..., None]
+    if not projections or projections[0][0].kind == "residual":
+        return h + added
+    return torch.where(used > 0, F.relu(added / used.clamp(min=1)), h)
 
 
 def rotate(

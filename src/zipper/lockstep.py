@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from zipper.config import LinkKey, Route
-from zipper.link import Link, Memory, block_mask
+from zipper.link import InputProjection, Link, Memory, block_mask, project
 from zipper.saving.files import MOST_LAYERS
 from zipper.strand import Strand, visible
 from zipper.tower import Past, Tower
@@ -67,6 +67,7 @@ class Parts:
     """What the loop runs: towers, their input projections, the links between them and the route
     through all of these.
 
+    entrances: by tower the names of its input projections, and in whose company each is used.
     flex: links attend by FlexAttention where nothing is cached.
     """
 
@@ -74,6 +75,7 @@ class Parts:
     inputs: nn.ModuleDict
     links: nn.ModuleDict
     route: Route
+    entrances: Mapping[str, Mapping[str, Sequence[str]]]
     flex: bool = False
 
     def tower(self, name: str) -> Tower:
@@ -142,8 +144,8 @@ def advance(
     for name, strand in strands.items():
         past = state.past.get(name) if cached else None
         h = towers[name].embed(strand, past)
-        if fused and name in parts.inputs:
-            h = _projected(parts.inputs[name], h, name, strands, cached)
+        if parts.entrances[name]:
+            h = _projected(parts, h, name, None if cached else strands, state.towers)
         hidden[name], passes[name] = h, towers[name].start(strand, h, past)
 
     shown: dict[LinkKey, Tensor] = {}
@@ -221,26 +223,32 @@ def _entered(state: State, strands: Mapping[str, Strand], fresh: Mapping[str, Pa
 
 
 def _projected(
-    projection: nn.Module, h: Tensor, name: str, strands: Mapping[str, Strand], cached: bool
+    parts: Parts,
+    h: Tensor,
+    name: str,
+    read: Mapping[str, Strand] | None,
+    company: Sequence[str],
 ) -> Tensor:
-    """Embeddings through the input projection (paper: h^0 = ReLU(MLP(embed))), but for documents
-    that no other tower reads: these take the unimodal path. A cached plan of several towers is
-    multi-modal throughout.
+    """Embeddings through the input projections (paper: h^0 = ReLU(MLP(embed))) for this company,
+    but for documents that none of it reads: these take the unimodal path. read: all that is read;
+    None where it comes bit by bit, a plan of several towers being multi-modal throughout.
     """
-    if cached:
-        fused = torch.ones_like(strands[name].ids, dtype=torch.bool)
-    else:
-        fused = _shared(name, strands)
-    return torch.where(fused[..., None], projection(h), h)
+    used: list[tuple[InputProjection, Tensor | None]] = []
+    for key, partners in parts.entrances[name].items():
+        there = [partner for partner in partners if partner in company]
+        if there:
+            mask = None if read is None else _shared(read[name], [read[n] for n in there])
+            used.append((cast(InputProjection, parts.inputs[key]), mask))
+    return project(h, used)
 
 
-def _shared(name: str, strands: Mapping[str, Strand]) -> Bool[Tensor, "batch length"]:
+def _shared(strand: Strand, others: Sequence[Strand]) -> Bool[Tensor, "batch length"]:
     """Which tokens belong to a document that other towers read too."""
-    mine = strands[name].document
+    mine = strand.document
     shared = torch.zeros_like(mine, dtype=torch.bool)
-    for other, strand in strands.items():
-        if other != name:
-            shared |= (mine[:, :, None] == strand.document.to(mine.device)[:, None, :]).any(-1)
+    for other in others:
+        theirs = other.document.to(mine.device)
+        shared |= (mine[:, :, None] == theirs[:, None, :]).any(-1)
     return shared
 
 

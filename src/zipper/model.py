@@ -447,9 +447,8 @@ class Zipper(nn.Module):
 
     @property
     def _parts(self) -> Parts:
-        return Parts(
-            self.towers, self.inputs, self.links, self.config.route, self.attention == "flex"
-        )
+        shape, flex = self.config, self.attention == "flex"
+        return Parts(self.towers, self.inputs, self.links, shape.route, shape.inputs, flex)
 
     def _tower(self, name: str) -> Tower:
         named(name, self.config.towers)
@@ -468,8 +467,8 @@ class Zipper(nn.Module):
         for name in {*self.config.frozen_links} & {*self.links}:
             self.links[name].requires_grad_(False)
         for name in self.config.kept:
-            if name in self.inputs:
-                self.inputs[name].requires_grad_(False)
+            for part in self.config.inputs[name]:
+                self.inputs[part].requires_grad_(False)
             if self.config.towers[name].lora is not None:
                 self.towers[name].requires_grad_(False)
 
@@ -479,16 +478,16 @@ class Zipper(nn.Module):
         for name, tower in self.towers.items():
             device = next(tower.parameters()).device
             reading = [self.links[str(key)] for key in self.config.links if key.target == name]
-            for part in (*reading, *(self.inputs[n] for n in self.inputs if n == name)):
+            for part in (*reading, *(self.inputs[part] for part in self.config.inputs[name])):
                 part.to(device)
 
 
 def _inputs(config: ZipperConfig) -> nn.ModuleDict:
-    """The input projections of a zip; one tower alone has none."""
+    """The input projections of a zip."""
     found = nn.ModuleDict()
-    for name, tower in sorted(config.towers.items()) if len(config.towers) > 1 else ():
-        if tower.input_projection != "none":
-            found[name] = InputProjection(tower.width, tower.input_projection)
+    for name, tower in sorted(config.towers.items()):
+        for part in config.inputs[name]:
+            found[part] = InputProjection(tower.width, tower.input_projection)
     return found
 
 
@@ -497,8 +496,8 @@ def _links(config: ZipperConfig) -> nn.ModuleDict:
     found = nn.ModuleDict()
     for key in config.links:
         source, target = config.towers[key.source], config.towers[key.target]
-        scale = source.tokens / target.tokens if target.tokens and source.tokens else 1.0
-        found[str(key)] = Link(target.width, source.width, config.link_of(key), scale)
+        rate = config.rate(key)
+        found[str(key)] = Link(target.width, source.width, config.link_of(key), rate)
     return found
 
 

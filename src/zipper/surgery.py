@@ -430,11 +430,12 @@ def _grafted(
     strangers = {
         name: f"{name} is another tower" for name, change in changes.items() if not change.related
     }
-    for name, projection in model.inputs.items():
+    for part, projection in model.inputs.items():
+        name = part.partition(":")[0]
         meaningless = {"mlp": strangers[name]} if name in strangers else {}
-        reborn = _graft(projection, new.inputs[name], meaningless, gate)
+        reborn = _graft(projection, new.inputs[part], meaningless, gate)
         if name in changes:
-            yield _fate(f"inputs.{name}", f"inputs.{name}", projection, reborn)
+            yield _fate(f"inputs.{part}", f"inputs.{part}", projection, reborn)
     for key in model.config.links:
         link, was, name = model.link(*key), str(key), names[str(key)]
         faces = dict.fromkeys(_facing_source(link), key.source)

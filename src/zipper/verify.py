@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from inspect import signature
 from itertools import permutations
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from zipper.errors import ZipperError
 from zipper.generation import Engine, generate
-from zipper.link import InputProjection, Link, Memory
+from zipper.link import InputProjection, Link, Memory, project
 from zipper.model import Zipper
 from zipper.reading import Logits, Model, Piece, Stepwise
 from zipper.sampling import Sampling
@@ -467,7 +467,9 @@ def _definition(
     inputs = {}
     for name, tower in towers.items():
         h = tower.embed(strands[name])
-        inputs[name] = model.inputs[name](h) if name in model.inputs else h
+        entrances = model.config.inputs[name]
+        used = [model.inputs[key] for key, company in entrances.items() if {*company} & {*strands}]
+        inputs[name] = project(h, [(cast(InputProjection, part), None) for part in used])
     passes = {name: tower.start(strands[name], inputs[name]) for name, tower in towers.items()}
 
     @cache

@@ -133,10 +133,18 @@ def test_blind_by_bare_is_what_went_in_turn(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_other_arms_read_the_same_number_of_tokens() -> None:
-    for arm in ("int8", "expanded", "mllama", "streams"):
+    for arm in ("int8", "expanded", "mllama", "streams", "lanes", "apart"):
         found = turn(arm)
         assert found["tokens"] == len(IDS) * found["streams"] and found["decode_s"] > 0
-    assert found["streams"] == 8
+        streams = {"streams": 8, "lanes": 2, "apart": 2}
+        assert found["streams"] == streams.get(arm, 1)
+        assert (found["beside_s"] > 0) == (arm == "lanes")
+
+
+def test_lanes_read_one_another_and_what_goes_apart_does_not() -> None:
+    lanes, apart = (build(Settings(arm, "tiny", 12, 6)).start() for arm in ("lanes", "apart"))
+    assert torch.equal(lanes(5), apart(5)), "in the first step there is nothing new to see"
+    assert not torch.equal(lanes(9), apart(9))
 
 
 def test_a_batch_is_so_many_sequences_in_every_arm() -> None:

@@ -568,6 +568,41 @@ def add(
     print(f"{output}: saved")
 
 
+@command(
+    app,
+    MAKE,
+    "zipper compose runs/demo/model runs/pictures/model -o runs/three",
+)
+def compose(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="a saved model")],
+    second: Annotated[
+        Path, typer.Argument(metavar="SECOND", help="another, that has a tower in common with it")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="new folder for the model")],
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW", help="what a tower of the second is called in the new model"
+        ),
+    ] = None,
+    copy: Annotated[
+        bool,
+        typer.Option(
+            "--copy", help="copy all towers into the new folder, not only name those of the parents"
+        ),
+    ] = False,
+    towers: Bases = None,
+) -> None:
+    """Make one model of two that share a tower: each pair of towers answers as before."""
+    from zipper import composition
+
+    absent(output)
+    names, bases = named("--name", name), named("--tower", towers)
+    new = composition.compose_saved(first, second, names, bases)
+    new.save_pretrained(output, [*new.zip.towers] if copy else [])
+    print(f"{output}: saved, {', '.join(sorted(new.zip.towers))}")
+
+
 def _means(tokens: list[str]) -> dict[str, float]:
     """NAME=MEAN items as numbers."""
     try:

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from ctypes import addressof, pointer
-from functools import cached_property, partial
+from ctypes import pointer
+from functools import cached_property, partial, reduce
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zipper.config import LinkKey
 from zipper.fast import native
-from zipper.fast.graphs import Shape
-from zipper.fast.plain import Block, Plain
-from zipper.fast.session import Place
+from zipper.fast.graphs import Row, Shape
+from zipper.fast.plain import Block, Held, Plain
+from zipper.fast.session import Cache
 from zipper.fast.weights import Angles, Form, Matrix, Norm, Table, layer_norm, paired, turn
-from zipper.link import InputProjection, Link, Memory, rotate
+from zipper.link import InputProjection, Link, project, rotate
 
 
 @runtime_checkable
@@ -169,44 +168,39 @@ class FastBlock:
 class FastInput:
     """What stands between embeddings and the first block, where a plan has several towers."""
 
-    def __init__(self, module: InputProjection) -> None:
-        self.module = module
+    def __init__(self, modules: Sequence[InputProjection]) -> None:
+        self.modules = modules
+
+    def __call__(self, h: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """Embeddings through all of them."""
+        return project(h[None], [(module, None) for module in self.modules])[0]
 
     @cached_property
     def stage(self) -> native.Stage:
         """As the compiled step takes it."""
-        self._matrices = [
-            Matrix([layer], Form(int8=False, compiled=True))
-            for layer in self.module.mlp
-            if isinstance(layer, nn.Linear)
-        ]
+        form = Form(int8=False, compiled=True)
+        self._matrices = [Matrix([layer], form) for layer in _side_by_side(self.modules)]
+        residual = self.modules[0].kind == "residual"
         layers = native.array(native.Matrix, [matrix.struct for matrix in self._matrices])
-        return native.Stage(
-            input=pointer(native.Input(layers, len(layers), self.module.kind == "residual"))
-        )
+        return native.Stage(input=pointer(native.Input(layers, len(layers), residual)))
 
 
 @final
 class FastLink:
-    """`Link.forward` for tokens that all see something."""
+    """`Link.forward` for tokens that all see something. turns, key_turns: what the rotary positions
+    of queries and keys go by, if there are any: their rate, and the width of a head."""
 
     def __init__(self, link: Link, form: Form) -> None:
-        self.link, self.scale, self.norm = link, link.position_scale, layer_norm(link.norm)
+        self.link, self.norm = link, layer_norm(link.norm)
+        rotary, width = link.config.rotary, link.config.head_width
+        self.turns, self.key_turns = (
+            (rate, width) if rotary else None for rate in (link.position_scale, 1.0)
+        )
         self.query, self.out = (
             Matrix([link.query], form),
             Matrix([link.out], form, float(link.gate.detach().tanh())),
         )
-        whole = form._replace(int8=False)
-        layers = [
-            link.whiten,
-            *(link.projection if isinstance(link.projection, nn.Sequential) else ()),
-        ]
-        self.projections = [
-            Matrix([part], whole) if isinstance(part, nn.Linear) else part
-            for part in layers
-            if part is not None
-        ]
-        self.memory = Matrix([link.key, link.value], whole)
+        self.reads = [Matrix([part], form._replace(int8=False)) for part in _reads(link)]
         self._dtype = torch.float32 if form.compiled else link.key.weight.dtype
         self.source_norm = copy.deepcopy(link.source_norm).to(self._dtype)
         self.first = None
@@ -249,75 +243,65 @@ class FastLink:
             out=self.out.struct,
             heads=self.link.heads,
             head_width=self.link.config.head_width,
+            reads=native.array(native.Matrix, [part.struct for part in self.reads]),
+            depth=len(self.reads),
+            half=self.link.query.weight.dtype == torch.bfloat16,
         )
         if self.first:
             found.second, found.up = self.second_norm.struct, self.first.struct
             found.down = self.second.struct
+        if isinstance(self.link.source_norm, nn.LayerNorm):
+            self._source = layer_norm(self.link.source_norm)
+            found.source = self._source.struct
         return found
 
-    def stage(
-        self,
-        key: LinkKey,
-        angles: tuple[Tensor, Tensor] | None,
-        places: Sequence[Place],
-        last: bool,
-        alive: list[Any],
-    ) -> native.Stage:
-        """The link in a compiled step, where some sessions see something. last: of its junction.
-        alive: gets what it points to."""
-        seen: list[Any] = []
-        for place in places:
-            memory = place.session.memory.get(key)
-            there = native.Memory()
-            if memory:
-                there = native.Memory(*map(native.pointer, memory), memory.keys.shape[2])
-            seen += [there] * (place.stop - place.start)
-            alive.append(memory)
-        found = native.array(native.Memory, seen)
-        alive.append(found)
-        half = self.link.query.weight.dtype == torch.bfloat16
-        stage = native.Stage(link=self._pointer, memory=addressof(found), last=last, half=half)
+    def stage(self, seen: int, angles: tuple[Tensor, Tensor] | None, last: bool) -> native.Stage:
+        """The link in a compiled step. seen: its number among those that are read there. last: of
+        its junction."""
+        stage = native.Stage(link=self._pointer, seen=seen, last=last)
         if angles is not None:
             stage.cos, stage.sin = map(native.pointer, angles)
         return stage
 
-    def extend(self, memory: Memory | None, states: Float[Tensor, "tokens source_width"]) -> Memory:
-        """`Link.read` of source states that come behind those in `memory`; laid out for the many
-        steps that read them."""
-        link = self.link
-        start = 0 if memory is None else memory.keys.shape[2]
-        h = self.source_norm(states.to(self._dtype))
-        for part in self.projections:
-            h = part(h)
-        if link.config.projection_relu:
-            h = F.relu(h)
-        keys, values = self.memory(h).view(1, len(h), 2, link.heads, -1).permute(2, 0, 3, 1, 4)
-        if link.config.rotary:
-            keys = rotate(keys, torch.arange(start, start + len(h), device=h.device)[None].float())
-        kept = {
-            "dtype": self.shape.like.dtype,
-            "copy": True,
-            "memory_format": torch.contiguous_format,
-        }
-        fresh = Memory(*(part.to(**kept) for part in (keys, values)))
-        return (
-            fresh
-            if memory is None
-            else Memory(*(torch.cat(pair, dim=2) for pair in zip(memory, fresh, strict=True)))
-        )
+    def unread(
+        self,
+        memory: Cache,
+        states: Float[Tensor, "tokens source_width"],
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> native.Unread:
+        """What `read` does, for `native.read`. The states must live until then."""
+        past, tokens = memory.length, len(states)
+        memory.reserve(tokens)
+        memory.length += tokens
+        tensors = states, memory.held, *(angles or (None, None))
+        room = memory.held.shape[3]
+        return native.Unread(self._pointer, *map(native.pointer, tensors), tokens, room, past)
 
-    def angles(self, length: int) -> Angles:
-        """Rotary positions of queries at the source's rate, as `link.rotate` has them, for the
-        first `length` positions."""
+    def read(self, memory: Cache | Row, states: Float[Tensor, "tokens source_width"]) -> None:
+        """`Link.read` of source states that come behind those in `memory`, and into it."""
+        first, *others = self.reads
+        h = first(self.source_norm(states.to(self._dtype)))
+        for part in others:
+            h = part(F.relu(h))
+        keys, values = h.view(1, len(h), 2, self.link.heads, -1).permute(2, 0, 3, 1, 4)
+        past, end = memory.length, memory.length + len(h)
+        if self.link.config.rotary:
+            keys = rotate(keys, torch.arange(past, end, device=h.device)[None].float())
+        memory.reserve(len(h))
+        held, said = memory.layer(0)
+        held[:, past:end], said[:, past:end] = keys[0], values[0]
+        memory.length = end
+
+    def angles(self, rate: float, length: int) -> Angles:
+        """Rotary positions at a rate, as `link.rotate` has them, for the first `length`
+        positions."""
         like = self.link.query.weight
         half = self.link.config.head_width // 2
-        position = (
-            torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * self.scale
-        )
+        position = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * rate
         angle = position * 10_000.0 ** (
             -torch.arange(half, device=like.device, dtype=torch.float32) / half
         )
-        return paired(angle.cos().to(like.dtype), angle.sin().to(like.dtype))
+        return paired(angle.cos().to(self._dtype), angle.sin().to(self._dtype))
 
     def __call__(
         self,
@@ -340,6 +324,47 @@ class FastLink:
     @cached_property
     def _pointer(self) -> Any:
         return pointer(self.struct)
+
+
+def _side_by_side(modules: Sequence[InputProjection]) -> list[Held]:
+    """Several MLPs as one whose result is what `project` makes of theirs."""
+    paper = modules[0].kind == "paper"
+    each = [[part for part in m.mlp if isinstance(part, nn.Linear)] for m in modules]
+    found, last = [], len(each[0]) - 1
+    for number, layers in enumerate(zip(*each, strict=True)):
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers]
+        if number == last:
+            share = 1 / len(modules) if paper else 1
+            whole = torch.cat(weights, 1) * share, torch.stack(biases).sum(0) * share
+        else:
+            whole = torch.block_diag(*weights) if number else torch.cat(weights), torch.cat(biases)
+        found.append(Held(*whole))
+    return found
+
+
+def _reads(link: Link) -> list[Held]:
+    """The layers that make keys and values of a source's states, ReLU between them. Linear ones
+    that follow one another are one, so that a step has few weights to read for a token that comes
+    alone."""
+    parts = [link.whiten, *(link.projection if isinstance(link.projection, nn.Sequential) else ())]
+    runs: list[list[Held]] = [[]]
+    for part in [*parts, nn.ReLU() if link.config.projection_relu else None]:
+        if isinstance(part, nn.Linear):
+            runs[-1].append(Held(part.weight.detach(), part.bias.detach()))
+        elif part is not None:
+            runs.append([])
+    runs[-1].append(Held(torch.cat([link.key.weight, link.value.weight]).detach(), None))
+    return [reduce(_joined, run) for run in runs]
+
+
+def _joined(first: Held, second: Held) -> Held:
+    """Two linear layers as one."""
+    weight, like = second.weight.double(), first.weight
+    bias = None if first.bias is None else weight @ first.bias.double()
+    if bias is not None and second.bias is not None:
+        bias = bias + second.bias.double()
+    return Held((weight @ like.double()).to(like), None if bias is None else bias.to(like))
 
 
 def attention(

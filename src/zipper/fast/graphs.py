@@ -86,7 +86,7 @@ class Pool:
 class Row:
     """A `fused.Cache` that stands in a pool."""
 
-    def __init__(self, pool: Pool, name: str, row: int, length: int = 0) -> None:
+    def __init__(self, pool: Pool, name: Hashable, row: int, length: int = 0) -> None:
         self.pool, self.name, self.row, self.length = pool, name, row, length
 
     @property
@@ -98,6 +98,11 @@ class Row:
         """Keys and values of a layer."""
         keys, values = self.held[index]
         return keys, values
+
+    def copy(self, row: int) -> "Row":
+        """The same in another row, which goes on by itself."""
+        self.pool.copy(self.name, self.row, row, self.length)
+        return Row(self.pool, self.name, row, self.length)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for so many more."""

@@ -16,7 +16,7 @@ from ctypes import c_int32
 from functools import partial
 from itertools import chain, pairwise
 from types import FunctionType
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,14 @@ from zipper.fast import native
 from zipper.fast.blocks import FastInput, FastLink, FastTower, attention, masked
 from zipper.fast.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.fast.plain import CUTS, Plain, plain, sample, truth
-from zipper.fast.session import STAMPS, Cache, Place, Session, Shown
+from zipper.fast.session import Cache, Entry, Place, Session, Shown
 from zipper.fast.weights import Angles, Form, Table
 from zipper.link import InputProjection
 from zipper.model import Zipper
 from zipper.reading import Logits, Piece
 from zipper.tower import UnsupportedTower
 
-PREPARED = 8  # steps of certain sessions that are held ready
+PREPARED = 8  # steps that are held ready
 
 
 @final
@@ -58,16 +58,11 @@ class Fused:
         form = Form(int8, not pooled and self._compilable(towers.values()))
         self._towers = {name: FastTower(tower, form) for name, tower in towers.items()}
         self._links = {key: FastLink(model.link(*key), form) for key in model.config.links}
-        self._inputs = {
-            name: FastInput(part)
-            for name, part in model.inputs.items()
-            if isinstance(part, InputProjection)
-        }
-        self._turns = {
-            link.scale: Table(link.angles)
-            for link in self._links.values()
-            if link.link.config.rotary
-        }
+        self._entrances: dict[Entry, FastInput] = {}
+        self._turns: dict[tuple[float, int] | None, Table] = {}
+        for link in self._links.values():
+            for turns in filter(None, (link.turns, link.key_turns)):
+                self._turns[turns] = Table(partial(link.angles, turns[0]))
         self._stops = {name: model.config.route.stops(name) for name in self._towers}
         self._between = _between(self._stops)
         self._ends = {name: model.config.route.last_shown(name, towers) for name in towers}
@@ -90,7 +85,11 @@ class Fused:
     def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Session:
         """An empty sequence for a plan that reads and writes `towers`; only `outputs` will be asked
         for logits."""
-        session = Session(tuple(towers), tuple(outputs))
+        entries: dict[str, Entry] = dict.fromkeys(towers)
+        for name in towers if len(towers) > 1 else ():
+            parts = self.model.config.inputs[name].items()
+            entries[name] = tuple(part for part, company in parts if {*company} & {*towers})
+        session = Session(tuple(towers), tuple(outputs), entries)
         if self._pool is not None:
             session.row = self._pool.take()
             weakref.finalize(session, self._pool.free, session.row)
@@ -98,22 +97,13 @@ class Fused:
 
     @torch.inference_mode()
     def fork(self, session: Session) -> Session:
-        """A copy that goes on by itself. What links hold is shared: it is replaced, never written
-        to."""
+        """A copy that goes on by itself."""
         twin = self.open(session.towers, session.outputs)
-        twin.memory, twin.unread = (
-            dict(session.memory),
-            {pair: list(shown) for pair, shown in session.unread.items()},
-        )
+        twin.unread = {pair: list(shown) for pair, shown in session.unread.items()}
         for name, cache in session.caches.items():
-            if isinstance(cache, Row):
-                cache.pool.copy(name, session.row, twin.row, cache.length)
-                twin.caches[name] = Row(cache.pool, name, twin.row, cache.length)
-            else:
-                twin.caches[name] = cache.fork()
-        if self._pool is not None:
-            for link, memory in session.memory.items():
-                self._pool.copy(link, session.row, twin.row, memory.keys.shape[2])
+            twin.caches[name] = cache.copy(twin.row) if isinstance(cache, Row) else cache.fork()
+        for link, memory in session.memory.items():
+            twin.memory[link] = memory.copy(twin.row) if isinstance(memory, Row) else memory.share()
         return twin
 
     @torch.inference_mode()
@@ -147,7 +137,7 @@ class Fused:
 
     def turned(self, link: LinkKey, position: Int[Tensor, " tokens"]) -> Angles | None:
         """Rotary positions at the rate of a link's source."""
-        table = self._turns.get(self._links[link].scale)
+        table = self._turns.get(self._links[link].turns)
         return None if table is None else table.at(position)
 
     def _read(
@@ -159,13 +149,14 @@ class Fused:
         """The pieces of one tower. shown: gets what other towers may read from the next step on."""
         answers: Logits = [None] * len(pieces)
         # A plan of one tower goes by no links, one in which the tower is silent stops early.
-        paths: dict[tuple[bool, bool], list[int]] = {}
+        paths: dict[tuple[Entry, bool], list[int]] = {}
         for index, (session, _) in enumerate(pieces):
-            paths.setdefault((len(session.towers) > 1, tower in session.outputs), []).append(index)
-        for (linked, speaks), indices in paths.items():
+            path = session.entries[tower], tower in session.outputs
+            paths.setdefault(path, []).append(index)
+        for (entry, speaks), indices in paths.items():
             for group, step in self._groups(indices, [len(ids) for _, ids in pieces]):
                 logits = self._read_alike(
-                    tower, [pieces[index] for index in group], linked, speaks, step, shown
+                    tower, [pieces[index] for index in group], entry, speaks, step, shown
                 )
                 if logits is not None:
                     for index, row in zip(group, logits, strict=True):
@@ -186,9 +177,11 @@ class Fused:
             if group:
                 yield group, step
 
-    def _halts(self, name: str, linked: bool, end: int) -> list[Stop]:
+    def _halts(self, name: str, entry: Entry, end: int) -> list[Stop]:
         """Where a tower halts on its way, none on the unimodal path."""
-        return [stop for stop in self._stops[name] if stop.layer <= end] if linked else []
+        if entry is None:
+            return []
+        return [stop for stop in self._stops[name] if stop.layer <= end]
 
     def _heard(self, name: str) -> list[LinkKey]:
         """The links by which a tower reads others."""
@@ -198,7 +191,7 @@ class Fused:
         self,
         name: str,
         pieces: Sequence[Piece],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
         step: "_Way",
         shown: list[tuple[Session, tuple[str, str], Shown]],
@@ -207,26 +200,19 @@ class Fused:
         places, row = [], 0
         for session, piece in pieces:
             if name not in session.caches:
-                pool = self._pool
-                fresh = (
-                    Cache(self._towers[name].shape)
-                    if pool is None
-                    else Row(pool, name, session.row)
-                )
-                session.caches[name] = fresh
+                session.caches[name] = self._empty(name, self._towers[name].shape, session)
             cache = session.caches[name]
             cache.reserve(len(piece))
-            if session.unread:
-                self._listen(name, session, self._end(name, speaks))
             places.append(Place(session, cache, row, row := row + len(piece)))
+        self._listen(name, places, self._end(name, speaks))
         positions: list[int] = []
         for place in places:
             positions += range(place.cache.length, place.cache.length + place.stop - place.start)
         ids = list(chain.from_iterable(ids for _, ids in pieces))
-        spoken, kept = step(name, ids, positions, places, linked, speaks)
+        spoken, kept = step(name, ids, positions, places, entry, speaks)
         for session, cache, start, stop in places:
             cache.length += stop - start
-            for pair in self._between if linked else ():
+            for pair in self._between if entry is not None else ():
                 if pair[0] == name and pair[1] in session.towers:
                     shown.append((session, pair, Shown(kept, start, stop)))
         return spoken
@@ -235,25 +221,34 @@ class Fused:
         """Behind how many blocks a tower may stop: a silent one where it is last shown."""
         return self._towers[name].layers if speaks else self._ends[name]
 
-    def _listen(self, name: str, session: Session, end: int) -> None:
+    def _empty(self, name: Hashable, shape: Shape, session: Session) -> Cache | Row:
+        """A session's keys and values of a tower or a link, none yet."""
+        return Cache(shape) if self._pool is None else Row(self._pool, name, session.row)
+
+    def _listen(self, name: str, places: Sequence[Place], end: int) -> None:
         """The links into a tower read what was kept for them, in one batch each; those that are
         fused at its end, or behind it, are of no use to it."""
-        for pair in [pair for pair in session.unread if pair[1] == name]:
-            shown = session.unread.pop(pair)
-            session.stamp = next(STAMPS)
-            for number, key in self._between[pair]:
-                if self.model.config.fused(key) >= end:
-                    continue
-                states = torch.cat([part.kept[number][part.start : part.stop] for part in shown])
-                memory = session.memory[key] = self._links[key].extend(
-                    session.memory.get(key), states
-                )
-                if (
-                    self._pool is not None
-                ):  # a replay reads it there, longer pieces read it in the session
-                    tokens = memory.keys.shape[2]
-                    self._pool.reserve(key, tokens)
-                    self._pool.held[key][session.row, 0, :, :, :tokens] = torch.cat(memory)
+        later, alive = list[native.Unread](), list[Tensor]()
+        for session, *_ in places:
+            for pair in [pair for pair in session.unread if pair[1] == name]:
+                shown = session.unread.pop(pair)
+                for number, key in self._between[pair]:
+                    if self.model.config.fused(key) >= end:
+                        continue
+                    link = self._links[key]
+                    if key not in session.memory:
+                        session.memory[key] = self._empty(key, link.shape, session)
+                    memory = session.memory[key]
+                    parts = [part.kept[number][part.start : part.stop] for part in shown]
+                    states = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    if self._native and isinstance(memory, Cache):
+                        alive.append(states)
+                        table = self._turns.get(link.key_turns)
+                        later.append(link.unread(memory, states, table and table.single))
+                    else:
+                        link.read(memory, states)
+        if later:
+            native.read(later)
 
     def _run(
         self,
@@ -261,17 +256,17 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """One kernel after another, for any number of tokens."""
         tower = self._towers[name]
         self._reach(1 + max(positions))
         position = torch.tensor(positions, device=tower.device)
-        h = self._embed(name, torch.tensor(ids, device=tower.device), linked)
+        h = self._embed(name, torch.tensor(ids, device=tower.device), entry)
         spoken = [place.stop - 1 for place in places]
         return self._walk(
-            name, h, Ragged(self, places, position), linked, spoken if speaks else None
+            name, h, Ragged(self, places, position), entry, spoken if speaks else None
         )
 
     def _reach(self, length: int) -> None:
@@ -287,17 +282,24 @@ class Fused:
             self._replays.clear()
 
     def _embed(
-        self, name: str, ids: Int[Tensor, " tokens"], linked: bool
+        self, name: str, ids: Int[Tensor, " tokens"], entry: Entry
     ) -> Float[Tensor, "tokens width"]:
         h = F.embedding(ids, self._towers[name].table)
-        return self._inputs[name].module(h[None])[0] if linked and name in self._inputs else h
+        return self._entrance(entry)(h) if entry else h
+
+    def _entrance(self, entry: Entry) -> FastInput:
+        """Input projections that embeddings go through."""
+        if entry not in self._entrances:
+            modules = [cast(InputProjection, self.model.inputs[part]) for part in entry or ()]
+            self._entrances[entry] = FastInput(modules)
+        return self._entrances[entry]
 
     def _walk(
         self,
         name: str,
         h: Tensor,
         way: "Ragged | Fixed",
-        linked: bool,
+        entry: Entry,
         spoken: Sequence[int] | slice | None,
     ) -> "_Read":
         """Embeddings to the logits of the tokens that are spoken."""
@@ -305,7 +307,7 @@ class Fused:
         kept: list[Tensor] = []
         angles = tower.angles.at(way.position)
         end = self._end(name, spoken is not None)
-        for stop in self._halts(name, linked, end):
+        for stop in self._halts(name, entry, end):
             h, done = tower.run(h, range(done, stop.layer), angles, way), stop.layer
             kept.append(h)
             for link in stop.reads if stop.layer < end else ():
@@ -320,23 +322,23 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """One token of each session, in a shape that has perhaps been there before."""
         assert self._pool is not None
         rows, seen = [place.session.row for place in places], dict[LinkKey, list[int]]()
-        for link in self._heard(name) if linked else ():
+        for link in self._heard(name) if entry is not None else ():
             memories = [place.session.memory.get(link) for place in places]
             if any(memories):
-                seen[link] = [memory.keys.shape[2] if memory else 0 for memory in memories]
+                seen[link] = [memory.length if memory else 0 for memory in memories]
         batch, reach = above(1 + max(rows), least=1), above(1 + max(positions))
         span = above(max(map(max, seen.values()), default=0))
         self._reach(reach)
-        key = name, linked, speaks, tuple(seen), batch, reach, span
+        key = name, entry, speaks, tuple(seen), batch, reach, span
         shape = 3 + len(seen), batch
         if key not in self._replays:
-            step = self._fixed(name, linked, speaks, tuple(seen), reach, span)
+            step = self._fixed(name, entry, speaks, tuple(seen), reach, span)
             self._replays[key] = Replay(step, shape, self._towers[name].device, self._inductor)
         given = torch.zeros(shape, dtype=torch.long)
         given[:, rows] = torch.tensor([ids, positions, [1] * len(rows), *seen.values()])
@@ -348,7 +350,7 @@ class Fused:
         return logits, kept[:, rows]
 
     def _fixed(
-        self, name: str, linked: bool, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
+        self, name: str, entry: Entry, speaks: bool, seen: Sequence[LinkKey], reach: int, span: int
     ) -> FunctionType:
         """A step for `Replay`. Its input: ids, positions, whether a row takes part, and how much of
         each link in `seen` it sees."""
@@ -367,7 +369,7 @@ class Fused:
                 span,
             )
             logits, kept = self._walk(
-                name, self._embed(name, ids, linked), way, linked, slice(None) if speaks else None
+                name, self._embed(name, ids, entry), way, entry, slice(None) if speaks else None
             )
             if not len(kept):
                 return logits, None
@@ -387,58 +389,66 @@ class Fused:
         ids: Sequence[int],
         positions: Sequence[int],
         places: Sequence[Place],
-        linked: bool,
+        entry: Entry,
         speaks: bool,
     ) -> "_Read":
         """The same by one call of compiled code."""
         tower = self._towers[name]
         self._reach(1 + max(positions))
-        key = name, linked, speaks, *((place.session.stamp, place.stop) for place in places)
+        seen = tuple(
+            link
+            for link in (self._heard(name) if entry is not None else ())
+            if any(link in place.session.memory for place in places)
+        )
+        key = name, entry, speaks, seen, tuple(place.stop for place in places)
         if (prepared := self._prepared.get(key)) is None:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
-            prepared = self._prepared[key] = self._prepare(name, places, linked, speaks)
+            prepared = self._prepared[key] = self._prepare(name, places, seen, entry, speaks)
         shape = len(prepared.keeps), len(ids), tower.table.shape[1]
         kept = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
         place, size = kept.data_ptr(), kept.element_size() * kept.stride(0)
         for number, stage in enumerate(prepared.keeps):
             stage.keep = place + number * size
-        tokens: list[tuple[int, int, int, int]] = []
-        for _, cache, start, stop in places:
+        tokens: list[tuple[int, int, int, int, int]] = []
+        for number, (_, cache, start, stop) in enumerate(places):
             held, room = cache.held.data_ptr(), cache.held.shape[3]
             mine = zip(positions[start:stop], ids[start:stop], strict=True)
-            tokens += [(held, room, position, token) for position, token in mine]
-        end = tower.table, tower.norm.struct, tower.head.struct
-        logits = native.step(prepared.stages, tokens, prepared.spoken, tower.angles.single, *end)
+            tokens += [(held, room, position, token, number) for position, token in mine]
+        memory = [[_seen(place.session.memory.get(link)) for place in places] for link in seen]
+        end = tower.angles.single, tower.table, tower.norm.struct, tower.head.struct
+        logits = native.step(prepared.stages, tokens, memory, prepared.spoken, *end)
         return logits if speaks else None, kept
 
     def _prepare(
-        self, name: str, places: Sequence[Place], linked: bool, speaks: bool
+        self,
+        name: str,
+        places: Sequence[Place],
+        seen: Sequence[LinkKey],
+        entry: Entry,
+        speaks: bool,
     ) -> "Prepared":
-        """What is the same in every step of these sessions, as long as they see no more."""
-        tower, done, alive = self._towers[name], 0, list[Any]()
+        """What is the same in every step of so many tokens that see something through `seen`."""
+        tower, done = self._towers[name], 0
         stages, keeps = list[native.Stage](), list[int]()
-        if linked and name in self._inputs:
-            stages.append(self._inputs[name].stage)
+        if entry:
+            stages.append(self._entrance(entry).stage)
         end = self._end(name, speaks)
-        for stop in self._halts(name, linked, end):
+        for stop in self._halts(name, entry, end):
             stages += tower.stages[done : stop.layer]
             done = stop.layer
             keeps.append(len(stages))
             stages.append(native.Stage())
-            reads = stop.reads if stop.layer < end else ()
-            seen = [key for key in reads if any(key in p.session.memory for p in places)]
-            for number, link in enumerate(seen, 1):
-                part = self._links[link]
-                turns = self._turns.get(part.scale)
-                angles = None if turns is None else turns.single
-                stages.append(part.stage(link, angles, places, number == len(seen), alive))
+            reads = [key for key in stop.reads if stop.layer < end and key in seen]
+            for key in reads:
+                part = self._links[key]
+                table = self._turns.get(part.turns)
+                angles = None if table is None else table.single
+                stages.append(part.stage(seen.index(key), angles, key == reads[-1]))
         stages += tower.stages[done:] if speaks else []
         laid = native.array(native.Stage, stages)
         spoken = [place.stop - 1 for place in places] if speaks else []
-        return Prepared(
-            laid, [laid[index] for index in keeps], native.array(c_int32, spoken), alive
-        )
+        return Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken))
 
     def _compilable(self, towers: Iterable[Plain]) -> bool:
         """Whether compiled code can multiply by all weights that there are, and knows the
@@ -479,7 +489,9 @@ class Ragged:
         self, reader: Fused, places: Sequence[Place], position: Int[Tensor, " tokens"]
     ) -> None:
         self.reader, self.places, self.position = reader, places, position
-        self._turned: dict[float, Angles | None] = {}  # links of the same rate share them
+        self._turned: dict[
+            tuple[float, int] | None, Angles | None
+        ] = {}  # links of the same rate share them
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
@@ -505,18 +517,18 @@ class Ragged:
             return h
         link, memories = self.reader.link(name), [place.session.memory[name] for place in seeing]
         lengths = [place.stop - place.start for place in seeing]
-        if link.scale not in self._turned:
-            self._turned[link.scale] = self.reader.turned(name, self.position)
-        angles = self._turned[link.scale]
+        if link.turns not in self._turned:
+            self._turned[link.turns] = self.reader.turned(name, self.position)
+        angles = self._turned[link.turns]
 
         def attend(query: Tensor, scale: float) -> Tensor:
             parts = zip(
                 query.split(lengths) if len(lengths) > 1 else [query], memories, strict=True
             )
-            attended = [
-                attention(part, memory.keys[0], memory.values[0], scale, causal=False)
-                for part, memory in parts
-            ]
+            attended = []
+            for part, memory in parts:
+                keys, values = (kept[:, : memory.length] for kept in memory.layer(0))
+                attended.append(attention(part, keys, values, scale, causal=False))
             return torch.cat(attended) if len(attended) > 1 else attended[0]
 
         if len(seeing) == len(self.places):
@@ -588,13 +600,18 @@ class Fixed:
 
 
 class Prepared(NamedTuple):
-    """A compiled step of certain sessions. keeps: the stages that keep states. alive: what it
-    points to."""
+    """A compiled step of so many tokens of so many sessions. keeps: the stages that keep states."""
 
     stages: Any
     keeps: list[native.Stage]
     spoken: Any
-    alive: list[Any]
+
+
+def _seen(memory: Cache | Row | None) -> tuple[int, int, int]:
+    """What a session sees through a link, as the compiled step takes it."""
+    if memory is None:
+        return 0, 0, 0
+    return memory.held.data_ptr(), memory.held.shape[3], memory.length
 
 
 def _between(
@@ -610,8 +627,8 @@ def _between(
     return found
 
 
-#: A way to read places: tower, ids, positions, places, whether links are read, whether logits are
+#: A way to read places: tower, ids, positions, places, input projections, whether logits are
 #: wanted.
-_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], bool, bool], "_Read"]
+_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], Entry, bool], "_Read"]
 #: Logits of the places, and states at the tower's halts.
 _Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]

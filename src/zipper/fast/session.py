@@ -1,10 +1,9 @@
-"""What a sequence has read: keys and values with room to grow, what links remember, what they have
-not read yet."""
+"""What a sequence has read: keys and values of its towers and links, with room to grow, and what
+links have not read yet."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import NamedTuple, final
 
 from jaxtyping import Float
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from zipper.config import LinkKey
 from zipper.fast.graphs import Row, Shape
-from zipper.link import Memory
-
-STAMPS = count()
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -24,11 +20,12 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @final
 class Cache:
-    """Keys and values of what one sequence has read in one tower, with room to grow: explicit
-    lengths instead of joined tensors."""
+    """Keys and values of what one sequence has read in one tower, or through one link, with room
+    to grow: explicit lengths instead of joined tensors."""
 
     def __init__(self, shape: Shape) -> None:
         self.length = 0
+        self._shared = False
         nothing = shape.layers, 2, shape.heads, 0, shape.head_width
         self.held: Float[Tensor, "layers 2 heads room head_width"] = shape.like.new_empty(nothing)
         self._layers: list[tuple[Tensor, Tensor]] = []  # as views
@@ -41,7 +38,7 @@ class Cache:
         """Makes room for so many more; grows by half at least, so that a long segment is seldom
         copied."""
         wanted, room = self.length + tokens, self.held.shape[3]
-        if wanted > room:
+        if wanted > room or self._shared:
             self._move(max(wanted, room + room // 2, 64))
 
     def fork(self) -> "Cache":
@@ -50,12 +47,21 @@ class Cache:
         twin._move(self.length + 32)
         return twin
 
+    def share(self) -> "Cache":
+        """The same for what may never grow again: memory is copied once one of both does."""
+        self._shared = True
+        return copy.copy(self)
+
     def _move(self, room: int) -> None:
         """To other memory, with room for so many tokens."""
         moved = empty((*self.held.shape[:3], room, self.held.shape[4]), self.held)
         moved[:, :, :, : self.length] = self.held[:, :, :, : self.length]
-        self.held = moved
+        self.held, self._shared = moved, False
         self._layers = [(layer[0], layer[1]) for layer in moved]
+
+
+#: Names of input projections; None on the unimodal path.
+Entry = tuple[str, ...] | None
 
 
 @dataclass
@@ -64,18 +70,19 @@ class Session:
 
     towers: those of its plan. outputs: those that will produce, the others run no further than
     their last halt.
-    memory: of links between its towers.
+    entries: by tower the input projections that its embeddings go through; None on the unimodal
+    path, on which there are no links either.
+    memory: what links between its towers have read, one layer each.
     unread: {(source, target): states of the source that links into the target have not read yet}.
-    stamp: no other session has it, nor this one with another memory.
     row: in the pool, if there is one.
     """
 
     towers: tuple[str, ...]
     outputs: tuple[str, ...]
+    entries: dict[str, Entry]
     caches: dict[str, Cache | Row] = field(default_factory=dict)
-    memory: dict[LinkKey, Memory] = field(default_factory=dict)
+    memory: dict[LinkKey, Cache | Row] = field(default_factory=dict)
     unread: dict[tuple[str, str], list["Shown"]] = field(default_factory=dict)
-    stamp: int = field(default_factory=STAMPS.__next__)
     row: int = -1
 
 

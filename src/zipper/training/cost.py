@@ -225,10 +225,11 @@ def cost(model: Model, load: Load, recompute: bool = False) -> Cost:
         done[name] = until
 
     for name in towers:
-        if fused and name in model.inputs:
+        entrances = model.config.inputs[name] if fused else {}
+        for part in (part for part, company in entrances.items() if {*company} & {*towers}):
             graph[name] = found.products(
                 f"{name} input",
-                model.inputs[name],
+                model.inputs[part],
                 load.tokens[name],
                 graph[name],
                 needed[name] >= 0,

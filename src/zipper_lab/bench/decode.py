@@ -62,6 +62,8 @@ ARMS = {
     "steps": "zip, by Zipper.step",
     "int8": "zip, weights in 8 bits",
     "streams": "zip, eight sequences side by side",
+    "lanes": "zip, text and units in the same steps, each reading the other",
+    "apart": "the same text and the same units in a sequence each, one after the other",
     "stock": "the text tower in stock transformers, dynamic cache",
     "static": "the same, static cache, compiled",
     "expanded": "one decoder with the units in its vocabulary, our loop, source and text in one "
@@ -83,6 +85,7 @@ RATIOS = (
     ("zip", "steps", 1.0),
     ("zip", "mllama", 1.0),
     ("streams", "zip", 5.0),
+    ("lanes", "apart", 0.91),
 )
 #: Arms that exist on a CPU, or on CUDA, only.
 ONLY = {"torch": "cpu", "whole": "cuda"}
@@ -99,6 +102,7 @@ STREAMS = 8
 #: Numbers that are read to learn how fast memory is, beyond all caches, and how often.
 MEMORY, READS = {"cpu": 1 << 25, "cuda": 1 << 29}, 3
 EVERY = 2  # blocks between junctions
+UNITS = 64  # ids that the speech tower of every size knows
 
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -310,8 +314,8 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Read bandwidth: {how}, in the same process. Prefill: the source and 16 tokens of text. "
-        "On a CPU blind / bare is taken on the same weights, token by token in turn: two processes "
-        "with equal weights differ by 3 %."
+        "On a CPU blind / bare is taken on the same weights, token by token in turn, and lanes / "
+        "apart everywhere: two processes with equal weights differ by 3 %."
     )
 
 
@@ -382,6 +386,9 @@ def build(settings: Settings) -> Arm:
         if arm == "bare" or settings.device != "cpu":
             return made
         return made._replace(beside=_ours(reader, ["text"], [], prompt, batch).start)
+    if arm in ("lanes", "apart"):
+        together, apart = (_lanes(reader, source, prompt, n) for n in (1, 2))
+        return Arm(together, 2, beside=apart) if arm == "lanes" else Arm(apart, 2)
     streams = batch * STREAMS if arm == "streams" else batch
     made = _ours(reader, ["speech", "text"], source, prompt, streams)
     return made._replace(prefill_flops=_zip_prefill(_zip(alike, *towers), len(source), len(prompt)))
@@ -412,6 +419,32 @@ def _ours(
         streams,
         _read(reader, plan, source, prompt, streams) if isinstance(reader, Fused) else 0,
     )
+
+
+def _lanes(
+    reader: Reader, source: Sequence[int], prompt: Sequence[int], sessions: int
+) -> Callable[[], Callable[[int], Tensor]]:
+    """A start of text and units, a token of each a step, behind what is given of both. sessions:
+    one for both, in which they read one another, or one each."""
+    plan = ["speech", "text"]
+
+    def start() -> Callable[[int], Tensor]:
+        opened = [reader.open(plan, plan) for _ in range(sessions)]
+        for tower, ids in ("speech", source), ("text", prompt):
+            reader.read({tower: [(session, ids) for session in opened]})
+        own = dict(zip(plan, opened * 2, strict=False))
+
+        def step(i: int) -> Tensor:
+            pieces = {"text": [(own["text"], [i])], "speech": [(own["speech"], [i % UNITS])]}
+            apart = [{tower: piece} for tower, piece in pieces.items()]
+            found = [reader.read(given) for given in ([pieces] if sessions == 1 else apart)]
+            logits = found[0]["text"][0]
+            assert logits is not None
+            return logits
+
+        return step
+
+    return start
 
 
 def _products(parts: Iterable[nn.Module], tokens: int) -> float:
@@ -453,9 +486,8 @@ def _read(
         reader.read({"speech": [(session, source)]})
     reader.read({"text": [(session, prompt)]})
     tower, links = reader.bytes("text")
-    cache = session.caches["text"]
-    held = cache.held[:, :, :, : cache.length].nbytes
-    held += sum(part.nbytes for part in chain.from_iterable(session.memory.values()))
+    caches = [session.caches["text"], *session.memory.values()]
+    held = sum(cache.held[:, :, :, : cache.length].nbytes for cache in caches)
     return tower + links * bool(source) + streams * held
 
 

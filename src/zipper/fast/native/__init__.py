@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -68,12 +69,14 @@ class Block(Structure):
 
 
 class Link(Structure):
-    """What a tower does to read another."""
+    """What a tower does to read another. reads: what makes keys and values of the other's states,
+    ReLU between them."""
 
     _fields_ = (
-        *((name, Norm) for name in ("norm", "second")),
+        *((name, Norm) for name in ("norm", "second", "source")),
         *((name, Matrix) for name in ("query", "out", "up", "down")),
-        *((name, c_int32) for name in ("heads", "head_width")),
+        ("reads", POINTER(Matrix)),
+        *((name, c_int32) for name in ("depth", "heads", "head_width", "half")),
     )
 
 
@@ -85,15 +88,28 @@ class Input(Structure):
 
 class Token(Structure):
     """A token: its sequence's buffer of keys and values, the room in it, how many tokens came
-    before, and which token it is."""
+    before, which token it is, and the number of its sequence."""
 
-    _fields_ = (("cache", c_void_p), ("room", c_int64), ("past", c_int64), ("id", c_int64))
+    _fields_ = (
+        ("cache", c_void_p),
+        *((name, c_int64) for name in ("room", "past", "id", "place")),
+    )
 
 
 class Memory(Structure):
-    """What a token sees through a link."""
+    """What a sequence sees through a link: keys and values, the room there, and how many it is."""
 
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("slots", c_int64))
+    _fields_ = (("held", c_void_p), ("room", c_int64), ("slots", c_int64))
+
+
+class Unread(Structure):
+    """States that a link has not read yet, and where their keys and values go: behind `past`."""
+
+    _fields_ = (
+        ("link", POINTER(Link)),
+        *((name, c_void_p) for name in ("states", "held", "cos", "sin")),
+        *((name, c_int64) for name in ("tokens", "room", "past")),
+    )
 
 
 class Stage(Structure):
@@ -104,8 +120,8 @@ class Stage(Structure):
         ("input", POINTER(Input)),
         ("block", POINTER(Block)),
         ("link", POINTER(Link)),
-        *((name, c_void_p) for name in ("keep", "memory", "cos", "sin")),
-        *((name, c_int32) for name in ("layer", "last", "half")),
+        *((name, c_void_p) for name in ("keep", "cos", "sin")),
+        *((name, c_int32) for name in ("layer", "seen", "last")),
     )
 
 
@@ -115,13 +131,16 @@ class Call(Structure):
     _fields_ = (
         ("stages", POINTER(Stage)),
         ("tokens", POINTER(Token)),
+        ("memory", POINTER(Memory)),
         ("spoken", POINTER(c_int32)),
         *((name, c_void_p) for name in ("cos", "sin", "table", "logits")),
         ("norm", Norm),
         ("head", Matrix),
         *(
             (name, c_int32)
-            for name in ("n_stages", "n_tokens", "n_spoken", "width", "threads", "half")
+            for name in (
+                *("n_stages", "n_tokens", "n_places", "n_spoken", "width", "threads", "half"),
+            )
         ),
     )
 
@@ -195,7 +214,8 @@ def array(kind: Any, items: Sequence[Any]) -> Any:
 
 def step(
     stages: Any,
-    tokens: Sequence[tuple[int, int, int, int]],
+    tokens: Sequence[tuple[int, int, int, int, int]],
+    memory: Sequence[Sequence[tuple[int, int, int]]],
     spoken: Any,
     angles: tuple[Tensor, Tensor],
     table: Float[Tensor, "vocabulary width"],
@@ -203,9 +223,9 @@ def step(
     head: Matrix,
 ) -> Float[Tensor, "spoken vocabulary"]:
     """Embeddings of tokens through the stages, those of the `spoken` ones to logits in float32.
-    stages, spoken: arrays of `Stage` and of c_int32. tokens: fields of `Token`. angles: cosine and
-    signed sine of every position, for blocks. table: embeddings, in the dtype of the keys and
-    values of blocks.
+    stages, spoken: arrays of `Stage` and of c_int32. tokens: fields of `Token`. memory: fields of
+    `Memory`, by link as the stages count them and by sequence. angles: cosine and signed sine of
+    every position, for blocks. table: embeddings, in the dtype of the keys and values of blocks.
     """
     logits = torch.empty(
         (len(spoken), head.out), dtype=torch.float32, device="cpu"
@@ -214,13 +234,20 @@ def step(
     shape = (
         len(stages),
         len(tokens),
+        tokens[-1][-1] + 1,
         len(spoken),
         table.shape[1],
         torch.get_num_threads(),
         table.dtype == torch.bfloat16,
     )
-    library().zipper_step(Call(stages, array(Token, tokens), spoken, *tensors, norm, head, *shape))
+    given = array(Token, tokens), array(Memory, [*chain.from_iterable(memory)])
+    library().zipper_step(Call(stages, *given, spoken, *tensors, norm, head, *shape))
     return logits
+
+
+def read(unread: Sequence[Unread]) -> None:
+    """Links read states: keys and values go where they are kept."""
+    library().zipper_read(array(Unread, unread), len(unread), torch.get_num_threads())
 
 
 def product(matrix: Matrix, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
@@ -288,6 +315,10 @@ def _load(compiler: Sequence[str]) -> Any:
 def _declared(loaded: Any) -> Any:
     """With what its functions take and give."""
     loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
+    loaded.zipper_read.argtypes, loaded.zipper_read.restype = (
+        [POINTER(Unread), c_int32, c_int32],
+        None,
+    )
     loaded.zipper_product.argtypes, loaded.zipper_product.restype = (
         [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p],
         None,

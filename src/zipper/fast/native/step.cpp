@@ -63,9 +63,11 @@ struct Block {
 };
 
 struct Link {
-  Norm norm, second;
+  Norm norm, second, source;    // source.weight null: none
   Matrix query, out, up, down;  // up.weight null: no feed-forward
-  int32_t heads, head_width;
+  const Matrix* reads;          // from the source's states to keys and values, ReLU between them
+  int32_t depth, heads, head_width;
+  int32_t half;  // its memory is bfloat16, else float32
 };
 
 struct Input {  // between embeddings and the first block
@@ -75,12 +77,20 @@ struct Input {  // between embeddings and the first block
 
 struct Token {  // of a sequence
   void* cache;  // layers, keys and values, key heads, room, head width
-  int64_t room, past, id;
+  int64_t room, past, id, place;  // place: the number of its sequence
 };
 
-struct Memory {  // what a token sees through a link: heads, slots, head width
-  const void *keys, *values;
-  int64_t slots;
+struct Memory {  // what a sequence sees through a link
+  const void* held;  // keys and values, heads, room, head width
+  int64_t room, slots;
+};
+
+struct Unread {  // states that a link has not read yet
+  const Link* link;
+  const float* states;     // tokens, width of the source
+  void* held;              // as in Memory
+  const float *cos, *sin;  // of keys: positions, head width; null: none
+  int64_t tokens, room, past;
 };
 
 struct Stage {  // one of the first four, in the order of the tower
@@ -88,23 +98,23 @@ struct Stage {  // one of the first four, in the order of the tower
   const Block* block;
   const Link* link;
   float* keep;             // where the states go that other towers will read
-  const Memory* memory;    // of a link: for each token
   const float *cos, *sin;  // of a link: positions, head width; null: none
   int32_t layer;           // of a block: where its keys go
+  int32_t seen;            // of a link: its number among those that are read
   int32_t last;            // of a link: no other is read at this junction
-  int32_t half;            // of a link: its memory is bfloat16, else float32
 };
 
 struct Call {
   const Stage* stages;
   const Token* tokens;
+  const Memory* memory;    // of links that are read: of each, of every sequence
   const int32_t* spoken;   // tokens that get logits
   const float *cos, *sin;  // of blocks: positions, head width
   const void* table;       // embeddings: vocabulary, width
   float* logits;
   Norm norm;
   Matrix head;
-  int32_t n_stages, n_tokens, n_spoken, width, threads;
+  int32_t n_stages, n_tokens, n_places, n_spoken, width, threads;
   int32_t half;  // embeddings and caches are bfloat16, else float32
 };
 
@@ -638,16 +648,16 @@ struct Seen {
 };
 
 void run_input(const Call& c, const Stage& s, Shared& all, const Member& me) {
-  const int n = c.n_tokens, width = c.width;
+  const int n = c.n_tokens;
   float *states = all.states.data, *from = states, *to[] = {all.added.data, all.delta.data};
   for (int layer = 0; layer < s.input->depth; layer++) {
     const bool last = layer == s.input->depth - 1, residual = last && s.input->residual;
     const Matrix& m = s.input->layers[layer];
-    auto laid = lay_out(me, all, m, n, [&](int t, float*) { return from + (int64_t)t * width; });
+    auto laid = lay_out(me, all, m, n, [&](int t, float*) { return from + (int64_t)t * m.in; });
     if (s.input->depth == 1) me.meet();  // all have read what is about to change
     float* out = last ? states : to[layer % 2];
     multiply(me, m, laid, n, [&](int t, int j, float y) {
-      int64_t place = (int64_t)t * width + j;
+      int64_t place = (int64_t)t * m.out + j;
       out[place] = residual ? out[place] + y : y < 0 ? 0 : y;
     });
     from = out;
@@ -717,15 +727,16 @@ void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece
   auto before = [&](int t, float* query) {
     if (s.cos) turn(query, head, s.cos + c.tokens[t].past * head, s.sin + c.tokens[t].past * head);
   };
+  auto memory_of = [&](int t) -> const Memory& { return c.memory[(int64_t)s.seen * c.n_places + c.tokens[t].place]; };
   auto seen = [&](int t, int q) {
-    const Memory& memory = s.memory[t];
-    const int64_t at = q * memory.slots * head;
-    return Seen<V>{(const V*)memory.keys + at, (const V*)memory.values + at, memory.slots};
+    const Memory& memory = memory_of(t);
+    const V* keys = (const V*)memory.held + q * memory.room * head;
+    return Seen<V>{keys, keys + l.heads * memory.room * head, memory.slots};
   };
   attend_all<V>(me, pieces, l.heads, head, 1 / std::sqrt((float)head), false, mixed, heads, attended, heads, before, seen);
   auto said = lay_out(me, all, l.out, n, [&](int t, float*) { return attended + (int64_t)t * heads; });
   if (!l.up.weight) {
-    multiply(me, l.out, said, n, [&](int t, int j, float y) { add((int64_t)t * width + j, s.memory[t].slots, y); });
+    multiply(me, l.out, said, n, [&](int t, int j, float y) { add((int64_t)t * width + j, memory_of(t).slots, y); });
     return;
   }
   multiply(me, l.out, said, n, [&](int t, int j, float y) { added[(int64_t)t * width + j] = y; });
@@ -740,7 +751,33 @@ void run_link(const Call& c, const Stage& s, bool first, const std::vector<Piece
   auto gated = lay_out(me, all, l.down, n, [&](int t, float*) { return inner + (int64_t)t * l.up.out; });
   multiply(me, l.down, gated, n, [&](int t, int j, float y) {
     int64_t place = (int64_t)t * width + j;
-    add(place, s.memory[t].slots, added[place] + y);
+    add(place, memory_of(t).slots, added[place] + y);
+  });
+}
+
+template <class V>
+void run_unread(const Unread& u, Shared& all, const Member& me) {
+  const Link& l = *u.link;
+  const int n = u.tokens, head = l.head_width, values_at = l.heads * head;
+  const float* from = u.states;
+  for (int layer = 0; layer < l.depth; layer++) {
+    const Matrix& m = l.reads[layer];
+    const bool last = layer == l.depth - 1;
+    auto laid = lay_out(me, all, m, n, [&](int t, float* room) {
+      const float* row = from + (int64_t)t * m.in;
+      return layer || !l.source.weight ? row : normalise(l.source, row, m.in, room);
+    });
+    float* out = last ? all.mixed.data : layer % 2 ? all.inner.data : all.added.data;
+    multiply(me, m, laid, n, [&](int t, int j, float y) { out[(int64_t)t * m.out + j] = !last && y < 0 ? 0 : y; });
+    from = out;
+  }
+  float* mixed = all.mixed.data;
+  me.share(n * l.heads, [&](int i) {
+    const int64_t t = i / l.heads, k = i % l.heads, at = u.past + t;
+    float *key = mixed + t * 2 * values_at + k * head, *value = key + values_at;
+    V *place = (V*)u.held + (k * u.room + at) * head, *beside = place + l.heads * u.room * head;
+    if (u.cos) turn(key, head, u.cos + at * head, u.sin + at * head);
+    for (int j = 0; j < head; j++) put(key[j], place + j), put(value[j], beside + j);
   });
 }
 
@@ -762,7 +799,7 @@ std::vector<Piece> pieces_of(const Call& c) {
 extern "C" void zipper_step(const Call* call) {
   const Call& c = *call;
   static thread_local Shared all;  // memory that is asked for anew at every step costs more than the step's small parts
-  size_t mixed = 0, attended = 0, inner = 0, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
+  size_t mixed = 0, attended = 0, inner = 0, added = c.width, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
   auto reads = [&](const Matrix& m) { laid = std::max(laid, laid_size(m, 1)); };
   for (int i = 0; i < c.n_stages; i++) {
     const Stage& s = c.stages[i];
@@ -771,10 +808,13 @@ extern "C" void zipper_step(const Call* call) {
     inner = std::max<size_t>(inner, s.block ? s.block->gate.out : s.link ? s.link->up.out : 0);
     if (s.block) reads(s.block->qkv), reads(s.block->out), reads(s.block->gate), reads(s.block->down);
     if (s.link) reads(s.link->query), reads(s.link->out), reads(s.link->up), reads(s.link->down);
-    for (int layer = 0; s.input && layer < s.input->depth; layer++) reads(s.input->layers[layer]);
+    for (int layer = 0; s.input && layer < s.input->depth; layer++) {
+      reads(s.input->layers[layer]);
+      added = std::max<size_t>(added, s.input->layers[layer].out);
+    }
   }
   auto grow = [&](Buffer& part, size_t width) { part.grow(width * c.n_tokens); };
-  grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, c.width), grow(all.delta, c.width);
+  grow(all.mixed, mixed), grow(all.attended, attended), grow(all.inner, inner), grow(all.added, added), grow(all.delta, added);
   grow(all.laid, laid), grow(all.states, c.width);
   for (int64_t t = 0; t < c.n_tokens; t++)
     for (int64_t i = 0, at = c.tokens[t].id * c.width; i < c.width; i++)
@@ -792,7 +832,7 @@ extern "C" void zipper_step(const Call* call) {
       // Nobody changes the states before all have met again.
       if (s.keep && !me.rank) memcpy(s.keep, shared.states.data, (size_t)c.n_tokens * c.width * sizeof(float));
       if (s.input) run_input(c, s, shared, me);
-      if (s.link) (s.half ? run_link<uint16_t> : run_link<float>)(c, s, first, pieces, shared, me);
+      if (s.link) (s.link->half ? run_link<uint16_t> : run_link<float>)(c, s, first, pieces, shared, me);
       if (s.block) (c.half ? run_block<uint16_t> : run_block<float>)(c, s, pieces, shared, me);
       first = !s.link || s.last;
     }
@@ -802,6 +842,25 @@ extern "C" void zipper_step(const Call* call) {
       });
       multiply(me, c.head, laid, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
     }
+  }
+}
+
+extern "C" void zipper_read(const Unread* unread, int32_t n, int32_t threads) {
+  static thread_local Shared all;
+  for (int i = 0; i < n; i++) {
+    const Link& l = *unread[i].link;
+    for (int layer = 0; layer < l.depth; layer++) {
+      const size_t tokens = unread[i].tokens, out = tokens * l.reads[layer].out;
+      all.mixed.grow(out), all.inner.grow(out), all.added.grow(out), all.laid.grow(laid_size(l.reads[layer], tokens));
+    }
+  }
+  Shared& shared = all;
+  Team team(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch own;
+    Member me{team, omp_get_thread_num(), omp_get_num_threads(), own};
+    for (int i = 0; i < n; i++) (unread[i].link->half ? run_unread<uint16_t> : run_unread<float>)(unread[i], shared, me);
   }
 }
 
