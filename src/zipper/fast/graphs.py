@@ -1,6 +1,6 @@
 """One token for each of some sequences, in shapes that do not change: what CUDA replays as a graph.
 
-Never run on CUDA: tried on CPUs only, on a device that is pretended (tests/pretend.py).
+Run on an H200 (benchmarks/results/gpu_h200_202611.md) and, pretended, on CPUs (tests/pretend.py).
 
 A step of one token is some twenty kernels a block, each of a few microseconds: launched one by one
 they leave a GPU idle. So keys and values of all sequences stand in one pool, a row each; a step

@@ -182,8 +182,9 @@ def _train(
         most = min(FIRST, config.calibrate)
         looked_at = chain.from_iterable(part.rows[:most] for part in parts)
         samples = [task.segments(row) for task, row in product(tasks.values(), looked_at)]
+        model.to(accelerator.device)  # a minute on a CPU, for some thousand samples
         with torch.no_grad():
-            model.calibrate(collate(samples, model.ends()).strands)
+            model.calibrate(collate(samples, model.ends()).to(accelerator.device).strands)
     if isinstance(model, Zipper):
         model.attention = "flex" if config.attention == "flex" else "sdpa"
     bare = Objective(model)
