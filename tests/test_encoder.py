@@ -53,6 +53,17 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+MOONSHINE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "encoder_num_hidden_layers": 3,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 2,
+    "decoder_num_attention_heads": 2,
+    "encoder_num_key_value_heads": 2,
+    "decoder_num_key_value_heads": 2,
+    "vocab_size": 40,
+}
 VOCODER = {
     "unit_hifi_gan_vocab_size": 16,
     "unit_embed_dim": 8,
@@ -124,6 +135,28 @@ def test_units_are_those_of_the_layer_of_the_whole_encoder(name: str, tmp_path: 
     modality.save(made, tmp_path / "kept")
     again = modality.load(tmp_path / "kept")
     assert again.fingerprint == made.fingerprint and [again.encode(each) for each in SOUNDS] == ids
+
+
+def test_units_of_moonshine_are_of_its_encoder_alone(tmp_path: Path) -> None:
+    whole = network("MoonshineModel", MOONSHINE)
+    whole.save_pretrained(tmp_path / "hub")
+    front = {"do_normalize": False, "sampling_rate": 16_000}
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(front))
+    given = torch.from_numpy(SOUNDS[1].samples)[None]
+    with torch.no_grad():
+        states = whole.encoder(given, output_hidden_states=True).hidden_states
+    for layer, wanted in {0: states[0], 2: states[2]}.items():
+        made = EncoderUnits.fitted(SOUNDS, tmp_path / "hub", layer, codes=4)
+        np.testing.assert_allclose(made.frames(SOUNDS[1]), wanted[0].numpy(), atol=1e-5)
+        blocks: Any = made.encoder.model
+        assert len(blocks.encoder.layers) == layer and not len(blocks.decoder.layers)
+        assert blocks.decoder.embed_tokens.num_embeddings == 1
+    assert made.units_per_s == pytest.approx(16_000 / 384)
+    assert len(made.encode(Audio(np.zeros(5, np.float32), 16_000))) == 1  # filled up with silence
+    modality.save(made, tmp_path / "kept")
+    again = modality.load(tmp_path / "kept")
+    assert again.fingerprint == made.fingerprint
+    assert [again.encode(each) for each in SOUNDS] == [made.encode(each) for each in SOUNDS]
 
 
 def test_merged_units_never_follow_themselves(units: EncoderUnits) -> None:

@@ -39,7 +39,8 @@ from zipper.saving.files import (
 )
 
 MELS = "Wav2Vec2BertModel"  # takes log-mels, the others samples
-ENCODERS = ("HubertModel", "Wav2Vec2Model", "WavLMModel", MELS)
+HEARD = "MoonshineModel"  # trained to write down speech; only its encoder is kept
+ENCODERS = ("HubertModel", "Wav2Vec2Model", "WavLMModel", MELS, HEARD)
 VOCODERS = ("SeamlessM4TCodeHifiGan",)
 RATE_HZ = 16_000  # of what every one of these encoders was trained on
 WINDOW, HOP = 400, 160  # samples of a log-mel frame, as SeamlessM4TFeatureExtractor has them
@@ -211,14 +212,21 @@ class EncoderUnits(Sound):
         def keep(module: Any, inputs: Any, made: Any) -> None:
             seen.append(made[0] if isinstance(made, tuple) else made)
 
-        at = network.encoder.layers[layer - 1] if layer else network.feature_projection
+        if self._heard:
+            network = network.encoder
+        first = network.conv3 if self._heard else network.feature_projection
+        blocks = network.layers if self._heard else network.encoder.layers
+        at = blocks[layer - 1] if layer else first
         hook = at.register_forward_hook(keep)
         try:
             with torch.no_grad(), _refusing(self.encoder):
                 network(torch.from_numpy(given)[None].to(self.encoder.device))
         finally:
             hook.remove()
-        frames: np.ndarray = seen[0][0].float().cpu().numpy()
+        made = seen[0][0].float()
+        if self._heard and not layer:  # a convolution's channels come first
+            made = torch.nn.functional.gelu(made).T
+        frames: np.ndarray = made.cpu().numpy()
         if not np.isfinite(frames).all():
             raise ZipperError(
                 "The encoder makes NaN or infinity of the sound. Give one from -1 to 1, or another "
@@ -346,9 +354,24 @@ class EncoderUnits(Sound):
         return bool(self.encoder.described["class"] == MELS)
 
     @property
+    def _heard(self) -> bool:
+        return bool(self.encoder.described["class"] == HEARD)
+
+    @property
+    def _convolutions(self) -> Sequence[tuple[int, int]]:
+        """Width and stride of each convolution over the samples, the first one first."""
+        if self._heard:  # its configuration does not say them
+            found = self.encoder.model.encoder
+            layers = (found.conv1, found.conv2, found.conv3)
+            return [(layer.kernel_size[0], layer.stride[0]) for layer in layers]
+        return [*zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)]
+
+    @property
     def _hop(self) -> int:
         """Samples from one unit to the next."""
-        return HOP * self.config.stride if self._mels else prod(self._settings.conv_stride)
+        if self._mels:
+            return HOP * self.config.stride
+        return prod(stride for _, stride in self._convolutions)
 
     @property
     def _least(self) -> int:
@@ -356,8 +379,7 @@ class EncoderUnits(Sound):
         if self._mels:
             return WINDOW + HOP * (max(2, self.config.stride) - 1)  # two frames have a variance
         least = 1
-        pairs = zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)
-        for kernel, stride in reversed([*pairs]):
+        for kernel, stride in reversed(self._convolutions):
             least = (least - 1) * stride + kernel
         return least
 
@@ -415,19 +437,30 @@ class EncoderUnits(Sound):
 #: Of encoder_units.json, what is not in the configuration.
 _OWN = ("codes", "vocoder", "speaker", "language", "sha256")
 #: Of an encoder, what stands behind its blocks or is for training only.
-_BEHIND = ("adapter.", "intermediate_ffn.", "masked_spec_embed")
+_BEHIND = ("adapter.", "intermediate_ffn.", "masked_spec_embed", "decoder.embed", "decoder.layers")
+#: Of Moonshine's configuration, what leaves as little of its decoder as there can be.
+_DEAF = {
+    "decoder_num_hidden_layers": 0,
+    "vocab_size": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": None,
+}
 
 
 def _kept(encoder: Pinned, layer: int) -> Pinned:
     """The encoder up to a layer, in memory of its own; itself where it is that already."""
     network: Any = encoder.model
-    most = int(network.config.num_hidden_layers)
+    heard = type(network).__name__ == HEARD
+    depth = "encoder_num_hidden_layers" if heard else "num_hidden_layers"
+    most = int(getattr(network.config, depth))
     if not 0 <= layer <= most:
         raise ZipperError(
             f"The layer {layer} was asked for; this encoder has 0 (its feature projection) to "
             f"{most}."
         )
-    without: dict[str, Any] = {"num_hidden_layers": layer}
+    without: dict[str, Any] = {depth: layer} | (_DEAF if heard else {})
     for key, none in {
         "mask_time_prob": 0.0,
         "mask_feature_prob": 0.0,
@@ -444,6 +477,8 @@ def _kept(encoder: Pinned, layer: int) -> Pinned:
         for name, tensor in network.state_dict().items()
         if not name.startswith(_BEHIND) and _block(name) < layer
     }
+    if heard:  # a decoder of one token and no block
+        tensors["decoder.embed_tokens.weight"] = torch.zeros(1, network.config.hidden_size)
     config = kind.config_class.from_dict({**encoder.described["config"], **without})
     made, report = kind.from_pretrained(
         None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
