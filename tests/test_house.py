@@ -60,7 +60,8 @@ ORDER = """
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
     zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
-    zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora.originals
+    zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora.english
+    zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
     zipper_lab.corpora.molecules zipper_lab.corpora.digits zipper_lab.corpora
     zipper_lab.real_judges
