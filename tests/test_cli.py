@@ -40,6 +40,7 @@ LOADS = {
     "verify": [],
     "swap": ["text=x", "-o", "out"],
     "add": ["image=x", "--modality", "image=y", "-o", "out"],
+    "compose": ["other", "-o", "out"],
     "serve": ["--check"],
     "prune": ["--below", "0.1", "-o", "out"],
     "push": ["me/zip"],
