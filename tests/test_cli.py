@@ -42,6 +42,7 @@ LOADS = {
     "add": ["image=x", "--modality", "image=y", "-o", "out"],
     "compose": ["other", "-o", "out"],
     "serve": ["--check"],
+    "run-batch": ["rows.jsonl", "--task", "speech -> text", "-o", "out.jsonl"],
     "prune": ["--below", "0.1", "-o", "out"],
     "push": ["me/zip"],
 }
@@ -1067,7 +1068,7 @@ def given(command: str, model: Path) -> list[str]:
     words = LOADS[command]
     return (
         [command, *words, "--model", str(model)]
-        if command in ("transcribe", "speak", "run", "evaluate")
+        if command in ("transcribe", "speak", "run", "run-batch", "evaluate")
         else [command, str(model), *words]
     )
 

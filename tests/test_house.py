@@ -47,15 +47,16 @@ ORDER = """
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
     zipper.data.fitting zipper.data
-    zipper.growth zipper.composition zipper.surgery zipper.measurement
+    zipper.growth zipper.composition zipper.surgery zipper.measurement zipper.batch
     zipper.training.config zipper.training.building zipper.training.packing
     zipper.training.batches zipper.training.sharding zipper.training.resume zipper.training.cost
     zipper.training.loop zipper.training zipper.training.history
     zipper.doctor zipper.testing
     zipper.serving zipper.serving.refusals zipper.serving.worker zipper.serving.bodies
-    zipper.serving.sounds zipper.serving.answers zipper.serving.service
+    zipper.serving.sounds zipper.serving.answers zipper.serving.looking zipper.serving.service
     zipper.serving.transcription zipper.serving.saying zipper.serving.chat zipper.serving.anything
-    zipper.serving.gauges zipper.serving.app zipper.serving.process
+    zipper.serving.realtime zipper.serving.page zipper.serving.gauges zipper.serving.app zipper.serving.process
+    zipper.serving.deployment
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
     zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
@@ -65,7 +66,7 @@ ORDER = """
     zipper_lab.real_judges
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments zipper_lab.real
     zipper_lab.bench zipper_lab.bench.decode zipper_lab.bench.train zipper_lab.bench.speech
-    zipper_lab.bench.start zipper_lab.bench.summary zipper_lab.commands zipper_lab.__main__
+    zipper_lab.bench.start zipper_lab.bench.serving zipper_lab.bench.summary zipper_lab.commands zipper_lab.__main__
 """.split()
 FILES = sorted(path for package in PACKAGES for path in (SOURCE / package).rglob("*.py"))
 FENCES = {

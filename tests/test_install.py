@@ -81,6 +81,8 @@ CORE = {
     "prune": "speech",
     "reproduce": "speech",
     "serve": "serve",
+    "run-batch": "speech",
+    "bench serve": "serve",
 }
 
 
@@ -115,6 +117,7 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
         (place / f"{name}.py").write_text(
             "import soundfile\n" * (name == "foreign") + RECIPE.format(settings=settings)
         )
+    (place / "batch.jsonl").write_text('{"text": "call"}\n')
     (place / "run").mkdir()
     (place / "run" / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "loss/text": 1.0, "lr": 0.1}) + "\n"
@@ -141,6 +144,10 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
         "fit image": ["image", "--example", place / "pictures"],
         "evaluate rows": [zip_, world.folder / "dev.jsonl", "--of", "text -> speech"],
         "serve": [zip_, "--check"],
+        "run-batch": [
+            place / "batch.jsonl",
+            *("--task", "text -> speech", "-o", place / "done.jsonl", "--model", zip_),
+        ],
         "run text": ["--given", "text=call", "--outputs", "text", "--model", zip_],
         "units": [clip, "-o", place / "units.jsonl", "--units", units],
         "units parquet": [f"parquet:{place / 'none.parquet'}", "-o", place / "corpus"],
@@ -189,6 +196,7 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
             "--arms",
             "bare,zip",
         ],
+        "bench serve": ["--rounds", 1, "--seconds", 0.5, "--arms", "zipper"],
         "bench speech": ["--rounds", 1, "--utterances", 1, "--threads", 1],
         "towers": ["llama"],
     }

@@ -7,6 +7,7 @@ import builtins
 import io
 import json
 import random
+import re
 import socket
 import struct
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
@@ -29,13 +31,15 @@ from tiny import sound
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.generation import Engine, Request
+from zipper.inspection import attention
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.serving import app, process, sounds
+from zipper.serving import app, page, process, sounds, transcription
 from zipper.serving.bodies import Caps
+from zipper.serving.looking import looks
 from zipper.serving.refusals import Busy, Refused, Stopping
 from zipper.serving.worker import Worker
-from zipper.strand import Segment
+from zipper.strand import Segment, collate
 
 SENTENCE = "send forty two oranges to vienna"
 JSON = {"content-type": "application/json"}
@@ -145,10 +149,13 @@ def test_a_transcription_is_what_the_pipeline_hears(
     assert told["confidence"] == pytest.approx(heard.confidence, rel=1e-5)
     assert [word["word"] for word in told["words"]] == heard.text.split()
     assert all(0 < word["confidence"] <= 1 for word in told["words"])
+    times = [word["start"] for word in told["words"]]
+    assert times == sorted(times) and 0.0 <= times[0] < 0.2 and told["words"][-1]["end"] < 2.0
+    assert (told["segments"][0]["start"], told["segments"][0]["text"]) == (times[0], heard.text)
     srt = served.transcribe(spoken, response_format="srt").text
-    assert srt.startswith("1\n00:00:00,000 --> 00:00:01,") and heard.text in srt
+    assert srt.startswith("1\n00:00:00,") and " --> 00:00:01," in srt and heard.text in srt
     vtt = served.transcribe(spoken, response_format="vtt").text
-    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.") and heard.text in vtt
+    assert vtt.startswith("WEBVTT\n\n00:00:00.") and heard.text in vtt
 
 
 def test_a_streamed_transcription_is_the_same_in_parts(served: Served, spoken: bytes) -> None:
@@ -219,6 +226,68 @@ def test_run_is_what_the_pipeline_runs(served: Served, pipe: Pipeline, spoken: b
     assert served.post("/v1/run", json={"given": ids, "outputs": ["speech"]}).status_code == 200
 
 
+def test_a_streamed_run_is_the_same_in_parts_and_says_what_it_looked_at(
+    served: Served, pipe: Pipeline
+) -> None:
+    wanted = {
+        "given": [{"tower": "text", "content": SENTENCE}],
+        "outputs": ["text@2 + speech", "text"],
+        "limits": {"text": 6, "speech": 30},
+        "explain": True,
+    }
+    whole = served.post("/v1/run", json=wanted).json()
+    *parts, done = events(served.post("/v1/run", json=wanted | {"stream": True}))
+    assert done == {"type": "done", **whole}
+    told = [part["segment"] for part in parts]
+    assert set(told) == {0, 1, 2} and told.count(1) > 1, "each as it is ready"
+    for number, made in enumerate(whole["produced"]):
+        pieces = [part["content"] for part in parts if part["segment"] == number]
+        if made["tower"] == "text":
+            assert "".join(pieces) == made["content"]
+        else:
+            samples = b"".join(map(base64.b64decode, pieces))
+            assert len(samples) == 2 * round(made["seconds"] * pipe.units.config.mel.rate_hz)
+    assert whole["labels"][0] is not None and "".join(whole["labels"][0]).split()[0] == "send"
+    pairs = {(look["source"], look["target"]) for look in whole["looks"]}
+    assert pairs == {(0, 2), (1, 2), (2, 1), (2, 3)}, "lanes saw each other"
+    for look in whole["looks"]:
+        weights = np.frombuffer(base64.b64decode(look["weights"]), "<u2").reshape(look["shape"])
+        assert look["shape"][0] == len(whole["produced"][look["target"] - 1]["ids"])
+        assert 0 < weights.sum(1).max() <= 65_535 * 1.01
+    assert whole["clocks"] == [None]
+
+
+def test_a_look_is_what_the_model_looked_at(pipe: Pipeline) -> None:
+    """Against attention over the two segments alone, as `words.spans` has it."""
+    given = [Segment("speech", pipe.units.encode(pipe.speak("call anna")))]
+    (answer,) = pipe.engine().run([Request(given, ["text", "speech"])])
+    found = looks(pipe.model, answer.request, answer.written)
+    assert [(look.source, look.target) for look in found] == [(0, 1), (1, 2)]
+    strands = collate([[given[0], answer.segments()[0]]], pipe.model.ends()).strands
+    alone = attention(pipe.model, strands, "speech", "text")[: len(answer.written[0].ids), 1:-1]
+    assert torch.allclose(found[0].weights, alone, atol=1e-6)
+    assert looks(object(), answer.request, answer.written) == []
+
+
+def test_the_page_names_no_other_place_and_tells_what_is_frozen(
+    served: Served, pipe: Pipeline
+) -> None:
+    for route, name in page.FILES.items():
+        answer = served.client.get(route)
+        assert answer.status_code == 200 and answer.content == (page.HERE / name).read_bytes()
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(rb"(https?:)?//[a-z]+\.", answer.content), "a place elsewhere"
+    told = served.client.get("/v1/models/mine").json()
+    frozen = told["towers"]["text"]
+    assert not frozen["trained"] and frozen["digest_now"] == frozen["digest"]
+    assert frozen["digest"] == pipe.model.config.towers["text"].digest
+    assert told["towers"]["speech"]["digest_now"] is None and len(told["links"]) == 6
+    assert not re.search(r'"[^"]*/(site|src|tmp|home)/', json.dumps(told)), (
+        "a place on this machine"
+    )
+    is_refused(served.client.get("/v1/models/other"), 404, "no_such_model")
+
+
 def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes) -> None:
     part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
     heard = {"messages": [{"role": "user", "content": [part]}]}
@@ -254,8 +323,8 @@ def test_what_is_told_of_the_server(served: Served) -> None:
     assert "zipper_first_token_seconds_count" in told
     described = get("/openapi.json").json()
     assert set(described["paths"]) >= {"/v1/run", "/v1/audio/speech", "/health"}
-    for page in ("/docs", "/redoc"):
-        is_refused(get(page), 404, "no_such_route")
+    for path in ("/docs", "/redoc"):
+        is_refused(get(path), 404, "no_such_route")
 
 
 def test_the_official_client_unchanged(served: Served, spoken: bytes) -> None:
@@ -376,6 +445,7 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
             "unsupported_format",
         ),
         ("/v1/audio/speech", {"json": {"input": "hi", "speed": 2.0}}, 400, "unsupported"),
+        ("/v1/audio/speech", {"json": {"input": " ", "response_format": "wav"}}, 422, "empty"),
         ("/v1/audio/speech", {"json": {"input": "日本"}}, 422, "unprocessable"),
         ("/v1/audio/transcriptions", {"json": {}}, 415, "media_type"),
         (
@@ -452,7 +522,7 @@ def test_with_a_key_every_route_but_health_is_closed(pipe: Pipeline) -> None:
         routes: list[Any] = [
             (method, route.path)
             for route in closed.guard.app.routes
-            for method in sorted(route.methods)
+            for method in sorted(getattr(route, "methods", ["GET"]))  # a websocket begins so
         ]
         assert len(routes) >= 9 and ("POST", "/v1/run") in routes
         for method, path in [
@@ -461,7 +531,12 @@ def test_with_a_key_every_route_but_health_is_closed(pipe: Pipeline) -> None:
             ("GET", "/health/"),
             ("GET", "//health"),
         ]:
-            for header in ({}, {"authorization": "Bearer secre"}, {"authorization": "secret"}):
+            for header in (
+                {},
+                {"authorization": "Bearer secre"},
+                {"authorization": "secret"},
+                {"authorization": "Basic c2VjcmV0"},
+            ):
                 answer = closed.client.request(method, path, headers=header)
                 if path == app.OPEN:
                     assert answer.status_code == 200
@@ -469,15 +544,35 @@ def test_with_a_key_every_route_but_health_is_closed(pipe: Pipeline) -> None:
                     assert answer.status_code == 401
                 else:
                     is_refused(answer, 401, "no_key")
-            known = closed.client.request(method, path, headers={"authorization": "Bearer secret"})
-            assert known.status_code != 401
+            for way in (b"Bearer secret", b"Basic " + base64.b64encode(b"anybody:secret")):
+                known = closed.client.request(method, path, headers={"authorization": way})
+                assert known.status_code != 401
+
+
+def test_words_become_lines_that_can_be_read() -> None:
+    def said(*times: tuple[float, float]) -> list[dict[str, Any]]:
+        return [{"word": f"w{n}", "start": a, "end": b} for n, (a, b) in enumerate(times)]
+
+    assert transcription.cues(said((0.0, 0.5), (0.6, 1.0), (2.0, 2.4)), 3.0) == [
+        (0.0, 1.0, "w0 w1"),
+        (2.0, 2.4, "w2"),
+    ]
+    long = said(*((n / 2, n / 2 + 0.4) for n in range(40)))
+    lines = transcription.cues(long, 20.0)
+    assert len(lines) > 2 and all(line.end - line.start <= 6 for line in lines)
+    assert " ".join(line.text for line in lines) == " ".join(word["word"] for word in long)
+    assert transcription.cues([{"word": "a"}, {"word": "b"}], 2.0) == [(0.0, 2.0, "a b")]
+    assert transcription.cues([], 2.0) == []
 
 
 def test_nobody_elses_page_is_let_in(served: Served) -> None:
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1.evil:{served.port}"):
+        is_refused(served.client.get("/v1/models", headers={"origin": origin}), 403, "foreign_page")
+    assert served.client.get("/v1/models", headers={"origin": served.url}).status_code == 200
     answer = served.client.options(
         "/v1/run", headers={"origin": "http://a", "access-control-request-method": "POST"}
     )
-    assert answer.status_code == 405
+    assert answer.status_code == 403
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 

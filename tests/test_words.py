@@ -12,7 +12,7 @@ from zipper.errors import ZipperError
 from zipper.fast import engine as Engine
 from zipper.generation import Request, Written
 from zipper.strand import Segment
-from zipper.words import Word, align, spans, words
+from zipper.words import Word, align, places, spans, words
 
 
 def test_a_word_is_as_sure_as_its_tokens_together() -> None:
@@ -46,6 +46,17 @@ def test_a_path_follows_what_is_looked_at_and_never_goes_back() -> None:
     assert align(looks) == [(0, 2), (2, 7), (7, 8)]
     backwards = align(looks.flip(0))
     assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(backwards))
+
+
+def test_who_looks_nowhere_is_where_its_letters_are() -> None:
+    ids = text().encode("send two")
+    found = places(text(), ids)
+    assert found == sorted(found) and 0 < found[0] < 0.5 < found[-1] < 1
+    looks = torch.full((4, 40), 0.01)
+    looks[0, 1], looks[1, 11], looks[2, 39] = 0.5, 0.5, 0.02  # the third looks nowhere
+    looks[3, 35] = 0.5
+    alone, helped = align(looks), align(looks, [0.1, 0.3, 0.6, 0.9])
+    assert alone[2][0] > 28 and 12 <= helped[2][0] < helped[3][0] <= 35
 
 
 def test_more_words_than_sound_still_have_times() -> None:

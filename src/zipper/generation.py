@@ -93,7 +93,7 @@ class Written:
     def segment(self) -> Produced:
         """As `generate` returns it."""
         return Produced(
-            self.tower, list(self.ids), ended=self.stop == "end", score=sum(self.logprobs)
+            self.tower, list(self.ids), ended=self.stop == "end", score=sum(self.logprobs, 0.0)
         )
 
 

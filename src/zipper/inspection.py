@@ -25,6 +25,15 @@ __getattr__ = names_of(__name__, ())
 
 def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
     """Towers, junctions, links with their gates, parameters and bytes on disk, as plain data."""
+    return {
+        **made_of(pipeline),
+        "bytes_on_disk": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+        "folder": str(folder),
+    }
+
+
+def made_of(pipeline: Pipeline) -> dict[str, Any]:
+    """`describe` without the folder, for a pipeline in memory."""
     model = pipeline.held
     return {
         "towers": {name: _tower(model, pipeline, name) for name in model.towers},
@@ -35,8 +44,6 @@ def describe(pipeline: Pipeline, folder: Path) -> dict[str, Any]:
             p.numel() for name, p in model.named_parameters() if p.requires_grad
         ),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes_on_disk": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-        "folder": str(folder),
     }
 
 

@@ -20,6 +20,10 @@ from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.strand import Segment, collate
 
+#: What a target that is a tenth of the sound away from where it is expected loses, by the square:
+#: one spread of the looks. Chosen on 150 sentences that are no test (docs/log.md).
+EVEN = 100.0
+
 
 @dataclass(frozen=True)
 class Word:
@@ -83,31 +87,43 @@ def spans(model: Zipper, given: Segment, produced: Segment) -> list[tuple[int, i
     return align(looks[: len(produced.content), 1:-1])
 
 
-def align(looks: Float[Tensor, "target source"]) -> list[tuple[int, int]]:
+def places(modality: Text, ids: Sequence[int]) -> list[float]:
+    """Where in a text each id stands, 0 to 1, by letters: about where in the sound it is said."""
+    ends = [len(modality.decode(list(ids[: n + 1]))) for n in range(len(ids))]
+    middles = [(before + end) / 2 for before, end in zip([0, *ends], ends, strict=False)]
+    return [middle / max(1, ends[-1]) for middle in middles]
+
+
+def align(
+    looks: Float[Tensor, "target source"], expected: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
     """Dynamic time warping: the forward path on which the targets look most; per target the sources
     [start, stop) on it.
 
     A source that all targets look at (a pause, the end) says nothing, so that each is measured by
-    its own mean and spread.
+    its own mean and spread. expected: where each target is looked for (`places`), so that one that
+    looks nowhere does not pull the others along.
     """
     gain = np.asarray(
         (looks - looks.mean(0)) / (looks.std(0, correction=0) + 1e-6), dtype=np.float64
     )
     targets, sources = gain.shape
+    if expected is not None:
+        middles = (np.arange(sources) + 0.5) / sources
+        gain -= EVEN * np.square(np.asarray(expected)[:, None] - middles)
     best = np.full((targets + 1, sources + 1), -np.inf)
     best[0, 0] = 0.0
-    steps = ((1, 1), (0, 1), (1, 0))  # both go on, the source alone, the target alone
-    came = np.zeros((targets + 1, sources + 1), dtype=np.int8)
     for t in range(1, targets + 1):
-        for s in range(1, sources + 1):
-            options = [best[t - i, s - j] for i, j in steps]
-            came[t, s] = int(np.argmax(options))
-            best[t, s] = options[came[t, s]] + gain[t - 1, s - 1]
+        # A row at once: its best path enters it at some source, from above, and goes on along it.
+        enters = np.maximum(best[t - 1, :-1], best[t - 1, 1:])
+        along = np.cumsum(gain[t - 1])
+        best[t, 1:] = along + np.maximum.accumulate(enters - along + gain[t - 1])
     found = [(sources, 0)] * targets
     t, s = targets, sources
     while t and s:
         start, stop = found[t - 1]
         found[t - 1] = (min(start, s - 1), max(stop, s))
-        i, j = steps[came[t, s]]
+        steps = ((1, 1), (0, 1), (1, 0))  # both go on, the source alone, the target alone
+        i, j = max(steps, key=lambda step: best[t - step[0], s - step[1]])
         t, s = t - i, s - j
     return found

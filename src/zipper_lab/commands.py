@@ -625,6 +625,31 @@ def bench_start(
     _benchmark(measure, benchmark.markdown, output, as_json)
 
 
+@command(bench, "What", "zipper bench serve --rounds 1", "serve")
+def bench_serve(
+    rounds: Rounds = 3,
+    seconds: Annotated[float, typer.Option(help="of a turn, and of each level of load")] = 6.0,
+    clients: Annotated[int, typer.Option(parser=count, help="that ask at once")] = 8,
+    arms: Arms = "",
+    model: Pipe = "",
+    hardware: Hardware = "",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """A server under load, up to ten times what it can do, beside the engine alone, one request at
+    a time and stock transformers."""
+    environment.need("serve")
+    environment.need("speech")
+
+    from zipper_lab.bench import serving as benchmark
+
+    if not seconds > 0:
+        raise ZipperError(f"--seconds is {seconds:g}; give more than 0.")
+    chosen = [arm.strip() for arm in arms.split(",")] if arms else benchmark.ARMS
+    how = (rounds, 1, model, seconds, clients, chosen, benchmark.LEVELS, hardware)
+    _benchmark(partial(benchmark.bench, *how), benchmark.markdown, output, as_json)
+
+
 def _benchmark(
     measure: Callable[[], dict[str, Any]],
     markdown: Callable[[dict[str, Any]], str],

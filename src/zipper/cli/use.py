@@ -1,6 +1,7 @@
 """Commands that use a model: raw in, raw out. Each is a few lines over `zipper.pipeline`."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -162,6 +163,56 @@ def run(
             print(json.dumps({segment.tower: content, "ended": segment.ended}))
         else:
             print(f"{segment.tower}: {content}")
+
+
+@command(app, USE, 'zipper run-batch rows.jsonl --task "speech -> text" -o out.jsonl', "run-batch")
+def run_batch(
+    data: Annotated[Path, typer.Argument(metavar="ROWS.jsonl", help="a manifest")],
+    task: Annotated[str, typer.Option(metavar="TASK", help='such as "speech -> text"')],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="a line for each row; files go beside it")
+    ],
+    rows: Annotated[int, typer.Option(parser=count, metavar="N", help="run at once")] = 8,
+    part: Annotated[
+        str, typer.Option(metavar="K/N", help="every N-th row from the K-th, for N machines")
+    ] = "1/1",
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    guidance: Guidance = 1.0,
+    model: Model = None,
+    towers: Bases = None,
+    allow_mismatch: AllowMismatch = False,
+    as_json: Json = False,
+) -> None:
+    """A task on every row of a manifest; a run that was stopped goes on where it was."""
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from zipper import batch
+
+    which = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if which is None:
+        raise ZipperError(f"--part {part!r} is none. Write the second of eight as 2/8.")
+    how = _sampling(temperature, top_k, top_p, seed, guidance)
+    pipe = pipeline(model, towers, allow_mismatch)
+    of = int(which[1]), int(which[2])
+    with tqdm(desc="rows", unit="row", disable=None) as bar:
+
+        def told(counts: batch.Counts) -> None:
+            bar.total = counts.rows
+            bar.update(counts.done + counts.refused - bar.n)
+
+        counts = batch.run_batch(pipe, data, task, output, rows, of, how, told=told)
+    if as_json:
+        print(json.dumps(asdict(counts)))
+    else:
+        print(
+            f"{output}: {counts.rows} rows, {counts.done} done, {counts.refused} refused, "
+            f"{counts.before} of them before"
+        )
 
 
 @command(app, USE, "zipper serve --port 8000")

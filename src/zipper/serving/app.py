@@ -4,23 +4,28 @@ Every answer that is none has one shape, whoever refuses. Logs name what happene
 sent.
 """
 
+import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import logging
-import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, final
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket
 
+from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
-from zipper.serving import anything, bodies, chat, saying, transcription
+from zipper.serving import anything, bodies, chat, page, realtime, saying, transcription
 from zipper.serving.bodies import SHARE, Caps, Held, Share
 from zipper.serving.gauges import MEDIA_TYPE, Gauges
-from zipper.serving.refusals import Refused, refusal
+from zipper.serving.refusals import Busy, Refused, refusal
 from zipper.serving.service import Service
 from zipper.serving.worker import Worker
 
@@ -55,7 +60,7 @@ def serve(
         docs_url=None,  # its page would load scripts from elsewhere; /openapi.json has all of it
         redoc_url=None,
     )
-    for part in (transcription, saying, chat, anything):
+    for part in (transcription, saying, chat, anything, realtime, page):
         part.add(app, service)
     _add_plain(app, service, gauges)
     _add_refusals(app, gauges)
@@ -69,7 +74,7 @@ class Guard:
 
     def __init__(self, app: FastAPI, service: Service, gauges: Gauges, key: str) -> None:
         self.app, self.service, self.gauges = app, service, gauges
-        self.held = Held(service.caps.held_bytes)
+        self.held, self.sockets = Held(service.caps.held_bytes), 0
         self._key = _digest(key.encode()) if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,8 +82,8 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no websockets
-            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "websocket":
+            await self._talk(scope, receive, send)
             return
         began, share = False, Share(self.held)
 
@@ -90,7 +95,8 @@ class Guard:
         async def told(message: Any) -> None:
             nonlocal began
             began = True
-            await send(message)
+            async with asyncio.timeout(self.service.caps.stalled_s):
+                await send(message)
 
         scope = {**scope, SHARE: share}
         try:
@@ -107,13 +113,42 @@ class Guard:
         finally:
             share.give()
 
+    async def _talk(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A websocket; who is refused gets an answer of HTTP."""
+        share = Share(self.held)
+        try:
+            self._check({**scope, "method": "GET"})
+            self.service.worker.check()
+            if self.sockets >= self.service.caps.sockets:
+                raise Busy(f"{self.sockets} sockets are open, and no more are. Come again later.")
+        except ZipperError as error:
+            refused = refusal(error)
+            self.gauges.refused(refused.status, refused.code)
+            await receive()
+            await WebSocket(scope, receive, send).send_denial_response(_response(refused))
+            return
+        self.sockets += 1
+        try:
+            await self.app({**scope, SHARE: share}, receive, send)
+        except Exception as error:
+            _log({**scope, "method": "WEBSOCKET"}, error)
+        finally:
+            self.sockets -= 1
+            share.give()
+
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self._key and scope["path"] != OPEN:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            same = hmac.compare_digest(_digest(given.strip()), self._key)
-            if not (same and kind.lower() == b"bearer"):
-                raise Refused(401, "no_key", "Send the key: Authorization: Bearer KEY.")
+            given = _given(headers.get(b"authorization", b""))
+            if not hmac.compare_digest(_digest(given), self._key):
+                raise Refused(
+                    401,
+                    "no_key",
+                    "Send the key: Authorization: Bearer KEY, or as the password of Basic.",
+                )
+        origin, host = headers.get(b"origin"), headers.get(b"host", b"")
+        if origin is not None and origin.partition(b"://")[2] != host:
+            raise Refused(403, "foreign_page", "Pages of other places may not ask this server.")
         if scope["method"] == "POST":
             told = {
                 name.decode("latin1"): value.decode("latin1") for name, value in headers.items()
@@ -124,10 +159,6 @@ class Guard:
 
 def _add_plain(app: FastAPI, service: Service, gauges: Gauges) -> None:
     """The routes that only tell."""
-    since = int(time.time())
-    model = {"id": service.name, "object": "model", "created": since, "owned_by": "zipper"}
-    model |= {"modalities": {name: kind.name for name, kind in service.kinds.items()}}
-    model |= {"voices": list(service.voices)}
 
     async def health() -> Response:
         return JSONResponse({"status": "alive"})
@@ -138,7 +169,7 @@ def _add_plain(app: FastAPI, service: Service, gauges: Gauges) -> None:
         return JSONResponse({"status": "ready", "model": service.name})
 
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [service.card]})
 
     async def metrics() -> Response:
         return Response(gauges.text(), media_type=MEDIA_TYPE)
@@ -179,7 +210,21 @@ def _named(refuse: Callable[[Request, Exception], Awaitable[Response]]) -> Any:
 
 
 def _response(refused: Refused) -> Response:
-    return JSONResponse(refused.shape, refused.status, refused.headers)
+    answer = JSONResponse(refused.shape, refused.status)
+    for name, value in refused.headers:
+        answer.headers.append(name, value)
+    return answer
+
+
+def _given(header: bytes) -> bytes:
+    """The key in an Authorization header; browsers send it as a password."""
+    kind, _, given = header.partition(b" ")
+    if kind.lower() == b"bearer":
+        return given.strip()
+    if kind.lower() == b"basic":
+        with suppress(binascii.Error):
+            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+    return b""
 
 
 def _digest(key: bytes) -> bytes:

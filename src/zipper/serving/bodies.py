@@ -9,13 +9,14 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, final
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from zipper.errors import ZipperError
 from zipper.serving.refusals import Busy, Refused
@@ -34,6 +35,8 @@ class Caps:
     body_bytes: of what is sent. upload_s: until all of it is there. seconds: of all sound in it.
     segments: given and produced, each. tokens: of one produced segment, unless it has less room.
     letters: of one text. held_bytes: of the bodies of all requests that are being answered.
+    sockets: that are open at once, and idle_s until one is closed on which nothing is said.
+    stalled_s: until a client that does not read its answer is left.
     """
 
     body_bytes: int = 26_000_000
@@ -43,11 +46,14 @@ class Caps:
     tokens: int = 4096
     letters: int = 20_000
     held_bytes: int = 256_000_000
+    sockets: int = 64
+    idle_s: float = 120.0
+    stalled_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "upload_s", "seconds", "segments", "tokens", "letters"):
-            if not getattr(self, name) > 0:
-                raise ZipperError(f"{name} is {getattr(self, name)}; give more than 0.")
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ZipperError(f"{name} is {value}; give more than 0.")
 
 
 @final
@@ -110,6 +116,8 @@ async def body(request: Request, caps: Caps) -> AsyncGenerator[bytes, None]:
                 raise _large(caps)
             share.take(len(part))
             yield part
+    except ClientDisconnect as error:
+        raise Refused(499, "gone", "The client has left.") from error
     except TimeoutError as error:
         raise Refused(
             408, "slow", f"The request was not there after {caps.upload_s:g} s. Send it faster."

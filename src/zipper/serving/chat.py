@@ -20,6 +20,7 @@ from zipper.serving import bodies, sounds
 from zipper.serving.answers import events, peeked
 from zipper.serving.refusals import Refused, refusal
 from zipper.serving.saying import voice
+from zipper.serving.service import Part as Made
 from zipper.serving.service import Service
 from zipper.serving.worker import Ticket
 from zipper.strand import Segment
@@ -171,7 +172,7 @@ def _reason(written: list[Written]) -> str:
 
 
 async def _chunks(
-    parts: AsyncIterator[str], about: dict[str, Any], ticket: Ticket
+    parts: AsyncIterator[Made], about: dict[str, Any], ticket: Ticket
 ) -> AsyncIterator[str]:
     def chunk(delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -180,7 +181,7 @@ async def _chunks(
     try:
         yield chunk({"role": "assistant", "content": ""})
         async for part in parts:
-            yield chunk({"content": part})
+            yield chunk({"content": part.raw})
         yield chunk({}, _reason(await ticket.done))
     except Exception as error:  # the status is sent already
         yield json.dumps(refusal(error).shape)

@@ -41,11 +41,13 @@ class Refused(ZipperError):
         }
 
     @property
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> list[tuple[str, str]]:
         """What goes with it: when to come again, and how to be let in."""
         if self.status in (429, 503):
-            return {"Retry-After": "1"}
-        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+            return [("Retry-After", "1")]
+        # Basic, for browsers, which then ask for it themselves: the key is the password.
+        ways = ("Bearer", 'Basic realm="zipper"') if self.status == 401 else ()
+        return [("WWW-Authenticate", way) for way in ways]
 
 
 def refusal(error: Exception) -> Refused:

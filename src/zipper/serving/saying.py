@@ -7,11 +7,10 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
 
-from zipper.audio.sound import Audio
 from zipper.serving import bodies, sounds
 from zipper.serving.answers import peeked
 from zipper.serving.refusals import Refused
-from zipper.serving.service import Service
+from zipper.serving.service import Part, Service
 from zipper.strand import Segment
 
 #: Names of a voice that leave it to the model.
@@ -38,6 +37,8 @@ def add(app: FastAPI, service: Service) -> None:
     async def speak(request: Request) -> Response:
         wanted = await bodies.sent(request, Speech, service.caps)
         sounds.check_format(wanted.response_format)
+        if not wanted.input.strip():
+            raise Refused(422, "empty", "The input is empty. Send a text to say.")
         for name, plain in ("speed", 1.0), ("instructions", ""), ("stream_format", "audio"):
             if getattr(wanted, name) != plain:
                 raise Refused(
@@ -92,8 +93,8 @@ def voice(service: Service, name: str | dict[str, Any]) -> str | Segment:
     return service.pipeline.voice(None if name in ANY else name)
 
 
-async def _bytes(parts: AsyncIterator[Audio], name: str, rate_hz: int) -> AsyncIterator[bytes]:
+async def _bytes(parts: AsyncIterator[Part], name: str, rate_hz: int) -> AsyncIterator[bytes]:
     if name != "pcm":
         yield sounds.header(rate_hz)
     async for part in parts:
-        yield sounds.pcm(part)
+        yield sounds.pcm(part.raw)

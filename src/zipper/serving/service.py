@@ -4,21 +4,23 @@ pipeline and the worker, and of the web only whether somebody still listens.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar, final
-
-from fastapi import Request as Asked
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 from zipper.audio.sound import Audio
 from zipper.generation import Limits, Request, Written, planned
-from zipper.modality import whole
+from zipper.modality import is_ids, whole
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.serving.bodies import Caps, decoded
+from zipper.serving.looking import Clock, Look, clock, looks
 from zipper.serving.refusals import Refused
 from zipper.serving.worker import Ticket, Worker
 from zipper.strand import Segment
@@ -32,6 +34,21 @@ PLAIN = frozenset({"values", "rate_hz", "channels", "units"})
 Found = TypeVar("Found")
 
 
+class Asked(Protocol):
+    """Whoever waits for an answer: a request, or the line that one came by."""
+
+    def receive(self) -> Awaitable[Any]:
+        """The next message of ASGI."""
+
+
+class Part(NamedTuple):
+    """A piece of what is produced: of which segment, its tower, raw data."""
+
+    segment: int
+    tower: str
+    raw: Any
+
+
 @final
 class Service:
     """A pipeline, the worker that runs it, and what a request may cost. name: of the model, for
@@ -39,12 +56,25 @@ class Service:
 
     def __init__(self, pipeline: Pipeline, worker: Worker, caps: Caps, name: str) -> None:
         self.pipeline, self.worker, self.caps, self.name = pipeline, worker, caps, name
+        self.since = int(time.time())
         self.kinds = {name: whole(modality) for name, modality in pipeline.modalities.items()}
         self._readers = ThreadPoolExecutor(READERS, "zipper-reader")
 
     async def apart(self, work: Callable[[], Found]) -> Found:
         """What `work` returns, made on another thread, while others are answered."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """The model, as clients list it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.since,
+            "owned_by": "zipper",
+            "modalities": {name: kind.name for name, kind in self.kinds.items()},
+            "voices": list(self.voices),
+        }
 
     @property
     def voices(self) -> Sequence[str]:
@@ -80,21 +110,31 @@ class Service:
         sampling: Sampling | None = None,
         limits: Limits | None = None,
         streams: bool = False,
+        explained: bool = False,
     ) -> Ticket:
-        """Has a request run. given: raw, sound as the bytes of a file. Raises Refused for more than
-        it may cost, Busy, Stopping, and a ZipperError for what cannot be read."""
+        """Has a request run. given: raw, sound as the bytes of a file. explained: `looks` will be
+        asked for. Raises Refused for more than it may cost, Busy, Stopping, and a ZipperError for
+        what cannot be read."""
         self._check(given, outputs, limits)
         self.worker.enter()
         try:
-            asked, seconds = await self.apart(lambda: self._asked(given, outputs, sampling, limits))
+            asked = await self.apart(
+                lambda: self._asked(given, outputs, sampling, limits, explained)
+            )
         except BaseException:
             self.worker.leave()
             raise
-        ticket = (
-            self._silent(outputs, streams) if asked is None else self.worker.submit(asked, streams)
-        )
-        ticket.seconds = seconds
+        if asked.request is None:
+            ticket = self._silent(outputs, streams)
+        else:
+            ticket = self.worker.submit(asked.request, streams)
+        ticket.seconds, ticket.clocks = asked.seconds, asked.clocks
         return ticket
+
+    async def looks(self, ticket: Ticket) -> list[Look]:
+        """What the segments that were written were read from."""
+        written = ticket.done.result()
+        return await self.apart(lambda: looks(self.pipeline.model, ticket.request, written))
 
     async def written(self, request: Asked, ticket: Ticket) -> list[Written]:
         """What was written in the end. Where the client leaves before, its row is free at once."""
@@ -109,29 +149,49 @@ class Service:
             gone.cancel()
             ticket.cancel()
 
-    async def parts(self, request: Asked, ticket: Ticket) -> AsyncIterator[Any]:
-        """The first segment that is produced, raw and in parts, while it is made. Raises what went
-        wrong."""
+    async def parts(self, request: Asked, ticket: Ticket) -> AsyncIterator[Part]:
+        """What is produced, in parts, while it is made; lanes of one group side by side. Raises
+        what went wrong."""
         loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        kind = self.kinds[planned(ticket.request.outputs)[0].tower]
+        plan = planned(ticket.request.outputs)
+        group = [*accumulate(int(not one.beside) for one in plan)]
 
         def say(part: Any) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(told.put_nowait, part)
 
-        def speak() -> None:
-            tokens = iter(ticket.tokens.get, None)
+        def speak(segment: int, tower: str, ids: SimpleQueue[int | None]) -> None:
             try:
-                for part in kind.stream(token.id for token in tokens if token.segment == 0):
-                    say(part)
+                for raw in self.kinds[tower].stream(iter(ids.get, None)):
+                    say(Part(segment, tower, raw))
             except Exception as error:
                 say(error)
+
+        def share() -> None:
+            """Hands tokens to a thread for each segment: its modality waits for them."""
+            live: dict[int, tuple[SimpleQueue[int | None], threading.Thread]] = {}
+            ended: list[threading.Thread] = []
+            for token in iter(ticket.tokens.get, None):
+                for number in [n for n in live if group[n] < group[token.segment]]:
+                    live[number][0].put(None)
+                    ended.append(live.pop(number)[1])
+                if token.segment not in live:
+                    ids: SimpleQueue[int | None] = SimpleQueue()
+                    of = (token.segment, token.tower, ids)
+                    live[token.segment] = ids, threading.Thread(target=speak, args=of, daemon=True)
+                    live[token.segment][1].start()
+                live[token.segment][0].put(token.id)
+            for ids, thread in live.values():
+                ids.put(None)
+                ended.append(thread)
+            for thread in ended:
+                thread.join()
             say(None)
 
         gone = asyncio.ensure_future(left(request))
         gone.add_done_callback(lambda _: ticket.cancel())
-        # a thread of its own: it waits for tokens, and a pool that is full of such would stand
-        threading.Thread(target=speak, name="zipper-stream", daemon=True).start()
+        # threads of their own: they wait for tokens, and a pool that is full of such would stand
+        threading.Thread(target=share, name="zipper-stream", daemon=True).start()
         try:
             while (part := await told.get()) is not None:
                 if isinstance(part, Exception):
@@ -182,8 +242,8 @@ class Service:
         outputs: Sequence[str | Segment],
         sampling: Sampling | None,
         limits: Limits | None,
-    ) -> tuple[Request | None, float]:
-        """The request of ids, None where nothing is said; and how much sound was given."""
+        explained: bool,
+    ) -> "_Read":
         read = [Segment(one.tower, self._read(one)) for one in given]
         seconds = sum((one.content.seconds for one in read if isinstance(one.content, Audio)), 0.0)
         if seconds > self.caps.seconds:
@@ -193,7 +253,15 @@ class Service:
                 f"{seconds:.1f} s of sound were given, at most {self.caps.seconds:g} s are heard "
                 "at a time.",
             )
-        return self.pipeline.asked(read, outputs, sampling, limits), seconds
+        asked = self.pipeline.asked(read, outputs, sampling, limits)
+        clocks: list[Clock | None] = []
+        if explained and asked is not None:
+            for raw, ids in zip(read, asked.segments, strict=True):
+                kind, plain = self.kinds[raw.tower], is_ids(raw.content)
+                clocks.append(
+                    None if plain else clock(kind, kind.read(raw.content), len(ids.content))
+                )
+        return _Read(asked, seconds, clocks)
 
     def _unknown(self, tower: str) -> Refused:
         known = ", ".join(self.kinds)
@@ -219,6 +287,14 @@ class Service:
             ]
         )
         return ticket
+
+
+class _Read(NamedTuple):
+    """A request of ids, None where nothing is said; how much sound was given; see `Ticket`."""
+
+    request: Request | None
+    seconds: float
+    clocks: list[Clock | None]
 
 
 async def left(request: Asked) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -11,12 +11,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from zipper.generation import Written
 from zipper.serving import bodies
 from zipper.serving.answers import events, peeked
+from zipper.serving.looking import timed
 from zipper.serving.refusals import Refused, refusal
-from zipper.serving.service import Service
+from zipper.serving.service import Part, Service
 from zipper.serving.worker import Ticket
 from zipper.strand import Segment
-from zipper.words import words
 
+#: Those that tell when words were said.
+TIMED = ("verbose_json", "srt", "vtt")
+#: Of a line of subtitles, as broadcasters have them: a pause that ends it, its most seconds and
+#: letters.
+PAUSE_S, LONGEST_S, LETTERS = 0.8, 6.0, 84
 FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
 FIELDS = {
     "file": {"type": "string", "format": "binary"},
@@ -38,7 +43,15 @@ def add(app: FastAPI, service: Service) -> None:
         if ticket.streams:
             return events(_events(await peeked(service.parts(request, ticket))))
         (written,) = await service.written(request, ticket)
-        return _answer(service, written, ticket.seconds, shape)
+        modality: Any = service.kinds["text"]
+        text: str = modality.decode(written.ids)
+        if shape not in TIMED:
+            return (
+                JSONResponse({"text": text}) if shape == "json" else PlainTextResponse(f"{text}\n")
+            )
+        found = await service.looks(ticket)
+        said = await service.apart(lambda: timed(modality, written, found, 1, ticket.clocks))
+        return _timed(shape, written, text, said, ticket.seconds)
 
     app.add_api_route(
         "/v1/audio/transcriptions",
@@ -62,7 +75,9 @@ async def _begin(request: Request, service: Service) -> tuple[Ticket, str]:
         _check(shape, streams, found)
     finally:
         await found.close()
-    ticket = await service.begin([Segment("speech", sound)], ["text"], streams=streams)
+    explained = shape in TIMED
+    given = [Segment("speech", sound)]
+    ticket = await service.begin(given, ["text"], streams=streams, explained=explained)
     return ticket, shape
 
 
@@ -93,58 +108,86 @@ def _check(shape: str, streams: bool, found: Any) -> None:
         )
 
 
-async def _events(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(parts: AsyncIterator[Part]) -> AsyncIterator[str]:
     whole = ""
     try:
         async for part in parts:
-            whole += part
-            yield json.dumps({"type": "transcript.text.delta", "delta": part})
+            whole += part.raw
+            yield json.dumps({"type": "transcript.text.delta", "delta": part.raw})
         yield json.dumps({"type": "transcript.text.done", "text": whole})
     except Exception as error:  # the status is sent already
         yield json.dumps(refusal(error).shape)
 
 
-def _answer(service: Service, written: Written, seconds: float, shape: str) -> Response:
-    modality: Any = service.kinds["text"]
-    text: str = modality.decode(written.ids)
-    if shape == "json":
-        return JSONResponse({"text": text})
-    if shape == "verbose_json":
-        return JSONResponse(_verbose(modality, written, text, seconds))
-    if shape == "srt":
-        cue = f"1\n{_clock(0.0, ',')} --> {_clock(seconds, ',')}\n{text}\n\n" if text else ""
-        return PlainTextResponse(cue, media_type="application/x-subrip")
-    if shape == "vtt":
-        cue = f"{_clock(0.0, '.')} --> {_clock(seconds, '.')}\n{text}\n\n" if text else ""
-        return PlainTextResponse(f"WEBVTT\n\n{cue}", media_type="text/vtt")
-    return PlainTextResponse(f"{text}\n")
+def _timed(
+    shape: str, written: Written, text: str, said: list[dict[str, Any]], seconds: float
+) -> Response:
+    """All that is known, or subtitles."""
+    mean = sum(written.logprobs) / max(1, len(written.logprobs))
+    lines = cues(said, seconds)
+    if shape != "verbose_json":
+        point, kind = (",", "application/x-subrip") if shape == "srt" else (".", "text/vtt")
+        blocks = [
+            f"{number}\n" * (shape == "srt")
+            + f"{_clock(cue.start, point)} --> {_clock(cue.end, point)}\n{cue.text}\n\n"
+            for number, cue in enumerate(lines, 1)
+        ]
+        head = "" if shape == "srt" else "WEBVTT\n\n"
+        return PlainTextResponse(head + "".join(blocks), media_type=kind)
+    segments = [
+        {
+            "id": number,
+            "seek": 0,
+            "start": cue.start,
+            "end": cue.end,
+            "text": cue.text,
+            "tokens": list(written.ids) if len(lines) == 1 else [],
+            "temperature": 0.0,
+            "avg_logprob": mean,
+            "compression_ratio": 1.0,
+            "no_speech_prob": 0.0,
+        }
+        for number, cue in enumerate(lines)
+    ]
+    return JSONResponse(
+        {
+            "task": "transcribe",
+            "language": "unknown",
+            "duration": seconds,
+            "text": text,
+            "confidence": math.exp(mean),
+            "segments": segments,
+            "words": said,
+        }
+    )
 
 
-def _verbose(modality: Any, written: Written, text: str, seconds: float) -> dict[str, Any]:
-    """All that is known; without word times, which would need the model's attention."""
-    said: Sequence[Any] = words(modality, written) if written.ids else ()
-    sure = math.exp(sum(written.logprobs) / max(1, len(written.logprobs)))
-    segment = {
-        "id": 0,
-        "seek": 0,
-        "start": 0.0,
-        "end": seconds,
-        "text": text,
-        "tokens": list(written.ids),
-        "temperature": 0.0,
-        "avg_logprob": sum(written.logprobs) / max(1, len(written.logprobs)),
-        "compression_ratio": 1.0,
-        "no_speech_prob": 0.0,
-    }
-    return {
-        "task": "transcribe",
-        "language": "unknown",
-        "duration": seconds,
-        "text": text,
-        "confidence": sure,
-        "segments": [segment] if text else [],
-        "words": [{"word": word.text, "confidence": word.confidence} for word in said],
-    }
+class Cue(NamedTuple):
+    """A line of subtitles; times in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+def cues(said: Sequence[Mapping[str, Any]], seconds: float) -> list[Cue]:
+    """Words as lines of subtitles: a new one behind a pause, and where one would be too long to be
+    read. Words without times are one line over the whole sound."""
+    if said and "start" not in said[0]:
+        return [Cue(0.0, seconds, " ".join(word["word"] for word in said))]
+    found: list[Cue] = []
+    for word in said:
+        end = min(word["end"], seconds)
+        last = found[-1] if found else None
+        if last is None or (
+            word["start"] - last.end > PAUSE_S
+            or end - last.start > LONGEST_S
+            or len(last.text) + len(word["word"]) >= LETTERS
+        ):
+            found.append(Cue(word["start"], end, word["word"]))
+        else:
+            found[-1] = Cue(last.start, end, f"{last.text} {word['word']}")
+    return found
 
 
 def _clock(seconds: float, point: str) -> str:

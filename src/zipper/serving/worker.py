@@ -28,7 +28,8 @@ class Ticket:
     """A request that was taken.
 
     done: what was written, in the end. tokens: each as it is made, None behind the last; only where
-    somebody asked for them. seconds: of sound that were given.
+    somebody asked for them. seconds: of sound that were given. clocks: when the ids of each given
+    segment are heard, where somebody asked.
     """
 
     def __init__(self, request: Request, streams: bool) -> None:
@@ -40,6 +41,7 @@ class Ticket:
         self.answer: Answer | None = None
         self.gone = False
         self.seconds = 0.0
+        self.clocks: list[Any] = []
         self._told: dict[int, int] = {}  # by segment, how many tokens
 
     def cancel(self) -> None:

@@ -1,0 +1,140 @@
+"""Offline work on a manifest: what each row gets is what the pipeline gives it, whoever does it,
+and however often it was stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import sound, world
+
+from zipper import batch
+from zipper.batch import Counts, run_batch
+from zipper.cli import main
+from zipper.errors import ZipperError
+from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
+from zipper.strand import Segment
+
+LIMITS = {"text": 8, "speech": 8}
+DRAWN = Sampling(0.9, seed=4)
+TASK = "text -> speech"
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return Pipeline.from_pretrained(world(tmp_path_factory.mktemp("world")).zip)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Ten rows, of which two are bad."""
+    said = ["call anna", "send two", "pay peter", "turn red", "five lamp", "blue oven"]
+    given: list[Any] = [{"id": f"a{n}", "text": text} for n, text in enumerate(said)]
+    given[3:3] = [{"id": "none", "speech": [1, 2]}]
+    lines = [json.dumps(row) for row in given]
+    lines[5:5] = ["no json"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join([*lines, json.dumps({"text": "send five"}), json.dumps({"text": "call red"})])
+    )
+    return path  # fmt: skip
+
+
+def read(path: Path) -> dict[int, Any]:
+    found = {line["row"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert len(found) == len(path.read_text().splitlines()), "a row has one line"
+    return found
+
+
+def test_each_row_gets_what_the_pipeline_gives_it(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    counts = run_batch(pipe, rows, "text -> text", out, 3, sampling=DRAWN, limits=LIMITS)
+    assert counts == Counts(10, 8, 2, 0)
+    found = read(out)
+    assert set(found) == set(range(10))
+    assert "no field 'text'" in found[3]["error"] and "JSON" in found[5]["error"]
+    for number, text in ((0, "call anna"), (9, "call red")):
+        how = Sampling(0.9, seed=4 + number)
+        (alone,) = pipe.run([Segment("text", text)], ["text"], how, LIMITS)
+        (made,) = found[number]["made"]
+        assert (made["content"], made["ended"]) == (alone.content, alone.ended)
+        assert made["score"] == pytest.approx(alone.score, rel=1e-4)
+    assert found[0]["id"] == "a0" and "id" not in found[9]
+
+
+def test_a_run_that_was_stopped_goes_on_and_parts_make_the_whole(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    def run(out: Path, part: tuple[int, int] = (1, 1), told: Any = None) -> Counts:
+        return run_batch(pipe, rows, TASK, out, 2, part, DRAWN, LIMITS, told)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(counts: Counts) -> None:
+        if counts.done + counts.refused == 4:
+            raise Stopped
+
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    run(whole)
+    with pytest.raises(Stopped):
+        run(stopped, told=stop)
+    with stopped.open("a") as file:
+        file.write('{"row": 9, "made": [{"tow')  # killed while it wrote
+    assert run(stopped).before == 4
+    halves = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    counts = [run(path, (n, 2)) for n, path in enumerate(halves, 1)]
+    assert sum(one.rows for one in counts) == 10
+
+    def made(path: Path) -> dict[int, Any]:
+        """Without the scores, whose last bits depend on the company, and the folder's name."""
+        return {
+            row: line.get("error")
+            or [((path.parent / one["content"]).read_bytes(), one["ended"]) for one in line["made"]]
+            for row, line in read(path).items()
+        }
+
+    assert made(stopped) == made(whole)
+    assert made(halves[0]) | made(halves[1]) == made(whole)
+    assert run(whole) == Counts(10, 8, 2, 10), "nothing is left to do"
+
+
+def test_an_output_of_something_else_is_not_gone_on_with(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run_batch(pipe, rows, "text -> text", out, limits=LIMITS)
+    with pytest.raises(ZipperError, match="another task"):
+        run_batch(pipe, rows, TASK, out, limits=LIMITS)
+    with pytest.raises(ZipperError, match="another sampling"):
+        run_batch(pipe, rows, "text -> text", out, sampling=DRAWN, limits=LIMITS)
+    rows.write_text(rows.read_text() + "\n{}")
+    with pytest.raises(ZipperError, match="another manifest"):
+        run_batch(pipe, rows, "text -> text", out, limits=LIMITS)
+    for task, wrong in (("text -> smell", "smell"), ("text", "is not a task")):
+        with pytest.raises(ZipperError, match=wrong):
+            run_batch(pipe, rows, task, tmp_path / "new.jsonl")
+    with pytest.raises(ZipperError, match="Part 3 of 2"):
+        run_batch(pipe, rows, TASK, tmp_path / "new.jsonl", part=(3, 2))
+    with pytest.raises(ZipperError, match="cannot be read"):
+        run_batch(pipe, tmp_path / "none.jsonl", TASK, tmp_path / "new.jsonl")
+    (tmp_path / "strange.jsonl").write_text("hello\n")
+    with pytest.raises(ZipperError, match="no run wrote"):
+        batch._there(tmp_path / "strange.jsonl")
+
+
+def test_the_command_reads_files_beside_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = world(tmp_path / "world")
+    sound(tmp_path / "a.wav")
+    (tmp_path / "rows.jsonl").write_text('{"speech": "a.wav"}\n{"speech": "gone.wav"}\n')
+    out = tmp_path / "out.jsonl"
+    words = ["--task", "speech -> text", "-o", str(out), "--model", str(made.zip)]
+    assert main(["run-batch", str(tmp_path / "rows.jsonl"), *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": 2, "done": 1, "refused": 1, "before": 0}
+    assert "gone.wav" in read(out)[1]["error"]
+    assert main(["run-batch", str(tmp_path / "rows.jsonl"), *words, "--part", "9"]) == 2
