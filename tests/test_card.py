@@ -1,6 +1,5 @@
 """Model cards: every fact in one is a fact of the zip, the hub can read it, and its code runs."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import World
 
 from zipper.errors import ZipperError
+from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.saving import checkpoint
@@ -90,7 +90,9 @@ def test_the_card_of_the_shipped_model_says_what_the_model_is(shipped: Pipeline)
         f"{len(model.links)} links at {len(config.junctions)} junctions. With input projections "
         f"and adapters {new:,} new" in text
     )
-    assert json.dumps(dataclasses.asdict(config.link)) in text
+    settings = re.search(r"Settings of a link: `(\{.*?\})`", text)
+    assert settings is not None
+    assert LinkConfig(**json.loads(settings[1])) == config.link
     assert found["Modalities"] == [
         [name, name, told.about, f"`{shipped.modalities[name].fingerprint[:16]}`"]
         for name, told in shipped.told().items()

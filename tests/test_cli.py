@@ -40,6 +40,7 @@ LOADS = {
     "verify": [],
     "swap": ["text=x", "-o", "out"],
     "add": ["image=x", "--modality", "image=y", "-o", "out"],
+    "compose": ["other", "-o", "out"],
     "serve": ["--check"],
     "run-batch": ["rows.jsonl", "--task", "speech -> text", "-o", "out.jsonl"],
     "prune": ["--below", "0.1", "-o", "out"],

@@ -240,8 +240,9 @@ def test_a_fault_in_it_is_seen(mutant: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs" / "growing.md").read_text("utf-8")
-    (shown,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(shown, "docs/growing.md", "exec"), {})
+    namespace: dict[str, Any] = {}
+    for shown in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(shown, "docs/growing.md", "exec"), namespace)
     assert "speech" in capsys.readouterr().out
 
 

@@ -2,8 +2,9 @@
 
 Towers are the same where their content hash is. What stands between a shared tower and its
 partners is kept for each of them: links by pair, and input projections by company
-(`ZipperConfig.company`). No parent is changed, and none of its towers is copied: they are frozen in
-the composed zip, which names and pins those that its parents hold.
+(`ZipperConfig.company`). What chooses among towers is not kept: it is learnt anew. No parent is
+changed, and none of its towers is copied: they are frozen in the composed zip, which names and pins
+those that its parents hold.
 """
 
 import dataclasses

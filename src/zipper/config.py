@@ -168,6 +168,8 @@ class ZipperConfig:
         company of these partners and one for that of others (see `inputs`); those of a composed
         zip have, so that each pair is what it was.
 
+    chooses: towers among which heads of the zip choose what comes next; none: it has no such heads.
+
     A state is shown before it is fused. Any links that close no circle will do: a state may not
     depend on itself.
     """
@@ -181,9 +183,11 @@ class ZipperConfig:
     frozen_links: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     company: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    chooses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
+        known("chooses", self.chooses, self.towers)
         known("kept", self.kept, self.towers)
         self._check_company()
         layers = {name: tower.layers for name, tower in self.towers.items()}

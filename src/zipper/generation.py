@@ -25,7 +25,7 @@ from zipper.former import names_of
 from zipper.reading import Logits, Model, Piece, Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, choose
 from zipper.strand import Produced, Segment, groups
-from zipper.tasks import lanes
+from zipper.tasks import among, check_choices, lanes
 
 #: {tower: most tokens of a segment, without begin and end}.
 Limits = Mapping[str, int]
@@ -43,6 +43,10 @@ class Request:
     sampling: its seed is the request's. search: by beams instead; None = sample.
     limits: {tower: most tokens of a segment}. rules: {tower: Rules}.
     more: the last given segment is not whole yet, `Answer.feed` brings the rest.
+
+    "text|speech" among the outputs is a choice: the model says which of them comes next, and when
+    it is over; "*" is one among all that it chooses among. What is not named in it is forbidden,
+    what is named by itself is forced. least, most: segments of a choice.
     """
 
     segments: Sequence[Segment]
@@ -52,6 +56,8 @@ class Request:
     rules: Mapping[str, Rules] = field(default_factory=dict)
     search: Search | None = None
     more: bool = False
+    least: int = 0
+    most: int = 8
 
 
 @dataclass(frozen=True)
@@ -101,16 +107,27 @@ class Token(NamedTuple):
     logprob: float
 
 
+class Chosen(NamedTuple):
+    """What a model chose: how many segments were written before, the tower of the next, "" where
+    it was over, and its log-probability in nats among all choices."""
+
+    segment: int
+    tower: str
+    logprob: float
+
+
 @final
 class Answer:
     """What becomes of a request.
 
-    written: segments so far. done: nothing more will come. error: why it ended early, if it did.
+    written: segments so far. chosen: what was chosen among them. done: nothing more will come.
+    error: why it ended early, if it did.
     """
 
     def __init__(self, request: Request, model: Model) -> None:
         self.request = request
         self.written: list[Written] = []
+        self.chosen: list[Chosen] = []
         self.done = False
         self.error: Exception | None = None
         self.complete = not request.more
@@ -301,7 +318,7 @@ class Engine:
         found = []
         for answer in answers:
             written = [part.segment for part in answer.written]
-            missing = plan[len(written) :]
+            missing = () if answer.chosen else plan[len(written) :]
             found.append(
                 [*written, *(Produced(segment.tower, [], ended=False) for segment in missing)]
             )
@@ -390,6 +407,18 @@ def _checked(model: Model, request: Request) -> Request:
             "A request with more=True has no given segment to feed. Give one, its content may be "
             "empty."
         )
+    check_choices(plan)
+    choice = next((n for n, one in enumerate(plan) if among(one.tower)), None)
+    if choice == 0 and not request.segments:
+        raise ZipperError(
+            "A request begins with a choice, and the end of a segment is what a choice goes by. "
+            "Give a segment, or name the first."
+        )
+    if not 0 <= request.least <= request.most or not request.most:
+        raise ZipperError(
+            f"A request for {request.least} to {request.most} chosen segments; it wants "
+            "0 <= least <= most, and most at least 1."
+        )
     apart = [*groups(request.segments), *groups(plan)]
     together = [group for group in apart if len(group) > 1]
     if together and (request.search is not None or request.more):
@@ -419,7 +448,10 @@ def _own(
 ) -> list[Segment]:
     """Segments with contents of their own, which no one else will change. Raises a ZipperError for
     what the model cannot read behind those before."""
-    model.check([*before, *segments])
+    model.check([*before, *(each for each in segments if not among(each.tower))])
+    for each in segments:
+        if towers := among(each.tower):
+            model.choices(towers)
     return [replace(each, content=np.asarray(each.content).tolist()) for each in segments]
 
 
@@ -436,9 +468,13 @@ def _here(rows: Logits) -> Logits:
 def _course(model: Model, reader: Reader, answer: Answer) -> Course:
     """A request from its first token to its last."""
     request, plan, ends = answer.request, planned(answer.request.outputs), model.ends()
-    outputs = tuple(dict.fromkeys(segment.tower for segment in plan))
-    towers = tuple(dict.fromkeys([*(segment.tower for segment in request.segments), *outputs]))
-    session = reader.open(towers, outputs)
+    named = [model.choices(chosen) if (chosen := among(s.tower)) else (s.tower,) for s in plan]
+    outputs = tuple(dict.fromkeys(chain(*named)))
+    given = [segment.tower for segment in request.segments]
+    towers = tuple(dict.fromkeys([*given, *outputs]))
+    choosing = any(among(segment.tower) for segment in plan)
+    # A choice goes by the end of any segment, of one that is given too.
+    session = reader.open(towers, towers if choosing else outputs)
     # For guidance: sessions that read the segments of their own tower only.
     guided = request.sampling.guidance != 1 and len(towers) > 1
     alone = {tower: reader.open((tower,), (tower,)) for tower in outputs if guided}
@@ -458,9 +494,9 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
             _count(seen, [(segment.tower, len(ids))])
 
     generator = request.sampling.generators(1)
-    planned_groups = groups(plan)
-    for number, group in enumerate(planned_groups):
-        last = number == len(planned_groups) - 1
+
+    def write(group: Sequence[Segment], last: bool) -> Course:
+        """The segments of a group."""
         writing = [_begun(model, answer, forced, seen) for forced in group]
         if len(group) > 1:
             made = [
@@ -474,6 +510,43 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
         else:
             yield from _searched(reader, session, writing[0], request.search, last)
         _count(seen, [(one.written.tower, len(one.written.ids) + 2) for one in writing])
+
+    planned_groups, behind = groups(plan), given[-1] if given else ""
+    for number, group in enumerate(planned_groups):
+        among_these = among(group[0].tower)
+        if not among_these:
+            yield from write(group, number == len(planned_groups) - 1)
+            behind = group[-1].tower
+            continue
+        for written in range(request.most):
+            state = reader.state(session, behind)
+            logits = model.choice(behind, state)
+            tower = _decided(model, answer, logits, among_these, written, generator)
+            if not tower:
+                break
+            yield from write([Segment(tower, [])], False)
+            behind = tower
+
+
+def _decided(
+    model: Model,
+    answer: Answer,
+    logits: Float[Tensor, " choices"],
+    towers: Sequence[str],
+    done: int,
+    generator: list[torch.Generator],
+) -> str:
+    """Which of some towers comes next, "" where it is over; noted in the answer. done: segments of
+    this choice so far."""
+    names, request = [*sorted(model.ends()), ""], answer.request
+    logprobs = logits.cpu().log_softmax(-1)
+    open_to = {*model.choices(towers)} | ({""} if done >= request.least else set())
+    shut = torch.tensor([name not in open_to for name in names])
+    picked = int(
+        choose(logprobs.masked_fill(shut, -torch.inf)[None], request.sampling, generator)[0]
+    )
+    answer.chosen.append(Chosen(len(answer.written), names[picked], float(logprobs[picked])))
+    return names[picked]
 
 
 def _count(seen: dict[str, int], read: Sequence[tuple[str, int]]) -> None:

@@ -80,7 +80,8 @@ def add(
         torch.manual_seed(seed)
         new = Zipper(towers | {name: tower}, config)
     new.attention = model.attention
-    for parts, made in ((model.inputs, new.inputs), (model.links, new.links)):
+    kept = ((model.inputs, new.inputs), (model.links, new.links), (model.choosers, new.choosers))
+    for parts, made in kept:
         for part, module in parts.items():
             tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
             made[part].load_state_dict(tensors, assign=True)

@@ -146,7 +146,7 @@ def samples(
                 replace(s, content=pipeline.modalities[s.tower].decode(list(s.content)))
                 for s in task.segments(row)
             ]
-            split = len(true) - len(task.segments_produced)
+            split = len(task.prompt(row))
             for what, segments in (
                 ("given", true[:split]),
                 ("wanted", true[split:]),

@@ -149,6 +149,23 @@ class InputProjection(nn.Module):
         return project(h, [(self, None)])
 
 
+class Chooser(nn.Module):
+    """From the state of a segment's end token, what comes next: one of some towers, or that it is
+    over. All are alike until it has learnt: it is born of zeros."""
+
+    def __init__(self, width: int, towers: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, towers + 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens choices"]:
+        """Logits, the last that it is over."""
+        logits: Tensor = self.out(self.norm(h.to(self.out.weight.dtype)))
+        return logits
+
+
 def project(
     h: Float[Tensor, "batch length width"],
     projections: Sequence[tuple[InputProjection, Bool[Tensor, "batch length"] | None]],

@@ -125,13 +125,15 @@ def advance(
     state: State,
     cached: bool,
     taps: dict[LinkKey, Tap] | None = None,
+    planned: bool = False,
 ) -> tuple[dict[str, Tensor], State]:
     """Read strands: states behind the last block of each tower in the plan's outputs, before the
     head, and the new state.
 
     Towers that are not in `strands` do not run; what they said before is in `state`. A plan of one
     tower takes the unimodal path: the bare tower, no projection, no link. taps: gets what each link
-    is given.
+    is given. planned: all documents follow the plan, as where it is cached; else each is read by
+    the towers that it has.
     """
     towers = {name: parts.tower(name) for name in strands}
     strands = {name: strand.to(towers[name].device) for name, strand in strands.items()}
@@ -145,7 +147,8 @@ def advance(
         past = state.past.get(name) if cached else None
         h = towers[name].embed(strand, past)
         if parts.entrances[name]:
-            h = _projected(parts, h, name, None if cached else strands, state.towers)
+            read = None if cached or planned else strands
+            h = _projected(parts, h, name, read, state.towers)
         hidden[name], passes[name] = h, towers[name].start(strand, h, past)
 
     shown: dict[LinkKey, Tensor] = {}

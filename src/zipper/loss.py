@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from zipper.strand import Batch
+from zipper.strand import NO_CHOICE, Batch
 
 #: Most logits made at once, 128 MB in float32. Up to here the loss is computed in one piece.
 MOST = 1 << 25
+
+CHOICE = "choice"  # what a loss is called that is of no tower
 
 Head = Callable[[Tensor], Tensor]
 
@@ -49,15 +51,24 @@ def nll(
 
 
 def batch_losses(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Per tower the weighted sum of -log p(target) in nats; logits only where there is something to
-    predict.
+    """Per tower the weighted sum of -log p(target) in nats, and under CHOICE that of what was
+    chosen; logits only where there is something to predict.
 
     model: has `hidden` and `nll`. A weight below 0 counts as 0, but its logits are computed, as
     where processes have to meet.
     """
     losses: dict[str, Tensor] = {}
     wanted = {name: weight != 0 for name, weight in batch.weights.items() if (weight != 0).any()}
-    hidden = model.hidden(batch.strands, outputs=tuple(wanted))
+    outputs = tuple(dict.fromkeys([*wanted, *batch.choices]))
+    plan = (batch.company,) if batch.company else ()
+    hidden = model.hidden(batch.strands, outputs, *plan)
+    for name, came in batch.choices.items():
+        states = hidden[name]
+        where = came.to(states.device) != NO_CHOICE
+        right = came.to(states.device)[where]
+        said = model.choice(name, states[where])
+        each = F.cross_entropy(said, torch.where(right < 0, -2 - right, right), reduction="none")
+        losses[CHOICE] = losses.get(CHOICE, 0.0) + (each * (right >= 0)).sum()
     for name, where in wanted.items():
         states = hidden[name]
         where, targets, weights = (

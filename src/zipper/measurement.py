@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from zipper import pages
 from zipper.data import manifests
@@ -63,7 +64,9 @@ class Measured:
     """What was measured of one produced segment of a task.
 
     metrics: name -> system -> number. nats: -log p of the wanted ids and their end, a token, given
-    all before. ended: the share of segments that ended by themselves.
+    all before. ended: the share of segments that ended by themselves. confusion: of a choice, how
+    often which tower ("" = it was over) was right, and which was chosen; its nats are those of a
+    choice, its floor is the commonest.
     """
 
     task: str
@@ -73,6 +76,7 @@ class Measured:
     nats: float
     ended: float
     samples: Sequence[Shown] = field(default=(), repr=False)
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For a results file; pictures and sounds stay out."""
@@ -81,7 +85,8 @@ class Measured:
             for name, systems in self.metrics.items()
         }
         kept = ("task", "tower", "rows", "nats", "ended")
-        return {name: getattr(self, name) for name in kept} | {"metrics": told}
+        found = {name: getattr(self, name) for name in kept} | {"metrics": told}
+        return found | ({"confusion": self.confusion} if self.confusion else {})
 
 
 def measure(
@@ -108,7 +113,10 @@ def measure(
     wanted = [Task.parse(t) if isinstance(t, str) else t for t in tasks] or _pairs(modalities, rows)
     found: list[Measured] = []
     for task in wanted:
-        found += _measured(pipeline, task, samples, rows, sampling, judges or {}, seed)
+        if task.chosen:
+            found.append(_choices(pipeline.model, task, rows, seed))
+        else:
+            found += _measured(pipeline, task, samples, rows, sampling, judges or {}, seed)
     return found
 
 
@@ -141,6 +149,43 @@ def _pairs(modalities: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
             "plain. Give rows of pairs, or say which task."
         )
     return found
+
+
+def _choices(
+    model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]], seed: int
+) -> Measured:
+    """How well a model chooses what comes next, all before it as it was. What is then written is
+    measured by tasks that name it."""
+    model.eval()
+    names, logits, right = [*sorted(model.ends()), ""], list[Tensor](), list[Tensor]()
+    open_to = {"", *task.chosen}
+    shut = torch.tensor([name not in open_to for name in names])
+    for start in range(0, len(rows), BATCH):
+        parts = [task.segments(row) for row in rows[start : start + BATCH]]
+        batch = collate(parts, model.ends(), company=task.company)
+        batch = batch.to(next(model.parameters()).device)
+        with torch.inference_mode():
+            hidden = model.hidden(batch.strands, tuple(batch.choices), task.company)
+            for name, came in batch.choices.items():
+                where = came.to(hidden[name].device) >= 0
+                said = model.choice(name, hidden[name][where]).cpu()
+                logits.append(said.masked_fill(shut, -torch.inf))
+                right.append(came.cpu()[came.cpu() >= 0])
+    true, scores = torch.cat(right), torch.cat(logits)
+    made, commonest = scores.argmax(-1), true.mode().values
+    confusion: dict[str, dict[str, int]] = {}
+    for wanted, chosen in zip(true.tolist(), made.tolist(), strict=True):
+        row = confusion.setdefault(names[wanted], {})
+        row[names[chosen]] = row.get(names[chosen], 0) + 1
+    hits = {"model": made == true, "oracle": true == true, "floor": true == commonest}
+    numbers = {
+        system: _number([(int(hit), 1) for hit in found.tolist()], seed)
+        for system, found in hits.items()
+    }
+    nats = float(torch.nn.functional.cross_entropy(scores, true))
+    what = " or ".join(lane.tower for lane in task.segments_produced if lane.among)
+    metrics = {"right choice": numbers}
+    return Measured(str(task), what, len(rows), metrics, nats, 1.0, confusion=confusion)
 
 
 def _measured(
@@ -291,6 +336,9 @@ def text(found: Sequence[Measured]) -> str:
         for name, systems in one.metrics.items():
             cells = [_cell(systems[system]) for system in SYSTEMS]
             lines.append(f"  {name:26}" + "".join(f"{cell:>30}" for cell in cells))
+        for wanted, chosen in one.confusion.items():
+            said = ", ".join(f"{name or 'over'} {count}" for name, count in chosen.items())
+            lines.append(f"  {wanted or 'over'} was right, chosen were: {said}")
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -33,7 +33,7 @@ from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.generation import Limits, generate
-from zipper.link import PAPER_LINK, InputKind, InputProjection, Link, LinkConfig
+from zipper.link import PAPER_LINK, Chooser, InputKind, InputProjection, Link, LinkConfig
 from zipper.lockstep import Parts, State, Tap, advance
 from zipper.sampling import Sampling, check_seed
 from zipper.saving import checkpoint, hub, zips
@@ -60,7 +60,7 @@ class Zipper(nn.Module):
         super().__init__()
         self.config = config
         self.towers = nn.ModuleDict(towers)
-        self.inputs, self.links = _inputs(config), _links(config)
+        self.inputs, self.links, self.choosers = _inputs(config), _links(config), _choosers(config)
         for name, tower in config.towers.items():
             self.towers[name].requires_grad_(tower.train)
             if tower.lora is not None:
@@ -173,10 +173,15 @@ class Zipper(nn.Module):
         return {name: self.unembed(name, h) for name, h in self.hidden(strands, outputs).items()}
 
     def hidden(
-        self, strands: Mapping[str, Strand], outputs: Sequence[str] | None = None
+        self,
+        strands: Mapping[str, Strand],
+        outputs: Sequence[str] | None = None,
+        company: Sequence[str] = (),
     ) -> dict[str, Float[Tensor, "batch length width"]]:
         """States after the last block, before the head. Towers not in `outputs` run no further than
-        their last junction."""
+        their last junction. company: the towers of a plan that all documents follow, whether they
+        have segments of each or not, as in `step`; else a document is read by the towers it
+        has."""
         names = tuple(strands)
         wanted = names if outputs is None else tuple(outputs)
         for name in (*names, *wanted):
@@ -186,7 +191,9 @@ class Zipper(nn.Module):
                 f"The outputs {absent} read nothing here; the input has tokens for "
                 f"{sorted(names)} only."
             )
-        return advance(self._parts, strands, State(names, wanted), cached=False)[0]
+        plan = tuple(dict.fromkeys([*names, *company]))
+        state = State(plan, wanted)
+        return advance(self._parts, strands, state, False, planned=bool(company))[0]
 
     def taps(self, strands: Mapping[str, Strand]) -> dict[LinkKey, Tap]:
         """What every link between these towers is given: states of both from before the exchange;
@@ -215,6 +222,43 @@ class Zipper(nn.Module):
             link=whitened,
             shapes={name: shape for name, shape in own.items() if shape != whitened},
         )
+
+    def choose(self, among: Sequence[str]) -> None:
+        """Give the zip heads that choose what comes next among these towers, or none; they are
+        new, and what else the zip says does not change."""
+        self.config = dataclasses.replace(self.config, chooses=tuple(among))
+        with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten by zeros
+            self.choosers = _choosers(self.config)
+        self._join_towers()
+
+    def choice(
+        self, tower: str, state: Float[Tensor, "*tokens width"]
+    ) -> Float[Tensor, "*tokens choices"]:
+        """What comes behind the end tokens of segments of a tower, from their states: logits of all
+        towers, sorted by name, -inf for those that are not chosen, and at last that it is over.
+        Raises a ZipperError for a zip that has no such heads."""
+        self.choices(())
+        said: Tensor = self.choosers[tower](state).float()
+        names = sorted(self.config.towers)
+        where = torch.tensor([names.index(n) for n in self.config.chooses] + [len(names)])
+        found = said.new_full((*said.shape[:-1], len(names) + 1), -torch.inf)
+        return found.index_copy(-1, where.to(said.device), said)
+
+    def choices(self, among: Sequence[str]) -> tuple[str, ...]:
+        """The towers of a choice among these, "*" standing for all among which this zip chooses.
+        Raises a ZipperError where it does not."""
+        chooses = self.config.chooses
+        if not chooses or not {*among} <= {*chooses, "*"}:
+            raise ZipperError(
+                f"A choice among {', '.join(among) or 'towers'} was asked for; "
+                + (
+                    f"this zip chooses among {', '.join(chooses)}."
+                    if chooses
+                    else "this zip has "
+                    "not learnt to choose. Train it on a task such as 'NAME -> NAME|OTHER'."
+                )
+            )
+        return chooses if "*" in among else tuple(among)
 
     def start(self, towers: Sequence[str], outputs: Sequence[str]) -> State:
         """An empty state for a plan that reads and writes `towers`; only `outputs` will be asked
@@ -416,7 +460,7 @@ class Zipper(nn.Module):
         model._join_towers()
         if dtype is not None:
             own = [tower for name, tower in model.towers.items() if name not in shared]
-            for part in (model.inputs, model.links, *own):
+            for part in (model.inputs, model.links, model.choosers, *own):
                 _cast(part, dtype)
         return model
 
@@ -435,7 +479,8 @@ class Zipper(nn.Module):
             checkpoint.examine(folder)[0], f"{path} is not the configuration of a zip"
         )
         with torch.device("meta"):
-            born = nn.ModuleDict({"inputs": _inputs(config), "links": _links(config)}).state_dict()
+            parts = {"inputs": _inputs(config), "links": _links(config)}
+            born = nn.ModuleDict(parts | {"choosers": _choosers(config)}).state_dict()
         adapters = {
             name: p for name, p in self.new_parameters().items() if name.startswith("towers.")
         }
@@ -478,7 +523,12 @@ class Zipper(nn.Module):
         for name, tower in self.towers.items():
             device = next(tower.parameters()).device
             reading = [self.links[str(key)] for key in self.config.links if key.target == name]
-            for part in (*reading, *(self.inputs[part] for part in self.config.inputs[name])):
+            entrances = [self.inputs[part] for part in self.config.inputs[name]]
+            for part in (
+                *reading,
+                *entrances,
+                *(self.choosers[n] for n in self.choosers if n == name),
+            ):
                 part.to(device)
 
 
@@ -489,6 +539,12 @@ def _inputs(config: ZipperConfig) -> nn.ModuleDict:
         for part in config.inputs[name]:
             found[part] = InputProjection(tower.width, tower.input_projection)
     return found
+
+
+def _choosers(config: ZipperConfig) -> nn.ModuleDict:
+    """What chooses behind a segment of each tower, in a zip that does."""
+    towers = config.towers.items() if config.chooses else ()
+    return nn.ModuleDict({n: Chooser(t.width, len(config.chooses)) for n, t in towers})
 
 
 def _links(config: ZipperConfig) -> nn.ModuleDict:

@@ -29,7 +29,7 @@ from zipper.saving import checkpoint, hub
 from zipper.saving.card import Told, card
 from zipper.saving.zips import TowerSource
 from zipper.strand import Produced, Segment
-from zipper.tasks import Task
+from zipper.tasks import Task, among
 
 PINS = "modalities.json"
 FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for
@@ -265,7 +265,8 @@ class Pipeline:
         produced = iter(
             self.generate(spoken, plan, sampling or Sampling(), limits) if spoken else ()
         )
-        nothing = [Produced(segment.tower, []) for segment in planned(plan)]
+        fixed = [segment.tower for segment in planned(plan) if not among(segment.tower)]
+        nothing = [Produced(tower, []) for tower in fixed]
         return [self._decoded(nothing if prompt is None else next(produced)) for prompt in prompts]
 
     def generate(

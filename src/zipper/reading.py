@@ -50,6 +50,14 @@ class Model(Protocol):
     def pads(self, tower: str) -> bool:
         """Whether rows of a batch may have padding on their left."""
 
+    def choices(self, among: Sequence[str]) -> tuple[str, ...]:
+        """The towers of a choice ("*": all). Raise a ZipperError where it does not choose what
+        comes next among these."""
+
+    def choice(self, tower: str, state: Tensor) -> Tensor:
+        """From the state of an end token, logits of what comes next: all towers, sorted by name,
+        and that it is over."""
+
 
 @runtime_checkable
 class Reader(Protocol):
@@ -70,13 +78,17 @@ class Reader(Protocol):
         see each other (`strand.visible`).
         """
 
+    def state(self, session: Any, tower: str) -> Float[Tensor, " width"]:
+        """Of the last token that a sequence has read in a tower of its outputs, behind the last
+        block; for `Model.choice`."""
+
 
 @dataclass(eq=False)
 class Walk:
     """One sequence that is read step by step.
 
     time: of its next token. position: of the next token of each tower. group: where its state is;
-    row: which row of it.
+    row: which row of it. states: of its last token in each tower that speaks.
     """
 
     towers: tuple[str, ...]
@@ -85,6 +97,7 @@ class Walk:
     row: int = 0
     time: int = 0
     position: dict[str, int] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -150,10 +163,15 @@ class Stepwise:
             group,
             time=session.time,
             position=dict(session.position),
+            states=dict(session.states),
         )
         group.select([*range(len(group.walks)), session.row])
         group.add(twin)
         return twin
+
+    def state(self, session: Walk, tower: str) -> Float[Tensor, " width"]:
+        """See `Reader`."""
+        return session.states[tower]
 
     @torch.inference_mode()
     def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
@@ -230,7 +248,10 @@ class Stepwise:
             ]
             if speaking:
                 rows = torch.tensor([walk.row for walk in speaking], device=states.device)
-                logits = self.model.unembed(tower, states[rows, -1:])[:, 0]
+                last = states[rows, -1:]
+                logits = self.model.unembed(tower, last)[:, 0]
+                for walk, state in zip(speaking, last[:, 0], strict=True):
+                    walk.states[tower] = state
                 found += [(walk, tower, row) for walk, row in zip(speaking, logits, strict=True)]
         return found
 

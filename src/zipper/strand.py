@@ -18,6 +18,7 @@ from torch import Tensor
 from zipper.errors import ZipperError
 
 PADDING = -1  # the document of a padding slot
+NO_CHOICE = -1  # where nothing was to be chosen
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Segment:
 @dataclass(frozen=True)
 class Target(Segment):
     """A segment that a model learns to produce. weight: of the loss of each of its tokens (0 = it
-    is given)."""
+    is given). chosen: that it comes next, and what comes behind it, was a choice, which is learnt
+    too."""
 
     weight: float = 1.0
+    chosen: bool = field(default=False, kw_only=True)
 
 
 @final
@@ -93,6 +96,20 @@ def groups(segments: Iterable[S]) -> list[list[S]]:
                 + ". A group has each tower once."
             )
         found[-1].append(segment)
+    return found
+
+
+def decisions(segments: Sequence[Segment]) -> dict[int, str]:
+    """Behind which segments there was a choice, by number, and what came: a tower, "" where it was
+    over. Raises a ZipperError where nothing stands before a choice, whose end is what it goes
+    by."""
+    found: dict[int, str] = {}
+    for number, segment in enumerate(segments):
+        if isinstance(segment, Target) and segment.chosen:
+            if not number:
+                raise ZipperError("A choice has nothing before it. Give a segment first.")
+            found[number - 1] = segment.tower
+            found[number] = ""
     return found
 
 
@@ -192,11 +209,19 @@ def visible(target: Strand, source: Strand) -> Bool[Tensor, "batch target source
 @dataclass(frozen=True)
 class Batch:
     """A padded batch. Per tower that takes part: what it reads, the id to predict at each position,
-    and the weight of that loss (0 where there is nothing to predict)."""
+    and the weight of that loss (0 where there is nothing to predict).
+
+    choices: behind an end token where there was a choice, what came: the number of a tower among
+    the names of all of the model, sorted, or how many these are where it was over; NO_CHOICE
+    elsewhere. Below that, -2 - n for n: it is looked at, and does not count. company: where there
+    was a choice, all towers of the plan, as they are named to `hidden`.
+    """
 
     strands: dict[str, Strand]
     targets: dict[str, Int[Tensor, "batch length"]]
     weights: dict[str, Float[Tensor, "batch length"]]
+    choices: dict[str, Int[Tensor, "batch length"]] = field(default_factory=dict)
+    company: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -204,6 +229,8 @@ class Batch:
             {name: strand.to(device) for name, strand in self.strands.items()},
             {name: t.to(device) for name, t in self.targets.items()},
             {name: t.to(device) for name, t in self.weights.items()},
+            {name: t.to(device) for name, t in self.choices.items()},
+            self.company,
         )
 
 
@@ -213,11 +240,13 @@ def collate(
     *,
     left: bool = False,
     packed: Sequence[Sequence[int]] | None = None,
+    company: Sequence[str] = (),
 ) -> Batch:
     """Lay samples out as one padded batch, one strand per tower that any sample names.
 
     left: pad on the left (generation) instead of the right. packed: rows as lists of sample
-    indices, several samples (documents) in one row; default one sample per row. Position and time
+    indices, several samples (documents) in one row; default one sample per row. company: all
+    towers of the plan where something is chosen. Position and time
     count from 0 in every document.
     """
     rows = [[i] for i in range(len(samples))] if packed is None else [list(r) for r in packed]
@@ -229,6 +258,8 @@ def collate(
     # Ids, position, time, document, targets; arrays are several times faster to fill than lists.
     columns = {name: np.zeros((5, len(rows), max(length[name])), np.int64) for name in names}
     weights = {name: np.zeros(columns[name].shape[1:], np.float32) for name in names}
+    choices = {name: np.full(columns[name].shape[1:], NO_CHOICE) for name in names}
+    came = {name: number for number, name in enumerate([*sorted(ends), ""])}
     for name in names:
         columns[name][3] = PADDING
     for r, row in enumerate(rows):
@@ -237,7 +268,8 @@ def collate(
             time = 0
             position = dict.fromkeys(names, 0)
             begun = 0  # of the group, in time
-            for segment in chain(*groups(samples[index])):
+            decided = decisions(samples[index])
+            for number, segment in enumerate(chain(*groups(samples[index]))):
                 begun = begun if segment.beside else time
                 name, n = segment.tower, len(segment.content) + 2
                 start, p = slot[name], position[name]
@@ -250,6 +282,8 @@ def collate(
                 part[4, :-1] = part[0, 1:]
                 if isinstance(segment, Target):
                     weights[name][r, start : start + n - 1] = segment.weight
+                if number in decided:
+                    choices[name][r, start + n - 1] = came[decided[number]]
                 slot[name] += n
                 position[name] += n
                 time = max(time, int(part[2, -1]) + 1)
@@ -258,6 +292,8 @@ def collate(
         {name: Strand(*part[:4]) for name, part in parts.items()},
         {name: part[4] for name, part in parts.items()},
         {name: torch.from_numpy(weight) for name, weight in weights.items()},
+        {n: torch.from_numpy(c) for n, c in choices.items() if (c != NO_CHOICE).any()},
+        tuple(company),
     )
 
 

@@ -333,7 +333,8 @@ def prune(model: Zipper, links: Sequence[str]) -> Zipper:
         model.config, dropped=tuple(sorted({*model.config.dropped, *links}))
     )
     new = _born(_towers(model), config)
-    for parts, made in ((model.inputs, new.inputs), (model.links, new.links)):
+    kept = ((model.inputs, new.inputs), (model.links, new.links), (model.choosers, new.choosers))
+    for parts, made in kept:
         for name, part in made.items():
             _graft(parts[name], part, {}, 0.0)
     return new.train(model.training)
@@ -436,6 +437,11 @@ def _grafted(
         reborn = _graft(projection, new.inputs[part], meaningless, gate)
         if name in changes:
             yield _fate(f"inputs.{part}", f"inputs.{part}", projection, reborn)
+    for name, chooser in model.choosers.items():
+        why = dict.fromkeys(("norm", "out"), strangers[name]) if name in strangers else {}
+        reborn = _graft(chooser, new.choosers[name], why, gate)
+        if name in changes:
+            yield _fate(f"choosers.{name}", f"choosers.{name}", chooser, reborn)
     for key in model.config.links:
         link, was, name = model.link(*key), str(key), names[str(key)]
         faces = dict.fromkeys(_facing_source(link), key.source)

@@ -18,7 +18,7 @@ __getattr__ = names_of(__name__, ("zipper.pipeline",))
 
 
 class Lane(NamedTuple):
-    """One segment of a plan. item: as it is named; the rest: see `Segment`."""
+    """One segment of a plan, or a choice. item: as it is named; the rest: see `Segment`."""
 
     item: str
     beside: bool = False
@@ -27,8 +27,13 @@ class Lane(NamedTuple):
 
     @property
     def tower(self) -> str:
-        """Which tower."""
-        return tower_of(self.item)
+        """Which tower; of a choice those among which it is, with a bar between them."""
+        return "|".join(map(tower_of, self.among)) if self.among else tower_of(self.item)
+
+    @property
+    def among(self) -> tuple[str, ...]:
+        """Of a choice, its items; "*" stands for all towers. () of a segment that is fixed."""
+        return tuple(self.item.split("|")) if among(self.item) else ()
 
     def segment(self, content: Any) -> Segment:
         """A segment in this lane."""
@@ -49,9 +54,11 @@ class Lane(NamedTuple):
 
 def lanes(items: Iterable[str]) -> tuple[Lane, ...]:
     """The segments of a plan. "text + speech" are two lanes of one group, made in the same steps;
-    "text@4 + speech": text takes a step in four; "text@4/12": and begins twelve steps later. Raises
-    a ZipperError for an item that is none."""
+    "text@4 + speech": text takes a step in four; "text@4/12": and begins twelve steps later.
+    "text|speech" is a choice: the model says which of them comes next, and when it is over; "*" is
+    one among all. Raises a ZipperError for an item that is none."""
     found = []
+    items = [re.sub(r"\s*\|\s*", "|", item) for item in items]
     for number, said in chain.from_iterable(enumerate(item.split("+")) for item in items):
         lane = re.fullmatch(r"([^@\s]+)(?:\s*@\s*([1-9]\d{0,3})(?:/(\d{1,4}))?)?", said.strip())
         if lane is None:
@@ -61,8 +68,34 @@ def lanes(items: Iterable[str]) -> tuple[Lane, ...]:
             )
         stride, delay = int(lane[2] or 1), int(lane[3] or 0)
         found.append(Lane(lane[1], number > 0, stride, delay))
-    groups([lane.segment([]) for lane in found])
+    check_choices([lane.segment([]) for lane in found])
     return tuple(found)
+
+
+def among(tower: str) -> tuple[str, ...]:
+    """The towers of a choice ("*": all); () for a tower's name."""
+    return tuple(tower.split("|")) if "|" in tower or tower == "*" else ()
+
+
+def check_choices(plan: Sequence[Segment]) -> None:
+    """Raises a ZipperError for choices that are none: in a group, one behind another, of something
+    without a name or of one twice."""
+    before: tuple[str, ...] = ()
+    for group in groups(plan):
+        here = [among(lane.tower) for lane in group]
+        if any(here) and len(group) > 1:
+            raise ZipperError("A choice stands in a group. It is one segment after another.")
+        if here[0] and before:
+            raise ZipperError(
+                f"{'|'.join(before)} is followed by {'|'.join(here[0])}; a choice goes on until "
+                "it is over. Write one of both."
+            )
+        before = here[0]
+        if "" in before or ("*" in before and len(before) > 1) or len({*before}) < len(before):
+            raise ZipperError(
+                f"{'|'.join(before)!r} is no choice. Write towers, each once, such as "
+                "'text|speech', or '*' for all."
+            )
 
 
 @dataclass(frozen=True)
@@ -80,7 +113,10 @@ class Task:
     def __post_init__(self) -> None:
         if not self.produced:
             raise ZipperError("A task must produce at least one segment; its `produced` is empty.")
-        lanes(self.given), lanes(self.produced)
+        if any(lane.among for lane in lanes(self.given)):
+            raise ZipperError(f"{self}: what is given is not chosen. Name its towers.")
+        if any(lane.among == ("*",) for lane in lanes(self.produced)):
+            raise ZipperError(f"{self}: which fields? Write them, such as 'text|answer:speech'.")
 
     @classmethod
     def parse(cls, text: str) -> "Task":
@@ -103,7 +139,20 @@ class Task:
     @property
     def towers(self) -> tuple[str, ...]:
         """Every tower that the task names, once, in order."""
-        return tuple(dict.fromkeys(lane.tower for lane in lanes(self.given + self.produced)))
+        items = lanes(self.given + self.produced)
+        each = chain.from_iterable(lane.among or (lane.item,) for lane in items)
+        return tuple(dict.fromkeys(map(tower_of, each)))
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The towers among which it chooses, once, in order."""
+        each = chain.from_iterable(lane.among for lane in self.segments_produced)
+        return tuple(dict.fromkeys(map(tower_of, each)))
+
+    @property
+    def company(self) -> tuple[str, ...]:
+        """All its towers where it chooses: which of them a sample has is then not known before."""
+        return self.towers if self.chosen else ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -123,7 +172,15 @@ class Task:
         if self.train_given:
             learnt = lanes(self.given)
             given = [lane.target(_field(row, lane.item), self.train_given) for lane in learnt]
-        return [*given, *(lane.target(_field(row, lane.item)) for lane in lanes(self.produced))]
+        for lane in lanes(self.produced):
+            if not lane.among:
+                given.append(lane.target(_field(row, lane.item)))
+                continue
+            there = [item for item in lane.among if item.partition(":")[0] in row]
+            if not there:
+                _field(row, lane.among[0])
+            given += [Target(tower_of(i), _field(row, i), chosen=True) for i in there]
+        return given
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from zipper.errors import ZipperError
 from zipper.generation import Engine, generate
-from zipper.link import InputProjection, Link, Memory, project
+from zipper.link import Chooser, InputProjection, Link, Memory, project
 from zipper.model import Zipper
 from zipper.reading import Logits, Model, Piece, Stepwise
 from zipper.sampling import Sampling
@@ -118,6 +118,10 @@ def _promises(
                 _defined, trial, order
             )
             tries[f"cached is full, {at}"] = partial(_cached, trial, order)
+        if model.config.chooses:
+            tries[f"what comes next is chosen by what came before, {at}"] = partial(
+                _chooses, trial, order
+            )
     return tries
 
 
@@ -151,6 +155,11 @@ class _Trial:
             link.gate.fill_(OPEN)
             if link.feedforward is not None:
                 link.feedforward_gate.fill_(OPEN)
+        for chooser in awake.choosers.values():
+            assert isinstance(chooser, Chooser)
+            weight = chooser.out.weight
+            if not weight.any():
+                weight.copy_(torch.randn(weight.shape, generator=random))
         for projection in awake.inputs.values():
             assert isinstance(projection, InputProjection)
             last = projection.mlp[-1].get_parameter("weight")
@@ -452,6 +461,27 @@ def _defined(trial: _Trial, order: Sequence[str]) -> Found:
     )
 
 
+def _chooses(trial: "_Trial", order: Sequence[str]) -> Found:
+    """The state behind an end token, step by step, is that of the whole, whatever comes later."""
+    model, worst = trial.model, 0.0
+    ids = {name: list(range(2, 2 + trial.length)) for name in order}
+    free = {n: [i for i in ids[n] if i not in model.config.towers[n].ends] for n in order}
+    segments = [Segment(name, free[name]) for name in order]
+    whole = collate([segments], model.ends()).strands
+    hidden = model.hidden(whole, order, order)
+    reader = Stepwise(model)
+    session = reader.open(order, order)
+    for name in order:
+        begin, end = model.ends()[name]
+        reader.read({name: [(session, [begin, *free[name], end])]})
+        told = [hidden[name][0, -1], reader.state(session, name)]
+        wanted, found = (model.choice(name, state.to(told[0].device)) for state in told)
+        open_to = wanted.isfinite()
+        gap = (found[open_to] - wanted[open_to]).abs().max() / wanted[open_to].abs().max()
+        worst = max(worst, float(gap.nan_to_num(torch.inf)))
+    return worst <= trial.tolerance, f"largest difference {worst:.2g}"
+
+
 def _definition(
     model: Zipper, strands: Mapping[str, Strand]
 ) -> dict[str, Float[Tensor, "1 length vocabulary"]]:
@@ -621,6 +651,9 @@ class _Held:
     def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
         return self._reader.read(pieces)
 
+    def state(self, session: Any, tower: str) -> Tensor:
+        return self._reader.state(session, tower)
+
 
 @final
 class _Recorder:
@@ -661,6 +694,12 @@ class _Recorder:
 
     def pads(self, tower: str) -> bool:
         return self.model.pads(tower)
+
+    def choices(self, among: Sequence[str]) -> tuple[str, ...]:
+        return self.model.choices(among)
+
+    def choice(self, tower: str, state: Tensor) -> Tensor:
+        return self.model.choice(tower, state)
 
     def heard(self, row: int) -> list[tuple[int, str, int, int]]:
         """What a row has read so far: (time, tower, position, id), in order of time."""

@@ -329,6 +329,17 @@ class Baseline(nn.Module):
         """Whether rows may have padding on their left."""
         return self._decoder.rows != "unpadded"
 
+    def choices(self, among: Sequence[str]) -> tuple[str, ...]:
+        """Raises a ZipperError: what comes next is not learnt here."""
+        raise ZipperError(
+            "A single decoder was not taught which modality comes next. Name the outputs."
+        )
+
+    def choice(self, tower: str, state: Tensor) -> Tensor:
+        """Raises a ZipperError, as `choices`."""
+        self.choices(())
+        return state
+
     def tower(self, name: str) -> PreTrainedModel:
         """The extended decoder as the transformers model it is, the same for every modality."""
         self._shift(name)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +138,7 @@ def run(
 ) -> None:
     """Any order of modalities in and out."""
     from zipper.modality import whole
+    from zipper.tasks import among
 
     segments = _segments(given or ())
     names = [name.strip() for name in outputs.split(",") if name.strip()]
@@ -147,7 +149,8 @@ def run(
         )
     pipe = pipeline(model, towers, allow_mismatch)
     kinds = {name: whole(modality) for name, modality in pipe.modalities.items()}
-    if filed := [name for name in names if name in kinds and kinds[name].suffix]:
+    each = chain.from_iterable(among(name) or (name,) for name in names)
+    if filed := [name for name in each if name in kinds and kinds[name].suffix]:
         if output is None:
             raise ZipperError(
                 f"This plan produces {filed[0]}. Pass -o FOLDER to say where its files go."

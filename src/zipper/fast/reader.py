@@ -67,6 +67,7 @@ class Fused:
         self._between = _between(self._stops)
         self._ends = {name: model.config.route.last_shown(name, towers) for name in towers}
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
+        self._chooses = bool(model.config.chooses)
         self._far = 0
         self._pool = self._pooled() if pooled else None
         if compiled and self._pool is None:
@@ -99,6 +100,7 @@ class Fused:
     def fork(self, session: Session) -> Session:
         """A copy that goes on by itself."""
         twin = self.open(session.towers, session.outputs)
+        twin.states = dict(session.states)
         twin.unread = {pair: list(shown) for pair, shown in session.unread.items()}
         for name, cache in session.caches.items():
             twin.caches[name] = cache.copy(twin.row) if isinstance(cache, Row) else cache.fork()
@@ -125,6 +127,10 @@ class Fused:
         for session, pair, states in shown:
             session.unread.setdefault(pair, []).append(states)
         return found
+
+    def state(self, session: Session, tower: str) -> Float[Tensor, " width"]:
+        """See `Reader`."""
+        return session.states[tower]
 
     def link(self, key: LinkKey) -> FastLink:
         """A link of the model."""
@@ -212,6 +218,8 @@ class Fused:
         spoken, kept = step(name, ids, positions, places, entry, speaks)
         for session, cache, start, stop in places:
             cache.length += stop - start
+            if speaks and self._chooses:
+                session.states[name] = kept[-1][stop - 1].clone()
             for pair in self._between if entry is not None else ():
                 if pair[0] == name and pair[1] in session.towers:
                     shown.append((session, pair, Shown(kept, start, stop)))
@@ -314,7 +322,10 @@ class Fused:
                 h = way.exchange(link, kept[-1], h)
         if spoken is None:
             return None, kept
-        return tower.unembed(tower.run(h, range(done, tower.layers), angles, way)[spoken]), kept
+        h = tower.run(h, range(done, tower.layers), angles, way)
+        if self._chooses:
+            kept.append(h)
+        return tower.unembed(h[spoken]), kept
 
     def _replay(
         self,
@@ -445,7 +456,11 @@ class Fused:
                 table = self._turns.get(part.turns)
                 angles = None if table is None else table.single
                 stages.append(part.stage(seen.index(key), angles, key == reads[-1]))
-        stages += tower.stages[done:] if speaks else []
+        if speaks:
+            stages += tower.stages[done:]
+        if speaks and self._chooses:
+            keeps.append(len(stages))
+            stages.append(native.Stage())
         laid = native.array(native.Stage, stages)
         spoken = [place.stop - 1 for place in places] if speaks else []
         return Prepared(laid, [laid[index] for index in keeps], native.array(c_int32, spoken))

@@ -73,6 +73,7 @@ class Session:
     entries: by tower the input projections that its embeddings go through; None on the unimodal
     path, on which there are no links either.
     memory: what links between its towers have read, one layer each.
+    states: of its last token in each tower that speaks, in a zip that chooses.
     unread: {(source, target): states of the source that links into the target have not read yet}.
     row: in the pool, if there is one.
     """
@@ -83,6 +84,7 @@ class Session:
     caches: dict[str, Cache | Row] = field(default_factory=dict)
     memory: dict[LinkKey, Cache | Row] = field(default_factory=dict)
     unread: dict[tuple[str, str], list["Shown"]] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
     row: int = -1
 
 

@@ -361,7 +361,7 @@ class EncoderUnits(Sound):
     def _convolutions(self) -> Sequence[tuple[int, int]]:
         """Width and stride of each convolution over the samples, the first one first."""
         if self._heard:  # its configuration does not say them
-            found = self.encoder.model.encoder
+            found: Any = self.encoder.model.encoder
             layers = (found.conv1, found.conv2, found.conv3)
             return [(layer.kernel_size[0], layer.stride[0]) for layer in layers]
         return [*zip(self._settings.conv_kernel, self._settings.conv_stride, strict=True)]

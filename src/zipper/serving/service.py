@@ -24,6 +24,7 @@ from zipper.serving.looking import Clock, Look, clock, looks
 from zipper.serving.refusals import Refused
 from zipper.serving.worker import Ticket, Worker
 from zipper.strand import Segment
+from zipper.tasks import among
 
 READERS = 2  # that turn sound into ids at once: each may hold a whole decoded sound
 
@@ -224,8 +225,9 @@ class Service:
                 f"{self.caps.segments} of each are taken.",
             )
         for segment in [*given, *plan]:
-            if segment.tower not in self.kinds:
-                raise self._unknown(segment.tower)
+            for tower in among(segment.tower) or (segment.tower,):
+                if tower not in self.kinds and tower != "*":
+                    raise self._unknown(tower)
             if isinstance(segment.content, str) and len(segment.content) > self.caps.letters:
                 raise Refused(
                     413,
@@ -277,7 +279,13 @@ class Service:
         """The answer where nothing was said: nothing."""
         self.worker.leave()
         ticket = Ticket(Request([], outputs), streams)
-        ticket.settle([Written(one.tower, [], 0, stop="end") for one in planned(outputs)])
+        ticket.settle(
+            [
+                Written(one.tower, [], 0, stop="end")
+                for one in planned(outputs)
+                if not among(one.tower)
+            ]
+        )
         return ticket
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Int64
 
 from zipper.data.rows import Row, Rows, draws, mixed_seed
 from zipper.errors import ZipperError
-from zipper.strand import Batch, Target, collate
+from zipper.loss import CHOICE
+from zipper.strand import Batch, Target, collate, decisions
 from zipper.tasks import Task
 from zipper.training.config import TrainConfig
 from zipper.training.packing import lengths, pack
@@ -104,6 +105,8 @@ def batches_of_step(
             if isinstance(segment, Target):
                 tokens = segment.weight * (len(segment.content) + 1)
                 counts[segment.tower] = counts.get(segment.tower, 0.0) + tokens
+        if choices := len(decisions(segments)):
+            counts[CHOICE] = counts.get(CHOICE, 0.0) + choices
         place, process = divmod(k, processes)
         turn = place * config.accumulate // len(range(process, config.batch, processes))
         first[turn].setdefault(name, segments)
@@ -115,7 +118,9 @@ def batches_of_step(
             if name in samples or config.shard:
                 drawn = samples.get(name, [sample])
                 packed = pack([lengths(one) for one in drawn], config.pack) if config.pack else None
-                batch = collate(drawn, model.ends(), packed=packed).to(accelerator.device)
+                company = tasks[name].company
+                batch = collate(drawn, model.ends(), packed=packed, company=company)
+                batch = batch.to(accelerator.device)
                 batch = batch if name in samples else silent(batch)
                 turns[turn].append(corrupted(batch, config, model))
     return turns, counts
@@ -124,7 +129,9 @@ def batches_of_step(
 def silent(batch: Batch) -> Batch:
     """The same batch, to be run and not to count."""
     return dataclasses.replace(
-        batch, weights={name: -weight for name, weight in batch.weights.items()}
+        batch,
+        weights={name: -weight for name, weight in batch.weights.items()},
+        choices={n: torch.where(c < 0, c, -2 - c) for n, c in batch.choices.items()},
     )
 
 

@@ -19,7 +19,7 @@ from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import parse
 from zipper.saving.zips import LostTower
-from zipper.tasks import Task, lanes
+from zipper.tasks import Task, lanes, tower_of
 from zipper.tower import Tower
 from zipper.training.config import TrainConfig
 
@@ -51,8 +51,13 @@ class BuildZip:
     ) -> Zipper:
         """See `Build`."""
         if config.start is not None:
-            return _continued(config, modalities)
-        return _zipped(config, modalities, mean_tokens(config, rows))
+            model = _continued(config, modalities)
+        else:
+            model = _zipped(config, modalities, mean_tokens(config, rows))
+        chosen = dict.fromkeys(chain.from_iterable(Task.parse(t).chosen for t in config.tasks))
+        if not {*chosen} <= {*model.config.chooses}:
+            model.choose(sorted({*chosen, *model.config.chooses}))
+        return model
 
 
 build = BuildZip()
@@ -61,12 +66,14 @@ build = BuildZip()
 def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
     """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe."""
     tasks = map(Task.parse, config.tasks)
-    items = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
-    fields = {lane.tower: lane.item.partition(":")[0] for lane in items}
-    return {
-        tower: float(np.mean([len(row.get(name, ())) + 2 for row in rows]))
-        for tower, name in fields.items()
+    found = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
+    items = chain.from_iterable(lane.among or (lane.item,) for lane in found)
+    fields = {tower_of(item): item.partition(":")[0] for item in items}
+    # Where a model chooses, a row has the field of what is chosen, and no other.
+    lengths = {
+        tower: [len(row[name]) + 2 for row in rows if name in row] for tower, name in fields.items()
     }
+    return {tower: float(np.mean(some or [2])) for tower, some in lengths.items()}
 
 
 def _continued(config: TrainConfig, modalities: Mapping[str, Modality]) -> Zipper:

@@ -9,8 +9,9 @@ from zipper.config import Adapter, Directed
 from zipper.data.extraction import Policy
 from zipper.errors import ZipperError
 from zipper.link import InputKind, LinkConfig
+from zipper.loss import CHOICE
 from zipper.saving.files import MOST_INTEGER, parse, settle
-from zipper.tasks import Task
+from zipper.tasks import Task, tower_of
 
 #: What a recipe may ask for: (least, most) by field.
 LIMITS = {
@@ -202,8 +203,10 @@ class TrainConfig:
         """Raises a ZipperError for a setting that would do nothing."""
         tasks = [Task.parse(task) for task, share in self.tasks.items() if share]
         named = set(chain.from_iterable(task.towers for task in tasks))
-        produced = set(
-            lane.tower for lane in chain.from_iterable(task.segments_produced for task in tasks)
+        lanes = [*chain.from_iterable(task.segments_produced for task in tasks)]
+        items = chain.from_iterable(lane.among or (lane.item,) for lane in lanes)
+        produced = {*map(tower_of, items)} | (
+            {CHOICE} if any(lane.among for lane in lanes) else set()
         )
         for option, used, what in (
             ("train", named, "named by"),

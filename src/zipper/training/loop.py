@@ -496,9 +496,11 @@ def mean_loss(
         batch = collate(
             [task.segments(row) for row in ranked[start : start + config.batch]],
             objective.model.ends(),
+            company=task.company,
         ).to(device)
         total += sum(float(loss) for loss in objective([batch]).values())
         count += sum(float(weight.sum()) for weight in batch.weights.values())
+        count += sum(int((came >= 0).sum()) for came in batch.choices.values())
     return total / count
 
 

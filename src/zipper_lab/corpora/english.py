@@ -201,7 +201,8 @@ def rows(
 def _block(block: Sequence[Utterance], units: Modality, taken: bool) -> list[dict[str, Any]]:
     made = []
     for utterance in block:
-        row = {"id": utterance.id, "text": utterance.text, "source": utterance.source}
+        row: dict[str, Any] = {"id": utterance.id, "text": utterance.text}
+        row["source"] = utterance.source
         row["speech"] = units.encode(synthesize(utterance.text, utterance.pace))
         if taken:
             sound, said = take(utterance)
