@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def examples(folder: str | Path) -> list[str]:
     """WordNet's example sentences, in the words of the novels' text: lower case, letters and
     apostrophes. Those with digits or other letters are left out. Raises ZipperError for a folder
     without its files."""
-    return _plain(quoted for gloss in _glosses(folder) for quoted in EXAMPLE.findall(gloss))
+    return _plain(chain.from_iterable(map(EXAMPLE.findall, _glosses(folder))))
 
 
 def definitions(folder: str | Path) -> list[str]:
@@ -134,7 +135,7 @@ def sentences(part: str, wordnet: str | Path, seed: int = 0) -> list[Utterance]:
     if part not in PARTS:
         raise ZipperError(f"There is no part {part!r}. Take one of {', '.join(PARTS)}.")
     found = {
-        "novels": [text for name in PARTS[part] for _, text in prose.lines(name)],
+        "novels": [text for _, text in chain.from_iterable(map(prose.lines, PARTS[part]))],
         "wordnet": [text for text in examples(wordnet) if _part(text) == part],
         "numbers": [text for text in numbers(4000, 0) if _part(text) == part],
     }
