@@ -22,7 +22,6 @@ from zipper.fast.reader import Fused
 from zipper.generation import Engine
 from zipper.growth import add
 from zipper.link import LinkConfig
-from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.reading import Stepwise
@@ -253,19 +252,7 @@ def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
     """A saved zip of text and speech, and one of the same text and other text."""
     world = tiny.world(tmp_path_factory.mktemp("world"))
-    other = tiny.text(3)
-    tower = tiny.tower(other)
-    other.save(world.folder / "other")
-    tower.model.save_pretrained(world.folder / "other" / "tower")
-    model = Zipper.from_towers(
-        {"text": world.folder / "text" / "tower", "notes": world.folder / "other" / "tower"},
-        train=("notes",),
-        link=LinkConfig(head_width=8, gate_init=0.6),
-        tokens={"text": 9.0, "notes": 11.0},
-    )
-    texts = {"text": Text.load(world.folder / "text"), "notes": other}
-    Pipeline(model, texts).save_pretrained(world.folder / "notes")
-    return world, world.folder / "notes"
+    return world, tiny.notes(world)
 
 
 def weights(folder: Path) -> int:

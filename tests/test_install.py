@@ -163,6 +163,7 @@ def commands(world: World, place: Path) -> dict[str, list[str]]:
         "verify": [zip_],
         "doctor": [],
         "add": [zip_, f"more={text}/tower", "--modality", f"more={text}", "-o", place / "grown"],
+        "compose": [zip_, tiny.notes(world), "-o", place / "three"],
         "swap": [zip_, f"text={text}/tower", "-o", place / "swapped"],
         "prune": [zip_, "--links", "0:text>speech", "-o", place / "pruned", *data],
         "reproduce": ["--report", recorded, "--output", place / "told"],

@@ -144,3 +144,19 @@ def world(folder: Path) -> World:
     )
     Pipeline(model, modalities).save_pretrained(folder / "zip")
     return World(folder)
+
+
+def notes(world: World) -> Path:
+    """A saved zip of the world's text and other text, beside its own."""
+    other = text(3)
+    other.save(world.folder / "other")
+    tower(other).model.save_pretrained(world.folder / "other" / "tower")
+    model = Zipper.from_towers(
+        {"text": world.folder / "text" / "tower", "notes": world.folder / "other" / "tower"},
+        train=("notes",),
+        link=LinkConfig(head_width=8, gate_init=0.6),
+        tokens={"text": 9.0, "notes": 11.0},
+    )
+    texts = {"text": Text.load(world.folder / "text"), "notes": other}
+    Pipeline(model, texts).save_pretrained(world.folder / "notes")
+    return world.folder / "notes"

@@ -48,7 +48,7 @@ def ranges() -> dict[str, dict[str, str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lists = {"": project["dependencies"], **project["optional-dependencies"]}
     split = {
-        name: [re.fullmatch(r"([\w.-]+(?:\[\w+\])?)(.*)", line) for line in lines]
+        name: [re.fullmatch(r"([\w.-]+(?:\[[\w,]+\])?)(.*)", line) for line in lines]
         for name, lines in lists.items()
     }
     return {
