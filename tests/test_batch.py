@@ -138,3 +138,25 @@ def test_the_command_reads_files_beside_the_manifest(
     assert json.loads(capsys.readouterr().out) == {"rows": 2, "done": 1, "refused": 1, "before": 0}
     assert "gone.wav" in read(out)[1]["error"]
     assert main(["run-batch", str(tmp_path / "rows.jsonl"), *words, "--part", "9"]) == 2
+
+
+def test_a_list_that_is_no_ids_is_an_error_of_its_row(pipe: Pipeline, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    ids = pipe.modalities["text"].encode("call anna")
+    given = [{"text": ["call", "anna"]}, {"text": ids}, {"text": "call anna"}]
+    rows.write_text("\n".join(map(json.dumps, given)))
+    assert run_batch(pipe, rows, TASK, out, limits=LIMITS) == Counts(3, 2, 1, 0)
+    found = read(out)
+    assert "error" in found[0] and len(found[1]["made"]) == len(found[2]["made"]) == 1
+
+
+def test_a_choice_is_the_pipeline_s(tmp_path: Path) -> None:
+    made = Pipeline.from_pretrained(world(tmp_path / "world").zip)
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps({"text": "call anna"}))
+    with pytest.raises(ZipperError, match="'motion'"):
+        run_batch(made, rows, "text -> text|motion", out)
+    made.zip.choose(["speech", "text"])
+    assert run_batch(made, rows, "text -> text|speech", out, limits=LIMITS).done == 1
+    alone = made.run([Segment("text", "call anna")], ["text|speech"], limits=LIMITS)
+    assert [one["tower"] for one in read(out)[0]["made"]] == [one.tower for one in alone]

@@ -10,6 +10,7 @@ takes as many steps as the seconds allow; both commands go on where an earlier c
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,35 +23,32 @@ from zipper.link import LinkConfig
 from zipper.modality.encoder import EncoderUnits
 from zipper.modality.text import Text
 from zipper.training import TrainConfig, train
+from zipper_lab import demo
+from zipper_lab.corpora import english
 
 LAYER, CODES = 5, 1024  # docs/log.md: words of unseen people are told apart best in blocks 4 and 5
 FITTED = 1200  # utterances that the codebook is made of, two thirds of them disturbed
 MERGES = 2000
-TEXT_TOWER = {
-    "model_type": "llama",
+TEXT_TOWER = demo.TEXT_TOWER | {
     "hidden_size": 256,
     "intermediate_size": 688,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
 }
-SPEECH_TOWER = TEXT_TOWER | {
+SPEECH_TOWER = demo.SPEECH_TOWER | {
     "hidden_size": 288,
     "intermediate_size": 768,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
-    "max_position_embeddings": 2048,
 }
 PAIRS = ("pairs_taken", "pairs_clean")
 #: Share of the seconds, samples of a step.
 STAGES = {"text": (0.2, 512), "speech": (0.2, 192), "zip": (0.6, 256)}
-PROBE = 60  # steps by which a machine's pace is measured
+PROBE = 60  # steps by which a machine's pace is measured; the middle third counts
+LEAST = 20  # steps of a stage, whatever its share
 
 
 def prepare(folder: Path, wordnet: str, encoder: str, taken: int, clean: int, workers: int) -> None:
     """The modalities, and every manifest as ids."""
-    from zipper_lab.corpora import english
-
     train_set = english.sentences("train", wordnet)
     if not (folder / "speech" / "modality.json").is_file():
         behind = train_set[-FITTED:]
@@ -154,11 +152,15 @@ def configs(folder: Path, output: Path) -> Iterator[tuple[str, TrainConfig]]:
 
 
 def pace(config: TrainConfig) -> float:
-    """Seconds that a step takes here, by PROBE of them."""
+    """Seconds that a step takes here: without the first ones, which are slow, and without the
+    evaluation and the save behind the last."""
     seen: dict[int, float] = {}
+    output = Path(f"{config.output}-probe")
+    if output.exists():  # of a call that was killed
+        shutil.rmtree(output)
     probe = replace(
         config,
-        output=f"{config.output}-probe",
+        output=str(output),
         steps=PROBE,
         warmup=1,
         eval_every=PROBE,
@@ -166,9 +168,9 @@ def pace(config: TrainConfig) -> float:
         save_every=PROBE,
         log_every=PROBE // 3,
     )
-    train(probe, resume=True, report=lambda row: seen.setdefault(row["step"], time.monotonic()))
-    first, *_, last = sorted(seen)
-    return (seen[last] - seen[first]) / (last - first)
+    train(probe, report=lambda row: seen.setdefault(row["step"], time.monotonic()))
+    first, second = sorted(seen)[:2]
+    return (seen[second] - seen[first]) / (second - first)
 
 
 def run(folder: Path, output: Path, seconds: float, told: Path) -> None:
@@ -178,9 +180,8 @@ def run(folder: Path, output: Path, seconds: float, told: Path) -> None:
         began, kept = time.monotonic(), output / f"{name}.json"
         if not kept.is_file():
             each = pace(config)
-            steps = max(
-                20, int((seconds * STAGES[name][0] - (time.monotonic() - began)) * 0.94 / each)
-            )
+            left = seconds * STAGES[name][0] - (time.monotonic() - began)
+            steps = max(LEAST, int(0.94 * left / each))
             output.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps({"steps": steps, "seconds_a_step": each}))
         plan = json.loads(kept.read_text())

@@ -17,7 +17,7 @@ from zipper.data import manifests
 from zipper.data.manifests import Sample
 from zipper.errors import ZipperError
 from zipper.generation import Answer, Limits, Request
-from zipper.modality import whole
+from zipper.modality import is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.saving.files import read_json, write_json
@@ -60,10 +60,10 @@ def run_batch(
     first, parts = part
     if not 1 <= first <= parts:
         raise ZipperError(f"Part {first} of {parts} is none. Give 1 of 1, or 2 of 8.")
-    for lane in (*lanes(task.given), *task.segments_produced):
-        if lane.tower not in pipeline.modalities:
+    for name in task.towers:
+        if name not in pipeline.modalities:
             raise ZipperError(
-                f"The task names {lane.tower!r}; this model has {sorted(pipeline.modalities)}."
+                f"The task names {name!r}; this model has {sorted(pipeline.modalities)}."
             )
     sampling = sampling or Sampling()
     _same(pipeline, data, task, output, part, sampling, limits)
@@ -113,8 +113,8 @@ def _answers(
                 own = replace(sampling, seed=sampling.seed + number)
                 request = _asked(pipeline, sample, task, own, limits)
                 if request is None:  # nothing is said in it
-                    nothing = [lane.segment([]) for lane in task.segments_produced]
-                    yield number, sample, [Produced(one.tower, []) for one in nothing]
+                    fixed = [lane.tower for lane in task.segments_produced if not lane.among]
+                    yield number, sample, [Produced(tower, []) for tower in fixed]
                 else:
                     running.append((number, sample, engine.submit(request)))
             except ZipperError as error:
@@ -145,7 +145,7 @@ def _asked(
         if field not in fields:
             raise ZipperError(f"it has no field {field!r}, only {sorted(fields)}.")
         raw = fields[field]
-        if not isinstance(raw, list):
+        if not is_ids(raw):
             raw = whole(pipeline.modalities[lane.tower]).read(raw, sample.folder)
         given.append(lane.segment(raw))
     outputs: list[str | Segment] = list(task.outputs)

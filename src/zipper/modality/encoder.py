@@ -1,4 +1,5 @@
-"""Speech as units of a self-supervised encoder: k-means of what one of its layers makes of a sound.
+"""Speech as units of an encoder (HuBERT and its kin, or Moonshine's): k-means of what one of its
+layers makes of a sound.
 
 Back, the units are made into sound by a vocoder, where one was given. Nothing here knows of towers
 or text.
@@ -54,7 +55,8 @@ LIMITS = {"layer": (0, 1_000), "stride": (1, 64)}
 class EncoderUnitsConfig:
     """What the units are made of.
 
-    layer: 0 is what the feature projection makes, n what the n-th block does. merged: whether a
+    layer: 0 is what the feature projection makes (of Moonshine, the convolutions), n what the n-th
+    block does. merged: whether a
     unit that follows itself is left out. normalise: whether samples get mean 0 and variance 1, as
     the encoder was trained; log-mels always do. stride: how many log-mel frames stand side by side.
     """

@@ -178,17 +178,20 @@ def _train(
         for name, p in model.named_parameters():
             if name.startswith("towers.") and not p.requires_grad:
                 p.data = p.data.to(getattr(torch, config.frozen_dtype))
+    cut = config.shard and accelerator.num_processes > 1
     if isinstance(model, Zipper) and config.calibrate:
         most = min(FIRST, config.calibrate)
         looked_at = chain.from_iterable(part.rows[:most] for part in parts)
         samples = [task.segments(row) for task, row in product(tasks.values(), looked_at)]
-        model.to(accelerator.device)  # a minute on a CPU, for some thousand samples
+        # Two thousand samples take two minutes of a CPU (docs/log.md); a model that is to be cut
+        # may be larger than one device.
+        where = torch.device("cpu") if cut else accelerator.device
+        model.to(where)
         with torch.no_grad():
-            model.calibrate(collate(samples, model.ends()).to(accelerator.device).strands)
+            model.calibrate(collate(samples, model.ends()).to(where).strands)
     if isinstance(model, Zipper):
         model.attention = "flex" if config.attention == "flex" else "sdpa"
     bare = Objective(model)
-    cut = config.shard and accelerator.num_processes > 1
     complete = (
         copy.deepcopy(model) if cut and accelerator.is_main_process else model
     )  # what is saved
