@@ -25,6 +25,7 @@ import torch
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
 uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("websockets", reason="the extra `serve` is not installed")
 
 from tiny import sound
 
@@ -224,6 +225,28 @@ def test_run_is_what_the_pipeline_runs(served: Served, pipe: Pipeline, spoken: b
         assert file.getnframes() == len(first.content.samples)
     ids = [{"tower": "text", "content": pipe.modalities["text"].encode("call anna")}]
     assert served.post("/v1/run", json={"given": ids, "outputs": ["speech"]}).status_code == 200
+
+
+def test_a_choice_is_the_model_s_and_one_that_has_learnt_none_says_so(served: Served) -> None:
+    given = [{"tower": "text", "content": "call anna"}]
+    wanted = {"given": given, "limits": {"speech": 20, "text": 5}}
+    for plan in "*", "text|speech":
+        is_refused(served.post("/v1/run", json=wanted | {"outputs": [plan]}), 422)
+    chooses = Pipeline.from_pretrained()
+    chooses.zip.choose(["speech", "text"])
+    for chooser in chooses.zip.choosers.values():  # never over before there are as many as may be
+        chooser.out.bias.data[-1] = -100  # type: ignore[union-attr, index]
+    alone = chooses.run([Segment("text", "call anna")], ["*"], limits=wanted["limits"])
+    assert len(alone) == 8
+    with serving(chooses) as other:
+        for plan in "*", "text|speech":
+            asked = wanted | {"outputs": [plan]}
+            produced = other.post("/v1/run", json=asked).json()["produced"]
+            assert [one["tower"] for one in produced] == [one.tower for one in alone]
+            asked |= {"stream": True, "explain": True}
+            *parts, done = events(other.post("/v1/run", json=asked))
+            assert {one["segment"] for one in parts} <= {*range(8)} and len(done["labels"]) == 9
+            assert {look["target"] for look in done["looks"]} >= {8}  # of the last one, too
 
 
 def test_a_streamed_run_is_the_same_in_parts_and_says_what_it_looked_at(

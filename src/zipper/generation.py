@@ -80,6 +80,7 @@ class Written:
     distribution.
     stop: why it ended: by itself, at its limit, in a loop; "" while it goes on.
     best: the best hypotheses of a search, best first.
+    beside, stride, delay: as the plan has it, see `Segment`.
     """
 
     tower: str
@@ -88,6 +89,9 @@ class Written:
     logprobs: list[float] = field(default_factory=list)
     stop: Literal["", "end", "limit", "loop"] = ""
     best: list[Hypothesis] = field(default_factory=list)
+    beside: bool = False
+    stride: int = 1
+    delay: int = 0
 
     @property
     def segment(self) -> Produced:
@@ -561,7 +565,14 @@ def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int
         cap = model.limit(tower, seen, (request.limits or {}).get(tower))
     except ZipperError as error:
         raise NoRoom(str(error)) from error
-    written = Written(tower, list(forced.content), len(forced.content))
+    written = Written(
+        tower,
+        list(forced.content),
+        len(forced.content),
+        beside=forced.beside,
+        stride=forced.stride,
+        delay=forced.delay,
+    )
     answer.written.append(written)
     begin, end = model.ends()[tower]
     return _Writing(written, begin, end, cap, request.rules.get(tower, Rules()))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zipper.generation import Request, Written, planned
+from zipper.generation import Request, Written
 from zipper.inspection import attention
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
@@ -73,10 +73,9 @@ def looks(model: Any, request: Request, written: Sequence[Written]) -> list[Look
     see; none of a model without links, nor of more than MOST_CELLS."""
     if not isinstance(model, Zipper):
         return []
-    lanes = planned(request.outputs)
     produced = [
-        Segment(one.tower, one.ids, beside=lane.beside, stride=lane.stride, delay=lane.delay)
-        for one, lane in zip(written, lanes, strict=False)
+        Segment(one.tower, one.ids, beside=one.beside, stride=one.stride, delay=one.delay)
+        for one in written
     ]
     segments = [*request.segments, *produced]
     linked = {(key.source, key.target) for key in model.config.links}

@@ -153,8 +153,6 @@ class Service:
         """What is produced, in parts, while it is made; lanes of one group side by side. Raises
         what went wrong."""
         loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        plan = planned(ticket.request.outputs)
-        group = [*accumulate(int(not one.beside) for one in plan)]
 
         def say(part: Any) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
@@ -172,6 +170,8 @@ class Service:
             live: dict[int, tuple[SimpleQueue[int | None], threading.Thread]] = {}
             ended: list[threading.Thread] = []
             for token in iter(ticket.tokens.get, None):
+                # As it was begun, for where the model chooses, a plan does not say it.
+                group = [*accumulate(int(not beside) for beside in ticket.beside)]
                 for number in [n for n in live if group[n] < group[token.segment]]:
                     live[number][0].put(None)
                     ended.append(live.pop(number)[1])
@@ -186,12 +186,20 @@ class Service:
                 ended.append(thread)
             for thread in ended:
                 thread.join()
-            say(None)
+
+        def shared() -> None:
+            """`share`, whose end is told however it ends: somebody waits for it."""
+            try:
+                share()
+            except Exception as error:
+                say(error)
+            finally:
+                say(None)
 
         gone = asyncio.ensure_future(left(request))
         gone.add_done_callback(lambda _: ticket.cancel())
         # threads of their own: they wait for tokens, and a pool that is full of such would stand
-        threading.Thread(target=share, name="zipper-stream", daemon=True).start()
+        threading.Thread(target=shared, name="zipper-stream", daemon=True).start()
         try:
             while (part := await told.get()) is not None:
                 if isinstance(part, Exception):

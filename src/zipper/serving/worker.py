@@ -28,7 +28,8 @@ class Ticket:
     """A request that was taken.
 
     done: what was written, in the end. tokens: each as it is made, None behind the last; only where
-    somebody asked for them. seconds: of sound that were given. clocks: when the ids of each given
+    somebody asked for them. beside: of each segment that was begun, whether it is made in the steps
+    of the one before. seconds: of sound that were given. clocks: when the ids of each given
     segment are heard, where somebody asked.
     """
 
@@ -37,6 +38,7 @@ class Ticket:
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[list[Written]] = self.loop.create_future()
         self.tokens: SimpleQueue[Token | None] = SimpleQueue()
+        self.beside: list[bool] = []
         self.since = time.monotonic()
         self.answer: Answer | None = None
         self.gone = False
@@ -205,6 +207,7 @@ class Worker:
                 if self._counted is not None:
                     self._counted(token.tower, 1)
                 if ticket.streams:
+                    ticket.beside = [one.beside for one in answer.written]
                     ticket.tokens.put(token)
         if answer.done:
             self._end(ticket, answer.error or answer.written)
