@@ -16,7 +16,7 @@ GPU_PYTHON = $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is
 .PHONY: help setup demo check format slow kill-test matrix upgrade docs report real people pairwise record gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/installed  ## .venv with everything; runs again only when pyproject.toml or constraints.txt changed
 

@@ -27,7 +27,7 @@ from zipper_lab.people import few
 
 SEEDS = (0, 1, 2)
 TRIPLES = (1, 10, 100, 0)  # that speech meets pictures in; 0 = all
-STEPS = 200  # after pairs
+STEPS = 300  # after pairs
 SPEECH, IMAGE = "speech", "image"
 ZIP, DEEP, EXPANDED = ARMS = "zip", "deep", "expanded"
 AT_ONCE = ("speech -> image", "image -> speech")
