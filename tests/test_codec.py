@@ -12,6 +12,7 @@ import transformers
 
 from zipper import modality
 from zipper.audio.sound import Audio
+from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.modality.codec import Codec
 
@@ -79,6 +80,15 @@ def test_a_codec_is_read_kept_and_heard_again(name: str, tmp_path: Path) -> None
     again = modality.load(tmp_path / "kept")
     assert again.fingerprint == codec.fingerprint and again.encode(sound()) == ids
     assert Codec(codec.model, 1).fingerprint != codec.fingerprint
+
+
+def test_the_command_takes_a_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, made = saved("EncodecModel", tmp_path), str(tmp_path / "made")
+    assert main(["fit", "codec", str(folder), "-o", made, "--set", "codebooks=2"]) == 0
+    assert "codec of 66 ids" in capsys.readouterr().out
+    assert modality.load(made).fingerprint == Codec.from_pretrained(folder, 2).fingerprint
+    assert main(["fit", "codec", str(tmp_path / "none"), "-o", made + "2"]) == 2
+    assert "a/b" not in (said := capsys.readouterr().err) and "none" in said
 
 
 def test_what_no_codec_can_read_is_an_error(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ ORDER = """
     zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
     zipper.statistics zipper.evaluation
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
-    zipper.saving.checkpoint zipper.saving.hub
+    zipper.towers.mapping zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
     zipper.link zipper.loss zipper.config zipper.lockstep
     zipper.sampling zipper.reading zipper.generation

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from zipper import Pipeline, Segment, modality
+from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality.image import VQ, Image, ImageConfig
@@ -158,7 +159,7 @@ def test_colours_are_those_of_imagegpt(tmp_path: Path) -> None:
     assert (shown == np.rint(127.5 * (clusters[5] + 1))).all()
     for wrong in ({}, {"clusters": [[1, 2]]}, {"clusters": "x"}, {**settings, "size": "x"}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
-        with pytest.raises(ZipperError, match=r"holds no clusters|gives the size"):
+        with pytest.raises(ZipperError, match=r"holds no clusters|The size"):
             Image.from_imagegpt(tmp_path)
 
 
@@ -424,6 +425,33 @@ def test_another_model_or_size_or_a_damaged_one_is_refused(
         (folder / name).write_bytes(changed)
         with pytest.raises(ZipperError, match=r"holds no modality of pictures|holds foreign codes"):
             Image.load(folder)
+
+
+def test_the_command_takes_the_codes_of_a_model(
+    vq: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["fit", "image", "--vq", str(vq["JanusVQVAE"]), "-o", str(tmp_path / "vq")]
+    assert main([*given, "--set", "size=[16,16]"]) == 0
+    assert "image of 26 ids" in capsys.readouterr().out
+    made = Image.from_model(vq["JanusVQVAE"], (16, 16))
+    assert modality.load(tmp_path / "vq").fingerprint == made.fingerprint
+    settings = {"clusters": [[-1.0, 0, 1], [1, 1, 1]], "size": {"height": 4, "width": 4}}
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "preprocessor_config.json").write_text(json.dumps(settings))
+    taken = ["fit", "image", "--model", str(tmp_path / "gpt"), "-o"]
+    assert main([*taken, str(tmp_path / "colours")]) == 0
+    assert modality.load(tmp_path / "colours").vocabulary == 3
+    assert main([*taken, str(tmp_path / "less"), "--set", "size=[3,4]"]) == 0
+    assert modality.load(tmp_path / "less").length == 12
+    capsys.readouterr()
+    for wrong, said in (
+        ([*given[:5], str(tmp_path / "new")], "Say which: size"),
+        ([*given[:5], str(tmp_path / "new"), "--set", "codes=3"], "'codes' is no setting"),
+        (["fit", "signal", "--model", "x", "-o", str(tmp_path / "new")], "stands on no model"),
+        (["fit", "image", "a", "--vq", "b", "-o", str(tmp_path / "new")], "instead of data"),
+    ):
+        assert main(wrong) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 # --- zipped

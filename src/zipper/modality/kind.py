@@ -69,6 +69,11 @@ class Kind:
     #: ("voice", "voiced").
     prefixed: ClassVar[tuple[str, str] | None] = None
 
+    #: Whether it is taken from a model (`of_model`) and there is nothing to fit.
+    modelled: ClassVar[bool] = False
+    #: Ids of every segment, where its length alone says its end; 0 where an id does.
+    length: int = 0
+
     begin: int
     end: int
     vocabulary: int
@@ -157,6 +162,14 @@ class Kind:
         ZipperError where there is nothing to fit, or not enough.
         """
         raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
+
+    @classmethod
+    def of_model(cls, *source: Any, **settings: Any) -> "Kind":
+        """A modality by a model that exists: `of_model(source, setting=...)`; nothing is fitted.
+
+        source: a hub id or a folder. Raises ZipperError where there is no such model.
+        """
+        raise ZipperError(f"The kind {cls.name!r} stands on no model; fit it to data.")
 
     @classmethod
     def example(cls, folder: Path) -> str:
