@@ -19,6 +19,9 @@ from zipper.saving.files import write
 #: of the second ones, e.g. word errors by words.
 Scores = Mapping[str, Sequence[tuple[float | int, float | int]]]
 
+#: Of a string that is encoded at once; War and Peace has three times as many.
+MOST_LETTERS = 1 << 20
+
 
 @runtime_checkable
 class Modality(Protocol):
@@ -193,6 +196,16 @@ class _Whole(Kind):
             return held(self, name)
         inner = held(self, "_inner")
         return getattr(inner, name) if hasattr(inner, name) else held(self, name)
+
+
+def short(raw: str) -> str:
+    """A string as it is. Raises a ZipperError for one of more than MOST_LETTERS."""
+    if len(raw) > MOST_LETTERS:
+        raise ZipperError(
+            f"A string of {len(raw):,} characters was given; at most {MOST_LETTERS:,} are encoded "
+            "at once. Cut it."
+        )
+    return raw
 
 
 def is_ids(value: Any) -> bool:
