@@ -268,8 +268,9 @@ def _tables(
         pairs = zip(right, said, strict=True)
         found["answers"] = _table((one, o if o in known else ANOTHER) for one, o in pairs)
     for name, judge in judges.items():
-        if isinstance(judge, Labelling):
-            found[name] = _table(judge.labels(made, rows))
+        by: Any = judge
+        if isinstance(by, Labelling):
+            found[name] = _table(by.labels(made, rows))
     # Of labels that come once or twice a table says nothing.
     return {
         name: table

@@ -76,7 +76,7 @@ class Scored:
 
     def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
         """See `zipper.measurement.Labelling`; none where the judge takes nothing for anything."""
-        return self.by.labels(made, rows) if isinstance(self.by, Labelling) else []
+        return [*self.by.labels(made, rows)] if isinstance(self.by, Labelling) else []
 
 
 def means(found: Found) -> dict[str, float]:
