@@ -32,7 +32,7 @@ ORDER = """
     zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
     zipper.statistics zipper.evaluation
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
-    zipper.saving.checkpoint zipper.saving.hub
+    zipper.towers.mapping zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
     zipper.link zipper.loss zipper.config zipper.lockstep
     zipper.sampling zipper.reading zipper.generation
@@ -63,9 +63,11 @@ ORDER = """
     zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora.english
     zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
-    zipper_lab.corpora.molecules zipper_lab.corpora.digits zipper_lab.corpora
+    zipper_lab.corpora.molecules zipper_lab.corpora.digits zipper_lab.corpora.words
+    zipper_lab.corpora
     zipper_lab.real_judges
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments zipper_lab.real
+    zipper_lab.people zipper_lab.pairwise
     zipper_lab.bench zipper_lab.bench.decode zipper_lab.bench.train zipper_lab.bench.speech
     zipper_lab.bench.start zipper_lab.bench.serving zipper_lab.bench.summary zipper_lab.commands zipper_lab.__main__
 """.split()
