@@ -319,7 +319,7 @@ def test_a_renderer_of_others_is_refused(
     units.save(tmp_path)
     path = tmp_path / "renderer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ZipperError, match="no units of an encoder|other units"):
+    with pytest.raises(ZipperError, match=r"no units of an encoder|other units"):
         EncoderUnits.load(tmp_path)
 
 

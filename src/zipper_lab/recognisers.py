@@ -28,6 +28,8 @@ from zipper.saving import hub
 from zipper.statistics import bootstrap, share
 
 RATE_HZ = 16_000  # of all of them
+MOST, LEAST = 30 * RATE_HZ, RATE_HZ // 10  # samples that one of transformers hears at once
+TOKENS = 8  # that people say in a second, at most; Moonshine's authors have 6.5
 NORMALISER = "whisper-digits"  # they write "42" or "forty two" as they like
 MOS = "distillmos"
 LOUD = 0.1  # root mean square of the noise that is the floor of a MOS
@@ -138,34 +140,48 @@ def named(source: str | Path) -> Recogniser | Opinion:
 
 
 def _transformers(source: str) -> Callable[[Samples], str]:
+    """In fp32, greedy; more than MOST in pieces. A Whisper of many languages hears English."""
     import transformers  # seconds
 
+    asked: dict[str, Any] = {"trust_remote_code": False}
     try:
-        heard = transformers.pipeline(
-            "automatic-speech-recognition",
-            model=source,
-            device="cpu",
-            dtype=torch.float32,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
+        config = transformers.AutoConfig.from_pretrained(source, **asked)
+        writes = type(config) in transformers.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+        kind = transformers.AutoModelForSpeechSeq2Seq if writes else transformers.AutoModelForCTC
+        front: Any = transformers.AutoProcessor.from_pretrained(source, **asked)
+        asked |= {"use_safetensors": True, "dtype": torch.float32}
+        model: Any = kind.from_pretrained(source, **asked).eval()
     except Exception as error:  # whatever a stranger's files lead transformers to
         raise ZipperError(
-            f"No recogniser of transformers can be loaded from {source}: {error!s:.500} Give a "
-            "model for automatic-speech-recognition with its processor, in safetensors."
+            f"No recogniser of transformers can be loaded from {source}: {error!s:.500} Give one "
+            "that writes (Whisper, Moonshine) or has CTC, with its processor and in safetensors."
         ) from error
+    many = writes and getattr(model.generation_config, "is_multilingual", False)
+    spoken = {"language": "en", "task": "transcribe"} if many else {}
 
     def listen(samples: Samples) -> str:
-        said: Any = heard({"raw": samples, "sampling_rate": RATE_HZ})
-        return str(said["text"])
+        said = [hear(samples[at : at + MOST]) for at in range(0, len(samples), MOST)]
+        return " ".join(said)
+
+    @torch.no_grad()
+    def hear(samples: Samples) -> str:
+        samples = np.pad(samples, (0, max(0, LEAST - len(samples))))
+        given = front(samples, sampling_rate=RATE_HZ, return_tensors="pt")
+        if writes:
+            most = TOKENS + round(TOKENS * len(samples) / RATE_HZ)
+            ids = model.generate(**given, **spoken, max_new_tokens=most)
+        else:
+            ids = model(**given).logits.argmax(-1)
+        return str(front.batch_decode(ids, skip_special_tokens=True)[0]).strip()
 
     return listen
 
 
 def _faster_whisper(folder: Path) -> Callable[[Samples], str]:
     """In int8; English, beams of five, each sentence by itself, as long as it is certain."""
+    kind = extra("faster_whisper").WhisperModel
     try:
-        model = extra("faster_whisper").WhisperModel(
+        model = kind(
             str(folder),
             device="cpu",
             compute_type="int8",
