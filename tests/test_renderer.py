@@ -1,6 +1,7 @@
 """Units rendered as mels: laid out in time, trained, saved, and said in parts as they are said
 whole."""
 
+import importlib.util
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ from zipper import modality
 from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.cli import main
+from zipper.data import manifests
 from zipper.errors import ZipperError
 from zipper.modality import renderer
 from zipper.modality.encoder import EncoderUnits
@@ -35,6 +37,8 @@ from zipper.modality.renderer import (
     log_mels,
     reach_of,
 )
+from zipper_lab import recognisers
+from zipper_lab.recognisers import Opinion, Recogniser
 
 HIFIGAN = {
     "model_in_dim": 8,
@@ -236,7 +240,7 @@ def test_parts_joined_are_the_whole(merged: bool) -> None:
         parts = [part.samples for part in made.stream(iter(given), chunk, ahead=made.reach)]
         np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
     parts = [part.samples for part in made.stream(iter(given), 7)]
-    assert len(parts) == 8 and len(np.concatenate(parts)) == len(whole)
+    assert len(parts) == 7 and len(np.concatenate(parts)) == len(whole)
     # The first part is there before its successors' units are.
     asked: list[int] = []
     stream = made.stream((asked.append(i) or i for i in given), 7)  # type: ignore[func-returns-value]
@@ -340,3 +344,33 @@ def test_a_voice_is_fitted_from_the_command_line(
     made: Any = modality.load(tmp_path / "made")
     assert isinstance(made.vocoder, Voice) and made.vocoder.renderer.config.merged
     assert len(made.decode([1, 2, 3]).samples)
+
+
+def test_the_table_of_voices_has_an_oracle_a_floor_and_every_vocoder(
+    units: EncoderUnits, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).parents[1] / "tools" / "voices.py"
+    spec = importlib.util.spec_from_file_location("voices_tool", path)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    modality.save(units, tmp_path / "units")
+    rows = [
+        {"text": f"call {who}", "speech": str(sounds / f"{n}.wav")} for n, who in enumerate("abc")
+    ]
+    manifests.write(tmp_path / "rows.jsonl", rows)
+    judges = {
+        "ear": Recogniser("ear", lambda samples: "call a"),
+        "taste": Opinion("taste", lambda samples: float(len(samples) > 0)),
+    }
+    monkeypatch.setattr(recognisers, "named", judges.__getitem__)
+    given = (tmp_path / "rows.jsonl", {"mine": tmp_path / "units"}, list(judges), tmp_path / "kept")
+    found = tool.measure(*given)
+    mels = "mels alone, the HiFi-GAN of mine"
+    assert [*found] == ["the sounds themselves (oracle)", "mine", mels, "floor"]
+    assert found["mine"]["by"]["ear"]["wer"] == pytest.approx(2 / 6)
+    assert found["floor"]["by"]["ear"]["wer"] == 0.5 and found["floor"]["by"]["taste"]["mos"] == 1
+    assert found["mine"]["units_per_s"] > 1 and found["mine"]["says_mb"] > 0
+    monkeypatch.setattr(modality, "load", None)  # what is kept is not made again
+    assert tool.measure(*given) == found
+    assert [line.count("|") for line in tool.table(found).splitlines()] == [7] * 6

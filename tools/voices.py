@@ -52,11 +52,14 @@ Made = tuple[list[Audio], float, float]  # sounds; units and seconds of a thread
 def systems(
     given: dict[str, Path], sounds: Sequence[Audio]
 ) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Each with its name, and what makes its sounds; nothing is loaded or made before it is asked for."""
+    """Each with its name, and what makes its sounds; nothing is made before it is asked for."""
+    seen = set[str]()
     yield "the sounds themselves (oracle)", lambda: ([*sounds], 0.0, 0.0)
     for name, folder in given.items():
         yield name, lambda folder=folder: _units(folder, sounds)
-        if (folder / f"{Voice.FILE}.json").is_file():
+        drawn = folder / "vocoder.json"
+        if (folder / f"{Voice.FILE}.json").is_file() and drawn.read_text() not in seen:
+            seen.add(drawn.read_text())
             yield f"mels alone, the HiFi-GAN of {name}", lambda folder=folder: _mels(folder, sounds)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -104,6 +104,7 @@ def pcm(audio: Audio) -> bytes:
     return (np.clip(samples + noise, -1, 1) * 32_767).astype(np.int16).tobytes()
 
 
+@runtime_checkable
 class Ear(Protocol):
     """Whatever turns sound into words, and how tables name it."""
 

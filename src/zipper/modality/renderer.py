@@ -38,9 +38,9 @@ MOST_S = 120.0  # of sound that is made at once
 LONGEST = 50  # times that a merged unit may stand there; 1.2 s at 41.7 a second
 NEAR, CONTEXT = 7, 2  # width of every convolution; blocks over units
 CROP, BATCH = 192, 8  # frames and pieces of a training step
-STEPS = 1200  # of training: minutes of two cores; docs/voices.md has what more of them buy
+STEPS = 1200  # of training, eight minutes of one core (0.4 s each); never tuned
 RATE, DECAY, DURATION = 1e-3, 0.01, 0.1  # of AdamW; weight of the durations' loss. Not tuned
-AHEAD = 8  # units that are known before sound of a part is made
+AHEAD = 12  # units that are known before sound of a part is made; see `Voice.stream`
 LIMITS = {
     "codes": (1, 1 << 20),
     "bins": (1, 1024),
@@ -190,6 +190,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time width"], there: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time width"]:
+        """x, and what the block adds to it."""
         near = self.near((x * there[..., None]).transpose(1, 2)).transpose(1, 2)
         made: Tensor = x + self.down(F.gelu(self.up(self.norm(near))))
         return made
@@ -260,11 +261,12 @@ class Voice:
 
     def stream(self, ids: Iterable[int], chunk: int = 10, ahead: int = AHEAD) -> Iterator[Audio]:
         """Sound of units while they are made: `chunk` of them at a time, each when `ahead` more are
-        known. All of it is as long as what `decode` makes of them from 6 `ahead` on, and the same
-        from `reach` on; with AHEAD it differs by 20 dB less than it is loud or less (docs/voices.md
-        has what was measured).
+        known.
 
-        Raises ZipperError for a chunk of less than one unit, and for more than MOST_S at once.
+        All of it is as long as what `decode` makes of them (from 6 ahead on), and the same within
+        rounding from `reach` on; by AHEAD it differed by a part 90 dB below the sound or less, by 8
+        ahead 25 dB (three sentences, docs/voices.md). Raises ZipperError for a chunk of less than
+        one unit, and for more than MOST_S at once.
         """
         if chunk < 1:
             raise ZipperError(f"Sound in parts of {chunk} units was asked for. Take at least 1.")
