@@ -327,6 +327,22 @@ def test_a_renderer_of_others_is_refused(
         EncoderUnits.load(tmp_path)
 
 
+def test_settings_that_would_do_nothing_are_refused_before_anything_is_fitted(
+    hubs: dict[str, Path],
+) -> None:
+    def fit(**settings: Any) -> None:
+        EncoderUnits.fitted([], hubs["encoder"], 1, 6, **settings)
+
+    with pytest.raises(ZipperError, match="only a renderer learns from"):
+        fit(voice=["a.wav"])
+    with pytest.raises(ZipperError, match="only a renderer learns from"):
+        fit(steps=3)
+    with pytest.raises(ZipperError, match="has none"):
+        fit(vocoder=hifigan(), speaker=1)
+    with pytest.raises(ZipperError, match="24000 Hz"):
+        fit(vocoder=hifigan(sampling_rate=24_000))
+
+
 def test_a_voice_is_fitted_from_the_command_line(
     sounds: Path, hubs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -26,7 +26,15 @@ from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio
 from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans, nearest
 from zipper.modality.pinned import Pinned
-from zipper.modality.renderer import HIFIGAN, MOST_S, Example, RendererConfig, Voice, log_mels
+from zipper.modality.renderer import (
+    HIFIGAN,
+    MOST_S,
+    Example,
+    RendererConfig,
+    Voice,
+    log_mels,
+    scale_of,
+)
 from zipper.modality.renderer import STEPS as RENDERER_STEPS
 from zipper.modality.renderer import fitted as fitted_renderer
 from zipper.modality.sound import Sound
@@ -153,6 +161,7 @@ class EncoderUnits(Sound):
             raise ZipperError(f"{codes!r} codes were asked for. Ask for at least 1.")
         found = Pinned.take(encoder, ENCODERS).to(device)
         drawing = None if vocoder is None else Pinned.take(vocoder, (*VOCODERS, HIFIGAN))
+        _check_settings(drawing, voice, steps, speaker, language)
         said = values if voice is None else _below(voice)
         front = _preprocessing(encoder, normalise is not None)
         config = EncoderUnitsConfig(
@@ -214,6 +223,7 @@ class EncoderUnits(Sound):
         """
         hifigan = Pinned.take(source, (HIFIGAN,))
         settings: Any = hifigan.model.config
+        scale_of(settings)
         per_s = int(settings.sampling_rate) / prod(settings.upsample_rates)
         config = RendererConfig(
             self.codes, int(settings.model_in_dim), per_s / self.units_per_s, self.config.merged
@@ -585,6 +595,25 @@ def _preprocessing(source: Any, settled: bool) -> Mapping[str, Any]:
     if (rate := said.get("sampling_rate", RATE_HZ)) != RATE_HZ:
         raise ZipperError(f"{path} is of {rate!r:.80} Hz; encoders of {RATE_HZ} Hz are known.")
     return said
+
+
+def _check_settings(
+    vocoder: Pinned | None, voice: Any, steps: int, speaker: int, language: int
+) -> None:
+    """Raises ZipperError, before anything is fitted, for settings that would do nothing beside this
+    vocoder, and for one whose mels are not known."""
+    if vocoder is not None and vocoder.described["class"] == HIFIGAN:
+        scale_of(vocoder.model.config)
+        if speaker or language:
+            raise ZipperError(
+                "A speaker or language was asked for of a HiFi-GAN of mels, which has none. Give "
+                "the sounds of a voice (voice=FOLDER)."
+            )
+    elif voice is not None or steps != RENDERER_STEPS:
+        raise ZipperError(
+            "A voice or steps were given, which only a renderer learns from. Give a HiFi-GAN of "
+            f"mels as vocoder ({HIFIGAN}), or leave them out."
+        )
 
 
 def _below(voice: Any) -> Sequence[Any]:

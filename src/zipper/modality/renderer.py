@@ -72,18 +72,25 @@ SCALES = {
 }
 
 
-def log_mels(sound: Audio, config: Any) -> Float32[np.ndarray, "frames bins"]:
-    """What a HiFi-GAN of this configuration makes the sound of, a frame for every whole hop, at
-    least one. Raises ZipperError for a rate whose scale is not known."""
-    from transformers import audio_utils  # seconds
-
+def scale_of(config: Any) -> MelScale:
+    """Of a HiFi-GAN of this configuration. Raises ZipperError for a rate whose mels are not
+    known."""
     rate_hz = int(config.sampling_rate)
     if rate_hz not in SCALES:
         raise ZipperError(
             f"A HiFi-GAN of {rate_hz} Hz was given; how its mels are made is known for "
             f"{' and '.join(map(str, SCALES))} Hz. Give one of these."
         )
-    scale, hop, bins = SCALES[rate_hz], prod(config.upsample_rates), int(config.model_in_dim)
+    return SCALES[rate_hz]
+
+
+def log_mels(sound: Audio, config: Any) -> Float32[np.ndarray, "frames bins"]:
+    """What a HiFi-GAN of this configuration makes the sound of, a frame for every whole hop, at
+    least one. Raises ZipperError as `scale_of` does."""
+    from transformers import audio_utils  # seconds
+
+    scale, rate_hz = scale_of(config), int(config.sampling_rate)
+    hop, bins = prod(config.upsample_rates), int(config.model_in_dim)
     bank = audio_utils.mel_filter_bank(
         scale.fft // 2 + 1, bins, scale.low_hz, scale.high_hz, rate_hz, "slaney", "slaney"
     )
