@@ -193,7 +193,7 @@ def test_it_learns_mels_and_how_long_units_last(monkeypatch: pytest.MonkeyPatch)
         lasts = np.array(drawn) + 1  # unit i stands there i + 1 times
         at, _ = laid_out(lasts, config.frames_per_unit)
         examples.append(Example(np.array(drawn), lasts, look[np.array(drawn)[at]]))
-    made = fitted(examples, config, steps=60)
+    made = fitted(examples, config, steps=40)
     row = examples[0]
     given = torch.from_numpy(row.ids)[None]
     states = made.units(given, torch.ones_like(given, dtype=torch.bool))
