@@ -42,7 +42,8 @@ ORDER = """
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
     zipper.modality.speech zipper.modality.symbols zipper.modality.series zipper.modality.signal
-    zipper.modality.pinned zipper.modality.image zipper.modality.codec zipper.modality.encoder
+    zipper.modality.pinned zipper.modality.image zipper.modality.codec
+    zipper.modality.renderer zipper.modality.encoder
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
@@ -59,7 +60,8 @@ ORDER = """
     zipper.serving.deployment
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
-    zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
+    zipper_lab zipper_lab.judges zipper_lab.recognisers zipper_lab.adaptation
+    zipper_lab.baseline
     zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora.english
     zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
