@@ -333,6 +333,120 @@ def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes)
     assert served.transcribe(base64.b64decode(message["audio"]["data"])).json()["text"] == SENTENCE
 
 
+def test_a_chat_ends_before_a_stop_and_none_of_it_is_sent(served: Served, spoken: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
+    heard = {"messages": [{"role": "user", "content": [part]}], "logprobs": True}
+    whole = served.post("/v1/chat/completions", json=heard).json()
+    assert whole["choices"][0]["message"]["content"] == SENTENCE
+    pieces = [entry["token"] for entry in whole["choices"][0]["logprobs"]["content"]]
+    assert len(pieces) == whole["usage"]["completion_tokens"] > 5
+    assert any(stop not in pieces for stop in ("two", "nges", "o v"))  # it spans tokens
+    for stop in ("two", ["nges", "never"], "o v", ["send", "two"], "zebra", "vienna"):
+        stops = [stop] if isinstance(stop, str) else stop
+        ends = [SENTENCE.find(one) for one in stops if one in SENTENCE]
+        wanted = SENTENCE[: min(ends, default=len(SENTENCE))]
+        (choice,) = served.post("/v1/chat/completions", json=heard | {"stop": stop}).json()[
+            "choices"
+        ]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (wanted, "stop")
+        told = choice["logprobs"]["content"]
+        assert told == whole["choices"][0]["logprobs"]["content"][: len(told)]
+        chunks = events(
+            served.post("/v1/chat/completions", json=heard | {"stop": stop, "stream": True})
+        )
+        deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        assert "".join(deltas) == wanted
+        last = chunks[-1]["choices"][0]
+        assert (last["finish_reason"], last["logprobs"]["content"]) == ("stop", told)
+    best = served.post("/v1/chat/completions", json=heard | {"top_logprobs": 1}).json()
+    for entry in best["choices"][0]["logprobs"]["content"]:
+        (top,) = entry.pop("top_logprobs")
+        assert top == entry and entry["logprob"] <= 0
+    for wrong in (
+        {"top_logprobs": 2},
+        {"stop": ["a"] * 5},
+        {"stop": ""},
+        {"stop": "a", "modalities": ["audio"]},
+    ):
+        is_refused(served.post("/v1/chat/completions", json=heard | wrong), 400, "unsupported")
+
+
+def test_the_offline_log_probabilities_are_those_of_a_chat(
+    served: Served, pipe: Pipeline, spoken: bytes
+) -> None:
+    part = {
+        "type": "segment",
+        "segment": {"tower": "speech", "content": base64.b64encode(spoken).decode()},
+    }
+    heard = {"messages": [{"role": "user", "content": [part]}], "logprobs": True}
+    told = served.post("/v1/chat/completions", json=heard).json()["choices"][0]["logprobs"][
+        "content"
+    ]
+    (answer,) = pipe.engine(1).run([pipe.asked([Segment("speech", spoken)], ["text"])])
+    offline = answer.written[0].logprobs[: len(told)]
+    assert [entry["logprob"] for entry in told] == pytest.approx(offline, abs=1e-4)
+
+
+def test_a_chat_gives_what_has_no_place_in_a_message_as_segments(
+    served: Served, pipe: Pipeline
+) -> None:
+    sent = {"messages": [{"role": "user", "content": "call anna"}], "max_tokens": 5}
+    wanted = sent | {"modalities": ["text@2 + speech"]}
+    message = served.post("/v1/chat/completions", json=wanted).json()["choices"][0]["message"]
+    run = {"given": [{"tower": "text", "content": "call anna"}], "outputs": ["text@2 + speech"]}
+    produced = served.post("/v1/run", json=run | {"limits": {"text": 5}}).json()["produced"]
+    assert message["segments"] == produced and message["content"] is None
+    chunks = events(served.post("/v1/chat/completions", json=wanted | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"].get("segments", []) for chunk in chunks]
+    text = [one["content"] for (one,) in filter(None, deltas) if one["tower"] == "text"]
+    assert "".join(text) == produced[0]["content"]
+    is_refused(served.post("/v1/chat/completions", json=sent | {"modalities": ["smell"]}), 422)
+    for url in ("https://example.org/a.png", "file:///etc/passwd", "data:text/html;base64,AAAA"):
+        part = {"type": "image_url", "image_url": {"url": url}}
+        picture = {"messages": [{"role": "user", "content": [part]}]}
+        is_refused(served.post("/v1/chat/completions", json=picture), 422, "bad_request")
+
+
+def test_a_chat_streams_sound(served: Served) -> None:
+    sent = {"messages": [{"role": "user", "content": SENTENCE}], "modalities": ["audio"]}
+    wanted = sent | {"audio": {"voice": "default", "format": "pcm16"}}
+    chunks = events(served.post("/v1/chat/completions", json=wanted | {"stream": True}))
+    data = [chunk["choices"][0]["delta"].get("audio", {}).get("data", "") for chunk in chunks]
+    streamed = b"".join(map(base64.b64decode, data))
+    assert streamed == served.said(SENTENCE, "pcm").content
+    message = served.post("/v1/chat/completions", json=wanted).json()["choices"][0]["message"]
+    assert len(base64.b64decode(message["audio"]["data"])) == len(streamed)
+
+
+def test_a_form_of_a_run_is_the_run_with_its_files_beside_it(served: Served, spoken: bytes) -> None:
+    coded = base64.b64encode(spoken).decode()
+    plain = {"given": [{"tower": "speech", "content": coded}], "outputs": ["text"]}
+    wanted = {"given": [{"tower": "speech", "file": "clip"}], "outputs": ["text"]}
+    alone = served.post("/v1/run", json=plain).json()
+
+    def form(asked: Any, **files: Any) -> Any:
+        return served.post("/v1/run", data={"request": json.dumps(asked)}, files=files)
+
+    assert form(wanted, clip=("/etc/passwd", spoken)).json() == alone
+    streamed = events(form(wanted | {"stream": True}, clip=("a", spoken)))
+    assert streamed[-1]["produced"] == alone["produced"]
+    is_refused(form(wanted, other=("a", spoken)), 422, "no_file")
+    is_refused(form(wanted, clip=("a", spoken), more=("b", spoken)), 422, "bad_form")
+    is_refused(form(wanted | {"given": wanted["given"] * 2}, clip=("a", spoken)), 422, "no_file")
+    both = {"given": [{"tower": "speech", "file": "clip", "content": coded}], "outputs": ["text"]}
+    is_refused(form(both, clip=("a", spoken)), 422, "bad_request")
+    is_refused(form(wanted, clip=("a", b"no sound")), 422, "unprocessable")
+    text = {"given": [{"tower": "text", "file": "clip"}], "outputs": ["speech"]}
+    is_refused(form(text, clip=("a", b"call anna")), 422, "bad_request")
+    is_refused(served.post("/v1/run", files={"clip": ("a", spoken)}), 400, "bad_form")
+    is_refused(served.post("/v1/run", json=wanted), 422, "no_file")
+    many = {f"f{number}": ("a", b"x") for number in range(17)}
+    is_refused(form(wanted, **many), 400, "bad_form")
+    twice = [("clip", ("a", spoken)), ("clip", ("b", spoken))]
+    sent = {"request": json.dumps(wanted)}
+    is_refused(served.post("/v1/run", data=sent, files=twice), 400, "bad_form")
+
+
 def test_what_is_told_of_the_server(served: Served) -> None:
     get = served.client.get
     assert get("/health").json() == {"status": "alive"}
@@ -343,7 +457,9 @@ def test_what_is_told_of_the_server(served: Served) -> None:
     told = get("/metrics").text
     for line in ("zipper_rows 0.0", "zipper_queue 0.0", 'zipper_tokens_total{tower="speech"}'):
         assert line in told
-    assert "zipper_first_token_seconds_count" in told
+    count = dict(re.findall(r"^(zipper_first_\S+_count\S*) (\S+)$", told, re.M))
+    assert float(count['zipper_first_token_seconds_count{tower="speech"}']) >= 1
+    assert float(count["zipper_first_sound_seconds_count"]) >= 1
     described = get("/openapi.json").json()
     assert set(described["paths"]) >= {"/v1/run", "/v1/audio/speech", "/health"}
     for path in ("/docs", "/redoc"):
@@ -528,7 +644,7 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
                 }
             },
             400,
-            "unsupported",
+            "unsupported_format",
         ),
         ("/health", {}, 405, "method"),
         ("/nowhere", {}, 404, "no_such_route"),
