@@ -3,13 +3,13 @@ is what `Pipeline` answers; what a stranger sends costs nothing and opens nothin
 
 import asyncio
 import base64
-import builtins
 import io
 import json
 import random
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 import wave
@@ -27,6 +27,8 @@ httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("websockets", reason="the extra `serve` is not installed")
 
+import many
+from PIL import Image
 from tiny import sound
 
 from zipper.audio.sound import Audio
@@ -405,6 +407,33 @@ def test_a_chat_gives_what_has_no_place_in_a_message_as_segments(
         part = {"type": "image_url", "image_url": {"url": url}}
         picture = {"messages": [{"role": "user", "content": [part]}]}
         is_refused(served.post("/v1/chat/completions", json=picture), 422, "bad_request")
+
+
+@pytest.mark.slow
+def test_a_chat_takes_and_gives_pictures_signals_and_symbols() -> None:
+    several = many.pipe()
+    file = io.BytesIO()
+    Image.fromarray(many.pictures()[0]).save(file, "png")
+    coded = base64.b64encode(file.getvalue()).decode()
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded}"}},
+        {"type": "segment", "segment": {"tower": "motion", "content": many.waves()[0]}},
+        {"type": "segment", "segment": {"tower": "protein", "content": "MKTAY"}},
+    ]
+    given = [Segment("picture", file.getvalue()), Segment("motion", many.waves()[0])]
+    given = [*given, Segment("protein", "MKTAY")]
+    outputs = ["picture", "protein", "text + motion"]
+    offline = several.run(given, outputs, limits={"text": 5})
+    with serving(several) as served:
+        message = {"messages": [{"role": "user", "content": parts}], "max_tokens": 5}
+        wanted = message | {"modalities": outputs}
+        answer = served.post("/v1/chat/completions", json=wanted).json()
+        told = answer["choices"][0]["message"]["segments"]
+        assert [one["tower"] for one in told] == [one.tower for one in offline]
+        picture, protein, text, _ = (one["content"] for one in told)
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as made:
+            np.testing.assert_array_equal(np.asarray(made), offline[0].content)
+        assert (protein, text) == (offline[1].content, offline[2].content)
 
 
 def test_a_chat_streams_sound(served: Served) -> None:
@@ -824,58 +853,92 @@ def test_who_leaves_frees_the_row_within_a_step(
 
 
 def strange_places(folder: Path) -> list[str]:
+    """Two hundred names of places, in every spelling that has ever opened one."""
     (folder / "there.wav").write_bytes(b"secret")
     files = ["etc/passwd", "etc/shadow", "proc/self/environ", "there.wav", "C:\\windows\\win.ini"]
-    ways = [
-        "/{}",
-        "../../../../{}",
-        "file:///{}",
-        "~/{}",
-        "..%2f..%2f{}",
-        "\\\\host\\{}",
-        "{}\0.wav",
-    ]
-    found = [way.format(file) for file in files for way in ways]
-    urls = ["http://127.0.0.1:9/{}", "https://example.org/{}", "s3://bucket/{}", "ftp://a/{}"]
-    found += [url.format(file) for url in urls for file in files[:3]]
-    return [*found, str(folder / "there.wav"), "data:audio/wav;base64,AAAA", "hf://a/b"]
+    files += ["root/.ssh/id_rsa", "proc/self/fd/0", "dev/zero"]
+    ways = "/{} ../../../../{} file:///{} ~/{} ..%2f..%2f{} \\\\host\\{} {}\0.wav ./{} //{} ....//....//{}"
+    ways += (
+        " ..\\..\\{} %2e%2e/%2e%2e/{} ..%252f..%252f{} ..%c0%af{} /{}/. {}%00.wav ${{HOME}}/{} |{}"
+    )
+    ways += " /proc/self/root/{} \uff0e\uff0e/{}"
+    found = [way.format(file) for file in files for way in ways.split(" ")]
+    schemes = ("http://127.0.0.1:9/", "https://example.org/", "s3://bucket/", "ftp://a/", "hf://a/")
+    schemes += ("gopher://a/", "smb://a/", "data:audio/wav;base64,", "jar:file:///", "zip://")
+    found += [scheme + file for scheme in schemes for file in files[:4]]
+    return [str(folder / "there.wav"), *found]
 
 
+def asks(served: Served, place: str) -> Iterator[Any]:
+    """Answers to a place in every field that takes a name, each of them an error."""
+    for content in (place, {"path": place}, {"bytes": place}, [place]):
+        given = [{"tower": "speech", "content": content}]
+        yield served.post("/v1/run", json={"given": given, "outputs": ["text"]})
+    named = {"given": [{"tower": "speech", "file": place}], "outputs": ["text"]}
+    yield served.post("/v1/run", json=named)
+    boundary = 'content-disposition: form-data; name="%s"; filename="%s"'
+    plain = place.replace("\0", "%00").replace('"', "%22")
+    asked = 'content-disposition: form-data; name="request"\r\n\r\n' + json.dumps(named)
+    file = boundary % (plain, plain) + "\r\n\r\nx"
+    sound = boundary % ("file", plain) + "\r\n\r\nx"
+    kind = {"content-type": "multipart/form-data; boundary=a"}
+    for path, parts in (("/v1/run", [asked, file]), ("/v1/audio/transcriptions", [sound])):
+        form = "".join(f"--a\r\n{part}\r\n" for part in parts) + "--a--\r\n"
+        yield served.post(path, content=form.encode(), headers=kind)
+    yield served.post("/v1/audio/transcriptions", files={"file": (None, place)})
+    for name in ("response_format", "prompt", "temperature", "stream"):
+        yield served.transcribe(b"x", model=place, language=place, **{name: place})
+    yield served.post("/v1/run", json={"outputs": [place]})
+    yield served.post("/v1/run", json={"outputs": [{"tower": place}]})
+    said = {"input": "a", "model": place, "voice": "alloy", "response_format": "wav"}
+    for wrong in ({}, {"voice": place}, {"voice": {"id": place}}, {"response_format": place}):
+        yield served.post("/v1/audio/speech", json=said | wrong)
+    for name in ("instructions", "stream_format"):
+        yield served.post("/v1/audio/speech", json=said | {"voice": "default", name: place})
+    for part in (
+        {"type": "input_audio", "input_audio": {"data": place, "format": place}},
+        {"type": "image_url", "image_url": {"url": place}},
+        {"type": "segment", "segment": {"tower": place, "content": place}},
+        {"type": "segment", "segment": {"tower": "speech", "content": {"path": place}}},
+    ):
+        chat = {"messages": [{"role": "user", "content": [part]}], "model": place}
+        yield served.post("/v1/chat/completions", json=chat)
+    chat = {"messages": [{"role": place, "content": "a"}], "model": place, "modalities": ["audio"]}
+    for spoken in ({"voice": place}, {"format": place}):
+        yield served.post("/v1/chat/completions", json=chat | {"audio": spoken})
+    yield served.post("/v1/chat/completions", json=chat | {"modalities": [place]})
+    quoted = "".join(f"%{byte:02x}" for byte in place.encode())
+    for path in ("/v1/models/", "/web/", "/"):
+        yield served.client.get(path + quoted)
+
+
+@pytest.fixture(scope="module")
+def looked() -> list[tuple[str, Any]]:
+    """Everything that this process opens or asks from now on, by whichever way."""
+    seen: list[tuple[str, Any]] = []
+
+    def hook(event: str, args: Any) -> None:
+        if event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.getaddrinfo"):
+            seen.append((event, args))
+
+    sys.addaudithook(hook)  # stays: there is no way to take one off
+    return seen
+
+
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_place_that_a_client_names_is_opened(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, tmp_path: Path, looked: list[tuple[str, Any]], every: int
 ) -> None:
     places = strange_places(tmp_path)
-    assert len(places) >= 50
-    served.client.get("/health")  # the connection is there
-    opened: list[Any] = []
-    real_open, real_path_open, real_connect = builtins.open, Path.open, socket.socket.connect
-
-    def note(real: Any) -> Any:
-        def noted(*args: Any, **options: Any) -> Any:
-            opened.append(args)
-            return real(*args, **options)
-
-        return noted
-
-    monkeypatch.setattr(builtins, "open", note(real_open))
-    monkeypatch.setattr(io, "open", note(real_open))
-    monkeypatch.setattr(Path, "open", note(real_path_open))
-    monkeypatch.setattr(socket.socket, "connect", note(real_connect))
-    monkeypatch.setattr(socket, "getaddrinfo", note(socket.getaddrinfo))
-    for place in places:
-        for content in (place, {"path": place}, {"bytes": place}, [place]):
-            given = [{"tower": "speech", "content": content}]
-            is_refused(served.post("/v1/run", json={"given": given, "outputs": ["text"]}), 422)
-        part = {"type": "input_audio", "input_audio": {"data": place, "format": "wav"}}
-        chat = {"messages": [{"role": "user", "content": [part]}]}
-        is_refused(served.post("/v1/chat/completions", json=chat), 422)
-        boundary = b'--a\r\ncontent-disposition: form-data; name="file"; filename="%s"\r\n\r\nx\r\n--a--\r\n'
-        form = boundary % place.encode().replace(b"\0", b"%00")
-        kind = {"content-type": "multipart/form-data; boundary=a"}
-        is_refused(served.post("/v1/audio/transcriptions", content=form, headers=kind), 422)
-        field = {"file": (None, place)}
-        is_refused(served.post("/v1/audio/transcriptions", files=field), 400, "no_file")
-    assert opened == []
+    assert len(set(places)) == 201
+    assert all(answer.status_code in range(400, 500) for answer in asks(served, "nowhere"))
+    looked.clear()  # what is imported with the first of its kind was
+    for place in places[::every]:
+        for number, answer in enumerate(asks(served, place)):
+            assert answer.status_code in (400, 404, 413, 422), (number, place, answer.text)
+    assert looked == []
+    (tmp_path / "there.wav").read_bytes()
+    assert looked  # it sees what is opened
 
 
 def hostile(spoken: bytes) -> Iterator[bytes]:
