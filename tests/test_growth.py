@@ -133,6 +133,26 @@ def test_the_command_keeps_files_and_tensors(world: World, tmp_path: Path) -> No
     assert not any(p.requires_grad for n, p in new.named_parameters() if n.startswith("towers."))
 
 
+def test_the_command_takes_each_link_by_itself(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = world.folder / "text"
+    asked = ["add", str(world.zip), f"second={text / 'tower'}", "--modality", f"second={text}"]
+    chosen = ["--link", "speech:0>second:1", "--link", "second:1>speech:1"]
+    assert cli.main([*asked, *chosen, "-o", str(tmp_path / "grown")]) == 0
+    config = Pipeline.from_pretrained(tmp_path / "grown").zip.config
+    new = [key for key in config.links if "second" in (key.source, key.target)]
+    depths = {(k.source, config.shown(k), k.target, config.fused(k)) for k in new}
+    assert depths == {("speech", 0, "second", 1), ("second", 1, "speech", 1)}
+    for wrong, said in (
+        (["--link", "speech>second"], "SOURCE:DEPTH>TARGET:DEPTH"),
+        ([*chosen, "--partner", "text"], "Give one"),
+    ):
+        assert cli.main([*asked, *wrong, "-o", str(tmp_path / "none")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_grown_zip_is_trained_by_the_loop_and_only_what_is_new_learns(
     world: World, tmp_path: Path
 ) -> None:

@@ -1047,24 +1047,53 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_harms_anything(
 
 
 @pytest.mark.parametrize(
+    ("changes", "learns"),
+    [
+        ({}, {"links", "towers.speech"}),
+        ({"train": ("text",)}, {"links", "towers.text"}),
+        ({"freeze": ("speech",)}, {"links"}),
+        ({"lora": {"speech": {"r": 2}}}, {"links", "towers.speech.lora"}),
+        (
+            {"train": ("speech",), "lora": {"text": {"r": 2}}},
+            {"links", "towers.speech", "towers.text.lora"},
+        ),
+    ],
+    ids=str,
+)
+def test_what_learns_after_a_start(
+    world: World, tmp_path: Path, changes: dict[str, Any], learns: set[str]
+) -> None:
+    started = Zipper.from_pretrained(world.zip).state_dict()
+    common = {"start": str(world.zip), "train": (), "steps": 2, "lr_tower": 0.1, **changes}
+    model = train(world.config(tmp_path / "run", **common)).model
+    read = Zipper.from_pretrained(tmp_path / "run" / "model")
+    changed = set[str]()
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+        was = started.get(name.replace(".base_layer", ""))
+        if was is None or not torch.equal(tensor, was):
+            part, tower, *_ = name.split(".")
+            adapter = ".lora" if ".lora_" in name else ""
+            changed.add(f"{part}.{tower}{adapter}" if part == "towers" else "links")
+    assert changed == learns
+    assert {n for n, t in read.config.towers.items() if t.train} == {
+        name.split(".")[1] for name in learns if name.startswith("towers") and "lora" not in name
+    }
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"train": ("text",)},
-            r"train is \['text'\], but in start=.* it is \['speech'\], and what learns stays as "
-            r"it was",
-        ),
-        ({"lora": {"text": {"r": 2}}}, r"lora is .*, but in start=.* it is \{\}"),
+        ({"freeze": ("sound",)}, r"freeze names \['sound'\]"),
+        ({"freeze": ("speech",), "start": None}, r"freeze names .* there is none"),
+        ({"train": ("speech",), "lora": {"speech": {"r": 2}}}, "train and lora both name"),
     ],
 )
-def test_what_learns_is_not_changed_by_a_start(
+def test_what_cannot_learn_after_a_start(
     world: World, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ZipperError, match=message):
-        train(world.config(tmp_path / "run", start=str(world.zip), **changes))
-    train(
-        world.config(tmp_path / "run", start=str(world.zip), train=(), steps=1)
-    )  # what the zip says
+        train(world.config(tmp_path / "run", **{"start": str(world.zip), "steps": 1, **changes}))
 
 
 def test_a_start_whose_base_moved_finds_it_by_the_recipe(world: World, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def _new_links(
 ) -> list[Directed]:
     """The links of a new tower. Raises a ZipperError where there is none."""
     if links is not None:
+        if partners is not None:
+            raise ZipperError("partners and links both say what the new tower reads. Give one.")
         if foreign := [link for link in links if name not in (link[0], link[2])]:
             raise ZipperError(
                 f"The link {foreign[0]} does not touch {name!r}; the links of the old towers stay "

@@ -61,19 +61,7 @@ class Zipper(nn.Module):
         self.config = config
         self.towers = nn.ModuleDict(towers)
         self.inputs, self.links, self.choosers = _inputs(config), _links(config), _choosers(config)
-        for name, tower in config.towers.items():
-            self.towers[name].requires_grad_(tower.train)
-            if tower.lora is not None:
-                adapted = dataclasses.replace(tower, lora=self._tower(name).adapt(tower.lora))
-                self.config = dataclasses.replace(
-                    self.config, towers={**self.config.towers, name: adapted}
-                )
-            elif any(".lora_" in parameter for parameter, _ in towers[name].named_parameters()):
-                raise ZipperError(
-                    f"The model given as {name!r} has an adapter. Name its settings in lora, or "
-                    "load its base anew."
-                )
-        self._freeze()
+        self._settle()
         self.train(False)
 
     @classmethod
@@ -155,6 +143,33 @@ class Zipper(nn.Module):
             model = cls(loaded, config)
         model._join_towers()
         return model
+
+    def learn(
+        self, train: Sequence[str] = (), lora: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> "Zipper":
+        """From now on the towers in `train` learn and all others are frozen as they are, in place;
+        what the model computes stays.
+
+        lora: name -> settings of adapters for frozen towers that have none yet, as in
+        `from_towers`; those that are there stay, and learn. Links learn as before
+        (`ZipperConfig.frozen_links`). Raises a ZipperError for unknown towers, and for one that
+        would learn beside its adapter.
+        """
+        lora = lora or {}
+        known("train", train, self.config.towers)
+        known("lora", lora, self.config.towers)
+        adapters = {n: t.lora for n, t in self.config.towers.items() if t.lora}
+        adapters |= {name: {**settings} for name, settings in lora.items()}
+        _check_adapters(train, adapters)
+        for name in train:
+            self._tower(name).check_saving()
+        towers = {
+            name: dataclasses.replace(tower, train=name in train, lora=adapters.get(name))
+            for name, tower in self.config.towers.items()
+        }
+        self.config = dataclasses.replace(self.config, towers=towers)
+        self._settle()
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Zipper":
         """Training mode for links, projections and towers that learn; frozen towers stay in eval
@@ -507,8 +522,21 @@ class Zipper(nn.Module):
         tower: Any = self.towers[name]
         return int(tower.room)
 
-    def _freeze(self) -> None:
-        """Links, input projections and adapters that no longer learn, by the configuration."""
+    def _settle(self) -> None:
+        """Adapters, and what learns, as the configuration says. Towers first, then links, input
+        projections and adapters that no longer do."""
+        for name, tower in self.config.towers.items():
+            self.towers[name].requires_grad_(tower.train)
+            if tower.lora is not None:
+                adapted = dataclasses.replace(tower, lora=self._tower(name).adapt(tower.lora))
+                self.config = dataclasses.replace(
+                    self.config, towers={**self.config.towers, name: adapted}
+                )
+            elif any(".lora_" in each for each, _ in self.towers[name].named_parameters()):
+                raise ZipperError(
+                    f"The model given as {name!r} has an adapter. Name its settings in lora, or "
+                    "load its base anew."
+                )
         for name in {*self.config.frozen_links} & {*self.links}:
             self.links[name].requires_grad_(False)
         for name in self.config.kept:

@@ -511,14 +511,16 @@ class Extend:
             )
         if any(isinstance(config.towers[name], Mapping) for name in named):
             raise ZipperError("A baseline starts from pre-trained towers: give folders or hub ids.")
-        if config.start or config.calibrate or config.lora or config.frozen_dtype:
+        if config.freeze or config.calibrate or config.lora or config.frozen_dtype:
             raise ZipperError(
-                "A baseline has no links and no frozen tower: leave out start, calibrate, lora "
+                "A baseline has no links and no frozen tower: leave out freeze, calibrate, lora "
                 "and frozen_dtype."
             )
         for name in named:
             check_pinned(name, Path(config.towers[name]), modalities[name])
 
+        if config.start:
+            return _continued(config.start, modalities, self.base)
         added = {name: modality.vocabulary for name, modality in modalities.items()}
         del added[self.base]
         return Baseline.from_tower(
@@ -531,6 +533,22 @@ class Extend:
             positions=self.positions,
             seed=config.seed,
         )
+
+
+def _continued(start: str, modalities: Mapping[str, Modality], base: str) -> Baseline:
+    """A saved baseline to go on from. Raises a ZipperError where it is one of others."""
+    model = Baseline.from_pretrained(start, torch.float32)
+    sizes = {name: tower.vocabulary for name, tower in model.config.towers.items()}
+    wanted = {name: modality.vocabulary for name, modality in modalities.items()}
+    own = sizes.pop(model.config.base)
+    if model.config.base != base or own < wanted.pop(base) or sizes != wanted:
+        raise ZipperError(
+            f"start={start!r} extends {model.config.base!r} by {sizes}, this recipe {base!r} by "
+            f"{wanted}."
+        )
+    for name, modality in modalities.items():
+        check_pinned(name, Path(start) / "towers" / name, modality)
+    return model
 
 
 def _check_names(option: str, given: Collection[str], possible: Collection[str]) -> None:

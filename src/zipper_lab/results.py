@@ -46,6 +46,7 @@ TITLES = {
     "figure3": "Figure 3: by number of aligned pairs",
     "figure4a": "Figure 4a: input projections",
     "figure4b": "Figure 4b: number of junctions",
+    "shows": "Where towers are read",
     "gate": "Gates at birth",
     "positions": "Positions in cross-attention",
     "depth": "Depth of the cross projection",

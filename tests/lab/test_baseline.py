@@ -456,6 +456,12 @@ def test_it_is_trained_resumed_and_used_like_a_zip(tmp_path: Path) -> None:
     with pytest.raises(ZipperError, match="single decoder"):
         _ = pipe.zip
 
+    still = {"start": str(tmp_path / "whole" / "model"), "steps": 1, "lr_tower": 0.0}
+    on = train(world.config(tmp_path / "on", **still), build=extend).model.state_dict()
+    assert all(torch.equal(wanted[name], on[name]) for name in wanted)
+    with pytest.raises(ZipperError, match=r"extends 'text' by .*, this recipe 'speech' by"):
+        train(world.config(tmp_path / "other", **still), build=Extend("speech"))
+
 
 # On disk.
 

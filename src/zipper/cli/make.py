@@ -5,6 +5,7 @@ What they do stands in the library; here is what is asked of the user before, an
 
 import dataclasses
 import json
+import re
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from zipper.cli.options import MAKE, Bases, absent, command, count, named, writable
+from zipper.config import Directed
 from zipper.environment import extra
 from zipper.errors import ZipperError
 
@@ -541,6 +543,14 @@ def add(
         ),
     ] = None,
     every: Annotated[int, typer.Option(help="blocks of the new tower between junctions")] = 1,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A:N>B:M",
+            help="each link by itself, instead of partners: behind its block M, B reads what A "
+            "shows behind N, as in text:0>image:1",
+        ),
+    ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="the new tower learns; else it is frozen")
     ] = False,
@@ -563,9 +573,30 @@ def add(
     record = checkpoint.load(model)[1]
     old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
     given = modalities.load(folder)
-    new = growth.add_pipeline(old, name, source, given, partners=partner, every=every, train=train)
+    new = growth.add_pipeline(
+        old,
+        name,
+        source,
+        given,
+        partners=partner,
+        every=every,
+        links=[_directed(one) for one in link] if link else None,
+        train=train,
+    )
     new.save_pretrained(output, surgery.inside(new.zip, model), record)
     print(f"{output}: saved")
+
+
+def _directed(said: str) -> Directed:
+    """ "text:0>image:1" as a link. Raises a ZipperError for anything else."""
+    form = re.fullmatch(r"(\w+):(\d{1,4})>(\w+):(\d{1,4})", said)
+    if form is None:
+        raise ZipperError(
+            f"--link {said!r} is no link. Write SOURCE:DEPTH>TARGET:DEPTH, for example "
+            "'text:0>image:1'."
+        )
+    source, shown, target, fused = form.groups()
+    return source, int(shown), target, int(fused)
 
 
 @command(

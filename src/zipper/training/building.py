@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper.config import Adapter
 from zipper.data.rows import Row
 from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.model import Zipper
 from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
-from zipper.saving.files import parse
 from zipper.saving.zips import LostTower
 from zipper.tasks import Task, lanes, tower_of
 from zipper.tower import Tower
@@ -87,24 +85,10 @@ def _continued(config: TrainConfig, modalities: Mapping[str, Modality]) -> Zippe
         )
     for name, modality in modalities.items():
         check_pinned(name, Path(config.start) / "towers" / name, modality)
-    for option, said, own in (
-        (
-            "train",
-            sorted(config.train),
-            sorted(n for n, tower in started.config.towers.items() if tower.train),
-        ),
-        (
-            "lora",
-            _adapters(config.lora),
-            _adapters({n: t.lora for n, t in started.config.towers.items() if t.lora}),
-        ),
-    ):
-        if said and said != own:
-            raise ZipperError(
-                f"{option} is {said}, but in start={config.start!r} it is {own}, and what learns "
-                "stays as it was. "
-                f"Leave {option} out, or give the same."
-            )
+    if config.train or config.lora or config.freeze:
+        learned = [name for name, tower in started.config.towers.items() if tower.train]
+        learns = {*config.train} or {*learned} - {*config.lora}
+        started.learn(sorted(learns - {*config.freeze}), config.lora)
     return started
 
 
@@ -161,15 +145,6 @@ def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:
             f"{modality.vocabulary}. Give the modality that the tower was trained with."
         )
     return tower
-
-
-def _adapters(lora: Mapping[str, Any]) -> dict[str, Adapter]:
-    """Settings of adapters, but for the modules: a word may stand for these."""
-    found = {name: parse(Adapter, settings, f"lora[{name!r}]") for name, settings in lora.items()}
-    return {
-        name: dataclasses.replace(a, target_modules=None, exclude_modules=None)
-        for name, a in found.items()
-    }
 
 
 def _started(source: str, towers: Mapping[str, Any]) -> Zipper:

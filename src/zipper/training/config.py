@@ -53,10 +53,13 @@ class TrainConfig:
     loss_weight: per tower.
 
     Model.
-    train: towers that learn; with one tower it always does.
+    train: towers that learn; with one tower it always does. With `start`, none means those that
+        learned there.
+    freeze: towers that learned in `start` and stay as they are now.
     every, junctions, shows, links, link, input_projection, lora: see `Zipper.from_towers`. Dropout
         of links stands in `link`.
-    start: a saved zip of these towers to go on from; the shape is then its own.
+    start: a saved zip of these towers to go on from; the shape is then its own, but for adapters
+        (`lora`) on towers that have none.
     calibrate: rows of each source, at most 1,000, on which links are calibrated before the first
         step (`Link.calibrate`, 0 = not).
 
@@ -105,6 +108,7 @@ class TrainConfig:
     batch: int = 32
     accumulate: int = 1
     train: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
     every: Mapping[str, int] | None = None
     junctions: Sequence[Mapping[str, int]] | None = None
     shows: Mapping[str, Any] | None = None
@@ -175,7 +179,7 @@ class TrainConfig:
                 f"The towers are {sorted(self.towers)}, the modalities {sorted(self.modalities)}. "
                 "Give one for each."
             )
-        for name in ("train", "lora", "loss_weight", "corrupt", "pack"):
+        for name in ("train", "freeze", "lora", "loss_weight", "corrupt", "pack"):
             if unknown := sorted({*getattr(self, name)} - {*self.towers}):
                 raise ZipperError(
                     f"{name} names {unknown}; this recipe has the towers {sorted(self.towers)}."
@@ -231,6 +235,11 @@ class TrainConfig:
                     f"{option} is {getattr(self, option)}, but one tower has no links: leave it "
                     "out."
                 )
+        if self.freeze and not self.start:
+            raise ZipperError(
+                f"freeze names {sorted(self.freeze)}: it is for towers that learned in `start`, "
+                "and there is none. A tower that is not in train is frozen."
+            )
         if self.calibrate and not self.start and not self.link.projection_depth:
             raise ZipperError(
                 "A link without a projection cannot be calibrated: set link.projection_depth to 1 "
@@ -245,6 +254,7 @@ class TrainConfig:
 
 #: Fields that say where a run lies and how it is computed, not what: a resumed run may change them.
 FREE = (
+    "freeze",  # which parameters learn is compared itself
     "output",
     "log_every",
     "save_every",
