@@ -41,6 +41,7 @@ from zipper.serving import app, page, process, sounds, transcription
 from zipper.serving.bodies import Caps
 from zipper.serving.looking import looks
 from zipper.serving.refusals import Busy, Refused, Stopping
+from zipper.serving.service import Service
 from zipper.serving.worker import Worker
 from zipper.strand import Segment, collate
 
@@ -1069,6 +1070,25 @@ def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(
     assert worker.join(5.0)
     with pytest.raises(Stopping):
         worker.enter()
+
+
+def test_threads_that_make_sound_take_one_processor_each(pipe: Pipeline) -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+
+    def engine() -> Engine:
+        seen.append(torch.get_num_threads())
+        return pipe.engine(1)
+
+    torch.set_num_threads(2)
+    try:
+        worker = Worker(engine, 1)
+        service = Service(pipe, worker, Caps(), "mine")
+        assert asyncio.run(service.apart(torch.get_num_threads)) == 1
+        worker.start()  # after a thread of one: it takes what its maker had
+        worker.stop()
+        assert worker.join(20.0) and seen == [2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_settings_that_cannot_work_are_refused(pipe: Pipeline) -> None:
