@@ -3,6 +3,7 @@
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -525,6 +526,50 @@ def test_a_picture_has_one_row_for_each_started_hop_at_any_rate() -> None:
     for time, rows in [(0, 0), (1, 1), (160, 1), (161, 2), (16_000, 100)]:
         assert Mel().picture(Audio(np.ones(time, np.float32), 16_000)).shape == (rows, 40)
     assert Mel().picture(tone(440, 1.0, rate_hz=22_050)).shape == (100, 40)
+
+
+@pytest.mark.parametrize("said", [None, 0.1 * np.ones(480, np.float32)])
+def test_phases_are_found_by_fast_griffin_lim_as_it_is_written_down(said: Any) -> None:
+    mel = Mel()
+    magnitude = np.random.default_rng(1).random((12, 257), dtype=np.float32)
+    held = np.zeros(0) if said is None else said
+    window, before = np.hanning(400), (400 - 160) // 2
+
+    def transform(sound: Any) -> Any:
+        padded = np.pad(sound, (before, 400))
+        return np.stack(
+            [np.fft.rfft(padded[at : at + 400] * window, 512) for at in range(0, 1920, 160)]
+        )
+
+    def nearest(spectrum: Any) -> Any:
+        total, weight = np.zeros(3000), np.zeros(3000)
+        wanted = magnitude * np.exp(1j * np.angle(spectrum))
+        for at, row in zip(range(0, 1920, 160), np.fft.irfft(wanted, 512), strict=True):
+            total[at : at + 400] += row[:400] * window
+            weight[at : at + 400] += window**2
+        sound = (total / np.maximum(weight, 1e-3))[before : before + 1920]
+        return np.concatenate([held, sound[len(held) :]])
+
+    noise = np.random.default_rng(0).standard_normal(1920, dtype=np.float32)
+    spectrum = transform(np.concatenate([held, noise[len(held) :]]))
+    last = np.zeros_like(spectrum)
+    for _ in range(4):
+        now = transform(nearest(spectrum))
+        spectrum, last = now + 0.99 * (now - last), now
+    found = mel.phased(magnitude, rounds=4, said=said).samples
+    np.testing.assert_allclose(found, nearest(spectrum), atol=2e-5)
+
+
+def test_sound_does_not_depend_on_how_many_threads_make_it() -> None:
+    magnitude = np.random.default_rng(1).random((90, 257), dtype=np.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(Mel().phased(magnitude, rounds=3).samples)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(*found)
 
 
 def test_sound_made_from_a_picture_has_that_picture() -> None:

@@ -54,7 +54,7 @@ ORDER = """
     zipper.training.loop zipper.training zipper.training.history
     zipper.doctor zipper.testing
     zipper.serving zipper.serving.refusals zipper.serving.worker zipper.serving.bodies
-    zipper.serving.sounds zipper.serving.answers zipper.serving.looking zipper.serving.service
+    zipper.serving.sounds zipper.serving.looking zipper.serving.service zipper.serving.answers
     zipper.serving.transcription zipper.serving.saying zipper.serving.chat zipper.serving.anything
     zipper.serving.realtime zipper.serving.page zipper.serving.gauges zipper.serving.app zipper.serving.process
     zipper.serving.deployment

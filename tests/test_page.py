@@ -20,6 +20,7 @@ from test_serving import SENTENCE, Served, serving
 
 from zipper.audio import sound
 from zipper.pipeline import Pipeline
+from zipper.strand import Segment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -227,6 +228,31 @@ def test_any_order_of_modalities_is_given_and_produced(chromium: Any, tmp_path: 
         page.wait_for_selector("#told:not([hidden])")
         assert "smell" in page.inner_text("#told")
         opened.wrong.clear()
+        opened.close()
+
+
+def test_what_the_model_chose_is_told_as_if_it_had_been_asked_for(
+    chromium: Any, tmp_path: Path
+) -> None:
+    chooses = Pipeline.from_pretrained()
+    chooses.zip.choose(["speech", "text"])
+    alone = chooses.run([Segment("text", "call anna")], ["*"], limits={"speech": 12, "text": 12})
+    with serving(chooses, name="chooses") as served:
+        opened = Page(chromium, served, "compose", viewport={"width": 900, "height": 1000})
+        page = opened.page
+        page.fill("#given textarea", "call anna")
+        page.click("text=clear")
+        page.click("#chips button:text-is('*')")
+        assert page.input_value("#plan") == "*"
+        page.click("summary")
+        page.fill("#limit", "12")
+        page.click("#run")
+        page.wait_for_selector("#run:not([disabled])")
+        made = page.eval_on_selector_all(
+            "#produced article", "all => all.map(one => one.querySelector('header b').textContent)"
+        )
+        assert made == [one.tower for one in alone] and made
+        page.screenshot(path=tmp_path / "chosen.png", full_page=True)
         opened.close()
 
 

@@ -3,13 +3,13 @@ is what `Pipeline` answers; what a stranger sends costs nothing and opens nothin
 
 import asyncio
 import base64
-import builtins
 import io
 import json
 import random
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 import wave
@@ -27,6 +27,8 @@ httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("websockets", reason="the extra `serve` is not installed")
 
+import many
+from PIL import Image
 from tiny import sound
 
 from zipper.audio.sound import Audio
@@ -39,6 +41,7 @@ from zipper.serving import app, page, process, sounds, transcription
 from zipper.serving.bodies import Caps
 from zipper.serving.looking import looks
 from zipper.serving.refusals import Busy, Refused, Stopping
+from zipper.serving.service import Service
 from zipper.serving.worker import Worker
 from zipper.strand import Segment, collate
 
@@ -333,6 +336,147 @@ def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes)
     assert served.transcribe(base64.b64decode(message["audio"]["data"])).json()["text"] == SENTENCE
 
 
+def test_a_chat_ends_before_a_stop_and_none_of_it_is_sent(served: Served, spoken: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
+    heard = {"messages": [{"role": "user", "content": [part]}], "logprobs": True}
+    whole = served.post("/v1/chat/completions", json=heard).json()
+    assert whole["choices"][0]["message"]["content"] == SENTENCE
+    pieces = [entry["token"] for entry in whole["choices"][0]["logprobs"]["content"]]
+    assert len(pieces) == whole["usage"]["completion_tokens"] > 5
+    assert any(stop not in pieces for stop in ("two", "nges", "o v"))  # it spans tokens
+    for stop in ("two", ["nges", "never"], "o v", ["send", "two"], "zebra", "vienna"):
+        stops = [stop] if isinstance(stop, str) else stop
+        ends = [SENTENCE.find(one) for one in stops if one in SENTENCE]
+        wanted = SENTENCE[: min(ends, default=len(SENTENCE))]
+        (choice,) = served.post("/v1/chat/completions", json=heard | {"stop": stop}).json()[
+            "choices"
+        ]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (wanted, "stop")
+        told = choice["logprobs"]["content"]
+        assert told == whole["choices"][0]["logprobs"]["content"][: len(told)]
+        chunks = events(
+            served.post("/v1/chat/completions", json=heard | {"stop": stop, "stream": True})
+        )
+        deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+        assert "".join(deltas) == wanted
+        last = chunks[-1]["choices"][0]
+        assert (last["finish_reason"], last["logprobs"]["content"]) == ("stop", told)
+    best = served.post("/v1/chat/completions", json=heard | {"top_logprobs": 1}).json()
+    for entry in best["choices"][0]["logprobs"]["content"]:
+        (top,) = entry.pop("top_logprobs")
+        assert top == entry and entry["logprob"] <= 0
+    for wrong in (
+        {"top_logprobs": 2},
+        {"stop": ["a"] * 5},
+        {"stop": ""},
+        {"stop": "a", "modalities": ["audio"]},
+    ):
+        is_refused(served.post("/v1/chat/completions", json=heard | wrong), 400, "unsupported")
+
+
+def test_the_offline_log_probabilities_are_those_of_a_chat(
+    served: Served, pipe: Pipeline, spoken: bytes
+) -> None:
+    part = {
+        "type": "segment",
+        "segment": {"tower": "speech", "content": base64.b64encode(spoken).decode()},
+    }
+    heard = {"messages": [{"role": "user", "content": [part]}], "logprobs": True}
+    told = served.post("/v1/chat/completions", json=heard).json()["choices"][0]["logprobs"][
+        "content"
+    ]
+    (answer,) = pipe.engine(1).run([pipe.asked([Segment("speech", spoken)], ["text"])])
+    offline = answer.written[0].logprobs[: len(told)]
+    assert [entry["logprob"] for entry in told] == pytest.approx(offline, abs=1e-4)
+
+
+def test_a_chat_gives_what_has_no_place_in_a_message_as_segments(
+    served: Served, pipe: Pipeline
+) -> None:
+    sent = {"messages": [{"role": "user", "content": "call anna"}], "max_tokens": 5}
+    wanted = sent | {"modalities": ["text@2 + speech"]}
+    message = served.post("/v1/chat/completions", json=wanted).json()["choices"][0]["message"]
+    run = {"given": [{"tower": "text", "content": "call anna"}], "outputs": ["text@2 + speech"]}
+    produced = served.post("/v1/run", json=run | {"limits": {"text": 5}}).json()["produced"]
+    assert message["segments"] == produced and message["content"] is None
+    chunks = events(served.post("/v1/chat/completions", json=wanted | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"].get("segments", []) for chunk in chunks]
+    text = [one["content"] for (one,) in filter(None, deltas) if one["tower"] == "text"]
+    assert "".join(text) == produced[0]["content"]
+    is_refused(served.post("/v1/chat/completions", json=sent | {"modalities": ["smell"]}), 422)
+    for url in ("https://example.org/a.png", "file:///etc/passwd", "data:text/html;base64,AAAA"):
+        part = {"type": "image_url", "image_url": {"url": url}}
+        picture = {"messages": [{"role": "user", "content": [part]}]}
+        is_refused(served.post("/v1/chat/completions", json=picture), 422, "bad_request")
+
+
+@pytest.mark.slow
+def test_a_chat_takes_and_gives_pictures_signals_and_symbols() -> None:
+    several = many.pipe()
+    file = io.BytesIO()
+    Image.fromarray(many.pictures()[0]).save(file, "png")
+    coded = base64.b64encode(file.getvalue()).decode()
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded}"}},
+        {"type": "segment", "segment": {"tower": "motion", "content": many.waves()[0]}},
+        {"type": "segment", "segment": {"tower": "protein", "content": "MKTAY"}},
+    ]
+    given = [Segment("picture", file.getvalue()), Segment("motion", many.waves()[0])]
+    given = [*given, Segment("protein", "MKTAY")]
+    outputs = ["picture", "protein", "text + motion"]
+    offline = several.run(given, outputs, limits={"text": 5})
+    with serving(several) as served:
+        message = {"messages": [{"role": "user", "content": parts}], "max_tokens": 5}
+        wanted = message | {"modalities": outputs}
+        answer = served.post("/v1/chat/completions", json=wanted).json()
+        told = answer["choices"][0]["message"]["segments"]
+        assert [one["tower"] for one in told] == [one.tower for one in offline]
+        picture, protein, text, _ = (one["content"] for one in told)
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as made:
+            np.testing.assert_array_equal(np.asarray(made), offline[0].content)
+        assert (protein, text) == (offline[1].content, offline[2].content)
+
+
+def test_a_chat_streams_sound(served: Served) -> None:
+    sent = {"messages": [{"role": "user", "content": SENTENCE}], "modalities": ["audio"]}
+    wanted = sent | {"audio": {"voice": "default", "format": "pcm16"}}
+    chunks = events(served.post("/v1/chat/completions", json=wanted | {"stream": True}))
+    data = [chunk["choices"][0]["delta"].get("audio", {}).get("data", "") for chunk in chunks]
+    streamed = b"".join(map(base64.b64decode, data))
+    assert streamed == served.said(SENTENCE, "pcm").content
+    message = served.post("/v1/chat/completions", json=wanted).json()["choices"][0]["message"]
+    assert len(base64.b64decode(message["audio"]["data"])) == len(streamed)
+
+
+def test_a_form_of_a_run_is_the_run_with_its_files_beside_it(served: Served, spoken: bytes) -> None:
+    coded = base64.b64encode(spoken).decode()
+    plain = {"given": [{"tower": "speech", "content": coded}], "outputs": ["text"]}
+    wanted = {"given": [{"tower": "speech", "file": "clip"}], "outputs": ["text"]}
+    alone = served.post("/v1/run", json=plain).json()
+
+    def form(asked: Any, **files: Any) -> Any:
+        return served.post("/v1/run", data={"request": json.dumps(asked)}, files=files)
+
+    assert form(wanted, clip=("/etc/passwd", spoken)).json() == alone
+    streamed = events(form(wanted | {"stream": True}, clip=("a", spoken)))
+    assert streamed[-1]["produced"] == alone["produced"]
+    is_refused(form(wanted, other=("a", spoken)), 422, "no_file")
+    is_refused(form(wanted, clip=("a", spoken), more=("b", spoken)), 422, "bad_form")
+    is_refused(form(wanted | {"given": wanted["given"] * 2}, clip=("a", spoken)), 422, "no_file")
+    both = {"given": [{"tower": "speech", "file": "clip", "content": coded}], "outputs": ["text"]}
+    is_refused(form(both, clip=("a", spoken)), 422, "bad_request")
+    is_refused(form(wanted, clip=("a", b"no sound")), 422, "unprocessable")
+    text = {"given": [{"tower": "text", "file": "clip"}], "outputs": ["speech"]}
+    is_refused(form(text, clip=("a", b"call anna")), 422, "bad_request")
+    is_refused(served.post("/v1/run", files={"clip": ("a", spoken)}), 400, "bad_form")
+    is_refused(served.post("/v1/run", json=wanted), 422, "no_file")
+    many = {f"f{number}": ("a", b"x") for number in range(17)}
+    is_refused(form(wanted, **many), 400, "bad_form")
+    twice = [("clip", ("a", spoken)), ("clip", ("b", spoken))]
+    sent = {"request": json.dumps(wanted)}
+    is_refused(served.post("/v1/run", data=sent, files=twice), 400, "bad_form")
+
+
 def test_what_is_told_of_the_server(served: Served) -> None:
     get = served.client.get
     assert get("/health").json() == {"status": "alive"}
@@ -343,7 +487,9 @@ def test_what_is_told_of_the_server(served: Served) -> None:
     told = get("/metrics").text
     for line in ("zipper_rows 0.0", "zipper_queue 0.0", 'zipper_tokens_total{tower="speech"}'):
         assert line in told
-    assert "zipper_first_token_seconds_count" in told
+    count = dict(re.findall(r"^(zipper_first_\S+_count\S*) (\S+)$", told, re.M))
+    assert float(count['zipper_first_token_seconds_count{tower="speech"}']) >= 1
+    assert float(count["zipper_first_sound_seconds_count"]) >= 1
     described = get("/openapi.json").json()
     assert set(described["paths"]) >= {"/v1/run", "/v1/audio/speech", "/health"}
     for path in ("/docs", "/redoc"):
@@ -528,7 +674,7 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
                 }
             },
             400,
-            "unsupported",
+            "unsupported_format",
         ),
         ("/health", {}, 405, "method"),
         ("/nowhere", {}, 404, "no_such_route"),
@@ -708,58 +854,92 @@ def test_who_leaves_frees_the_row_within_a_step(
 
 
 def strange_places(folder: Path) -> list[str]:
+    """Two hundred names of places, in every spelling that has ever opened one."""
     (folder / "there.wav").write_bytes(b"secret")
     files = ["etc/passwd", "etc/shadow", "proc/self/environ", "there.wav", "C:\\windows\\win.ini"]
-    ways = [
-        "/{}",
-        "../../../../{}",
-        "file:///{}",
-        "~/{}",
-        "..%2f..%2f{}",
-        "\\\\host\\{}",
-        "{}\0.wav",
-    ]
-    found = [way.format(file) for file in files for way in ways]
-    urls = ["http://127.0.0.1:9/{}", "https://example.org/{}", "s3://bucket/{}", "ftp://a/{}"]
-    found += [url.format(file) for url in urls for file in files[:3]]
-    return [*found, str(folder / "there.wav"), "data:audio/wav;base64,AAAA", "hf://a/b"]
+    files += ["root/.ssh/id_rsa", "proc/self/fd/0", "dev/zero"]
+    ways = "/{} ../../../../{} file:///{} ~/{} ..%2f..%2f{} \\\\host\\{} {}\0.wav ./{} //{} ....//....//{}"
+    ways += (
+        " ..\\..\\{} %2e%2e/%2e%2e/{} ..%252f..%252f{} ..%c0%af{} /{}/. {}%00.wav ${{HOME}}/{} |{}"
+    )
+    ways += " /proc/self/root/{} \uff0e\uff0e/{}"
+    found = [way.format(file) for file in files for way in ways.split(" ")]
+    schemes = ("http://127.0.0.1:9/", "https://example.org/", "s3://bucket/", "ftp://a/", "hf://a/")
+    schemes += ("gopher://a/", "smb://a/", "data:audio/wav;base64,", "jar:file:///", "zip://")
+    found += [scheme + file for scheme in schemes for file in files[:4]]
+    return [str(folder / "there.wav"), *found]
 
 
+def asks(served: Served, place: str) -> Iterator[Any]:
+    """Answers to a place in every field that takes a name, each of them an error."""
+    for content in (place, {"path": place}, {"bytes": place}, [place]):
+        given = [{"tower": "speech", "content": content}]
+        yield served.post("/v1/run", json={"given": given, "outputs": ["text"]})
+    named = {"given": [{"tower": "speech", "file": place}], "outputs": ["text"]}
+    yield served.post("/v1/run", json=named)
+    boundary = 'content-disposition: form-data; name="%s"; filename="%s"'
+    plain = place.replace("\0", "%00").replace('"', "%22")
+    asked = 'content-disposition: form-data; name="request"\r\n\r\n' + json.dumps(named)
+    file = boundary % (plain, plain) + "\r\n\r\nx"
+    sound = boundary % ("file", plain) + "\r\n\r\nx"
+    kind = {"content-type": "multipart/form-data; boundary=a"}
+    for path, parts in (("/v1/run", [asked, file]), ("/v1/audio/transcriptions", [sound])):
+        form = "".join(f"--a\r\n{part}\r\n" for part in parts) + "--a--\r\n"
+        yield served.post(path, content=form.encode(), headers=kind)
+    yield served.post("/v1/audio/transcriptions", files={"file": (None, place)})
+    for name in ("response_format", "prompt", "temperature", "stream"):
+        yield served.transcribe(b"x", model=place, language=place, **{name: place})
+    yield served.post("/v1/run", json={"outputs": [place]})
+    yield served.post("/v1/run", json={"outputs": [{"tower": place}]})
+    said = {"input": "a", "model": place, "voice": "alloy", "response_format": "wav"}
+    for wrong in ({}, {"voice": place}, {"voice": {"id": place}}, {"response_format": place}):
+        yield served.post("/v1/audio/speech", json=said | wrong)
+    for name in ("instructions", "stream_format"):
+        yield served.post("/v1/audio/speech", json=said | {"voice": "default", name: place})
+    for part in (
+        {"type": "input_audio", "input_audio": {"data": place, "format": place}},
+        {"type": "image_url", "image_url": {"url": place}},
+        {"type": "segment", "segment": {"tower": place, "content": place}},
+        {"type": "segment", "segment": {"tower": "speech", "content": {"path": place}}},
+    ):
+        chat = {"messages": [{"role": "user", "content": [part]}], "model": place}
+        yield served.post("/v1/chat/completions", json=chat)
+    chat = {"messages": [{"role": place, "content": "a"}], "model": place, "modalities": ["audio"]}
+    for spoken in ({"voice": place}, {"format": place}):
+        yield served.post("/v1/chat/completions", json=chat | {"audio": spoken})
+    yield served.post("/v1/chat/completions", json=chat | {"modalities": [place]})
+    quoted = "".join(f"%{byte:02x}" for byte in place.encode())
+    for path in ("/v1/models/", "/web/", "/"):
+        yield served.client.get(path + quoted)
+
+
+@pytest.fixture(scope="module")
+def looked() -> list[tuple[str, Any]]:
+    """Everything that this process opens or asks from now on, by whichever way."""
+    seen: list[tuple[str, Any]] = []
+
+    def hook(event: str, args: Any) -> None:
+        if event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.getaddrinfo"):
+            seen.append((event, args))
+
+    sys.addaudithook(hook)  # stays: there is no way to take one off
+    return seen
+
+
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_place_that_a_client_names_is_opened(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, tmp_path: Path, looked: list[tuple[str, Any]], every: int
 ) -> None:
     places = strange_places(tmp_path)
-    assert len(places) >= 50
-    served.client.get("/health")  # the connection is there
-    opened: list[Any] = []
-    real_open, real_path_open, real_connect = builtins.open, Path.open, socket.socket.connect
-
-    def note(real: Any) -> Any:
-        def noted(*args: Any, **options: Any) -> Any:
-            opened.append(args)
-            return real(*args, **options)
-
-        return noted
-
-    monkeypatch.setattr(builtins, "open", note(real_open))
-    monkeypatch.setattr(io, "open", note(real_open))
-    monkeypatch.setattr(Path, "open", note(real_path_open))
-    monkeypatch.setattr(socket.socket, "connect", note(real_connect))
-    monkeypatch.setattr(socket, "getaddrinfo", note(socket.getaddrinfo))
-    for place in places:
-        for content in (place, {"path": place}, {"bytes": place}, [place]):
-            given = [{"tower": "speech", "content": content}]
-            is_refused(served.post("/v1/run", json={"given": given, "outputs": ["text"]}), 422)
-        part = {"type": "input_audio", "input_audio": {"data": place, "format": "wav"}}
-        chat = {"messages": [{"role": "user", "content": [part]}]}
-        is_refused(served.post("/v1/chat/completions", json=chat), 422)
-        boundary = b'--a\r\ncontent-disposition: form-data; name="file"; filename="%s"\r\n\r\nx\r\n--a--\r\n'
-        form = boundary % place.encode().replace(b"\0", b"%00")
-        kind = {"content-type": "multipart/form-data; boundary=a"}
-        is_refused(served.post("/v1/audio/transcriptions", content=form, headers=kind), 422)
-        field = {"file": (None, place)}
-        is_refused(served.post("/v1/audio/transcriptions", files=field), 400, "no_file")
-    assert opened == []
+    assert len(set(places)) == 201
+    assert all(answer.status_code in range(400, 500) for answer in asks(served, "nowhere"))
+    looked.clear()  # what is imported with the first of its kind was
+    for place in places[::every]:
+        for number, answer in enumerate(asks(served, place)):
+            assert answer.status_code in (400, 404, 413, 422), (number, place, answer.text)
+    assert looked == []
+    (tmp_path / "there.wav").read_bytes()
+    assert looked  # it sees what is opened
 
 
 def hostile(spoken: bytes) -> Iterator[bytes]:
@@ -890,6 +1070,25 @@ def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(
     assert worker.join(5.0)
     with pytest.raises(Stopping):
         worker.enter()
+
+
+def test_threads_that_make_sound_take_one_processor_each(pipe: Pipeline) -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+
+    def engine() -> Engine:
+        seen.append(torch.get_num_threads())
+        return pipe.engine(1)
+
+    torch.set_num_threads(2)
+    try:
+        worker = Worker(engine, 1)
+        service = Service(pipe, worker, Caps(), "mine")
+        assert asyncio.run(service.apart(torch.get_num_threads)) == 1
+        worker.start()  # after a thread of one: it takes what its maker had
+        worker.stop()
+        assert worker.join(20.0) and seen == [2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_settings_that_cannot_work_are_refused(pipe: Pipeline) -> None:

@@ -1,36 +1,32 @@
 """`POST /v1/run`: any order of modalities in and out, as `zipper run` does."""
 
-import base64
 import json
-import mimetypes
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field, StrictInt
 from starlette.responses import JSONResponse, Response
 
-from zipper.audio.sound import Audio
-from zipper.generation import Written
 from zipper.modality.kind import Kind
 from zipper.modality.text import Text
 from zipper.sampling import Sampling
-from zipper.serving import bodies, sounds
-from zipper.serving.answers import events, peeked
+from zipper.serving import bodies
+from zipper.serving.answers import events, peeked, piece, told
 from zipper.serving.looking import Look, timed
-from zipper.serving.refusals import refusal
+from zipper.serving.refusals import Refused, refusal
 from zipper.serving.service import Part, Service
 from zipper.serving.worker import Ticket
 from zipper.strand import Segment
 
 
 class Given(BaseModel):
-    """A segment. content: text, a file in base64 where the modality is made of files, or ids."""
+    """A segment. content: text, a file in base64 where the modality is made of files, or ids.
+    file: instead of it the name of the part of the form that holds the file."""
 
     tower: str
-    content: str | list[Any] | dict[str, Any]
+    content: str | list[Any] | dict[str, Any] | None = None
+    file: str = ""
 
 
 class Forced(BaseModel):
@@ -63,15 +59,25 @@ class Run(BaseModel):
     explain: bool = False
 
 
+#: Of a form: the field `request` is what would be the body, every other part is a file.
+FORM = {
+    "type": "object",
+    "required": ["request"],
+    "properties": {"request": {"type": "string", "contentMediaType": "application/json"}},
+    "additionalProperties": {"type": "string", "format": "binary"},
+}
+
+
 def add(app: FastAPI, service: Service) -> None:
     """Adds the route."""
 
     async def run(request: Request) -> Response:
-        wanted = await bodies.sent(request, Run, service.caps)
-        given = [
-            service.segment(one.tower, one.content, f"given.{number}.content")
-            for number, one in enumerate(wanted.given)
-        ]
+        files: dict[str, bytes] = {}
+        if bodies.media_type(request) == "multipart/form-data":
+            wanted, files = await bodies.filled(request, Run, service.caps)
+        else:
+            wanted = await bodies.sent(request, Run, service.caps)
+        given = _given(service, wanted, files)
         outputs = [
             one if isinstance(one, str) else Segment(one.tower, list(one.content))
             for one in wanted.outputs
@@ -94,10 +100,38 @@ def add(app: FastAPI, service: Service) -> None:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": Run.model_json_schema()}},
+                "content": {
+                    "application/json": {"schema": Run.model_json_schema()},
+                    "multipart/form-data": {"schema": FORM},
+                },
             }
         },
     )
+
+
+def _given(service: Service, wanted: Run, files: dict[str, bytes]) -> list[Segment]:
+    """What is given, files from the parts of the form; each part is for one segment."""
+    found, left = [], dict(files)
+    for number, one in enumerate(wanted.given):
+        where = f"given.{number}"
+        if (one.content is None) != bool(one.file):
+            raise Refused(
+                422, "bad_request", f"{where} needs content, or else a file; one of them."
+            )
+        if one.file and one.file not in left:
+            raise Refused(
+                422,
+                "no_file",
+                f"{where} names the part {one.file!r:.40}: there is no such part in the form, or "
+                "another segment has it. Nothing else is opened.",
+            )
+        content = left.pop(one.file) if one.file else one.content
+        found.append(service.segment(one.tower, content, f"{where}.content"))
+    if left:
+        raise Refused(
+            422, "bad_form", f"No segment names the part {next(iter(left))!r:.40}. Leave it out."
+        )
+    return found
 
 
 async def _events(
@@ -106,8 +140,8 @@ async def _events(
     """Parts as they are made, and in the end what is told without a stream."""
     try:
         async for part in parts:
-            told = await service.apart(lambda part=part: _piece(service, part))  # type: ignore[misc]
-            yield json.dumps({"type": "part", "segment": part.segment, "tower": part.tower, **told})
+            shown = await service.apart(lambda part=part: piece(service, part))  # type: ignore[misc]
+            yield json.dumps({"type": "part", **shown})
         yield json.dumps({"type": "done", **await _done(service, ticket, explain)})
     except Exception as error:  # the status is sent already
         yield json.dumps(refusal(error).shape)
@@ -116,7 +150,7 @@ async def _events(
 async def _done(service: Service, ticket: Ticket, explain: bool) -> dict[str, Any]:
     """What is told of all that was produced."""
     written = ticket.done.result()
-    produced = await service.apart(lambda: [_told(service, one) for one in written])
+    produced = await service.apart(lambda: [told(service, one) for one in written])
     if not explain:
         return {"model": service.name, "produced": produced}
     found = await service.looks(ticket)
@@ -133,8 +167,8 @@ def _explained(
     for number, one in enumerate(written):
         kind: Any = service.kinds[one.tower]
         if isinstance(kind, Text):
-            told = timed(kind, one, found, len(given) + number, ticket.clocks)
-            produced[number]["words"] = told
+            words = timed(kind, one, found, len(given) + number, ticket.clocks)
+            produced[number]["words"] = words
     ids = [*((one.tower, one.content) for one in given), *((one.tower, one.ids) for one in written)]
     return {
         "looks": [look.packed for look in found],
@@ -146,40 +180,3 @@ def _explained(
 def _labels(kind: Kind, ids: list[int]) -> list[str] | None:
     """What each id stands for, where that can be told in a line."""
     return None if kind.suffix else [str(kind.told(kind.decode([id]))) for id in ids]
-
-
-def _piece(service: Service, part: Part) -> dict[str, Any]:
-    """A part as JSON; sound as samples, for a file is whole."""
-    if isinstance(part.raw, Audio):
-        content = base64.b64encode(sounds.pcm(part.raw)).decode()
-        return {"content": content, "media_type": sounds.media("pcm", part.raw.rate_hz)}
-    return _shown(service.kinds[part.tower], part.raw)
-
-
-def _told(service: Service, written: Written) -> dict[str, Any]:
-    """A produced segment."""
-    kind, segment = service.kinds[written.tower], written.segment
-    return {
-        "tower": written.tower,
-        "ids": segment.content,
-        "ended": segment.ended,
-        "score": segment.score,
-        **_shown(kind, kind.decode(segment.content)),
-    }
-
-
-def _shown(kind: Kind, raw: Any) -> dict[str, Any]:
-    """Raw data: a file as base64 with its media type, anything else as JSON."""
-    if not kind.suffix:
-        return {"content": kind.told(raw)}
-    if not kind.there(raw):
-        return {"content": None}
-    with tempfile.TemporaryDirectory() as folder:
-        kind.write(raw, path := Path(folder) / f"made{kind.suffix}")
-        content = path.read_bytes()
-    media = mimetypes.types_map.get(kind.suffix, "application/octet-stream")
-    return {
-        "content": base64.b64encode(content).decode(),
-        "media_type": "audio/wav" if kind.suffix == ".wav" else media,
-        "seconds": kind.seconds(raw),
-    }

@@ -53,7 +53,7 @@ def serve(
     worker = Worker(lambda: pipeline.engine(rows), rows, queue, gauges.made, gauges.waited)
     gauges.watch(worker)
     worker.start()
-    service = Service(pipeline, worker, caps or Caps(), name)
+    service = Service(pipeline, worker, caps or Caps(), name, gauges.sounded)
     app = FastAPI(
         title="Zipper",
         description="One zipped model: any order of its modalities in and out.",

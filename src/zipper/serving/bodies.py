@@ -24,6 +24,7 @@ from zipper.serving.refusals import Busy, Refused
 DRAIN_S = 1.0  # for what is still on its way when a body is refused, so that the answer is read
 DRAIN_BYTES = 64 << 20
 MOST_FIELDS = 32
+FIELD_BYTES = 1 << 18  # of one that is no file
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -137,13 +138,18 @@ async def drain(request: Request) -> None:
 
 async def sent(request: Request, shape: type[Shape], caps: Caps) -> Shape:
     """A body of JSON of this shape. Raises Refused: 415, 400 for no JSON, 422 for another shape."""
-    if _media_type(request) != "application/json":
+    if media_type(request) != "application/json":
         raise _media(request, "application/json")
     content = bytearray()
     async for part in body(request, caps):
         content += part
+    return parsed(bytes(content), shape)
+
+
+def parsed(content: str | bytes, shape: type[Shape]) -> Shape:
+    """JSON of this shape. Raises Refused: 400 for no JSON, 422 for another shape."""
     try:
-        return shape.model_validate_json(bytes(content))
+        return shape.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         if first["type"] == "json_invalid":
@@ -158,16 +164,16 @@ class _InMemory(MultiPartParser):
     spool_max_size = 1 << 40
 
 
-async def form(request: Request, caps: Caps) -> FormData:
-    """A form with one file at most. Raises Refused: 415, or 400 for a form that is none."""
-    if _media_type(request) != "multipart/form-data":
+async def form(request: Request, caps: Caps, files: int = 1) -> FormData:
+    """A form with so many files at most. Raises Refused: 415, or 400 for a form that is none."""
+    if media_type(request) != "multipart/form-data":
         raise _media(request, "multipart/form-data")
     parser = _InMemory(
         Headers(raw=request.headers.raw),
         body(request, caps),
-        max_files=1,
+        max_files=files,
         max_fields=MOST_FIELDS,
-        max_part_size=1 << 16,
+        max_part_size=FIELD_BYTES,
     )
     try:
         return await parser.parse()
@@ -177,11 +183,32 @@ async def form(request: Request, caps: Caps) -> FormData:
         ) from error
 
 
+async def filled(
+    request: Request, shape: type[Shape], caps: Caps
+) -> tuple[Shape, dict[str, bytes]]:
+    """A form with a field `request` of JSON of this shape, and files by the names of their parts;
+    the names that they have where they come from are not looked at. Raises Refused."""
+    found = await form(request, caps, caps.segments)
+    try:
+        if "request" not in found:
+            raise Refused(400, "bad_form", "The form has no field 'request'. Send JSON in it.")
+        wanted = parsed(field(found, "request"), shape)
+        files: dict[str, bytes] = {}
+        for name in found:
+            if name != "request":
+                if len(found.getlist(name)) > 1:
+                    raise Refused(400, "bad_form", f"Two parts have the name {name!r:.40}.")
+                files[name] = await upload(found, name)
+        return wanted, files
+    finally:
+        await found.close()
+
+
 async def upload(found: FormData, name: str) -> bytes:
     """The file in a form. Raises Refused where there is none; its name is not looked at."""
     file = found.get(name)
     if not isinstance(file, UploadFile):
-        raise Refused(400, "no_file", f"The form has no file {name!r}. Send the sound as one.")
+        raise Refused(400, "no_file", f"The form has no file {name!r:.40}. Send it as one.")
     content: bytes = await file.read()
     return content
 
@@ -219,13 +246,14 @@ def decoded(content: str, where: str) -> bytes:
     return found
 
 
-def _media_type(request: Request) -> str:
+def media_type(request: Request) -> str:
+    """What a body is said to be, without its options."""
     told: Any = request.headers.get("content-type", "")
     return str(told).partition(";")[0].strip().lower()
 
 
 def _media(request: Request, wanted: str) -> Refused:
-    told = _media_type(request) or "nothing"
+    told = media_type(request) or "nothing"
     return Refused(415, "media_type", f"The body is said to be {told!r:.60}; send {wanted}.")
 
 

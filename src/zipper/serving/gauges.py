@@ -9,6 +9,8 @@ from zipper.serving.worker import Worker
 
 __all__ = ["MEDIA_TYPE", "Gauges"]
 
+BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
 
 @final
 class Gauges:
@@ -25,7 +27,14 @@ class Gauges:
         self._first = Histogram(
             "zipper_first_token_seconds",
             "From taking a request to its first token",
-            buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+            ["tower"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._sound = Histogram(
+            "zipper_first_sound_seconds",
+            "From taking a request to the first sound of its stream",
+            buckets=BUCKETS_S,
             registry=self.registry,
         )
 
@@ -40,9 +49,13 @@ class Gauges:
         """Tokens were produced."""
         self._tokens.labels(tower).inc(tokens)
 
-    def waited(self, seconds: float) -> None:
-        """A request has its first token."""
-        self._first.observe(seconds)
+    def waited(self, tower: str, seconds: float) -> None:
+        """A request has its first token, of this tower."""
+        self._first.labels(tower).observe(seconds)
+
+    def sounded(self, seconds: float) -> None:
+        """A stream has its first sound."""
+        self._sound.observe(seconds)
 
     def refused(self, status: int, code: str) -> None:
         """A request got no answer."""

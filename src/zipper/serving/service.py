@@ -5,13 +5,16 @@ pipeline and the worker, and of the web only whether somebody still listens.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar, final
+
+import torch
 
 from zipper.audio.sound import Audio
 from zipper.generation import Limits, Request, Written, planned
@@ -52,13 +55,25 @@ class Part(NamedTuple):
 @final
 class Service:
     """A pipeline, the worker that runs it, and what a request may cost. name: of the model, for
-    clients."""
+    clients. sounded: told how many seconds each stream waited for its first sound."""
 
-    def __init__(self, pipeline: Pipeline, worker: Worker, caps: Caps, name: str) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        worker: Worker,
+        caps: Caps,
+        name: str,
+        sounded: Callable[[float], None] | None = None,
+    ) -> None:
         self.pipeline, self.worker, self.caps, self.name = pipeline, worker, caps, name
+        self._sounded = sounded
         self.since = int(time.time())
         self.kinds = {name: whole(modality) for name, modality in pipeline.modalities.items()}
-        self._readers = ThreadPoolExecutor(READERS, "zipper-reader")
+        # One processor each: what they do is small, and threads of threads wait for each other.
+        alone = partial(torch.set_num_threads, 1)
+        self._readers = ThreadPoolExecutor(READERS, "zipper-reader", alone)
+        if self.voices:
+            pipeline.units.decode([])  # what its codes sound like is found before anybody waits
 
     async def apart(self, work: Callable[[], Found]) -> Found:
         """What `work` returns, made on another thread, while others are answered."""
@@ -88,10 +103,15 @@ class Service:
 
     def segment(self, tower: str, content: Any, where: str) -> Segment:
         """A segment that came in JSON: a string is the content of a file in base64 where its
-        modality is made of files. Raises Refused for what names a place: none is opened."""
+        modality is made of files; bytes are one that came beside it. Raises Refused for what names
+        a place: none is opened."""
         kind = self.kinds.get(tower)
         if kind is None:
             raise self._unknown(tower)
+        if isinstance(content, bytes) and not kind.suffix:
+            raise Refused(
+                422, "bad_request", f"{where} is a file, and {tower} is not made of files."
+            )
         if kind.suffix and isinstance(content, str):
             return Segment(tower, decoded(content, where))
         if isinstance(content, Mapping) and not content.keys() <= PLAIN:
@@ -149,7 +169,7 @@ class Service:
             gone.cancel()
             ticket.cancel()
 
-    async def parts(self, request: Asked, ticket: Ticket) -> AsyncIterator[Part]:
+    async def parts(self, request: Asked, ticket: Ticket) -> AsyncGenerator[Part, None]:
         """What is produced, in parts, while it is made; lanes of one group side by side. Raises
         what went wrong."""
         loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
@@ -159,6 +179,7 @@ class Service:
                 loop.call_soon_threadsafe(told.put_nowait, part)
 
         def speak(segment: int, tower: str, ids: SimpleQueue[int | None]) -> None:
+            torch.set_num_threads(1)
             try:
                 for raw in self.kinds[tower].stream(iter(ids.get, None)):
                     say(Part(segment, tower, raw))
@@ -200,10 +221,15 @@ class Service:
         gone.add_done_callback(lambda _: ticket.cancel())
         # threads of their own: they wait for tokens, and a pool that is full of such would stand
         threading.Thread(target=shared, name="zipper-stream", daemon=True).start()
+        silent = True
         try:
             while (part := await told.get()) is not None:
                 if isinstance(part, Exception):
                     raise part
+                if silent and isinstance(part.raw, Audio):
+                    silent = False
+                    if self._sounded is not None:
+                        self._sounded(time.monotonic() - ticket.since)
                 yield part
             if not ticket.gone:
                 await ticket.done

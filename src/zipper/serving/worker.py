@@ -13,14 +13,16 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, final
 
+import torch
+
 from zipper.errors import ZipperError
 from zipper.generation import Answer, Engine, Request, Token, Written
 from zipper.serving.refusals import Busy, Stopping
 
 #: Told what was made: (tower, tokens).
 Counted = Callable[[str, int], None]
-#: Told how many seconds a request waited for its first token.
-Waited = Callable[[float], None]
+#: Told how many seconds a request waited for its first token, and of which tower that is.
+Waited = Callable[[str, float], None]
 
 
 @final
@@ -101,6 +103,7 @@ class Worker:
         self.stopping = False
         self._engine = engine
         self._counted, self._waited = counted, waited
+        self._threads = torch.get_num_threads()  # of whoever made it: its own, whatever others take
         self._changed = threading.Condition()
         self._taken = 0  # all that hold a place, from `enter` until they are done
         self._new: list[Ticket] = []
@@ -163,6 +166,7 @@ class Worker:
         return ticket
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)
         engine = self._engine()
         while True:
             with self._changed:
@@ -202,7 +206,7 @@ class Worker:
             return
         if fresh := ticket.fresh():
             if first and self._waited is not None:
-                self._waited(time.monotonic() - ticket.since)
+                self._waited(fresh[0].tower, time.monotonic() - ticket.since)
             for token in fresh:
                 if self._counted is not None:
                     self._counted(token.tower, 1)

@@ -508,7 +508,8 @@ async function produce(segments, signal) {
   wanted.sampling = Object.fromEntries(names.map((name) => [name, Number($(name).value)]));
   const most = Number($("limit").value);
   if (most) {
-    const named = Object.keys(state.about.towers).filter((name) => $("plan").value.includes(name));
+    const plan = $("plan").value; // a choice may fall on any tower
+    const named = Object.keys(state.about.towers).filter((name) => plan.includes("*") || plan.includes(name));
     wanted.limits = Object.fromEntries(named.map((name) => [name, most]));
   }
   $("produced").replaceChildren();
