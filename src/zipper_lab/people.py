@@ -44,8 +44,8 @@ TASKS = {"heard:speech -> text": 0.6, "text -> speech": 0.4}
 PAIRS = (10, 100, 1000, 0)  # of people; 0 = all
 SEEDS = (0, 1, 2)
 ZIP, LINKS, LORA, EXPANDED = ARMS = "zip", "links", "lora", "expanded"
-BASE_STEPS, STEPS = 1000, 300
-LIMIT = 400  # clips of each set that are tested, spread over all of it
+BASE_STEPS, STEPS = 1000, 200
+LIMIT = 250  # clips of each set that are tested, spread over all of it
 SHIFTED = 200  # of them disturbed
 
 
