@@ -19,6 +19,7 @@ from zipper.towers.families import Family
 PAGE = (Path(__file__).parent.parent / "docs" / "towers.md").read_text(encoding="utf-8")
 # Names that all supported transformers know, with the way and the rows that we want of them.
 SAMPLE = {
+    "imagegpt": ("attributes", "packed"),
     "llama": ("attributes", "packed"),
     "bart": ("attributes", "packed"),
     "gemma3": ("attributes", "packed"),

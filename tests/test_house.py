@@ -32,7 +32,7 @@ ORDER = """
     zipper.errors zipper.former zipper.environment zipper.workers zipper.normaliser
     zipper.statistics zipper.evaluation
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
-    zipper.saving.checkpoint zipper.saving.hub
+    zipper.towers.mapping zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
     zipper.link zipper.loss zipper.config zipper.lockstep
     zipper.sampling zipper.reading zipper.generation
@@ -42,7 +42,8 @@ ORDER = """
     zipper.audio.containers zipper.audio.sound zipper.audio zipper.audio.disturbance
     zipper.modality.kind zipper.modality.codebook zipper.modality.sound zipper.modality.text
     zipper.modality.speech zipper.modality.symbols zipper.modality.series zipper.modality.signal
-    zipper.modality.pinned zipper.modality.image zipper.modality.codec zipper.modality.encoder
+    zipper.modality.pinned zipper.modality.image zipper.modality.codec
+    zipper.modality.renderer zipper.modality.encoder
     zipper.modality zipper.pipeline
     zipper.inspection zipper.words zipper.verify
     zipper.data.rows zipper.data.manifests zipper.data.layouts zipper.data.extraction
@@ -59,13 +60,16 @@ ORDER = """
     zipper.serving.deployment
     zipper.cli.answers zipper.cli.entries zipper.cli.options zipper.cli.use zipper.cli.make
     zipper.cli.look zipper.cli zipper.__main__
-    zipper_lab zipper_lab.judges zipper_lab.adaptation zipper_lab.baseline
+    zipper_lab zipper_lab.judges zipper_lab.recognisers zipper_lab.adaptation
+    zipper_lab.baseline
     zipper_lab.corpora.commands zipper_lab.corpora.prose zipper_lab.corpora.english
     zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
-    zipper_lab.corpora.molecules zipper_lab.corpora.digits zipper_lab.corpora
+    zipper_lab.corpora.molecules zipper_lab.corpora.digits zipper_lab.corpora.words
+    zipper_lab.corpora
     zipper_lab.real_judges
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments zipper_lab.real
+    zipper_lab.people zipper_lab.pairwise
     zipper_lab.bench zipper_lab.bench.decode zipper_lab.bench.train zipper_lab.bench.speech
     zipper_lab.bench.start zipper_lab.bench.serving zipper_lab.bench.summary zipper_lab.commands zipper_lab.__main__
 """.split()

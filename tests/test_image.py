@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from zipper import Pipeline, Segment, modality
+from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality.image import VQ, Image, ImageConfig
@@ -51,22 +52,26 @@ def colour() -> Image:
     return Image.fitted([noise(seed) for seed in range(8)], codes=40, patch=4, size=(16, 16))
 
 
+def vq_model(name: str) -> Any:
+    """A random VQ model of a class of transformers."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    shape = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
+    shape |= {"latent_channels": 8, "embed_dim": 8}
+    model = cls(cls.config_class(**shape, **SETTINGS[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 @pytest.fixture(scope="module")
 def vq(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random VQ models, saved as a folder of the hub is."""
-    place, found = tmp_path_factory.mktemp("vq"), {}
+    place = tmp_path_factory.mktemp("vq")
     for name in VQ:
-        torch.manual_seed(0)
-        cls = getattr(transformers, name)
-        shape = {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
-        shape |= {"latent_channels": 8, "embed_dim": 8}
-        model = cls(cls.config_class(**shape, **SETTINGS[name]))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(place / name)
-        found[name] = place / name
-    return found
+        vq_model(name).save_pretrained(place / name)
+    return {name: place / name for name in VQ}
 
 
 def rows(folder: Path) -> list[Path]:
@@ -158,7 +163,7 @@ def test_colours_are_those_of_imagegpt(tmp_path: Path) -> None:
     assert (shown == np.rint(127.5 * (clusters[5] + 1))).all()
     for wrong in ({}, {"clusters": [[1, 2]]}, {"clusters": "x"}, {**settings, "size": "x"}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
-        with pytest.raises(ZipperError, match=r"holds no clusters|gives the size"):
+        with pytest.raises(ZipperError, match=r"holds no clusters|The size"):
             Image.from_imagegpt(tmp_path)
 
 
@@ -332,38 +337,6 @@ def test_a_saved_one_is_the_same(colour: Image, tmp_path: Path) -> None:
     )
 
 
-def corrupted(folder: Path, chance: random.Random) -> None:
-    """Another file, in one of a few ways."""
-    path = chance.choice(sorted(folder.iterdir()))
-    content = path.read_bytes()
-    at = chance.randrange(len(content))
-    ways = [
-        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :],
-        content[:at],
-        content + b"\0",
-        content[:at] + chance.randbytes(32) + content[at + 32 :],
-        content.replace(b"16", str(chance.choice([-1, 0, 10**9, 32])).encode()),
-        content.replace(b"40", b"41"),
-        b"{}",
-    ]
-    path.write_bytes(chance.choice(ways))
-
-
-def test_a_corrupted_folder_is_refused_or_the_same(colour: Image, tmp_path: Path) -> None:
-    modality.save(colour, tmp_path / "image")
-    chance, refused = random.Random(0), 0
-    for number in range(200):
-        folder = Path(shutil.copytree(tmp_path / "image", tmp_path / str(number)))
-        corrupted(folder, chance)
-        try:
-            assert modality.load(folder).fingerprint == colour.fingerprint
-        except ZipperError as error:
-            assert str(folder) in str(error)
-            refused += 1
-        shutil.rmtree(folder)
-    assert refused > 150
-
-
 @pytest.mark.parametrize(
     "codebook",
     [np.zeros((2, 3)), np.full((2, 4), np.nan), np.full((2, 4), 256.0), np.zeros((0, 4))],
@@ -424,6 +397,33 @@ def test_another_model_or_size_or_a_damaged_one_is_refused(
         (folder / name).write_bytes(changed)
         with pytest.raises(ZipperError, match=r"holds no modality of pictures|holds foreign codes"):
             Image.load(folder)
+
+
+def test_the_command_takes_the_codes_of_a_model(
+    vq: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["fit", "image", "--vq", str(vq["JanusVQVAE"]), "-o", str(tmp_path / "vq")]
+    assert main([*given, "--set", "size=[16,16]"]) == 0
+    assert "image of 26 ids" in capsys.readouterr().out
+    made = Image.from_model(vq["JanusVQVAE"], (16, 16))
+    assert modality.load(tmp_path / "vq").fingerprint == made.fingerprint
+    settings = {"clusters": [[-1.0, 0, 1], [1, 1, 1]], "size": {"height": 4, "width": 4}}
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "preprocessor_config.json").write_text(json.dumps(settings))
+    taken = ["fit", "image", "--model", str(tmp_path / "gpt"), "-o"]
+    assert main([*taken, str(tmp_path / "colours")]) == 0
+    assert modality.load(tmp_path / "colours").vocabulary == 3
+    assert main([*taken, str(tmp_path / "less"), "--set", "size=[3,4]"]) == 0
+    assert modality.load(tmp_path / "less").length == 12
+    capsys.readouterr()
+    for wrong, said in (
+        ([*given[:5], str(tmp_path / "new")], "Say which: size"),
+        ([*given[:5], str(tmp_path / "new"), "--set", "codes=3"], "'codes' is no setting"),
+        (["fit", "signal", "--model", "x", "-o", str(tmp_path / "new")], "stands on no model"),
+        (["fit", "image", "a", "--vq", "b", "-o", str(tmp_path / "new")], "instead of data"),
+    ):
+        assert main(wrong) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 # --- zipped

@@ -103,6 +103,42 @@ def test_the_number_is_a_ratio_of_sums_inside_of_its_interval() -> None:
     assert 0 <= number.low <= number.value <= number.high <= 1.5
 
 
+class Eye:
+    """Takes a level for low or high."""
+
+    def __call__(
+        self, wanted: Sequence[Any], made: Sequence[Any], raw: Sequence[Any]
+    ) -> measurement.Scores:
+        return {"half": [(float(one == other), 1.0) for one, other in self.labels(made, raw)]}
+
+    def labels(self, made: Sequence[Any], rows: Sequence[Any]) -> list[tuple[str, str]]:
+        named = [(row["level"][0], sum(one[:1])) for row, one in zip(rows, made, strict=True)]
+        return [tuple("high" if n > 5 else "low" for n in pair) for pair in named]
+
+
+def test_what_was_taken_for_what_is_a_table_where_there_are_few_answers(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    found = measurement.measure(
+        pipe, manifest(tmp_path, rows(12)), judges={"level": {"eye": Eye()}}
+    )
+    level, text = found
+    assert {right: sum(taken.values()) for right, taken in level.tables["eye"].items()} == {
+        "high": 6,
+        "low": 6,
+    }
+    right = [f"call {word}" for word in sorted(WORDS)]
+    assert sorted(text.tables["answers"]) == right
+    taken = {name for row in text.tables["answers"].values() for name in row}
+    assert taken <= {*right, measurement.ANOTHER}
+    assert all(sum(row.values()) == 3 for row in text.tables["answers"].values())
+    few = measurement.measure(pipe, manifest(tmp_path, rows(7)), ["level -> text"])
+    assert few[0].tables == {} and "tables" not in few[0].to_json()
+    measurement.write(tmp_path / "page.html", found, "tables")
+    page = (tmp_path / "page.html").read_text()
+    assert "eye: what was right (rows)" in page and '<td class="right">' in page
+
+
 def test_the_page_loads_nothing_and_shows_the_rows(pipe: Pipeline, tmp_path: Path) -> None:
     found = measurement.measure(pipe, manifest(tmp_path, rows()), [Task(("text",), ("level",))])
     measurement.write(tmp_path / "page.html", found, "levels & words")

@@ -41,8 +41,13 @@ def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:
         name: tiny.shape() if isinstance(source, Mapping) else str(world.folder / name / "tower")
         for name, source in config.towers.items()
     }
+    shows = {  # tiny towers have one junction
+        name: depths if isinstance(depths, int | str) else depths[:1]
+        for name, depths in (config.shows or {}).items()
+    }
     return dataclasses.replace(
         config,
+        shows=shows or None,
         output=str(output),
         towers=towers,
         modalities={name: str(world.folder / name) for name in config.modalities},

@@ -14,7 +14,7 @@ from zipper.pipeline import SHIPPED, Pipeline
 from zipper.saving import checkpoint
 from zipper_lab.demo import TOWERS
 
-RUN = Path("runs/spoken-commands-2/model")
+RUN = Path("runs/spoken-commands/model")
 SPEECH = Path("runs/speech-tower/model/towers/speech")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, SupportsInt, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -612,9 +613,20 @@ class _Writing(NamedTuple):
     cap: int
     rules: Rules
 
-    def logprobs(self, logits: Float[Tensor, " vocabulary"]) -> Float[Tensor, " vocabulary"]:
-        """Log-probabilities by the model's own distribution; a segment begins once."""
+    def endless(self, logits: Float[Tensor, " known"]) -> bool:
+        """Whether these are of a head that cannot say the end, as ImageGPT's: such a segment ends
+        at its cap, as it should."""
+        return len(logits) <= self.end
+
+    def filled(self, logits: Float[Tensor, " known"]) -> Float[Tensor, " vocabulary"]:
+        """In float32; begin and end, where the head has none, are never said."""
+        missing = max(self.begin, self.end) + 1 - len(logits)
         logits = logits.float()
+        return logits if missing <= 0 else F.pad(logits, (0, missing), value=-torch.inf)
+
+    def logprobs(self, logits: Float[Tensor, " known"]) -> Float[Tensor, " vocabulary"]:
+        """Log-probabilities by the model's own distribution; a segment begins once."""
+        logits = self.filled(logits)
         if self.begin != self.end:
             logits[self.begin] = -torch.inf
         return logits.log_softmax(-1)
@@ -630,13 +642,15 @@ def _drawn(
     force. logits: behind all, and where guidance is wanted behind its own tower only."""
     written, _, end, cap, rules = writing
     logprobs = writing.logprobs(logits[0])
-    guided = sampling.guide(logprobs, logits[1].float()) if len(logits) > 1 else logprobs
+    blind = [writing.filled(each) for each in logits[1:]]
+    guided = sampling.guide(logprobs, *blind) if blind else logprobs
     token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
     if token == end:
         written.logprobs.append(float(logprobs[token]))
         written.stop = "end"
     elif len(written.ids) >= cap:
-        written.stop = "limit"  # closed by force: not produced, so not in the score
+        # Closed by force: not produced, so not in the score.
+        written.stop = "end" if writing.endless(logits[0]) else "limit"
         return end
     else:
         written.ids.append(token)
@@ -804,7 +818,8 @@ def _candidates(
             beam.ids
         ):  # it may end, or is closed as it stands
             score = search.score(beam.rank, max(1, len(beam.logprobs)))
-            closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), False, score))
+            ended = writing.endless(row) and len(beam.ids) >= writing.cap
+            closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), ended, score))
             only_end = torch.full_like(ranks, -torch.inf)
             only_end[writing.end] = ranks[writing.end]
             ranks = only_end

@@ -16,6 +16,7 @@ from zipper.strand import NO_CHOICE, Batch
 #: Most logits made at once, 128 MB in float32. Up to here the loss is computed in one piece.
 MOST = 1 << 25
 
+UNSAID = -100  # the target of a token that no head can say
 CHOICE = "choice"  # what a loss is called that is of no tower
 
 Head = Callable[[Tensor], Tensor]
@@ -27,7 +28,8 @@ def nll(
     targets: Int[Tensor, " tokens"],
     vocabulary: int,
 ) -> Float[Tensor, " tokens"]:
-    """-log softmax(head(hidden))[target] of every token, in nats and float32.
+    """-log softmax(head(hidden))[target] of every token, in nats and float32; 0 for a target that
+    the head has no logit of, as ImageGPT's has none of an end: there the length says it.
 
     head: states [tokens, width] -> logits [tokens, vocabulary], of each token by its own state
     alone. Where these would be more than MOST, they are made in pieces that do not outlive one
@@ -80,7 +82,9 @@ def batch_losses(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    logits = head(hidden).float()
+    said = targets.masked_fill(targets >= logits.shape[-1], UNSAID)
+    return F.cross_entropy(logits, said, ignore_index=UNSAID, reduction="none")
 
 
 class _Frozen(torch.autograd.Function):

@@ -5,12 +5,13 @@ wanted ids themselves become when they are decoded, and the floor's, the answer 
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,9 +35,24 @@ from zipper.tasks import Task, lanes, tower_of
 SYSTEMS = ("model", "oracle", "floor")
 SHOWN = 12  # samples on a page
 BATCH = 16  # rows whose loss is computed at once
+MOST_LABELS = 30  # of a confusion table that people can still read
+ANOTHER = "(something else)"  # an answer that is none of the right ones
 
 #: Compares what is wanted with what was made by means of its own; rows are the raw ones.
 Judge = Callable[[Sequence[Any], Sequence[Any], Sequence[Mapping[str, Any]]], Scores]
+
+#: How often what was right (first) was taken for what (second).
+Table = Mapping[str, Mapping[str, int]]
+
+
+@runtime_checkable
+class Labelling(Protocol):
+    """A judge that also says what it takes answers for: digits, activities, categories."""
+
+    def labels(
+        self, made: Sequence[Any], rows: Sequence[Mapping[str, Any]]
+    ) -> Sequence[tuple[str, str]]:
+        """What is right and what was found, of every answer or of every part of it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,8 @@ class Measured:
     metrics: name -> system -> number. nats: -log p of the wanted ids and their end, a token, given
     all before. ended: the share of segments that ended by themselves. confusion: of a choice, how
     often which tower ("" = it was over) was right, and which was chosen; its nats are those of a
-    choice, its floor is the commonest.
+    choice, its floor is the commonest. tables: the model's answers where there are few right ones
+    ("answers"), and what judges that label took them for, by their names.
     """
 
     task: str
@@ -76,7 +93,8 @@ class Measured:
     nats: float
     ended: float
     samples: Sequence[Shown] = field(default=(), repr=False)
-    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    confusion: Table = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For a results file; pictures and sounds stay out."""
@@ -86,7 +104,8 @@ class Measured:
         }
         kept = ("task", "tower", "rows", "nats", "ended")
         found = {name: getattr(self, name) for name in kept} | {"metrics": told}
-        return found | ({"confusion": self.confusion} if self.confusion else {})
+        more = {"confusion": self.confusion, "tables": self.tables}
+        return found | {name: table for name, table in more.items() if table}
 
 
 def measure(
@@ -173,10 +192,8 @@ def _choices(
                 right.append(came.cpu()[came.cpu() >= 0])
     true, scores = torch.cat(right), torch.cat(logits)
     made, commonest = scores.argmax(-1), true.mode().values
-    confusion: dict[str, dict[str, int]] = {}
-    for wanted, chosen in zip(true.tolist(), made.tolist(), strict=True):
-        row = confusion.setdefault(names[wanted], {})
-        row[names[chosen]] = row.get(names[chosen], 0) + 1
+    chosen = zip(true.tolist(), made.tolist(), strict=True)
+    confusion = _table((names[one], names[other]) for one, other in chosen)
     hits = {"model": made == true, "oracle": true == true, "floor": true == commonest}
     numbers = {
         system: _number([(int(hit), 1) for hit in found.tolist()], seed)
@@ -229,7 +246,43 @@ def _measured(
             for n in range(min(SHOWN, len(rows)))
         ]
         ended = float(np.mean([answer[number].ended for answer in answers]))
-        found.append(Measured(str(task), item, len(rows), metrics, nats[number], ended, shown))
+        tables = _tables(kind, true, made["model"], names, raw)
+        found.append(
+            Measured(str(task), item, len(rows), metrics, nats[number], ended, shown, tables=tables)
+        )
+    return found
+
+
+def _tables(
+    kind: Kind,
+    true: Sequence[Any],
+    made: Sequence[Any],
+    judges: Mapping[str, Judge],
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Table]:
+    """What was taken for what, where that is a table that people can read."""
+    found = {}
+    right, said = ([kind.told(one) for one in some] for some in (true, made))
+    if all(isinstance(one, str) for one in right):
+        known = {*right}
+        pairs = zip(right, said, strict=True)
+        found["answers"] = _table((one, o if o in known else ANOTHER) for one, o in pairs)
+    for name, judge in judges.items():
+        by: Any = judge
+        if isinstance(by, Labelling):
+            found[name] = _table(by.labels(made, rows))
+    # Of labels that come once or twice a table says nothing.
+    return {
+        name: table
+        for name, table in found.items()
+        if 2 <= len(table) <= min(MOST_LABELS, len(rows) // 2)
+    }
+
+
+def _table(pairs: Iterable[tuple[str, str]]) -> Table:
+    found: dict[str, dict[str, int]] = {}
+    for (right, taken), count in sorted(Counter(pairs).items()):
+        found.setdefault(right, {})[taken] = count
     return found
 
 
@@ -356,6 +409,11 @@ def write(path: Path, found: Sequence[Measured], title: str, about: str = "") ->
             "rows": [
                 (name, [_cell(systems[system]) for system in SYSTEMS])
                 for name, systems in one.metrics.items()
+            ],
+            "tables": [
+                (name, sorted({*chain.from_iterable(table.values())}), table)
+                for name, table in [("choice", one.confusion), *one.tables.items()]
+                if table
             ],
         }
         for one in found

@@ -114,12 +114,20 @@ def _whisper_english(text: str) -> str:
     return str(EnglishTextNormalizer({})(text)).strip()
 
 
+def _whisper_digits(text: str) -> str:
+    """As whisper-english has it, every digit a word by itself: "seven thirty" is there "730" and
+    "7:30" is "7 30", which are the same number said."""
+    return " ".join(re.sub(r"([0-9])", r" \1 ", _whisper_english(text)).split())
+
+
 #: By name. The two of Whisper (arXiv:2212.04356, without its list of British spellings) are there
-#: to compare with its numbers: the basic one takes the vowel signs of Indic scripts out.
+#: to compare with its numbers: the basic one takes the vowel signs of Indic scripts out. The one of
+#: digits is for recognisers that write numbers as they like.
 NORMALISERS: dict[str, Callable[[str], str]] = {
     "unicode-words": _unicode_words,
     "lower-ascii-words": _ascii_words,
     "whisper-basic": _whisper_basic,
     "whisper-english": _whisper_english,
+    "whisper-digits": _whisper_digits,
     "none": lambda text: " ".join(text.split()),
 }

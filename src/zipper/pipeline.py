@@ -113,6 +113,8 @@ class Pipeline:
             register(type(modality))  # what is saved here can be loaded here
         self.held = model
         self.modalities = dict(modalities)
+        kinds = {name: whole(modality) for name, modality in modalities.items()}
+        self._lengths = {name: kind.length for name, kind in kinds.items() if kind.length}
         self._later: Later | None = None
         self._reader: Reader | None = None
         self._weights: list[tuple[int, int]] = []
@@ -278,7 +280,7 @@ class Pipeline:
     ) -> list[list[Produced]]:
         """`Engine.generate` with this model, ids in and ids out, by the fastest way that knows
         it."""
-        return self.engine(ROWS).generate(prompts, outputs, sampling, limits)
+        return self.engine(ROWS).generate(prompts, outputs, sampling, self._limits(limits))
 
     def asked(
         self,
@@ -291,7 +293,9 @@ class Pipeline:
         where nothing is said in what is given, so that nothing is to be produced."""
         prompt = self._prompt(segments)
         plan = self._plan(outputs)
-        return None if prompt is None else Request(prompt, plan, sampling or Sampling(), limits)
+        if prompt is None:
+            return None
+        return Request(prompt, plan, sampling or Sampling(), self._limits(limits))
 
     def engine(self, rows: int = 8) -> Engine:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are
@@ -394,6 +398,10 @@ class Pipeline:
                 f"This model has no modality {name!r}; it has {sorted(self.modalities)}."
             )
         return self.modalities[name]
+
+    def _limits(self, limits: Limits | None) -> Limits | None:
+        """What is asked for, and the length where a modality has no other end."""
+        return {**self._lengths, **(limits or {})} or None
 
     def _plan(self, outputs: Sequence[str | Segment]) -> list[str | Segment]:
         """What is to be produced, forced beginnings as ids."""

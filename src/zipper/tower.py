@@ -23,6 +23,7 @@ from zipper.former import names_of
 from zipper.saving import checkpoint, hub
 from zipper.saving.files import place
 from zipper.strand import Strand as Strand
+from zipper.towers import mapping
 from zipper.towers.driver import Pass, Reading, Recorded, Way
 from zipper.towers.driver import PreTrainedModel as PreTrainedModel
 from zipper.towers.driver import UnsupportedTower as UnsupportedTower
@@ -181,9 +182,7 @@ class Tower(nn.Module):
         # Resolved once, so that all files are of one commit; transformers no longer says which one
         # it took.
         commit = "" if local else hub.commit(str(source), revision)
-        from transformers import AutoModelForCausalLM  # seconds
-
-        loader: Any = AutoModelForCausalLM
+        loader = mapping.auto()
         try:
             with _without_bars():
                 model, report = loader.from_pretrained(
@@ -267,8 +266,12 @@ class Tower(nn.Module):
 
     @property
     def end(self) -> int | None:
-        """The end-of-sequence id, the first where the model has several."""
+        """The end-of-sequence id, the first where the model has several; where it has none, that
+        which its head cannot say (ImageGPT's sos)."""
         end = self.config.eos_token_id
+        if end is None:
+            said = getattr(self.model.get_output_embeddings(), "out_features", self.vocabulary)
+            end = said if said < self.vocabulary else None
         return end[0] if isinstance(end, list) else end
 
     def new_past(self) -> Past:

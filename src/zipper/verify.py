@@ -315,7 +315,7 @@ def _writes(trial: _Trial, name: str) -> Found:
     said, written = [read([begin])], list[int]()
     while len(written) < most:
         logits = said[-1][0, 0].clone()
-        if begin != end:
+        if begin != end and begin < len(logits):
             logits[begin] = -torch.inf  # a segment begins once
         if (token := int(logits.argmax())) == end:
             break
@@ -678,9 +678,9 @@ class _Recorder:
     def unembed(self, tower: str, hidden: Tensor) -> Tensor:
         logits = self.model.unembed(tower, hidden)
         self.said.append(logits.to("cpu", copy=True))
-        if self.random is not None:
+        if self.random is not None and (end := self.ends()[tower].end) < logits.shape[-1]:
             wants = (torch.rand(len(logits), generator=self.random) < 0.3).to(logits)
-            logits[:, -1, self.ends()[tower].end] += 1000 * wants
+            logits[:, -1, end] += 1000 * wants
         return logits
 
     def ends(self) -> Mapping[str, Ends]:

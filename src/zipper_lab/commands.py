@@ -39,6 +39,33 @@ commands = typer.Typer()
 DEMO = Path("runs/demo")
 
 
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        metavar="JUDGE",
+        help="who else judges what is said: an ASR of transformers by folder or hub id, the folder "
+        "of one for faster-whisper, distillmos, or a saved pipeline that transcribes units",
+    ),
+]
+
+
+def _judges(sources: Sequence[str] | None) -> tuple[Any, list[Any]]:
+    """The pipeline that judges by units, where one was named, and those that hear sound."""
+    from zipper.pipeline import Pipeline
+    from zipper.saving import checkpoint, hub
+    from zipper_lab import recognisers
+
+    second, others = None, []
+    for source in sources or ():
+        folder = hub.as_folder(source)
+        if folder is not None and (folder / checkpoint.CONFIG).is_file():
+            second = Pipeline.from_pretrained(folder)
+        else:
+            others.append(recognisers.named(source))
+    return second, others
+
+
 @command(commands, LABORATORY, "zipper demo")
 def demo(
     output: Annotated[Path, typer.Option(help="folder of the run")] = DEMO,
@@ -66,6 +93,7 @@ def demo(
             metavar="FOLDER", help="of --modality: where its original lies; digits need none"
         ),
     ] = None,
+    judge: Judges = None,
     as_json: Annotated[bool, typer.Option("--json", help="print report.json at the end")] = False,
 ) -> None:
     """Align a new zip on spoken commands, evaluate it, write a report."""
@@ -76,8 +104,13 @@ def demo(
         _real(modality, data, output if output != DEMO else DEMO.with_name(f"demo-{modality}"))
         return
     writable(output / "report.json")
+    second, others = _judges(judge)
+    if second is not None:
+        raise ZipperError(
+            "A pipeline was given as judge; the demo has one of its own units. Give an ASR."
+        )
     with held(output):
-        report = run_demo(output, from_scratch, pairs, steps, test)
+        report = run_demo(output, from_scratch, pairs, steps, test, others)
     if as_json:
         print(json.dumps(report, indent=1))
 
@@ -153,10 +186,7 @@ def evaluate(
     task: Annotated[
         Literal["asr", "tts", "both"], typer.Option(help="speech to text, text to speech")
     ] = "both",
-    judge: Annotated[
-        Path | None,
-        typer.Option(help="a second judge for TTS: a saved pipeline that transcribes units"),
-    ] = None,
+    judge: Judges = None,
     robust: Annotated[
         bool,
         typer.Option(
@@ -178,7 +208,7 @@ def evaluate(
     named_model = model or source
     if data:
         pipe = pipeline(named_model, towers, allow_mismatch)
-        _measure(pipe, data, tasks, limit, by, seed, output, as_json)
+        _measure(pipe, data, tasks, limit, by, judge, seed, output, as_json)
         return
     environment.need("speech")
     pipe = pipeline(named_model, towers, allow_mismatch)
@@ -191,21 +221,22 @@ def _built_in(
     model: str,
     tasks: Sequence[str],
     test: int,
-    judge: Path | None,
+    judge: Sequence[str] | None,
     robust: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Both directions on the built-in test part."""
-    from zipper.pipeline import Pipeline
     from zipper.saving import checkpoint
     from zipper_lab import demo, report
     from zipper_lab.corpora import commands as corpus
 
-    second = Pipeline.from_pretrained(judge) if judge else None
+    second, others = _judges(judge)
     rows = corpus.rows("test", test, pipe.units)
-    found = demo.evaluate(pipe, rows, tasks, second, robust)
+    found = demo.evaluate(pipe, rows, tasks, second, robust, judges=others)
     scores = {task: report.summary(found.scores[task]) for task in tasks}
+    if "tts" in tasks:
+        scores["tts"] |= report.rated(found.rated)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(output, {"model": model, **scores, "words": found.words})
@@ -215,7 +246,7 @@ def _built_in(
     lines: list[Any] = []
     for name in tasks:
         lines += found.scores[name]
-    print(report.text_table(lines))
+    print(report.text_table(lines, found.rated))
 
 
 def _measure(
@@ -224,15 +255,24 @@ def _measure(
     tasks: list[str] | None,
     limit: int | None,
     by: list[str] | None,
+    judge: list[str] | None,
     seed: int,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Any task of any model on the rows of a manifest."""
     from zipper import measurement
+    from zipper.modality.sound import Sound
     from zipper.saving import checkpoint
 
-    judges = {name: {judge: measurement.judge(judge)} for name, judge in named("--by", by).items()}
+    judges = {name: {one: measurement.judge(one)} for name, one in named("--by", by).items()}
+    second, others = _judges(judge)
+    if second is not None:
+        raise ZipperError(
+            "A pipeline was given as judge of DATA, whose units it need not know. Give an ASR."
+        )
+    for name in [name for name, each in pipe.modalities.items() if isinstance(each, Sound)]:
+        judges[name] = judges.get(name, {}) | {other.name: other for other in others}
     found = measurement.measure(pipe, data, tasks or (), limit, judges=judges, seed=seed)
     told = [one.to_json() for one in found]
     if output:

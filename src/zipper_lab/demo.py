@@ -27,6 +27,7 @@ from zipper.inspection import attention
 from zipper.link import LinkConfig
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
+from zipper.normaliser import NORMALISER
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint
@@ -35,7 +36,8 @@ from zipper.training import TrainConfig, train
 from zipper.workers import spread
 from zipper_lab import report
 from zipper_lab.corpora import commands as corpus
-from zipper_lab.judges import Judge, judge_audio
+from zipper_lab.judges import Ear, Judge, judge_audio
+from zipper_lab.recognisers import Opinion, Rated, Recogniser, noise
 from zipper_lab.report import AttentionMap, Report, Sample, Score, Sound
 
 CHUNK = 100  # utterances that are generated together
@@ -83,13 +85,18 @@ class Clock:
 
 
 def demo(
-    output: Path, from_scratch: bool = False, pairs: int = 8000, steps: int = 900, test: int = 200
+    output: Path,
+    from_scratch: bool = False,
+    pairs: int = 8000,
+    steps: int = 900,
+    test: int = 200,
+    judges: Sequence[Recogniser | Opinion] = (),
 ) -> dict[str, Any]:
     """Align a new zip on rendered pairs, evaluate it on test utterances, write report.json and
     report.html into `output`.
 
-    Takes the shipped pre-trained towers, or pre-trains both (from_scratch). Returns the content of
-    report.json.
+    Takes the shipped pre-trained towers, or pre-trains both (from_scratch). judges: more of what is
+    said, see `evaluate`. Returns the content of report.json.
     """
     need("speech", "train")  # what is needed at the end should not be missed there
     if (output / "run").exists():
@@ -108,7 +115,9 @@ def demo(
         pipeline = train(config)
     second = None if from_scratch else Pipeline.from_pretrained()
     with clock.phase(f"evaluate on {test} utterances"):
-        result = evaluate(pipeline, tests, second=second, robust=True, guidance=GUIDANCE)
+        result = evaluate(
+            pipeline, tests, second=second, robust=True, guidance=GUIDANCE, judges=judges
+        )
 
     metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()
     directions = (("speech", "text"), ("text", "speech"))
@@ -124,6 +133,7 @@ def demo(
         metrics=[json.loads(line) for line in metrics],
         attention=[_map(pipeline, tests[0], given, said) for given, said in directions],
         samples=result.samples,
+        rated=result.rated,
     )
     found = made.to_json()
     checkpoint.write_json(output / "report.json", found)
@@ -180,11 +190,12 @@ def _summary(found: dict[str, Any]) -> str:
 @dataclass(frozen=True)
 class Evaluation:
     """scores: by task, each first by the judge that is quoted. samples: to listen to. words: every
-    raw text, by what it is."""
+    raw text, by what it is. rated: how good what is said sounds."""
 
     scores: dict[str, list[Score]]
     samples: list[Sample]
     words: dict[str, list[str]]
+    rated: Sequence[Rated] = ()
 
 
 def evaluate(
@@ -194,12 +205,14 @@ def evaluate(
     second: Pipeline | None = None,
     robust: bool = False,
     guidance: float = 1.0,
+    judges: Sequence[Recogniser | Opinion] = (),
 ) -> Evaluation:
     """Scores of a model on rows of the built-in corpus, in all voices and in each, beside oracle
     and floor; and samples to hear.
 
     rows: of `corpus.rows`. second: a pipeline whose ASR is the second judge of produced speech, by
     its units. robust: ASR also under everything in `disturbance.TABLE`. guidance: of what is said.
+    judges: who else hears it, or says how good it sounds; pocketsphinx is quoted.
     """
     texts, voices = [row["text"] for row in rows], [row["voice"] for row in rows]
     floor = floor_template(texts, [row["template"] for row in rows])
@@ -230,24 +243,32 @@ def evaluate(
     if second is not None:
         for name, ids in units.items():
             heard_by[name][SECOND] = [segment.content for segment in transcribe(second, ids)]
-
+    ears = {each.name: each for each in judges if isinstance(each, Recogniser)}
+    for name, some in sounds.items():
+        heard_by[name] |= {by: judge_audio(ear, some, workers=1) for by, ear in ears.items()}
     for by in heard_by["model"]:
-        scores["tts"] += _by_voice("model", by, texts, heard_by["model"][by], voices, said)
-        scores["tts"] += _by_voice("oracle", by, texts, heard_by["oracle"][by], voices)
-        scores["tts"] += _by_voice("floor", by, texts, floor, voices)
+        how = ears[by].normaliser if by in ears else NORMALISER
+        for system, produced in (("model", said), ("oracle", [])):
+            heard = heard_by[system][by]
+            scores["tts"] += _by_voice(system, by, texts, heard, voices, produced, how)
+        scores["tts"] += _by_voice("floor", by, texts, floor, voices, normaliser=how)
+    rated = list[Rated]()
+    for name, some in {**sounds, "floor": noise(sounds["oracle"])}.items():
+        rated += [Rated.of(name, each, some) for each in judges if isinstance(each, Opinion)]
 
-    samples = []
+    samples, all_ears = [], dict[str, Ear]({JUDGE: judge, **ears})
     for i, recorded in enumerate(recordings(rows[:SHOWN])):
         rebuilt, spoken = (
             Sound(sounds[name][i], {by: heard[i] for by, heard in heard_by[name].items()})
             for name in ("oracle", "model")
         )
-        true = Sound(recorded, {JUDGE: judge.transcribe(recorded)})
+        heard_true = {by: ear.transcribe(recorded) for by, ear in all_ears.items()}
+        true = Sound(recorded, heard_true)
         name = rows[i]["id"]
         samples.append(Sample(name, texts[i], voices[i], wrote[i], true, rebuilt, spoken))
-    for name, judges in heard_by.items():
-        words |= {f"{name} by {by}": list(heard) for by, heard in judges.items()}
-    return Evaluation(scores, samples, words)
+    for name, by_whom in heard_by.items():
+        words |= {f"{name} by {by}": list(heard) for by, heard in by_whom.items()}
+    return Evaluation(scores, samples, words, rated)
 
 
 def _by_voice(
@@ -257,12 +278,14 @@ def _by_voice(
     heard: Sequence[str],
     voices: Sequence[str],
     produced: Sequence[Produced] = (),
+    normaliser: str = NORMALISER,
 ) -> list[Score]:
     """The score in all voices and in each. produced: the segments behind what was heard."""
     found = []
     for voice in ("", *dict.fromkeys(voices)):
         mine = [i for i, v in enumerate(voices) if voice in ("", v)]
-        rate = error_rate([texts[i] for i in mine], [heard[i] for i in mine])
+        wanted, got = [texts[i] for i in mine], [heard[i] for i in mine]
+        rate = error_rate(wanted, got, normaliser=normaliser)
         unended = None
         if produced:
             unended = sum(not produced[i].ended for i in mine) / len(mine)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -104,7 +104,19 @@ def pcm(audio: Audio) -> bytes:
     return (np.clip(samples + noise, -1, 1) * 32_767).astype(np.int16).tobytes()
 
 
-def judge_audio(judge: Judge, audios: Sequence[Audio], workers: int = 2) -> list[str]:
+@runtime_checkable
+class Ear(Protocol):
+    """Whatever turns sound into words, and how tables name it."""
+
+    @property
+    def name(self) -> str:
+        """As tables have it."""
+
+    def transcribe(self, audio: Audio) -> str:
+        """The words heard, "" for none. Any rate and loudness."""
+
+
+def judge_audio(judge: Ear, audios: Sequence[Audio], workers: int = 2) -> list[str]:
     """What the judge hears in each, in order, by `workers` processes with a progress bar; a few are
     done in this process."""
     # Processes, because pocketsphinx holds the interpreter's lock.

@@ -104,7 +104,7 @@ def tested(
 ) -> dict[str, dict[str, Any]]:
     """By test and task: the share of digits that are right in what is made last, by a classifier of
     real ones ("model"), beside "oracle" and "floor", and nats a token."""
-    by = {tower: {"digit": real_judges.scored(judge)} for tower in (SPEECH, IMAGE, real.TEXT)}
+    by = {tower: {"digit": real_judges.Scored(judge)} for tower in (SPEECH, IMAGE, real.TEXT)}
     found: dict[str, dict[str, Any]] = {}
     for test in ("test", "known"):
         samples = [*manifests.samples(folder / f"{test}.jsonl")]

@@ -315,7 +315,7 @@ def measured(
     """
     chosen = named(name)
     by = {
-        tower: {each: real_judges.scored(judge) for each, judge in some.items()}
+        tower: {each: real_judges.Scored(judge) for each, judge in some.items()}
         for tower, some in judges(name, folder).items()
     }
     found = {}

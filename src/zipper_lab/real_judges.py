@@ -9,11 +9,11 @@ another sample gets. Knows no model.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from zipper.audio.sound import Audio, Mel, read
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.measurement import Labelling
 from zipper.modality import Scores
 from zipper.modality.signal import Series
 from zipper_lab.corpora import babyai, digits, molecules, motion
@@ -58,17 +59,24 @@ def bounds(
     }
 
 
-def scored(judge: Judge) -> Callable[[Sequence[Any], Sequence[Any], Sequence[Row]], Scores]:
-    """As `zipper.measurement.measure` wants a judge: it sees the rows, and a sample without a
+@final
+@dataclass(frozen=True)
+class Scored:
+    """A judge as `zipper.measurement.measure` wants one: it sees the rows, and a sample without a
     number counts for nothing."""
 
-    def told(wanted: Sequence[Any], made: Sequence[Any], rows: Sequence[Row]) -> Scores:
+    by: Judge
+
+    def __call__(self, wanted: Sequence[Any], made: Sequence[Any], rows: Sequence[Row]) -> Scores:
+        """A pair for each sample, by metric."""
         return {
             name: [(0.0, 0.0) if np.isnan(value) else (value, 1.0) for value in values]
-            for name, values in judge.judge(rows, made).items()
+            for name, values in self.by.judge(rows, made).items()
         }
 
-    return told
+    def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """See `zipper.measurement.Labelling`; none where the judge takes nothing for anything."""
+        return [*self.by.labels(made, rows)] if isinstance(self.by, Labelling) else []
 
 
 def means(found: Found) -> dict[str, float]:
@@ -145,13 +153,15 @@ class Pictures:
 
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
         """made: arrays (height, width, 3) of bytes."""
-        heard = self.forest.predict(np.stack(_traits(made)))
         return {
-            "category": [
-                float(one == row["category"]) for one, row in zip(heard, wanted, strict=True)
-            ],
+            "category": [float(one == other) for one, other in self.labels(made, wanted)],
             "name": self._ranks(wanted, made),
         }
+
+    def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """Of each picture the category that is right, and that which is seen."""
+        seen = self.forest.predict(np.stack(_traits(made))).tolist()
+        return [(row["category"], one) for row, one in zip(rows, seen, strict=True)]
 
     def _ranks(self, wanted: Sequence[Row], made: Sequence[Any]) -> list[float]:
         styles = sorted({style for _, style in self.others})
@@ -205,6 +215,13 @@ class Names:
         same = zip(wanted, said, strict=True)
         return names | {"category": [float(row["category"] == kind) for row, (kind, _, _) in same]}
 
+    def labels(self, made: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """Of each name the category that is right, and that which it begins with."""
+        known = {row["category"] for row in rows}
+        said = [text.partition(":")[0] for text in made]
+        pairs = zip(rows, said, strict=True)
+        return [(row["category"], one if one in known else "none") for row, one in pairs]
+
 
 # --- motion
 
@@ -248,23 +265,36 @@ class Motion:
         cut."""
         found: Found = {"activity": [], "order": [], "device": []}
         for row, values in zip(wanted, made, strict=True):
-            own = values.values if isinstance(values, Series) else values
-            given = np.asarray(own)[: len(row["activities"]) * motion.STEP]
-            if len(given) < motion.RATE_HZ:
+            seconds, heard, true = self._heard(row, values)
+            if not len(seconds):
                 for scores in found.values():
                     scores.append(0.0)
                 continue
-            seconds = np.stack(_seconds(given))
-            heard = self.forests[row["device"]].predict(seconds).tolist()
             # What is too short has been nothing from its end on.
-            count = len(_seconds(np.zeros((len(row["activities"]) * motion.STEP, 6))))
-            true = _middles(row["activities"], count)
             same = sum(one == other for one, other in zip(heard, true, strict=False))
-            found["activity"].append(same / count)
+            found["activity"].append(same / len(true))
             found["order"].append(_alike(_runs(heard), _runs(true)))
             devices = Counter(self.devices.predict(seconds).tolist())
             found["device"].append(float(devices.most_common(1)[0][0] == row["device"]))
         return found
+
+    def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """Of each second the activity that is right, and that which is heard; "none" behind the end
+        of what is too short."""
+        found = []
+        for row, values in zip(rows, made, strict=True):
+            _, heard, true = self._heard(row, values)
+            found += [*zip(true, [*heard, *["none"] * len(true)], strict=False)]
+        return found
+
+    def _heard(self, row: Row, values: Any) -> tuple[list[Any], list[str], list[str]]:
+        """Traits of every second, the activity heard in each, and the right ones of the row."""
+        own = values.values if isinstance(values, Series) else values
+        steps = len(row["activities"]) * motion.STEP
+        seconds = _seconds(np.asarray(own)[:steps])
+        true = _middles(row["activities"], len(_seconds(np.zeros((steps, 6)))))
+        heard = self.forests[row["device"]].predict(np.stack(seconds)).tolist() if seconds else []
+        return seconds, heard, true
 
 
 class Told:
@@ -363,12 +393,13 @@ class Digits:
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
         """digit: whether it is the one of the row. made: pictures of 8 by 8 pixels (arrays of
         bytes), sounds, or words."""
-        return {
-            "digit": [
-                float(self.digit(one) == row["digit"])
-                for row, one in zip(wanted, made, strict=True)
-            ]
-        }
+        return {"digit": [float(one == other) for one, other in self.labels(made, wanted)]}
+
+    def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """Of each answer the digit that is right, and that which is seen, heard or read."""
+        found = [self.digit(one) for one in made]
+        pairs = zip(rows, found, strict=True)
+        return [(str(row["digit"]), str(one) if one >= 0 else "none") for row, one in pairs]
 
     def digit(self, made: Any) -> int:
         """The digit that is seen, heard or read; -1 for none."""
@@ -549,5 +580,5 @@ def _tanimoto(one: str, other: str) -> float:
 
 #: By name, for `zipper evaluate --by` (entry point group `zipper.judges`): those that need no
 #: training.
-SIMULATOR, MISSIONS = scored(Simulator()), scored(Missions())
-RDKIT, WORDS = scored(Chemistry()), scored(Words())
+SIMULATOR, MISSIONS = Scored(Simulator()), Scored(Missions())
+RDKIT, WORDS = Scored(Chemistry()), Scored(Words())

@@ -29,6 +29,7 @@ from zipper.evaluation import ErrorRate
 from zipper.normaliser import normalise, words
 from zipper.pages import cut, percent
 from zipper.training import history
+from zipper_lab.recognisers import Rated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +121,7 @@ class Report:
     asr, tts: scores; in each the first judge is the one quoted. seconds: of the whole run; phases:
     of its parts. corpus: utterances per part. recipe: the configuration, nested as it is.
     environment: see `environment`. command: what does it again. metrics: the rows that training
-    wrote.
+    wrote. rated: how good what is said sounds.
     """
 
     asr: Sequence[Score]
@@ -136,6 +137,7 @@ class Report:
     samples: Sequence[Sample] = ()
     title: str = TITLE
     about: str = ABOUT
+    rated: Sequence[Rated] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json: `{"asr": {"wer", "floor", ...}, "tts": {"wer", "oracle",
@@ -153,7 +155,7 @@ class Report:
 
         return {
             "asr": summary(self.asr),
-            "tts": summary(self.tts),
+            "tts": summary(self.tts) | rated(self.rated),
             "seconds": self.seconds,
             "phases": dict(self.phases),
             "corpus": dict(self.corpus),
@@ -207,6 +209,7 @@ def write(path: Path, report: Report) -> None:
         cards=[
             _card(title, scores) for title, scores in tasks.items() if "model" in _quoted(scores)
         ],
+        rated=report.rated,
         tables={title: _compared(scores) for title, scores in tasks.items() if scores},
         curves=curves(report.metrics) if report.metrics else "",
         attention=[_drawn(seen) for seen in report.attention],
@@ -259,8 +262,13 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
     return found | {"scores": [asdict(score) for score in scores]}
 
 
-def text_table(scores: Sequence[Score]) -> str:
-    """Scores as a table for a terminal."""
+def rated(found: Sequence[Rated]) -> dict[str, Any]:
+    """How good it sounds, as plain data, beside a `summary`: nothing where nobody said it."""
+    return {"rated": [asdict(one) for one in found]} if found else {}
+
+
+def text_table(scores: Sequence[Score], found: Sequence[Rated] = ()) -> str:
+    """Scores, and how good it sounds, as a table for a terminal."""
     width = max([8, *(len(s.disturbed or s.voice) for s in scores)])
     title = f"{'of':{width}}"
     lines = [
@@ -274,6 +282,11 @@ def text_table(scores: Sequence[Score]) -> str:
             f"{s.rate.wer:7.1%} "
             f"{s.rate.low:8.1%} {s.rate.high:8.1%} {s.rate.cer:7.1%} {s.rate.exact:7.1%} "
             f"{unended:>8} {s.rate.utterances:5d}"
+        )
+    for one in found:
+        lines.append(
+            f"{one.system:8} {one.judge:18} MOS {one.mos:.2f} ({one.low:.2f} to {one.high:.2f}), "
+            f"{one.utterances} utterances"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 speech as it was cut."""
 
 import zlib
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from zipper.audio.disturbance import TABLE, Disturbance
 from zipper.audio.sound import Audio
 from zipper.evaluation import error_rate
 from zipper.pipeline import Pipeline
-from zipper_lab import demo
+from zipper_lab import demo, report
 from zipper_lab.corpora import commands as corpus
+from zipper_lab.recognisers import Opinion, Recogniser
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,35 @@ def test_the_robustness_table_tries_every_disturbance_on_every_row(
     assert not any(
         score.disturbed for score in demo.evaluate(shipped, rows[:4], ["asr"]).scores["asr"]
     )
+
+
+def test_others_judge_what_is_said_beside_pocketsphinx(
+    shipped: Pipeline, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "DOMAIN", 300)
+    some, asked = rows[:3], []
+
+    def listen(samples: np.ndarray) -> str:
+        asked.append(samples)
+        return some[0]["text"].upper() + "!"
+
+    ears = [
+        Recogniser("stranger", listen),
+        Opinion("taste", lambda samples: 2.0 + float(np.abs(samples).max() < 0.9)),
+    ]
+    found = demo.evaluate(shipped, some, ["tts"], judges=ears)
+    by = {(one.system, one.judge): one.rate for one in found.scores["tts"] if not one.voice}
+    systems = ("model", "oracle", "floor")
+    assert by.keys() == {*product(systems, ("pocketsphinx", "stranger"))}
+    wanted = error_rate([r["text"] for r in some], [some[0]["text"]] * 3, 0, "whisper-digits")
+    assert by["model", "stranger"] == by["oracle", "stranger"] == wanted
+    assert by["floor", "stranger"].normaliser == "whisper-digits"
+    assert len(asked) == 3 + 3 + 3 and asked[0].dtype == np.float32  # those to listen to are true
+    assert [one.system for one in found.rated] == list(systems)
+    assert set(found.samples[0].recorded.heard) == {"pocketsphinx", "stranger"}
+    said = report.rated(found.rated)["rated"]
+    assert {one["judge"] for one in said} == {"taste"} and said[2]["utterances"] == 3
+    assert "taste" in report.text_table(found.scores["tts"], found.rated)
 
 
 def test_what_is_learnt_is_heard_disturbed_and_said_clean(

@@ -520,7 +520,7 @@ def test_bounds_need_two_rows_and_a_number_that_is_none_counts_for_nothing() -> 
         def judge(self, wanted: Any, made: Any) -> dict[str, list[float]]:
             return {"known": [1.0, *[float("nan")] * (len(made) - 1)]}
 
-    assert real_judges.scored(Half())([], ["a", "b"], []) == {"known": [(1.0, 1.0), (0.0, 0.0)]}
+    assert real_judges.Scored(Half())([], ["a", "b"], []) == {"known": [(1.0, 1.0), (0.0, 0.0)]}
 
 
 @pytest.mark.parametrize("name", real.SETS)

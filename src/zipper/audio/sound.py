@@ -9,6 +9,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -27,6 +28,7 @@ LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 8_000, 192_000
 MOST_CHANNELS = 8
 LONGEST_S = 600.0
 MOST_DECODED_BYTES = 256 << 20  # of all channels as float32; 600 s of stereo at 48 kHz are 220 MiB
+FRAMES = 4_096  # that are transformed at once, 17 MB of them
 MOST_BYTES = 25_000_000  # of a file that is given as bytes, and so lies in memory
 BLOCK = 65_536  # samples of all channels that are decoded at once
 SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: manifests are rounded
@@ -532,16 +534,23 @@ def _moving_mean(
     samples: Float64[np.ndarray, " time"], window: int
 ) -> Float64[np.ndarray, " time"]:
     """Mean of the `window` samples around each, zeros beyond the ends."""
-    total = np.cumsum(np.pad(samples, (window // 2 + 1, window)))
-    return (total[window : window + len(samples)] - total[: len(samples)]) / window
+    total = np.pad(samples, (window // 2 + 1, window))
+    np.cumsum(total, out=total)  # in place: ten minutes are 77 MB each time
+    mean = total[window : window + len(samples)] - total[: len(samples)]
+    mean /= window
+    return mean
 
 
 def _running_power(
     samples: Float32[np.ndarray, " time"], window: int
 ) -> Float64[np.ndarray, " windows"]:
     """Mean power of the `window` samples up to each, zeros before the first and behind the last."""
-    total = np.cumsum(np.square(np.pad(samples, (window, window - 1)), dtype=np.float64))
-    return np.maximum(total[window:] - total[:-window], 0) / window
+    total = np.square(np.pad(samples, (window, window - 1)), dtype=np.float64)
+    np.cumsum(total, out=total)
+    power = total[window:] - total[:-window]
+    np.maximum(power, 0, out=power)
+    power /= window
+    return power
 
 
 def _frame_power(samples: Float32[np.ndarray, " time"], hop: int) -> Float32[np.ndarray, " frames"]:
@@ -581,14 +590,12 @@ class Mel:
     ) -> Float32[np.ndarray, "frames bins"]:
         """The picture of samples that are at the right rate and loudness already, one row per `hop`
         (0: its own)."""
-        hop = hop or self.hop
-        before = (self.window - hop) // 2  # the window's middle lies on the hop's middle
-        frames = -(-len(samples) // hop)
-        needed = (frames - 1) * hop + self.window if frames else self.window
-        padded = np.pad(samples, (before, max(0, needed - before - len(samples))))
-        views = sliding_window_view(padded, self.window)[::hop][:frames]
-        power = np.abs(np.fft.rfft(views * self._shape, self.fft)) ** 2
-        return np.log(np.maximum(power @ self.filters.T, np.float32(self.floor)))
+        return np.concatenate(
+            [
+                np.log(np.maximum(np.abs(part) ** 2 @ self.filters.T, np.float32(self.floor)))
+                for part in self._parts(samples, -(-len(samples) // (hop or self.hop)), hop)
+            ]
+        )
 
     def sound(self, picture: Float32[np.ndarray, "frames bins"], rounds: int = 40) -> Audio:
         """Sound whose picture is close to this one, at `rate_hz`; the same for the same picture."""
@@ -648,6 +655,18 @@ class Mel:
         down = (edges[2:, None] - frequency) / (edges[2:] - edges[1:-1])[:, None]
         energy = np.square(np.hanning(self.window)).sum() * self.fft / 2
         return (np.maximum(0, np.minimum(up, down)) / energy).astype(np.float32)
+
+    def _parts(
+        self, samples: Float32[np.ndarray, " time"], frames: int, hop: int = 0
+    ) -> Iterator[Complex64[np.ndarray, "some frequencies"]]:
+        """The transform, FRAMES at a time; there is always one."""
+        hop = hop or self.hop
+        before = (self.window - hop) // 2  # the window's middle lies on the hop's middle
+        needed = (frames - 1) * hop + self.window if frames else self.window
+        padded = np.pad(samples, (before, max(0, needed - before - len(samples))))
+        views = sliding_window_view(padded, self.window)[::hop][:frames]
+        for start in range(0, max(1, frames), FRAMES):
+            yield np.fft.rfft(views[start : start + FRAMES] * self._shape, self.fft)
 
     @functools.cached_property
     def _shape(self) -> Float32[np.ndarray, " window"]:

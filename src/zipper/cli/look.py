@@ -106,7 +106,9 @@ def towers(
     family: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FAMILY", help="names of transformers' causal-LM mapping", show_default="all"
+            metavar="FAMILY",
+            help="names of transformers' causal-LM mapping, or imagegpt",
+            show_default="all",
         ),
     ] = None,
     as_json: Json = False,

@@ -251,7 +251,9 @@ def fit(
     data: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="DATA", help="files, folders of them, or a manifest (.jsonl) with such a field"
+            metavar="DATA",
+            help="files, folders of them, or a manifest (.jsonl) with such a field; of a codec the "
+            "model itself",
         ),
     ] = None,
     output: Annotated[
@@ -264,6 +266,16 @@ def fit(
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=JSON", help="a setting of the kind, e.g. codes=512"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--vq",
+            metavar="ID|FOLDER",
+            help="fit nothing: take the codes of this model of transformers (a VQ model, the "
+            "colours of an ImageGPT, a codec)",
+        ),
     ] = None,
     example: Annotated[
         Path | None,
@@ -281,13 +293,19 @@ def fit(
         suits = f"zipper fit {kind} {example}/manifest.jsonl {found.example(example)}".rstrip()
         print(f"{example}: an example of {kind}. Go on: {suits} -o {example}-fitted")
         return
-    if not data or not output:
+    if getattr(found, "modelled", False) and data and not model:
+        model, data = str(data[0]), data[1:]
+    if bool(data) == bool(model) or not output:
         raise ZipperError(
-            "fit wants DATA and -o FOLDER. Give both, or --example FOLDER to see what data of this "
-            "kind look like."
+            "fit wants DATA and -o FOLDER. Give both, or --model ID instead of data, or --example "
+            "FOLDER to see what data of this kind look like."
         )
     absent(output)
-    made = fitting.fit(found, data, field, _settings(settings or []))
+    given = _settings(settings or [])
+    if model:
+        made = fitting.of_model(found, model, given)
+    else:
+        made = fitting.fit(found, data or [], field, given)
     modality.save(made, output)
     said = ", ".join(f"{name} {value}" for name, value in modality.whole(made).about().items())
     print(f"{output}: {kind} of {made.vocabulary} ids" + (f" ({said})" if said else ""))

@@ -8,9 +8,18 @@ from typing import Any
 
 from zipper.data.manifests import manifest
 from zipper.errors import ZipperError
-from zipper.modality import Modality, is_ids
+from zipper.modality import Kind, Modality, is_ids
 
 MANIFEST = ".jsonl"
+
+
+def of_model(kind: Any, source: str, settings: Mapping[str, Any] = {}) -> Modality:
+    """A modality of a kind by a model that exists, a hub id or a folder (`Kind.of_model`).
+
+    settings: arguments of `kind.of_model`. Raises a ZipperError for settings that the kind does not
+    have, and where there is no such model.
+    """
+    return _made(kind, getattr(kind, "of_model", Kind.of_model), source, settings)
 
 
 def fit(
@@ -26,22 +35,10 @@ def fit(
             f"There is nothing to fit in the kind {kind.name!r}: its class has no `fitted`. Make "
             "one in Python and save it (zipper.modality.save)."
         )
-    known = inspect.signature(kind.fitted).parameters
-    names = [name for name in known if name != "values"]
-    if strange := sorted(settings.keys() - {*names}):
-        raise ZipperError(
-            f"{strange[0]!r} is no setting of {kind.name!r}; its settings are {', '.join(names)}."
-        )
     values = [*chain.from_iterable(values_of(path, field or kind.name) for path in data)]
     if not values:
         raise ZipperError(f"There are no data in {', '.join(map(str, data))}. Give some.")
-    try:
-        made: Modality = kind.fitted(values, **settings)
-    except TypeError as error:  # a setting of another type than the kind wants
-        raise ZipperError(
-            f"{kind.name!r} cannot be fitted with {dict(settings)}: {error}."
-        ) from error
-    return made
+    return _made(kind, kind.fitted, values, settings)
 
 
 def values_of(path: Path, field: str) -> list[Any]:
@@ -62,6 +59,22 @@ def values_of(path: Path, field: str) -> list[Any]:
         if not is_ids(row[field]):
             found.append(_whole(row[field], path.parent))
     return found
+
+
+def _made(kind: Any, make: Any, given: Any, settings: Mapping[str, Any]) -> Modality:
+    """What a kind makes of what is given first and of its settings."""
+    _, *names = inspect.signature(make).parameters
+    if strange := sorted(settings.keys() - {*names}):
+        raise ZipperError(
+            f"{strange[0]!r} is no setting of {kind.name!r}; its settings are {', '.join(names)}."
+        )
+    try:
+        made: Modality = make(given, **settings)
+    except TypeError as error:  # a setting of another type than the kind wants
+        raise ZipperError(
+            f"{kind.name!r} cannot be made with {dict(settings)}: {error}."
+        ) from error
+    return made
 
 
 def _whole(value: Any, folder: Path) -> Any:

@@ -31,6 +31,7 @@ class Codec(Sound):
     q * size + c; codebooks * size begins and the next id ends a segment."""
 
     name = "codec"
+    modelled = True
     CONFIG, MODEL = "codec.json", "model"
 
     def __init__(self, model: Pinned, codebooks: int = 1) -> None:
@@ -60,6 +61,13 @@ class Codec(Sound):
         """A codec of transformers (one of CODECS) by hub id or folder, or in memory, in fp32.
         Raises ZipperError where there is none."""
         return cls(Pinned.take(source, CODECS).to(device), codebooks)
+
+    @classmethod
+    def of_model(  # its own settings, by name
+        cls, source: str | Path, codebooks: int = 1, device: str | None = None
+    ) -> "Codec":
+        """See `Kind.of_model`; `from_pretrained`."""
+        return cls.from_pretrained(source, codebooks, device)
 
     @property
     def fingerprint(self) -> str:

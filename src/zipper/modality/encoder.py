@@ -1,14 +1,14 @@
 """Speech as units of an encoder (HuBERT and its kin, or Moonshine's): k-means of what one of its
 layers makes of a sound.
 
-Back, the units are made into sound by a vocoder, where one was given. Nothing here knows of towers
-or text.
+Back, the units are made into sound by a vocoder, where one was given: one of units, or one of mels
+(`renderer`). Nothing here knows of towers or text.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -26,6 +26,17 @@ from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio
 from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans, nearest
 from zipper.modality.pinned import Pinned
+from zipper.modality.renderer import (
+    HIFIGAN,
+    MOST_S,
+    Example,
+    RendererConfig,
+    Voice,
+    log_mels,
+    scale_of,
+)
+from zipper.modality.renderer import STEPS as RENDERER_STEPS
+from zipper.modality.renderer import fitted as fitted_renderer
 from zipper.modality.sound import Sound
 from zipper.saving import hub
 from zipper.saving.files import (
@@ -42,10 +53,10 @@ from zipper.saving.files import (
 MELS = "Wav2Vec2BertModel"  # takes log-mels, the others samples
 HEARD = "MoonshineModel"  # trained to write down speech; only its encoder is kept
 ENCODERS = ("HubertModel", "Wav2Vec2Model", "WavLMModel", MELS, HEARD)
-VOCODERS = ("SeamlessM4TCodeHifiGan",)
+VOCODERS = ("SeamlessM4TCodeHifiGan",)  # of units; one of mels is a HIFIGAN
 RATE_HZ = 16_000  # of what every one of these encoders was trained on
 WINDOW, HOP = 400, 160  # samples of a log-mel frame, as SeamlessM4TFeatureExtractor has them
-MOST_S = 120.0  # of a sound, which is encoded at once, or made at once
+VOICE_S = 7_200.0  # of sound that a renderer learns from, drawn from all
 MOST_POINTS = 1 << 18  # that a codebook is fitted on, drawn from all
 STEPS = 150  # of the k-means, as for speech; never tuned
 LIMITS = {"layer": (0, 1_000), "stride": (1, 64)}
@@ -118,7 +129,7 @@ class EncoderUnits(Sound):
         self.codes = len(codebook)
         self.begin, self.end = self.codes, self.codes + 1
         self.vocabulary = self.codes + 2
-        self.vocoder: Pinned | None = None
+        self.vocoder: Pinned | Voice | None = None
         self.speaker = self.language = 0
 
     @classmethod
@@ -135,23 +146,29 @@ class EncoderUnits(Sound):
         speaker: int = 0,
         language: int = 0,
         normalise: bool | None = None,
+        voice: Any = None,
+        steps: int = RENDERER_STEPS,
     ) -> "EncoderUnits":
         """Units for sounds like these (`Sound.read` says what may stand for one).
 
         encoder: one of ENCODERS by hub id or folder, with safetensors, or in memory. normalise:
         None does what its preprocessor_config.json says, and normalises where it has none. vocoder,
-        speaker, language: see `with_vocoder`. The same codebook for the same arguments. Raises
-        ZipperError for too few sounds, and what no unit can be made of.
+        speaker, language: see `with_vocoder`; steps and voice (a folder of sounds, or several;
+        these ones by default): see `with_voice`, for a vocoder of mels. The same codebook for the
+        same arguments. Raises ZipperError for too few sounds, and what no unit can be made of.
         """
         if type(codes) is not int or codes < 1:
             raise ZipperError(f"{codes!r} codes were asked for. Ask for at least 1.")
         found = Pinned.take(encoder, ENCODERS).to(device)
-        said = _preprocessing(encoder, normalise is not None)
+        drawing = None if vocoder is None else Pinned.take(vocoder, (*VOCODERS, HIFIGAN))
+        _check_settings(drawing, voice, steps, speaker, language)
+        said = values if voice is None else _below(voice)
+        front = _preprocessing(encoder, normalise is not None)
         config = EncoderUnitsConfig(
             layer,
             merged,
-            bool(said.get("do_normalize", True)) if normalise is None else normalise,
-            said.get("stride", 2),
+            bool(front.get("do_normalize", True)) if normalise is None else normalise,
+            front.get("stride", 2),
         )
         blank = np.zeros((1, found.model.config.hidden_size), np.float32)
         made = cls(found, blank, config)
@@ -168,9 +185,11 @@ class EncoderUnits(Sound):
             more="sound",
         )
         made = cls(made.encoder, centroids, config)
-        if vocoder is None:
+        if drawing is None:
             return made
-        return made.with_vocoder(vocoder, speaker, language, device)
+        if drawing.described["class"] == HIFIGAN:
+            return made.with_voice(drawing.model, said, steps, seed, device)
+        return made.with_vocoder(drawing.model, speaker, language, device)
 
     def with_vocoder(
         self, source: Any, speaker: int = 0, language: int = 0, device: str | None = None
@@ -185,6 +204,44 @@ class EncoderUnits(Sound):
         made.vocoder = Pinned.take(source, VOCODERS).to(device)
         made.speaker, made.language = speaker, language
         made._check_vocoder(made.vocoder)
+        return made
+
+    def with_voice(
+        self,
+        source: Any,
+        sounds: Sequence[Any],
+        steps: int = RENDERER_STEPS,
+        seed: int = 0,
+        device: str | None = None,
+    ) -> "EncoderUnits":
+        """The same units with a HiFi-GAN of mels (SpeechT5HifiGan by hub id, folder or in memory)
+        as vocoder, and a renderer that makes its mels of units in the voice of these sounds: of one
+        speaker, and some twenty minutes of it.
+
+        It is trained here, in so many steps; of more than VOICE_S of sound some is drawn. Raises
+        ZipperError for no sounds, or a HiFi-GAN whose mels are not known.
+        """
+        hifigan = Pinned.take(source, (HIFIGAN,))
+        settings: Any = hifigan.model.config
+        scale_of(settings)
+        per_s = int(settings.sampling_rate) / prod(settings.upsample_rates)
+        config = RendererConfig(
+            self.codes, int(settings.model_in_dim), per_s / self.units_per_s, self.config.merged
+        )
+        order = np.random.default_rng(seed).permutation(len(sounds)).tolist()
+        examples, left = list[Example](), VOICE_S
+        for number in tqdm(order, desc="voice", unit="sound", disable=None):
+            if left > 0:
+                sound = self.read(sounds[number])
+                codes, left = nearest(self.frames(sound), self.codebook), left - sound.seconds
+                kept = np.flatnonzero(np.diff(codes, prepend=-1) != 0)
+                kept = kept if self.config.merged else np.arange(len(codes))
+                lasts = np.diff(np.append(kept, len(codes)))
+                examples.append(Example(codes[kept], lasts, log_mels(sound, settings)))
+        made = copy.copy(self)
+        rendered = fitted_renderer(examples, config, steps, seed, device or "cpu")
+        made.vocoder = Voice(rendered, hifigan).to(device)
+        made.speaker = made.language = 0
         return made
 
     @property
@@ -254,9 +311,12 @@ class EncoderUnits(Sound):
                 "was trained on them: units.with_vocoder(FOLDER), or --set vocoder=FOLDER when "
                 "they are fitted."
             )
+        codes = [i for i in ids if 0 <= i < self.codes]
+        if isinstance(self.vocoder, Voice):
+            with _refusing(self.vocoder):
+                return self.vocoder.decode(codes)
         network: Any = self.vocoder.model
         rate_hz = int(network.config.sampling_rate)
-        codes = [i for i in ids if 0 <= i < self.codes]
         if not codes:
             return Audio(np.zeros(0, np.float32), rate_hz)
         most = int(MOST_S * rate_hz / prod(network.config.upsample_rates))
@@ -274,6 +334,15 @@ class EncoderUnits(Sound):
             spoken = network.language_embedding(torch.full(size, self.language, device=device))
             made = network.hifi_gan(torch.cat([spoken, units, voice], dim=2).transpose(1, 2))
         return Audio(made.reshape(-1).float().cpu().numpy(), rate_hz)
+
+    def stream(self, ids: Iterable[int], chunk: int = 10) -> Iterator[Audio]:
+        """Sound while its units are made, `chunk` of them at a time, where the vocoder is one of
+        mels (`Voice.stream`); else all of it at the end. Raises ZipperError as `decode` does."""
+        if not isinstance(self.vocoder, Voice):
+            yield from super().stream(ids)
+            return
+        with _refusing(self.vocoder):
+            yield from self.vocoder.stream((i for i in ids if 0 <= i < self.codes), chunk)
 
     def about(self) -> Mapping[str, Any]:
         """See `Kind.about`."""
@@ -317,7 +386,11 @@ class EncoderUnits(Sound):
                 )
             check_finite(folder / cls.CODEBOOK, entries)
             loaded = cls(encoder, load_file(folder / cls.CODEBOOK)["codebook"], config)
-            if own["vocoder"] is True:
+            if own["vocoder"] == MELS_VOICE:
+                loaded.vocoder = voice = Voice.load(folder, cls.VOCODER)
+                if (known := voice.renderer.config.codes) != loaded.codes:
+                    raise ZipperError(f"Its renderer knows {known} units.")
+            elif own["vocoder"] is True:
                 loaded.vocoder = Pinned.load(folder, cls.VOCODER, VOCODERS)
                 loaded.speaker, loaded.language = own["speaker"], own["language"]
                 loaded._check_vocoder(loaded.vocoder)
@@ -341,7 +414,7 @@ class EncoderUnits(Sound):
         return {
             **asdict(self.config),
             "codes": self.codes,
-            "vocoder": self.vocoder is not None,
+            "vocoder": MELS_VOICE if isinstance(self.vocoder, Voice) else self.vocoder is not None,
             "speaker": self.speaker,
             "language": self.language,
             "sha256": hashlib.sha256(whole.encode()).hexdigest(),
@@ -438,6 +511,7 @@ class EncoderUnits(Sound):
 
 #: Of encoder_units.json, what is not in the configuration.
 _OWN = ("codes", "vocoder", "speaker", "language", "sha256")
+MELS_VOICE = "mels"  # there, of a vocoder that is no vocoder of units
 #: Of an encoder, what stands behind its blocks or is for training only.
 _BEHIND = ("adapter.", "intermediate_ffn.", "masked_spec_embed", "decoder.embed", "decoder.layers")
 #: Of Moonshine's configuration, what leaves as little of its decoder as there can be.
@@ -523,6 +597,35 @@ def _preprocessing(source: Any, settled: bool) -> Mapping[str, Any]:
     return said
 
 
+def _check_settings(
+    vocoder: Pinned | None, voice: Any, steps: int, speaker: int, language: int
+) -> None:
+    """Raises ZipperError, before anything is fitted, for settings that would do nothing beside this
+    vocoder, and for one whose mels are not known."""
+    if vocoder is not None and vocoder.described["class"] == HIFIGAN:
+        scale_of(vocoder.model.config)
+        if speaker or language:
+            raise ZipperError(
+                "A speaker or language was asked for of a HiFi-GAN of mels, which has none. Give "
+                "the sounds of a voice (voice=FOLDER)."
+            )
+    elif voice is not None or steps != RENDERER_STEPS:
+        raise ZipperError(
+            "A voice or steps were given, which only a renderer learns from. Give a HiFi-GAN of "
+            f"mels as vocoder ({HIFIGAN}), or leave them out."
+        )
+
+
+def _below(voice: Any) -> Sequence[Any]:
+    """Sounds: those that are given, or all files below a folder."""
+    if not isinstance(voice, str | Path):
+        return voice
+    found = sorted(file for file in place(voice).rglob("[!.]*") if file.is_file())
+    if not found:
+        raise ZipperError(f"There are no sounds below {voice}. Give a folder of a voice's sounds.")
+    return found
+
+
 def _few(units: int, most: int) -> None:
     """Raises ZipperError for more units than are made into sound at once."""
     if units > most:
@@ -533,7 +636,7 @@ def _few(units: int, most: int) -> None:
 
 
 @contextmanager
-def _refusing(model: Pinned) -> Iterator[None]:
+def _refusing(model: Pinned | Voice) -> Iterator[None]:
     """What goes wrong in a model, as a ZipperError."""
     try:
         yield

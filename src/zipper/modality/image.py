@@ -51,6 +51,7 @@ MOST_PIXELS = 24_000_000
 #: Beyond this many, a picture is shrunk as soon as it is decoded; twice the modality's size stays.
 LARGE_PIXELS = 4_000_000
 MOST_FILE_BYTES = 256 << 20
+PROCESSOR = "preprocessor_config.json"
 #: What is read, of all that Pillow reads: none of these runs another program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MOST_POINTS = 1 << 18  # that a codebook is fitted on, drawn from all
@@ -80,13 +81,14 @@ class ImageConfig:
     side of a square, in pixels; with a VQ model, of what one code stands for. fit: "pad" keeps the
     aspect and fills up with white, "squash" does neither. filter: how it is resized. first_frame:
     whether a picture that moves is taken as its first frame, or refused. mean, std: what a VQ model
-    has its pixels (0 to 1) normalised by.
+    has its pixels (0 to 1) normalised by. method: "patches", "colours" (a code a pixel, for towers
+    like ImageGPT, which know no end) or "vq", by a model.
     """
 
     height: int
     width: int
     channels: int = 3
-    method: Literal["patches", "vq"] = "patches"
+    method: Literal["patches", "colours", "vq"] = "patches"
     patch: int = 4
     fit: Literal["pad", "squash"] = "pad"
     filter: Literal["lanczos", "bilinear"] = "lanczos"
@@ -98,6 +100,11 @@ class ImageConfig:
         settle(self, LIMITS)
         if self.channels not in MODES:
             raise ZipperError(f"{self.channels} channels were given. Take 1 (grey) or 3 (colour).")
+        if self.method == "colours" and self.patch != 1:
+            raise ZipperError(
+                f"A patch of {self.patch} pixels was given; a colour is that of one. Leave it out, "
+                "or take the method patches."
+            )
         if self.height % self.patch or self.width % self.patch:
             raise ZipperError(
                 f"A picture of {self.height}x{self.width} pixels is not made of whole patches of "
@@ -113,7 +120,8 @@ class ImageConfig:
 @final
 class Image(Kind):
     """Pictures <-> codes. Ids 0 .. K-1 are codes, row by row from the top left; K begins and K+1
-    ends a segment.
+    ends a segment. Of colours K both begins and ends it, as ImageGPT's sos is the only id beside
+    its colours: a whole picture says the end.
 
     What is no RGB is turned into it: transparency is laid on white, and the orientation that a
     camera noted is applied.
@@ -133,7 +141,7 @@ class Image(Kind):
         codebook: Float32[np.ndarray, "codes patch_values"] | None = None,
         model: Pinned | None = None,
     ) -> None:
-        """codebook: for the method "patches", of values from 0 to 255. model: for "vq"."""
+        """codebook: for "patches" and "colours", of values from 0 to 255. model: for "vq"."""
         self.config, self.model = config, model
         if (config.method == "vq") != (model is not None) or (codebook is None) == (model is None):
             raise ZipperError(
@@ -154,28 +162,33 @@ class Image(Kind):
                     "a codebook was given with values outside 0 to 255. Fit the pictures anew."
                 )
         self.codes = len(self.codebook) if model is None else _codes(model)
-        self.begin, self.end = self.codes, self.codes + 1
-        self.vocabulary = self.codes + 2
+        alone = config.method != "colours"  # the end is an id of its own
+        self.begin, self.end = self.codes, self.codes + alone
+        self.vocabulary = self.end + 1
+        self.length = 0 if alone else config.height * config.width
 
     @classmethod
     def fitted(  # its own settings, by name
         cls,
         values: Sequence[Any],
         codes: int = 256,
-        patch: int = 4,
-        size: tuple[int, int] = (32, 32),
+        patch: int | None = None,
+        size: Sequence[int] = (32, 32),
         channels: int = 3,
         seed: int = 0,
         fit: Literal["pad", "squash"] = "pad",
         first_frame: bool = False,
+        method: Literal["patches", "colours"] = "patches",
     ) -> "Image":
-        """Codes for pictures like these: k-means of their patches.
+        """Codes for pictures like these: k-means of their patches, or of the colours of pixels.
 
-        values: whatever `read` takes. size: height and width in pixels. The same codebook for the
-        same arguments. Raises ZipperError where there are fewer different patches than codes.
+        values: whatever `read` takes. size: height and width in pixels. patch: by default 4, of
+        colours 1. The same codebook for the same arguments. Raises ZipperError where there are
+        fewer different patches than codes.
         """
-        height, width = size
-        config = ImageConfig(height, width, channels, patch=patch, fit=fit, first_frame=first_frame)
+        height, width = _sides(size)
+        patch = patch or (1 if method == "colours" else 4)
+        config = ImageConfig(height, width, channels, method, patch, fit, first_frame=first_frame)
         chance = np.random.default_rng(seed)
         share = max(1, MOST_POINTS // max(1, len(values)))
         found = [
@@ -197,17 +210,17 @@ class Image(Kind):
         return cls(config, _distinct(centroids, different, codes))
 
     @classmethod
-    def from_imagegpt(cls, source: str | Path) -> "Image":
+    def from_imagegpt(cls, source: str | Path, size: Sequence[int] | None = None) -> "Image":
         """The colours of ImageGPT: one code a pixel, by the clusters in preprocessor_config.json of
-        a folder or a hub id (openai/imagegpt-small). Pictures are squashed to its size, 32x32 if it
-        does not say, and resized bilinearly, as there. Raises ZipperError where none are there."""
-        name = "preprocessor_config.json"
-        path = (
-            hub.file(str(source), name) if hub.as_folder(source) is None else place(source) / name
-        )
+        a folder or a hub id (openai/imagegpt-small). Pictures are squashed to `size` (height,
+        width), by default its own, 32x32 if it does not say, and resized bilinearly, as there. A
+        tower with as many positions as there are pixels cannot read begin and end beside them: take
+        a row less, (31, 32). Raises ZipperError where there are no clusters."""
+        path = _beside(source, PROCESSOR)
         described = read_json(path)
-        size = described.get("size", 32)
-        sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+        own = described.get("size", 32)
+        sides = (own.get("height"), own.get("width")) if isinstance(own, dict) else (own, own)
+        height, width = _sides(sides if size is None else size)
         try:
             clusters = np.asarray(described.get("clusters"), np.float32)
         except (TypeError, ValueError, OverflowError):
@@ -217,19 +230,14 @@ class Image(Kind):
                 f"{path} holds no clusters of colours from -1 to 1. Give an ImageGPT such as "
                 "openai/imagegpt-small."
             )
-        if not all(type(side) is int for side in sides):
-            raise ZipperError(
-                f"{path} gives the size {size!a:.80}; a height and a width are wanted."
-            )
-        height, width = (int(str(side)) for side in sides)
-        config = ImageConfig(height, width, patch=1, fit="squash", filter="bilinear")
+        config = ImageConfig(height, width, 3, "colours", 1, "squash", "bilinear")
         return cls(config, np.float32(127.5) * (clusters + 1))
 
     @classmethod
     def from_model(
         cls,
         source: Any,
-        size: tuple[int, int],
+        size: Sequence[int],
         mean: float = 0.5,
         std: float = 0.5,
         fit: Literal["pad", "squash"] = "pad",
@@ -243,13 +251,34 @@ class Image(Kind):
         model = Pinned.take(source, VQ).to(device)
         settings = model.model.config
         patch = 2 ** (len(settings.channel_multiplier) - 1)
-        height, width = size
+        height, width = _sides(size)
         config = ImageConfig(
             height, width, settings.in_channels, "vq", patch, fit, mean=mean, std=std
         )
         made = cls(config, model=model)
         made.encode(Pillow.new("RGB", (width, height), "white"))  # a size that it does not take
         return made
+
+    @classmethod
+    def of_model(  # its own settings, by name
+        cls,
+        source: str | Path,
+        size: Sequence[int] | None = None,
+        mean: float = 0.5,
+        std: float = 0.5,
+        fit: Literal["pad", "squash"] = "pad",
+        device: str | None = None,
+    ) -> "Image":
+        """See `Kind.of_model`: the colours of an ImageGPT (`from_imagegpt`), where the folder or
+        the hub id is one, else the codes of a VQ model (`from_model`), which want a size."""
+        if _is_imagegpt(source):
+            return cls.from_imagegpt(source, size)
+        if size is None:
+            raise ZipperError(
+                "A VQ model reads pictures of the size that it was made for. Say which: "
+                "size=[height,width]."
+            )
+        return cls.from_model(source, size, mean, std, fit, device)
 
     @property
     def fingerprint(self) -> str:
@@ -450,6 +479,28 @@ class Image(Kind):
         known = np.arange(rows * columns).reshape(rows, columns) < len(codes)
         shown = known.repeat(side, 0).repeat(side, 1)[..., None]
         return np.where(shown, pixels, np.uint8(255))
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """A height and a width."""
+    sides = [*size] if isinstance(size, Sequence) else []
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ZipperError(f"The size {size!a:.80} was given; [height, width] in pixels was wanted.")
+    return sides[0], sides[1]
+
+
+def _beside(source: str | Path, name: str) -> Path:
+    """A file of a folder or a hub id."""
+    local = hub.as_folder(source) is not None
+    return place(source) / name if local else hub.file(str(source), name)
+
+
+def _is_imagegpt(source: str | Path) -> bool:
+    """Whether a folder or a hub id is an ImageGPT, or its processor alone."""
+    path = _beside(source, "config.json")
+    if path.is_file():
+        return bool(read_json(path).get("model_type") == "imagegpt")
+    return path.with_name(PROCESSOR).is_file()
 
 
 def _picture(value: Any, folder: Path, config: ImageConfig) -> Pillow.Image:

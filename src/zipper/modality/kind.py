@@ -19,6 +19,9 @@ from zipper.saving.files import write
 #: of the second ones, e.g. word errors by words.
 Scores = Mapping[str, Sequence[tuple[float | int, float | int]]]
 
+#: Of a string that is encoded at once; War and Peace has three times as many.
+MOST_LETTERS = 1 << 20
+
 
 @runtime_checkable
 class Modality(Protocol):
@@ -68,6 +71,11 @@ class Kind:
     #: Of rows: the key that names a prefix of a segment, and the field of ids with that in front:
     #: ("voice", "voiced").
     prefixed: ClassVar[tuple[str, str] | None] = None
+
+    #: Whether it is taken from a model (`of_model`) and there is nothing to fit.
+    modelled: ClassVar[bool] = False
+    #: Ids of every segment, where its length alone says its end; 0 where an id does.
+    length: int = 0
 
     begin: int
     end: int
@@ -159,6 +167,14 @@ class Kind:
         raise ZipperError(f"There is nothing to fit in the kind {cls.name!r}; make one in Python.")
 
     @classmethod
+    def of_model(cls, *source: Any, **settings: Any) -> "Kind":
+        """A modality by a model that exists: `of_model(source, setting=...)`; nothing is fitted.
+
+        source: a hub id or a folder. Raises ZipperError where there is no such model.
+        """
+        raise ZipperError(f"The kind {cls.name!r} stands on no model; fit it to data.")
+
+    @classmethod
     def example(cls, folder: Path) -> str:
         """Write a small set of real data of this kind, with a manifest.jsonl; returns the options
         of `zipper fit` that suit it, such as "--set codes=64"."""
@@ -180,6 +196,16 @@ class _Whole(Kind):
             return held(self, name)
         inner = held(self, "_inner")
         return getattr(inner, name) if hasattr(inner, name) else held(self, name)
+
+
+def short(raw: str) -> str:
+    """A string as it is. Raises a ZipperError for one of more than MOST_LETTERS."""
+    if len(raw) > MOST_LETTERS:
+        raise ZipperError(
+            f"A string of {len(raw):,} characters was given; at most {MOST_LETTERS:,} are encoded "
+            "at once. Cut it."
+        )
+    return raw
 
 
 def is_ids(value: Any) -> bool:

@@ -60,7 +60,7 @@ class Pinned:
         config = {key: value for key, value in config.items() if key not in _PASSING}
         described = {"class": type(model).__name__, "config": config}
         tensors = _tensors(model)
-        return cls(_frozen(model), described, _fingerprint(described, tensors))
+        return cls(_frozen(model), described, content_hash(described, tensors))
 
     def to(self, device: str | torch.device | None) -> "Pinned":
         """On a device; None leaves it where it is."""
@@ -97,7 +97,7 @@ class Pinned:
             tensors = load_file(weights)
         except (OSError, SafetensorError) as error:
             raise DamagedFile(f"{weights} cannot be read: {error}. Copy it again.") from error
-        if _fingerprint(described, tensors) != pinned:
+        if content_hash(described, tensors) != pinned:
             raise DamagedFile(
                 f"{weights} and {path} are not the model that was saved: hashes differ. Copy the "
                 "folder again."
@@ -128,7 +128,11 @@ def _loaded(source: str | Path, classes: Sequence[str]) -> Any:
     for name in classes:
         if (kind := getattr(transformers, name, None)) is not None:
             kinds[kind.config_class.model_type] = kind
-    if (named := found.get("model_type")) not in kinds:
+    if (named := found.get("model_type")) not in kinds:  # a type that was renamed since
+        named = next(
+            (k for k, v in kinds.items() if [v.__name__] == found.get("architectures")), named
+        )
+    if named not in kinds:
         raise ZipperError(
             f"In {where} is a model of the type {named!a:.80}; one of {sorted(kinds)} was wanted."
         )
@@ -166,8 +170,8 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in held.items()}
 
 
-def _fingerprint(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Over the class, the configuration and every tensor."""
+def content_hash(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over a description, such as class and configuration, and every tensor (CPU)."""
     total = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

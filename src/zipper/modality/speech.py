@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio, Front, Mel, read
+from zipper.audio.sound import HIGHEST_RATE_HZ, LONGEST_S, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans as means
 from zipper.modality.codebook import nearest as nearest
@@ -198,8 +198,14 @@ class SpeechUnits(Sound):
 
     def encode(self, raw: Audio | str | Path | bytes) -> list[int]:
         """Codes of a sound, a sound file or its content, one per started 40 ms of its `log_mel`;
-        nothing but codes."""
-        return self._codes(self.log_mel(raw if isinstance(raw, Audio) else read(raw)))
+        nothing but codes. Raises ZipperError for sound of more than LONGEST_S, as for a file."""
+        sound = raw if isinstance(raw, Audio) else read(raw)
+        if sound.seconds > LONGEST_S:
+            raise ZipperError(
+                f"A sound of {sound.seconds:.0f} s was given; at most {LONGEST_S:.0f} s are "
+                "encoded at once. Cut it."
+            )
+        return self._codes(self.log_mel(sound))
 
     def decode(self, ids: Sequence[int]) -> Audio:
         """Sound of the codes, about 6 ms of work a second of sound; ids that are no codes are

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from zipper.errors import ZipperError
-from zipper.modality.kind import Kind, Scores
+from zipper.modality.kind import Kind, Scores, short
 from zipper.saving.files import as_json, parse, place, read_json, write, write_json
 
 Split = Literal["characters", "words", "smiles"]
@@ -181,7 +181,7 @@ class Symbols(Kind):
 
     def noted(self, raw: Any) -> tuple[list[int], str]:
         """Ids, and which symbols of it were unknown."""
-        pieces = self.cut(raw)
+        pieces = self.cut(short(raw) if isinstance(raw, str) else raw)
         strange = _named(piece for piece in pieces if piece not in self._ids)
         if self.unknown_id is None and strange:
             raise ZipperError(

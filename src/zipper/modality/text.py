@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from zipper import evaluation
 from zipper.errors import ZipperError
-from zipper.modality.kind import Kind, Scores
+from zipper.modality.kind import Kind, Scores, short
 from zipper.normaliser import NORMALISER
 from zipper.saving.files import lines as lines_of
 from zipper.saving.files import place, read_json
@@ -137,7 +137,8 @@ class Text(Kind):
         that it cannot write, and for text that is none.
         """
         if strange := next(
-            (c for c in raw if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()), None
+            (c for c in short(raw) if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace()),
+            None,
         ):
             raise ZipperError(
                 f"{raw!a:.200} holds the character {strange!a}, which is no text. It was damaged "

@@ -34,6 +34,7 @@ from zipper.saving.files import MOST_LAYERS, Entry, check_finite, flush, header,
 from zipper.saving.files import read_json as read_json
 from zipper.saving.files import sha256 as sha256
 from zipper.saving.files import write_json as write_json
+from zipper.towers import mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as PreTrainedModel
@@ -664,16 +665,15 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
     held: all tensors. pin: None = of any size. The model is built without memory, and not before
     what it is built of is known to be no more than the files hold.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # seconds
+    from transformers import AutoConfig, GenerationConfig  # seconds
     from transformers.core_model_loading import revert_weight_conversion
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     path, generation = folder / "config.json", folder / "generation_config.json"
     described = read_json(path)
     if generation.is_file():
         read_json(generation)
     _check_settings(path, described)
-    if described.get("model_type") not in [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]:
+    if described.get("model_type") not in [*mapping.classes()]:
         raise ZipperError(
             f"{path} describes no causal language model that transformers knows: "
             f"{described.get('model_type')!a:.80}."
@@ -689,7 +689,7 @@ def _check_model(folder: Path, held: Mapping[str, Entry], pin: Mapping[str, Any]
         pinned = sizes if pin is None else {size: pin[size] for size in SIZES}
         if sizes == pinned:
             with torch.device("meta"), _Few(1_000 + 50 * len(held)):
-                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                model: Any = mapping.auto().from_config(config, trust_remote_code=False)
             wanted = revert_weight_conversion(model, model.state_dict(keep_vars=True))
     except Exception as error:  # whatever a stranger's settings lead transformers to
         raise ZipperError(

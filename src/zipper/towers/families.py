@@ -1,5 +1,5 @@
-"""Which decoders can be towers: every name of transformers' causal-LM mapping, tried on a tiny
-random model of it.
+"""Which decoders can be towers: every name of transformers' causal-LM mapping and what it leaves
+out, each tried on a tiny random model of it.
 
 This file knows how to make any configuration small: by the names of its settings, and for some
 families by settings of their own. What a tower can do it asks the tower, and then compares logits
@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zipper.errors import ZipperError
 from zipper.strand import Strand
 from zipper.tower import Tower
+from zipper.towers.mapping import classes
 from zipper.towers.proof import Rows
 
 LAYERS = 4
@@ -220,8 +220,8 @@ class Family:
 
 
 def names() -> list[str]:
-    """The causal-LM mapping of the installed transformers."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The decoders of the installed transformers, by model type (`mapping.classes`)."""
+    return sorted(classes())
 
 
 def survey(chosen: Iterable[str] | None = None) -> list[Family]:
@@ -233,12 +233,12 @@ def survey(chosen: Iterable[str] | None = None) -> list[Family]:
 def tried(name: str) -> Family:
     """One family: built small, taken as a tower, checked, and compared with its own logits once
     more."""
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if name not in classes():
         raise ZipperError(
             f"{name!r} is no causal language model of transformers {transformers.__version__}. "
             "See: zipper towers"
         )
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    kind = classes()[name]
     try:
         model = tiny(name)
     # transformers, its validators and what is not installed: whatever it is, it is said.
@@ -261,7 +261,7 @@ def tiny(
 ) -> PreTrainedModel:
     """A tiny random model of a name of the mapping; attention None takes the kernel that
     transformers would take."""
-    cls = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
+    cls = getattr(transformers, classes()[name])
     config = cls.config_class(**_small(cls.config_class()) | SPECIAL.get(name, {}))
     return drawn(lambda: cls._from_config(config, dtype=dtype, attn_implementation=attention), seed)
 
@@ -349,9 +349,9 @@ def markdown(families: Sequence[Family]) -> str:
             f"Made by `make docs` with transformers {transformers.__version__} and torch "
             f"{torch_version}; do not edit.",
             "",
-            "Every name of transformers' causal-LM mapping, tried on a tiny random model: `zipper "
-            "towers`, or",
-            f"`zipper towers NAME`. {counted(families)}",
+            "Every name of transformers' causal-LM mapping, and ImageGPT, which it leaves out, "
+            "tried on a tiny random model:",
+            f"`zipper towers`, or `zipper towers NAME`. {counted(families)}",
             "",
             "A tower is accepted where its logits are the model's own in every bit: without "
             "padding, with padding on the left, and",

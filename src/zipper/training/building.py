@@ -8,7 +8,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from zipper.data.rows import Row
 from zipper.errors import ZipperError
@@ -19,6 +19,7 @@ from zipper.saving import checkpoint, hub
 from zipper.saving.zips import LostTower
 from zipper.tasks import Task, lanes, tower_of
 from zipper.tower import Tower
+from zipper.towers import mapping
 from zipper.training.config import TrainConfig
 
 
@@ -134,7 +135,7 @@ def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fresh = AutoConfig.for_model(**{**source, **ids})
-            tower = Tower(AutoModelForCausalLM.from_config(fresh))
+            tower = Tower(mapping.auto().from_config(fresh))
     else:
         check_pinned(name, Path(source), modality)
         tower = Tower.load(source, dtype=torch.float32)
