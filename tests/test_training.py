@@ -1058,7 +1058,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_harms_anything(
             {"links", "towers.speech", "towers.text.lora"},
         ),
     ],
-    ids=str,
+    ids=["as it was", "another", "links", "adapter", "both"],
 )
 def test_what_learns_after_a_start(
     world: World, tmp_path: Path, changes: dict[str, Any], learns: set[str]
