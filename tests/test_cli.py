@@ -177,6 +177,7 @@ def test_the_page_of_all_commands_has_them_all() -> None:
     assert sorted(title.removeprefix("## zipper ") for title in titles) == COMMANDS
 
 
+@pytest.mark.slow
 def test_a_shell_is_told_how_words_go_on() -> None:
     def completed(*words: str) -> list[str]:
         asked = {"COMP_WORDS": " ".join(["zipper", *words]), "COMP_CWORD": str(len(words))}
@@ -282,6 +283,7 @@ def test_the_laboratory_is_attached_by_its_entry_point(tmp_path: Path) -> None:
     assert "  prune " in attached.out.partition("Make:")[2].partition("Look:")[0]
 
 
+@pytest.mark.slow
 def test_the_laboratory_runs_from_a_checkout(tmp_path: Path) -> None:
     answer = bare(tmp_path, "-m", "zipper_lab", "--help")
     assert (answer.code, answer.err) == (0, "")
@@ -290,6 +292,7 @@ def test_the_laboratory_runs_from_a_checkout(tmp_path: Path) -> None:
     assert "No such command 'demo'" in bare(tmp_path, "-m", "zipper", "demo").err
 
 
+@pytest.mark.slow
 def test_another_package_brings_a_command_that_answers_as_ours_do(tmp_path: Path) -> None:
     package(tmp_path, "choir", {"choir": "choir:app"}, choir=OTHER)
     assert re.search("More:\n  sing +Sing a song", bare(tmp_path, "-m", "zipper", "-h").out)
@@ -1019,6 +1022,7 @@ sys.exit(cli.main(["show"]))
 """
 
 
+@pytest.mark.slow
 def test_of_others_only_what_matters_is_heard_and_what_is_ours_in_one_line() -> None:
     run = partial(subprocess.run, capture_output=True, text=True, check=True)
     said = run([sys.executable, "-c", VOICES])
@@ -1031,6 +1035,7 @@ def test_of_others_only_what_matters_is_heard_and_what_is_ours_in_one_line() -> 
     assert "advice of a library" in run([sys.executable, "-W", "default", "-c", VOICES]).stderr
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_used_without_a_word_from_others(tmp_path: Path) -> None:
     """In a process of its own, with the settings of a user: nobody's bars, nobody's advice."""
     settings = ("HF_", "TRANSFORMERS_", "TOKENIZERS_")

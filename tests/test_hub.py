@@ -326,6 +326,7 @@ def test_each_revision_is_its_own_zip(standin: StandIn, whole: Path, tmp_path: P
         hub.fetch(whole, revision="main")
 
 
+@pytest.mark.slow
 def test_a_process_without_network_loads_it_from_the_cache(
     standin: StandIn, whole: Path, tmp_path: Path
 ) -> None:
@@ -420,6 +421,7 @@ def test_a_pipeline_or_a_model_pushes_itself(standin: StandIn, whole: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_moved_with_its_towers_resumed_shown_verified_evaluated_and_pushed(
     standin: StandIn,
     tmp_path: Path,

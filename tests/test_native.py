@@ -221,6 +221,7 @@ def test_weights_are_laid_out_one_behind_the_other(monkeypatch: pytest.MonkeyPat
         assert rights == "rw-p", "private: a process that is forked off lays out its own"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.library() is not None
@@ -280,6 +281,7 @@ def test_where_no_cache_can_be_written_it_lies_among_temporary_files(
         assert native.library() is None
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
 @pytest.mark.parametrize(

@@ -801,6 +801,7 @@ def test_zipper_train_says_that_a_folder_is_read_only_and_harms_nothing_in_it(
 # --- a run that is killed
 
 
+@pytest.mark.slow
 def test_training_that_is_killed_again_and_again_loses_nothing(tmp_path: Path) -> None:
     """In a process of its own, which forks those that are killed: it must have computed nothing."""
     tool = Path(__file__).parent.parent / "tools" / "kill_test.py"

@@ -212,6 +212,7 @@ def test_a_run_killed_while_it_wrote_metrics_or_a_checkpoint_goes_on(
     assert not half.exists()
 
 
+@pytest.mark.slow
 def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_calibrated_run_is_killed_and_resumed_like_any_other(
     assert same(tmp_path / "killed", tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_run_on_takes_some_of_which_say_nothing_is_resumed_like_any_other(
     world: World, tmp_path: Path
 ) -> None:
@@ -428,7 +430,7 @@ def test_what_a_resumed_run_may_change_leaves_its_numbers_alone(
         "save_dtype": "float16",
         "accumulate": 2,
     }
-    assert {*other, "output", "trackers", "compile", "attention"} == {*FREE}
+    assert {*other, "output", "trackers", "compile", "attention", "freeze"} == {*FREE}
     train(world.config(tmp_path / "a", input_projection="residual"))
     train(world.config(tmp_path / "b", input_projection="residual", **other))
     a, b = state(tmp_path / "a", 6), state(tmp_path / "b", 6)

@@ -74,6 +74,7 @@ def test_a_sound_model_keeps_them_in_16_bits(saved: Path, dtype: torch.dtype) ->
     assert broken(Zipper.from_pretrained(saved, dtype=dtype)) == []
 
 
+@pytest.mark.slow
 def test_three_towers_are_tried_in_every_order() -> None:
     checks = tried(laws.zipped({"text": "llama", "speech": "gpt2", "image": "llama"}))
     assert all(check.held for check in checks)

@@ -354,6 +354,7 @@ def test_a_training_that_was_told_to_stop_gives_no_result(
     assert experiments.run_cell(spec(steps=6, eval_every=1), needs, tmp_path / "run")["steps"] == 6
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_rate_with_the_least_dev_loss(
     needs: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from zipper.cli.options import MAKE, Bases, absent, command, count, named, writable
-from zipper.config import Directed
 from zipper.environment import extra
 from zipper.errors import ZipperError
 
@@ -605,7 +604,7 @@ def add(
     print(f"{output}: saved")
 
 
-def _directed(said: str) -> Directed:
+def _directed(said: str) -> tuple[str, int, str, int]:
     """ "text:0>image:1" as a link. Raises a ZipperError for anything else."""
     form = re.fullmatch(r"(\w+):(\d{1,4})>(\w+):(\d{1,4})", said)
     if form is None:
