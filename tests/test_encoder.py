@@ -135,6 +135,32 @@ def test_units_are_those_of_the_layer_of_the_whole_encoder(name: str, tmp_path: 
     assert again.fingerprint == made.fingerprint and [again.encode(each) for each in SOUNDS] == ids
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("HubertModel", WAVE), ("MoonshineModel", MOONSHINE)]
+)
+def test_a_margin_is_heard_and_no_unit_is_made_of_it(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    encoder = network(name, settings)
+    tight = EncoderUnits.fitted(SOUNDS, encoder, layer=2, codes=12)
+    assert "margin_s" not in tight.config.to_dict()  # as it was saved before there were margins
+    wide = EncoderUnits.fitted(SOUNDS, encoder, layer=2, codes=12, margin_s=0.3)
+    assert tight.fingerprint != wide.fingerprint
+    around = round(0.3 * wide.units_per_s) * round(16_000 / wide.units_per_s)
+    for given in (*SOUNDS, sound(0.001)):
+        silence = np.zeros(around, np.float32)
+        whole = tight.frames(Audio(np.concatenate([silence, given.samples, silence]), 16_000))
+        kept = wide.frames(given)
+        skipped = around // round(16_000 / wide.units_per_s)
+        assert len(kept) >= 1 and abs(len(kept) - len(tight.frames(given))) <= 1
+        if len(given.samples) > 1000:
+            np.testing.assert_allclose(kept, whole[skipped : len(whole) - skipped], atol=1e-5)
+    wide.save(tmp_path / "wide")
+    assert EncoderUnits.load(tmp_path / "wide").fingerprint == wide.fingerprint
+    with pytest.raises(ZipperError, match="margin_s"):
+        EncoderUnits.fitted(SOUNDS, encoder, layer=2, codes=12, margin_s=2.0)
+
+
 def test_units_of_moonshine_are_of_its_encoder_alone(tmp_path: Path) -> None:
     whole = network("MoonshineModel", MOONSHINE)
     whole.save_pretrained(tmp_path / "hub")

@@ -39,6 +39,7 @@ from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
 from zipper_lab.real import links
 
 LAYER, CODES = 5, 500  # docs/log.md: people who say the same word are nearest there
+MARGIN_S = 0.3  # around clips whose ends were trimmed
 FITTED = 3000  # sounds that the codebook is made of
 TASKS = {"heard:speech -> text": 0.6, "text -> speech": 0.4}
 PAIRS = (10, 100, 1000, 0)  # of people; 0 = all
@@ -110,7 +111,9 @@ def prepare(data: Path, encoder: str, folder: Path, seed: int = 0) -> None:
         chance = random.Random(f"codebook {seed}")
         sounds = [each.audio for each in chance.sample(by["train"], FITTED // 2)]
         sounds += [sound for _, _, sound in chance.sample(spoken, FITTED // 2)]
-        fitted = EncoderUnits.fitted(sounds, encoder, LAYER, CODES, merged=True, seed=seed)
+        fitted = EncoderUnits.fitted(
+            sounds, encoder, LAYER, CODES, merged=True, seed=seed, margin_s=MARGIN_S
+        )
         modality.save(fitted, folder / "speech")
     units = modality.load(folder / "speech")
     made = []

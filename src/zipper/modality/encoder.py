@@ -59,7 +59,7 @@ WINDOW, HOP = 400, 160  # samples of a log-mel frame, as SeamlessM4TFeatureExtra
 VOICE_S = 7_200.0  # of sound that a renderer learns from, drawn from all
 MOST_POINTS = 1 << 18  # that a codebook is fitted on, drawn from all
 STEPS = 150  # of the k-means, as for speech; never tuned
-LIMITS = {"layer": (0, 1_000), "stride": (1, 64)}
+LIMITS = {"layer": (0, 1_000), "stride": (1, 64), "margin_s": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,23 @@ class EncoderUnitsConfig:
     block does. merged: whether a
     unit that follows itself is left out. normalise: whether samples get mean 0 and variance 1, as
     the encoder was trained; log-mels always do. stride: how many log-mel frames stand side by side.
+    margin_s: of silence that the encoder hears around a sound, in whole units; no unit is made of
+    it. Recordings begin and end with some, clips whose ends were trimmed do not, and what an
+    encoder makes of their ends then says little (docs/log.md).
     """
 
     layer: int = 6
     merged: bool = False
     normalise: bool = True
     stride: int = 2
+    margin_s: float = 0.0
 
     def __post_init__(self) -> None:
         settle(self, LIMITS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved; without a margin as before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "margin_s" or value}
 
 
 @final
@@ -146,13 +154,15 @@ class EncoderUnits(Sound):
         speaker: int = 0,
         language: int = 0,
         normalise: bool | None = None,
+        margin_s: float = 0.0,
         voice: Any = None,
         steps: int = RENDERER_STEPS,
     ) -> "EncoderUnits":
         """Units for sounds like these (`Sound.read` says what may stand for one).
 
         encoder: one of ENCODERS by hub id or folder, with safetensors, or in memory. normalise:
-        None does what its preprocessor_config.json says, and normalises where it has none. vocoder,
+        None does what its preprocessor_config.json says, and normalises where it has none.
+        margin_s: see `EncoderUnitsConfig`; 0.3 for clips whose ends were trimmed. vocoder,
         speaker, language: see `with_vocoder`; steps and voice (a folder of sounds, or several;
         these ones by default): see `with_voice`, for a vocoder of mels. The same codebook for the
         same arguments. Raises ZipperError for too few sounds, and what no unit can be made of.
@@ -169,6 +179,7 @@ class EncoderUnits(Sound):
             merged,
             bool(front.get("do_normalize", True)) if normalise is None else normalise,
             front.get("stride", 2),
+            margin_s,
         )
         blank = np.zeros((1, found.model.config.hidden_size), np.float32)
         made = cls(found, blank, config)
@@ -248,7 +259,7 @@ class EncoderUnits(Sound):
     def fingerprint(self) -> str:
         """sha256 of the encoder, as far as it is kept, the codebook, and how ids are made with
         them; the vocoder changes no ids."""
-        described = json.dumps(asdict(self.config), sort_keys=True)
+        described = json.dumps(self.config.to_dict(), sort_keys=True)
         total = hashlib.sha256(f"{self.encoder.fingerprint} {described}".encode())
         total.update(f" {self.codebook.shape} ".encode())
         total.update(self.codebook.tobytes())
@@ -264,6 +275,10 @@ class EncoderUnits(Sound):
         sound of more than MOST_S, and for samples that are no numbers."""
         sound = self.bounded(raw, MOST_S)
         samples = sound.resample(RATE_HZ).samples.astype(np.float32)
+        margin = round(self.config.margin_s * self.units_per_s)
+        if margin:
+            short = max(0, self._least - len(samples))  # of at least one unit that is kept
+            samples = np.pad(samples, (margin * self._hop, short + margin * self._hop))
         network: Any = self.encoder.model
         given = (self._logs if self._mels else self._leveled)(samples)
         layer, seen = self.config.layer, list[torch.Tensor]()
@@ -285,7 +300,7 @@ class EncoderUnits(Sound):
         made = seen[0][0].float()
         if self._heard and not layer:  # a convolution's channels come first
             made = torch.nn.functional.gelu(made).T
-        frames: np.ndarray = made.cpu().numpy()
+        frames: np.ndarray = made[margin : len(made) - margin].cpu().numpy()
         if not np.isfinite(frames).all():
             raise ZipperError(
                 "The encoder makes NaN or infinity of the sound. Give one from -1 to 1, or another "
@@ -412,7 +427,7 @@ class EncoderUnits(Sound):
         heard = None if self.vocoder is None else self.vocoder.fingerprint
         whole = f"{self.fingerprint} {heard} {self.speaker} {self.language}"
         return {
-            **asdict(self.config),
+            **self.config.to_dict(),
             "codes": self.codes,
             "vocoder": MELS_VOICE if isinstance(self.vocoder, Voice) else self.vocoder is not None,
             "speaker": self.speaker,
