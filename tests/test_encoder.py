@@ -51,17 +51,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-MOONSHINE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "encoder_num_hidden_layers": 3,
-    "decoder_num_hidden_layers": 2,
-    "encoder_num_attention_heads": 2,
-    "decoder_num_attention_heads": 2,
-    "encoder_num_key_value_heads": 2,
-    "decoder_num_key_value_heads": 2,
-    "vocab_size": 40,
-}
 VOCODER = {
     "unit_hifi_gan_vocab_size": 16,
     "unit_embed_dim": 8,
@@ -136,7 +125,8 @@ def test_units_are_those_of_the_layer_of_the_whole_encoder(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("HubertModel", WAVE), ("MoonshineModel", MOONSHINE)]
+    ("name", "settings"),
+    [SETTINGS["HuBERT"], SETTINGS["w2v-BERT"], ("MoonshineModel", tiny.MOONSHINE)],
 )
 def test_a_margin_is_heard_and_no_unit_is_made_of_it(
     name: str, settings: dict[str, Any], tmp_path: Path
@@ -162,7 +152,7 @@ def test_a_margin_is_heard_and_no_unit_is_made_of_it(
 
 
 def test_units_of_moonshine_are_of_its_encoder_alone(tmp_path: Path) -> None:
-    whole = network("MoonshineModel", MOONSHINE)
+    whole = network("MoonshineModel", tiny.MOONSHINE)
     whole.save_pretrained(tmp_path / "hub")
     front = {"do_normalize": False, "sampling_rate": 16_000}
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(front))

@@ -60,6 +60,24 @@ def test_only_the_adapter_and_the_links_learn() -> None:
     assert grown and all(grad is not None and grad.abs().max() > 0 for grad in grown)
 
 
+def test_what_learns_is_changed_in_place_and_says_the_same() -> None:
+    towers = {"text": tiny_tower("llama"), "speech": tiny_tower("gpt2", seed=1)}
+    model = Zipper.from_towers(towers, train=["speech"])
+    strands = lay([number(SEQUENCE)])
+    before = {name: logits.clone() for name, logits in model(strands).items()}
+    assert model.learn(lora={"speech": RANK}) is model
+    after = model(strands)
+    assert all(torch.equal(after[name], logits) for name, logits in before.items())
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert adapters(model).keys() == {name for name in learns if name.startswith("towers.")}
+    with pytest.raises(ZipperError, match="both name"):
+        model.learn(train=["speech"])
+    was = model.config, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ZipperError, match="cannot be adapted"):
+        model.learn(train=["text"], lora={"speech": {"r": 2, "target_modules": ["none"]}})
+    assert was == (model.config, [p.requires_grad for p in model.parameters()])
+
+
 def test_a_run_with_an_adapter_saves_it_beside_an_untouched_base(
     world: World, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -49,17 +50,6 @@ HIFIGAN = {
     "resblock_kernel_sizes": [3, 5],
     "resblock_dilation_sizes": [[1, 3], [1, 3]],
     "normalize_before": False,
-}
-MOONSHINE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "encoder_num_hidden_layers": 2,
-    "decoder_num_hidden_layers": 1,
-    "encoder_num_attention_heads": 2,
-    "decoder_num_attention_heads": 2,
-    "encoder_num_key_value_heads": 2,
-    "decoder_num_key_value_heads": 2,
-    "vocab_size": 40,
 }
 CONFIG = RendererConfig(codes=12, bins=8, frames_per_unit=1.5, merged=True, width=16, blocks=1)
 
@@ -101,7 +91,7 @@ def hubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An encoder and a HiFi-GAN as they lie on a hub."""
     folder = tmp_path_factory.mktemp("hubs")
     torch.manual_seed(0)
-    config = transformers.MoonshineConfig(**MOONSHINE)
+    config = transformers.MoonshineConfig(**tiny.MOONSHINE)
     transformers.MoonshineModel(config).save_pretrained(folder / "encoder")
     hifigan().save_pretrained(folder / "hifigan")
     return {name: folder / name for name in ("encoder", "hifigan")}
@@ -174,7 +164,9 @@ def test_a_hifigan_whose_mels_are_not_known_is_refused(units: EncoderUnits) -> N
     with pytest.raises(ZipperError, match="0 steps"):
         units.with_voice(hifigan(), [Audio(np.ones(4_000, np.float32), 16_000)], steps=0)
     with pytest.raises(ZipperError, match="SpeechT5HifiGan was wanted"):
-        units.with_voice(transformers.MoonshineModel(transformers.MoonshineConfig(**MOONSHINE)), [])
+        units.with_voice(
+            transformers.MoonshineModel(transformers.MoonshineConfig(**tiny.MOONSHINE)), []
+        )
 
 
 # --- training

@@ -32,6 +32,20 @@ CODES = 24
 BOTH = {"speech -> text": 0.5, "text -> voiced:speech": 0.5}
 
 
+#: Of MoonshineConfig, an encoder of three blocks.
+MOONSHINE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "encoder_num_hidden_layers": 3,
+    "decoder_num_hidden_layers": 2,
+    "encoder_num_attention_heads": 2,
+    "decoder_num_attention_heads": 2,
+    "encoder_num_key_value_heads": 2,
+    "decoder_num_key_value_heads": 2,
+    "vocab_size": 40,
+}
+
+
 @cache
 def text(merges: int = 12) -> Text:
     """A tokenizer of some 40 ids."""

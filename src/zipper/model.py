@@ -61,7 +61,7 @@ class Zipper(nn.Module):
         self.config = config
         self.towers = nn.ModuleDict(towers)
         self.inputs, self.links, self.choosers = _inputs(config), _links(config), _choosers(config)
-        self._settle()
+        self.config = self._settled(config)
         self.train(False)
 
     @classmethod
@@ -167,8 +167,7 @@ class Zipper(nn.Module):
             name: dataclasses.replace(tower, train=name in train, lora=adapters.get(name))
             for name, tower in self.config.towers.items()
         }
-        self.config = dataclasses.replace(self.config, towers=towers)
-        self._settle()
+        self.config = self._settled(dataclasses.replace(self.config, towers=towers))
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Zipper":
@@ -522,28 +521,31 @@ class Zipper(nn.Module):
         tower: Any = self.towers[name]
         return int(tower.room)
 
-    def _settle(self) -> None:
-        """Adapters, and what learns, as the configuration says. Towers first, then links, input
-        projections and adapters that no longer do."""
-        for name, tower in self.config.towers.items():
-            self.towers[name].requires_grad_(tower.train)
+    def _settled(self, config: ZipperConfig) -> ZipperConfig:
+        """Adapters, and what learns, as a configuration says; it comes back with the modules of
+        its adapters by name. Towers first, then links, input projections and adapters that no
+        longer learn."""
+        towers = dict(config.towers)
+        for name, tower in config.towers.items():
             if tower.lora is not None:
-                adapted = dataclasses.replace(tower, lora=self._tower(name).adapt(tower.lora))
-                self.config = dataclasses.replace(
-                    self.config, towers={**self.config.towers, name: adapted}
-                )
+                adapted = self._tower(name).adapt(tower.lora)
+                towers[name] = dataclasses.replace(tower, lora=adapted)
             elif any(".lora_" in each for each, _ in self.towers[name].named_parameters()):
                 raise ZipperError(
                     f"The model given as {name!r} has an adapter. Name its settings in lora, or "
                     "load its base anew."
                 )
-        for name in {*self.config.frozen_links} & {*self.links}:
+        for name, tower in config.towers.items():
+            if tower.lora is None:  # an adapter has settled what learns of its tower
+                self.towers[name].requires_grad_(tower.train)
+        for name in {*config.frozen_links} & {*self.links}:
             self.links[name].requires_grad_(False)
-        for name in self.config.kept:
-            for part in self.config.inputs[name]:
+        for name in config.kept:
+            for part in config.inputs[name]:
                 self.inputs[part].requires_grad_(False)
-            if self.config.towers[name].lora is not None:
+            if config.towers[name].lora is not None:
                 self.towers[name].requires_grad_(False)
+        return dataclasses.replace(config, towers=towers)
 
     def _join_towers(self) -> None:
         """Put what reads into a tower, its links and input projection, on the device of the

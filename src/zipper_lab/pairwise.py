@@ -18,6 +18,7 @@ from zipper import measurement
 from zipper.config import Directed
 from zipper.data import manifests
 from zipper.errors import ZipperError
+from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving.files import read_json, write_json
 from zipper.training import TrainConfig, train
@@ -91,12 +92,11 @@ def met(plan: TrainConfig, folder: Path, output: Path, triples: int, share: floa
     )
 
 
-def closed(pipeline: Pipeline) -> Pipeline:
-    """With the links between speech and pictures shut, which nothing has taught."""
-    for name, parameter in pipeline.zip.links.named_parameters():
+def closed(model: Zipper) -> None:
+    """Shuts the links between speech and pictures, which nothing has taught, in place."""
+    for name, parameter in model.links.named_parameters():
         if "gate" in name and real.TEXT not in name:
             parameter.data.zero_()
-    return pipeline
 
 
 def tested(
@@ -144,7 +144,7 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
                 continue
             pipeline = Pipeline.from_pretrained(Path(after.output) / "model")
             if triples is None and arm != EXPANDED:
-                closed(pipeline)
+                closed(pipeline.zip)
             tasks = AT_ONCE if triples is not None else AT_ONCE + WRITTEN + SILENT
             told[name] = tested(pipeline, folder, tasks, judge, limit)
             write_json(place, told)

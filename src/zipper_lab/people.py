@@ -24,7 +24,6 @@ from zipper.audio import disturbance
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.link import LinkConfig
 from zipper.modality.encoder import EncoderUnits
 from zipper.modality.text import Text
 from zipper.pipeline import Pipeline
@@ -33,10 +32,9 @@ from zipper.saving.files import read_json, write_json
 from zipper.strand import Segment
 from zipper.training import TrainConfig, train
 from zipper.training.building import build
-from zipper_lab.baseline import Extend
+from zipper_lab import real
 from zipper_lab.corpora import prose, words
 from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
-from zipper_lab.real import links
 
 LAYER, CODES = 5, 500  # docs/log.md: people who say the same word are nearest there
 MARGIN_S = 0.3  # around clips whose ends were trimmed
@@ -44,7 +42,7 @@ FITTED = 3000  # sounds that the codebook is made of
 TASKS = {"heard:speech -> text": 0.6, "text -> speech": 0.4}
 PAIRS = (10, 100, 1000, 0)  # of people; 0 = all
 SEEDS = (0, 1, 2)
-ZIP, LINKS, LORA, EXPANDED = ARMS = "zip", "links", "lora", "expanded"
+ARMS = ZIP, LINKS, LORA, EXPANDED = real.ZIP, "links", "lora", real.EXPANDED
 BASE_STEPS, STEPS = 1000, 200
 LIMIT = 250  # clips of each set that are tested, spread over all of it
 SHIFTED = 200  # of them disturbed
@@ -75,34 +73,23 @@ class Ear:
         return found
 
     def _traits(self, units: Sequence[Sequence[int]]) -> Any:
-        sparse = extra("scipy.sparse")
-        counted = [_counted(ids) for ids in units]
-        where = [
-            (row, self.places[key], np.log1p(count))
-            for row, key, count in _flat(counted)
-            if key in self.places
-        ]
-        rows, columns, values = zip(*where, strict=True) if where else ((), (), ())
-        return sparse.csr_matrix((values, (rows, columns)), (len(units), len(self.places)))
+        found = extra("scipy.sparse").lil_matrix((len(units), len(self.places)))
+        for row, counts in enumerate(map(_counted, units)):
+            for key in counts.keys() & self.places.keys():
+                found[row, self.places[key]] = np.log1p(counts[key])
+        return found.tocsr()
 
 
 def _counted(ids: Sequence[int]) -> Counter[tuple[int, ...]]:
     return Counter([(one,) for one in ids]) + Counter(pairwise(ids))
 
 
-def _flat(counted: Sequence[Counter[Any]]) -> list[tuple[int, Any, int]]:
-    found = []
-    for row, counts in enumerate(counted):
-        found += [(row, key, count) for key, count in counts.items()]
-    return found
-
-
 def prepare(data: Path, encoder: str, folder: Path, seed: int = 0) -> None:
-    """Modalities, and every manifest as units, in `folder`; what is there stays.
+    """Modalities, and every manifest as units, in `folder`; what is there as a whole stays.
 
     data: the folder with both originals (`corpora.words`). encoder: hub id or folder.
     """
-    if (folder / "test.jsonl").is_file():
+    if (folder / "speech.jsonl").is_file():  # the last one
         return
     said = words.people(data, seed)
     by = {part: [each for each in said if each.part == part] for part in ("train", "dev", "test")}
@@ -158,28 +145,20 @@ def recipes(folder: Path, output: Path, share: float = 1.0) -> dict[str, TrainCo
             **common,
         )
     zipped = TrainConfig(
-        output=str(output / "zip"),
+        output=str(output / ZIP),
         towers={name: str(output / name / "model" / "towers" / name) for name in towers},
         modalities={name: str(folder / name) for name in towers},
         data=str(folder / "synthetic.jsonl"),
         dev=str(folder / "dev.jsonl"),
         tasks=TASKS,
         train=("speech",),
-        links=links(["speech"]),
-        link=LinkConfig(gate_init=1.2, dropout=0.1),
-        calibrate=500,
-        input_projection="none",
-        lr_new=2e-3,
-        lr_gate=3e-4,
-        lr_tower=5e-4,
-        loss_weight={"text": 2.0},
+        links=real.links(["speech"]),
+        **real.ALIGNED,
         corrupt={"speech": 0.05},
         steps=max(1, round(BASE_STEPS * share)),
         trackers=(),
     )
-    plain: dict[str, Any] = {"links": None, "calibrate": 0, "train": (), "lr_tower": 1e-3}
-    expanded = replace(zipped, output=str(output / EXPANDED), **plain)
-    return {**towers, ZIP: zipped, EXPANDED: expanded}
+    return {**towers, ZIP: zipped, EXPANDED: real.arms(zipped)[EXPANDED]}
 
 
 def adapted(
@@ -300,7 +279,7 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
     for name, config in plans.items():
         if not (output / name / "model").exists():
             print(f"-- {name}, {config.steps} steps", flush=True)
-            train(config, resume=True, build=_build(name, plans[ZIP]))
+            train(config, resume=True, build=_build(name, plans))
     place = output / "measured.json"
     told: dict[str, Any] = read_json(place) if place.is_file() else {}
     every = manifests.manifest(folder / "train.jsonl")
@@ -316,7 +295,7 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
         name = Path(config.output).name
         if name in told:
             continue
-        made = train(config, resume=True, build=_build(base, plans[ZIP]))
+        made = train(config, resume=True, build=_build(base, plans))
         told[name] = tested(made, rows, ear)
         if (arm, pairs, seed) == (ZIP, 0, 0):
             told["shifted"] = shifted(made, data, rows[:: max(1, len(rows) // SHIFTED)])
@@ -325,13 +304,9 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
     return told
 
 
-def _build(name: str, zipped: TrainConfig) -> Any:
-    """What makes the model of a recipe: for EXPANDED one decoder with as many parameters as the
-    zip."""
-    if name != EXPANDED:
-        return build
-    saved = Pipeline.from_pretrained(Path(zipped.output) / "model").model
-    return Extend("text", ("speech",), sum(p.numel() for p in saved.parameters()))
+def _build(name: str, plans: Mapping[str, TrainConfig]) -> Any:
+    """What makes the model of a recipe."""
+    return real.expansion(plans[ZIP]) if name == EXPANDED else build
 
 
 def markdown(told: Mapping[str, Any]) -> str:
@@ -340,19 +315,17 @@ def markdown(told: Mapping[str, Any]) -> str:
         raise ZipperError("Nothing was measured yet: the zip itself is missing.")
     lines = []
     for task, source in product(("asr", "tts"), (words.DIGITS, words.WORDS)):
-        what = "speech to text" if task == "asr" else "text to speech"
-        lines += [
-            f"**{source}, {what}** (oracle of the ear: {_percent(told[ZIP]['oracle'][source])})"
-        ]
-        lines[-1] = lines[-1] if task == "tts" else f"**{source}, {what}**"
-        lines += ["", "| pairs of people | " + " | ".join(ARMS) + " |", "|---" * 5 + "|"]
+        bound = f" (oracle of the ear: {_percent(told[ZIP]['oracle'][source])})"
+        said = "speech to text**" if task == "asr" else f"text to speech**{bound}"
+        lines += [f"**{source}, {said}", ""]
+        lines += ["| pairs of people | " + " | ".join(ARMS) + " |", "|---" * 5 + "|"]
         first = [told[EXPANDED if arm == EXPANDED else ZIP][task][source] for arm in ARMS]
         lines.append(f"| none | {' | '.join(map(_percent, first))} |")
         for pairs in PAIRS:
             cells = []
             for arm in ARMS:
                 runs = [told.get(f"{arm}-{pairs}-{seed}") for seed in SEEDS]
-                cells.append(_over([one[task][source]["value"] for one in runs if one]))
+                cells.append(_over([one[task][source] for one in runs if one]))
             lines.append(f"| {pairs or 'all'} | {' | '.join(cells)} |")
         lines.append("")
     if "shifted" in told:
@@ -365,8 +338,9 @@ def _percent(rate: Mapping[str, float]) -> str:
     return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
-def _over(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    span = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ""
-    return f"{100 * float(np.mean(values)):.1f} %{span}"
+def _over(rates: Sequence[Mapping[str, float]]) -> str:
+    """Of several runs their mean, least and most; of one its interval."""
+    if len(rates) < 2:
+        return _percent(rates[0]) if rates else "-"
+    values = [100 * rate["value"] for rate in rates]
+    return f"{float(np.mean(values)):.1f} % ({min(values):.1f} to {max(values):.1f})"

@@ -38,6 +38,18 @@ SMALL = TEXT_TOWER
 LARGER = SPEECH_TOWER | {"max_position_embeddings": 512}
 
 
+#: How links are born and learn, here as in `zipper_lab.people`.
+ALIGNED: dict[str, Any] = {
+    "link": LinkConfig(gate_init=1.2, dropout=0.1),
+    "calibrate": 500,
+    "input_projection": "none",
+    "lr_new": 2e-3,
+    "lr_gate": 3e-4,
+    "lr_tower": 5e-4,
+    "loss_weight": {TEXT: 2.0},
+}
+
+
 @dataclass(frozen=True)
 class Niche:
     """A modality beside text, and the tower that is pre-trained on it alone.
@@ -232,13 +244,7 @@ def runs(name: str, folder: Path, output: Path, share: float = 1.0) -> dict[str,
         tasks=chosen.tasks,
         train=tuple(chosen.niches),
         links=links([*chosen.niches]),
-        link=LinkConfig(gate_init=1.2, dropout=0.1),
-        calibrate=500,
-        input_projection="none",
-        lr_new=2e-3,
-        lr_gate=3e-4,
-        lr_tower=5e-4,
-        loss_weight={TEXT: 2.0},
+        **ALIGNED,
         corrupt={tower: 0.05 for tower in chosen.niches if tower in made},
         steps=max(1, round(chosen.steps * share)),
         eval_rows=200,

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 
 from zipper.data.manifests import manifest
+from zipper.link import LinkConfig
+from zipper.model import Zipper
 from zipper.saving.files import read_json
+from zipper.testing import tiny_tower
 from zipper_lab import pairwise, real
 from zipper_lab.corpora import digits
+
+OPEN = LinkConfig(gate_init=1.0)
 
 
 def test_what_no_pair_teaches_lies_between_speech_and_pictures(tmp_path: Path) -> None:
@@ -23,6 +28,19 @@ def test_what_no_pair_teaches_lies_between_speech_and_pictures(tmp_path: Path) -
         shown = {depth for source, depth, *_ in links if source == "text"}
         assert shown == ({0} if arm == pairwise.ZIP else {1, 2, 3})
     assert not plans[pairwise.EXPANDED].links and plans[pairwise.EXPANDED].seed == 2
+
+
+def test_links_that_nothing_taught_are_shut_and_no_others() -> None:
+    towers = {
+        name: tiny_tower("llama", seed) for seed, name in enumerate(("text", "speech", "image"))
+    }
+    ends = dict.fromkeys(towers, (0, 1))
+    model = Zipper.from_towers(towers, every=dict.fromkeys(towers, 1), ends=ends, link=OPEN)
+    pairwise.closed(model)
+    gates = {n: p.item() for n, p in model.links.named_parameters() if "gate" in n}
+    assert len(gates) > 6 and {n for n, gate in gates.items() if gate == 0} == {
+        n for n in gates if "text" not in n
+    }
 
 
 def test_the_page_has_each_way_beside_its_bounds() -> None:

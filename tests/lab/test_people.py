@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -107,17 +108,7 @@ def test_the_study_in_little(
 ) -> None:
     pytest.importorskip("sklearn")
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "encoder_num_hidden_layers": 5,
-        "decoder_num_hidden_layers": 1,
-        "encoder_num_attention_heads": 2,
-        "decoder_num_attention_heads": 2,
-        "encoder_num_key_value_heads": 2,
-        "decoder_num_key_value_heads": 2,
-        "vocab_size": 40,
-    }
+    sizes = tiny.MOONSHINE | {"encoder_num_hidden_layers": 5}
     network = transformers.MoonshineModel(transformers.MoonshineConfig(**sizes))
     network.save_pretrained(tmp_path / "encoder")
     small = {"FITTED": 40, "CODES": 20, "SEEDS": (0,), "PAIRS": (5, 0), "LIMIT": 8, "SHIFTED": 4}

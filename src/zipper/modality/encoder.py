@@ -67,12 +67,11 @@ class EncoderUnitsConfig:
     """What the units are made of.
 
     layer: 0 is what the feature projection makes (of Moonshine, the convolutions), n what the n-th
-    block does. merged: whether a
-    unit that follows itself is left out. normalise: whether samples get mean 0 and variance 1, as
-    the encoder was trained; log-mels always do. stride: how many log-mel frames stand side by side.
-    margin_s: of silence that the encoder hears around a sound, in whole units; no unit is made of
-    it. Recordings begin and end with some, clips whose ends were trimmed do not, and what an
-    encoder makes of their ends then says little (docs/log.md).
+    block does. merged: whether a unit that follows itself is left out. normalise: whether samples
+    get mean 0 and variance 1, as the encoder was trained; log-mels always do. stride: how many
+    log-mel frames stand side by side. margin_s: of silence that the encoder hears around a sound,
+    in whole units; no unit is made of it. Recordings begin and end with some, clips whose ends were
+    trimmed do not, and what an encoder makes of their ends then says little (docs/log.md).
     """
 
     layer: int = 6

@@ -26,6 +26,6 @@ def auto() -> Any:
 
     loader = transformers.AutoModelForCausalLM
     for name in BESIDE.values():
-        kind = getattr(transformers, name)
-        loader.register(kind.config_class, kind, exist_ok=True)
+        if kind := getattr(transformers, name, None):  # a release may rename it
+            loader.register(kind.config_class, kind, exist_ok=True)
     return loader

@@ -87,8 +87,8 @@ def _continued(config: TrainConfig, modalities: Mapping[str, Modality]) -> Zippe
     for name, modality in modalities.items():
         check_pinned(name, Path(config.start) / "towers" / name, modality)
     if config.train or config.lora or config.freeze:
-        learned = [name for name, tower in started.config.towers.items() if tower.train]
-        learns = {*config.train} or {*learned} - {*config.lora}
+        learned = {name for name, tower in started.config.towers.items() if tower.train}
+        learns = {*config.train} if config.train else learned - {*config.lora}
         started.learn(sorted(learns - {*config.freeze}), config.lora)
     return started
 

@@ -38,6 +38,7 @@ T = TypeVar("T")
 # f3, f5) read memory that nothing has written.
 ESPEAK_VOICE, PITCH = "en-us+m6", {"low": 50, "high": 95}
 VOICES = tuple(PITCH)
+TRIMMED_S = 0.02  # of silence that `Audio.trim` leaves
 CHUNK = 32  # utterances handed to a process at once
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 CITIES = (
@@ -168,6 +169,24 @@ def _drawn(part: str, seed: int) -> Iterator[Utterance]:
 
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_WORD = 1  # the type of an event: a word begins
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h; type 0 ends a list of them. audio_position: in ms."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
 _ONE_AT_A_TIME = threading.Lock()  # the library keeps its state in globals
 
 
@@ -190,12 +209,30 @@ def say(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> Audio:
     (neither a random seed nor initialising again does), so it is unloaded after each. Raises
     ZipperError if it is not installed or has no such voice.
     """
+    return _spoken(text, voice, pitch, rate_wpm)[0].trim()
+
+
+def timed(utterance: Utterance) -> tuple[Audio, list[float]]:
+    """The utterance as `synthesize` says it, and when each word begins in it, in seconds, as eSpeak
+    NG knows it."""
+    whole, starts = _spoken(utterance.text, ESPEAK_VOICE, PITCH[utterance.voice])
+    audio = whole.trim()
+    cut = whole.ends()[0] / whole.rate_hz - TRIMMED_S
+    return audio, [max(0.0, start - cut) for start in starts]  # some begin before they are heard
+
+
+def _spoken(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> tuple[Audio, list[float]]:
+    """As it comes, and the starts of its words in seconds."""
     loader = extra("espeakng_loader")
-    said: list[bytes] = []
+    said, starts_ms = list[bytes](), list[int]()
 
     def hear(samples: int | None, count: int, events: int | None) -> int:
         if samples and count > 0:
             said.append(ctypes.string_at(samples, 2 * count))
+        while events and (event := _Event.from_address(events)).type:
+            if event.type == _WORD:
+                starts_ms.append(event.audio_position)
+            events += ctypes.sizeof(_Event)
         return 0
 
     with _ONE_AT_A_TIME:
@@ -223,7 +260,7 @@ def say(text: str, voice: str, pitch: int, rate_wpm: int = 175) -> Audio:
         finally:
             _ctypes.dlclose(library._handle)
     samples = np.frombuffer(b"".join(said), np.int16).astype(np.float32) / 32768
-    return Audio(samples, rate_hz).trim()
+    return Audio(samples, rate_hz), [ms / 1000 for ms in starts_ms]
 
 
 def fit_units(n: int = 600, codes: int = 256, seed: int = 0) -> SpeechUnits:
