@@ -84,8 +84,13 @@ def test_a_picture_made_is_whole_and_its_end_is_its_length(pipeline: Pipeline) -
     assert made.ended and drawn_one.ended and made.content.size == (SIDE, SIDE)
     written, _ = pipeline.run([segment], ["image", "text"])  # text reads the whole picture
     assert written.ended
-    engine = Engine(pipeline.model, Stepwise(pipeline.model), 1)
     prompt = [Segment("text", TEXT.encode("a red one"))]
+    ((whole,),) = pipeline.generate([prompt], ["image"], Sampling())
+    request = pipeline.asked([segment], ["image"])
+    assert len(whole.content) == SIDE**2 and request.limits == {"image": SIDE**2}
+    ((five,),) = pipeline.generate([prompt], ["image"], Sampling(), {"image": 5})
+    assert len(five.content) == 5
+    engine = Engine(pipeline.model, Stepwise(pipeline.model), 1)
     searched = engine.submit(Request(prompt, ["image"], limits={"image": 5}, search=Search(3)))
     while engine.step():
         pass

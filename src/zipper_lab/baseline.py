@@ -541,7 +541,7 @@ def _continued(start: str, modalities: Mapping[str, Modality], base: str) -> Bas
     sizes = {name: tower.vocabulary for name, tower in model.config.towers.items()}
     wanted = {name: modality.vocabulary for name, modality in modalities.items()}
     own = sizes.pop(model.config.base)
-    if model.config.base != base or own < wanted.pop(base) or sizes != wanted:
+    if own < wanted.pop(base) or sizes != wanted:
         raise ZipperError(
             f"start={start!r} extends {model.config.base!r} by {sizes}, this recipe {base!r} by "
             f"{wanted}."
