@@ -1,6 +1,7 @@
 """Files of strangers: what they say is compared with what they are before it is believed."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -29,8 +30,10 @@ from zipper.saving.files import (
     held,
     parse,
     read_json,
+    read_through,
     saving,
     settle,
+    sha256,
     write,
     write_json,
 )
@@ -184,6 +187,11 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ZipperError, match=r"x.safetensors: the tensor large holds NaN or infinity"):
         check_finite(tmp_path / "x.safetensors", header(tmp_path / "x.safetensors"))
+    # One reading gives both: the hash, and the tensor.
+    seen = hashlib.sha256()
+    path = tmp_path / "x.safetensors"
+    assert read_through(path, header(path), seen.update) == "large"
+    assert seen.hexdigest() == sha256(path)
 
 
 def test_a_header_says_of_every_tensor_where_it_lies(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ not in the manifest. No pickle anywhere. Nothing here knows what the tensors mea
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zipper.errors import DamagedFile, ZipperError
-from zipper.saving.files import MOST_LAYERS, Entry, check_finite, flush, header, saving
+from zipper.saving.files import (
+    MOST_LAYERS,
+    Entry,
+    check_finite,
+    flush,
+    header,
+    read_through,
+    refuse_infinite,
+    saving,
+)
 from zipper.saving.files import read_json as read_json
 from zipper.saving.files import sha256 as sha256
 from zipper.saving.files import write_json as write_json
@@ -328,13 +338,14 @@ def _exchange(a: Path, b: Path) -> bool:
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
-def check(folder: Path, root: Path | None = None) -> Headers:
+def check(folder: Path, root: Path | None = None) -> tuple[Headers, dict[str, str]]:
     """Every file of a saved folder is there and has the hash that the manifest names, and no other
     lies where one would be read.
 
     root: the files may really lie anywhere in it; a snapshot in the hub's cache holds links.
-    Default: the folder itself. Returns the headers of the safetensors files. A ZipperError names
-    the file that is damaged, missing, foreign or elsewhere.
+    Default: the folder itself. Returns the headers of the safetensors files, and by file the first
+    tensor that holds NaN or infinity, "" for none: a file is read once. A ZipperError names the
+    file that is damaged, missing, foreign or elsewhere.
     """
     if not (folder / MANIFEST).is_file():
         what = (
@@ -375,13 +386,20 @@ def check(folder: Path, root: Path | None = None) -> Headers:
                 "away."
             )
     headers = {name: header(folder / name) for name in files if name.endswith(".safetensors")}
+    infinite = {}
     for name, digest in files.items():
-        if sha256(folder / name) != digest:
+        if name in headers:
+            seen = hashlib.sha256()
+            infinite[name] = read_through(folder / name, headers[name], seen.update)
+            found = seen.hexdigest()
+        else:
+            found = sha256(folder / name)
+        if found != digest:
             raise DamagedFile(
                 f"{folder / name} is damaged: its content hash is not the one in {MANIFEST}. Copy "
                 "the folder again."
             )
-    return headers
+    return headers, infinite
 
 
 def save(
@@ -467,7 +485,7 @@ def load(folder: Path, root: Path | None = None) -> tuple[dict[str, Any], dict[s
     What the configuration says of links is left to whoever knows links (`tensors`). A ZipperError
     names the file.
     """
-    return _examined(folder, check(folder, root))
+    return _examined(folder, *check(folder, root))
 
 
 def examine(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -478,7 +496,10 @@ def examine(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _examined(folder: Path, headers: Headers) -> tuple[dict[str, Any], dict[str, Any]]:
+def _examined(
+    folder: Path, headers: Headers, infinite: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """infinite: what `check` found; None where nothing was read yet."""
     data = read_json(folder / CONFIG)
     if (
         data.get("format") != 1
@@ -511,7 +532,10 @@ def _examined(folder: Path, headers: Headers) -> tuple[dict[str, Any], dict[str,
                     f"{folder / name}: {tensor} is of type F64, but no tower of {folder / CONFIG} "
                     "is in float64."
                 )
-        check_finite(folder / name, entries)
+        if infinite is None:
+            check_finite(folder / name, entries)
+        else:
+            refuse_infinite(folder / name, infinite[name])
     return data["config"], data.get("record") or {}
 
 

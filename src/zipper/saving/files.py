@@ -435,18 +435,32 @@ def header(path: Path) -> dict[str, Entry]:
 def check_finite(path: Path, entries: Mapping[str, Entry]) -> None:
     """A ZipperError names the first tensor of a safetensors file that holds NaN or infinity. Takes
     no memory of its own."""
-    content = np.memmap(path, np.uint8, "r")
+    refuse_infinite(path, read_through(path, entries, lambda part: None))
+
+
+def refuse_infinite(path: Path, name: str) -> None:
+    """The ZipperError for the tensor that `read_through` found; "" is none."""
+    if name:
+        raise ZipperError(
+            f"{path}: the tensor {name} holds NaN or infinity. Use an earlier checkpoint."
+        )
+
+
+def read_through(path: Path, entries: Mapping[str, Entry], see: Callable[[Any], object]) -> str:
+    """Read a safetensors file once, from its first byte to its last: `see` is shown every part of
+    it, in order. entries: of `header`. Returns the first tensor that holds NaN or infinity, "" for
+    none. Takes no memory of its own."""
+    content, found = np.memmap(path, np.uint8, "r"), ""
+    see(content[: min((entry.start for entry in entries.values()), default=len(content))])
     for name, entry in entries.items():
-        if entry.real:
-            kind, ones = _EXPONENT[entry.dtype]
-            bits = content[entry.start : entry.stop].view(kind)
-            if any(
-                (part & ones == ones).any()
-                for part in (bits[i : i + _CHUNK] for i in range(0, len(bits), _CHUNK))
-            ):
-                raise ZipperError(
-                    f"{path}: the tensor {name} holds NaN or infinity. Use an earlier checkpoint."
-                )
+        kind, ones = _EXPONENT.get(entry.dtype, (np.uint8, 0))
+        step = _CHUNK * np.dtype(kind).itemsize
+        for start in range(entry.start, entry.stop, step):
+            part = content[start : min(start + step, entry.stop)]
+            see(part)
+            if entry.real and not found and (part.view(kind) & ones == ones).any():
+                found = name
+    return found
 
 
 def _decode(content: bytes) -> Any:
