@@ -25,15 +25,15 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import importlib.util
 from collections.abc import Iterator
 
-import jaxtyping
 import pretend
 import pytest
+import shapes
 import torch
 
 if importlib.util.find_spec(
     "beartype"
 ):  # a GPU machine may lack it: then shapes go unchecked there
-    jaxtyping.install_import_hook(["zipper", "zipper_lab"], "beartype.beartype")
+    shapes.check(["zipper", "zipper_lab"])
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
