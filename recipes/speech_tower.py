@@ -35,7 +35,7 @@ def config() -> TrainConfig:
         modalities={"speech": str(FOLDER / "speech")},
         data=str(FOLDER / "speech.jsonl"),
         dev=str(FOLDER / "speech_dev.jsonl"),
-        tasks={"-> speech": 0.5, "-> voiced:speech": 0.5},
+        tasks={"-> speech": 0.5, "-> voice~speech": 0.5},
         steps=2400,
         batch=32,
         lr_tower=2e-3,

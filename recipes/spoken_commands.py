@@ -33,7 +33,7 @@ def config() -> TrainConfig:
         modalities={"text": str(FOLDER / "text"), "speech": str(FOLDER / "speech")},
         data=str(FOLDER / "pairs.jsonl"),
         dev=str(FOLDER / "pairs_dev.jsonl"),
-        tasks={"heard:speech -> said:text": 0.5, "text -> voiced:speech": 0.5},
+        tasks={"heard:speech -> said:text": 0.5, "text -> voice~speech": 0.5},
         loss_weight={"text": 2.0},
         train=("speech",),
         every={"text": 1, "speech": 1},

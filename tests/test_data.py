@@ -13,6 +13,7 @@ import tiny
 
 from zipper.data import manifests as data
 from zipper.errors import ZipperError
+from zipper.tasks import Task
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 
@@ -38,9 +39,9 @@ def test_text_ids_and_sound_become_ids(tmp_path: Path) -> None:
     first, second, third = data.read(path, MODALITIES)
     assert first == {"text": tiny.text().encode("call anna")}
     codes = tiny.units().encode(tmp_path / "clips" / "one.wav")
-    assert second == {"text": [3, 4, 2], "speech": codes, "voiced": codes}
+    assert second == {"text": [3, 4, 2], "speech": codes, "voice": []}
     assert len(codes) in (25, 26)  # the grid of units may begin before the sound
-    assert third == {"speech": [], "voiced": []}
+    assert third == {"speech": [], "voice": []}
 
 
 def test_a_field_is_a_modality_or_a_name_and_a_modality(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_piece_of_a_sound_gives_the_ids_of_that_piece(tmp_path: Path) -> None:
             data.encode({"speech": row}, MODALITIES, tmp_path, "row 1")
 
 
-def test_speech_with_a_known_voice_is_also_voiced(tmp_path: Path) -> None:
+def test_speech_is_learnt_behind_its_voice_where_that_is_known(tmp_path: Path) -> None:
     path = manifest(
         tmp_path,
         {"speech": [5], "voice": "high"},
@@ -99,8 +100,17 @@ def test_speech_with_a_known_voice_is_also_voiced(tmp_path: Path) -> None:
         {"speech": [5], "voice": None},
     )
     high = tiny.units().voice_id("high")
-    assert [row["voiced"] for row in data.read(path, MODALITIES)] == [[high, 5], [5], [5]]
-    assert [row["speech"] for row in data.read(path, MODALITIES)] == [[5]] * 3
+    rows = data.read(path, MODALITIES)
+    assert rows == [{"speech": [5], "voice": voice} for voice in ([high], [], [])]
+    # "voiced" is what the pair was called when it was stored as a field of its own.
+    for item in ("voice~speech", "voiced:speech"):
+        learnt = [Task((), (item,)).segments(row) for row in rows]
+        assert [segment.content for (segment,) in learnt] == [[high, 5], [5], [5]]
+        assert {segment.tower for (segment,) in learnt} == {"speech"}
+    with pytest.raises(ZipperError, match=r"a field 'voice', the row has \['speech'\]"):
+        Task((), ("voice~speech",)).segments({"speech": [5]})
+    of_before = {"speech": [5], "voiced": [high, 5]}
+    assert Task((), ("voiced:speech",)).segments(of_before)[0].content == [high, 5]
 
 
 def test_a_row_that_gives_its_voiced_speech_itself_keeps_it(tmp_path: Path) -> None:
@@ -108,7 +118,12 @@ def test_a_row_that_gives_its_voiced_speech_itself_keeps_it(tmp_path: Path) -> N
         {"voiced:speech": [27, 3], "speech": [3]},
         {"speech": [3], "voiced:speech": [27, 3], "voice": "low"},
     ):
-        assert data.encode(row, MODALITIES, tmp_path, "row") == {"speech": [3], "voiced": [27, 3]}
+        found = data.encode(row, MODALITIES, tmp_path, "row")
+        assert {name: found[name] for name in ("speech", "voiced")} == {
+            "speech": [3],
+            "voiced": [27, 3],
+        }
+        assert Task((), ("voiced:speech",)).segments(found)[0].content == [27, 3]
 
 
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:

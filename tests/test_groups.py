@@ -255,11 +255,11 @@ def test_what_is_no_group_is_refused(model: Zipper) -> None:
 
 
 def test_a_task_of_a_group_is_learnt_and_written_alike() -> None:
-    task = Task.parse("question:speech -> text@2 + voiced:speech, image")
+    task = Task.parse("question:speech -> text@2 + voice~speech, image")
     assert str(Task.parse(str(task))) == str(task)
     assert task.outputs == ("text@2 + speech", "image")
     assert task.towers == ("speech", "text", "image")
-    row = {"question": [9], "text": [3], "voiced": [4, 5], "image": [6]}
+    row = {"question": [9], "text": [3], "voice": [4], "speech": [5], "image": [6]}
     segments = task.segments(row)
     assert [(s.tower, s.content, s.beside, s.stride) for s in segments] == [
         ("speech", [9], False, 1),

@@ -215,11 +215,11 @@ class Page:
 def test_samples_say_what_was_given_wanted_and_made(pipe: Pipeline, world: World) -> None:
     raw = tiny.pairs(2, seed=3)
     rows = [encode(row, pipe.modalities, world.folder, "here") for row in raw]
-    tts = Task.parse("text -> voiced:speech")
+    tts = Task.parse("text -> voice~speech")
     found = samples(pipe, [ASR, tts], rows)
     assert len(found) == 2 * 2 * 3
     assert found["speech -> text/1/wanted text"] == raw[1]["text"]
-    assert found["text -> voiced:speech/0/given text"] == raw[0]["text"]
+    assert found["text -> voice~speech/0/given text"] == raw[0]["text"]
     assert (
         found["speech -> text/0/made text"]
         == pipe.run([Segment("speech", rows[0]["speech"])], ["text"])[0].content

@@ -29,7 +29,7 @@ logging.disable_progress_bar()
 
 WORDS = "send call turn pay anna peter red blue two five lamp oven".split()
 CODES = 24
-BOTH = {"speech -> text": 0.5, "text -> voiced:speech": 0.5}
+BOTH = {"speech -> text": 0.5, "text -> voice~speech": 0.5}
 
 
 #: Of MoonshineConfig, an encoder of three blocks.

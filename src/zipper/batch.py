@@ -22,7 +22,7 @@ from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.saving.files import read_json, write_json
 from zipper.strand import Produced, Segment
-from zipper.tasks import Task, lanes
+from zipper.tasks import Task, content, fields_of, lanes
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,13 @@ def _asked(
         fields[field or name] = value
     given = []
     for lane in lanes(task.given):
-        field = lane.item.partition(":")[0]
+        *front, field = fields_of(lane.item)
         if field not in fields:
             raise ZipperError(f"it has no field {field!r}, only {sorted(fields)}.")
         raw = fields[field]
+        if front:
+            ids = manifests.encode(sample.row, pipeline.modalities, sample.folder, sample.where)
+            raw = content(ids, lane.item)
         if not is_ids(raw):
             raw = whole(pipeline.modalities[lane.tower]).read(raw, sample.folder)
         given.append(lane.segment(raw))

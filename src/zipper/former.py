@@ -14,6 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, final
 
+#: Fields of rows that were made of two, by the field that now stands in front: "voiced:speech" in
+#: a task is "voice~speech", unless the row has a field "voiced" (unit files of before).
+BEHIND = {"voiced": "voice"}
 #: By module of before, the modules that have its names now; the first that has one gives it.
 MOVED = {
     "zipper.adaptation": ("zipper_lab.adaptation",),

@@ -30,7 +30,7 @@ from zipper.sampling import Sampling
 from zipper.saving.files import place
 from zipper.statistics import bootstrap
 from zipper.strand import Segment, Target, collate
-from zipper.tasks import Task, lanes, tower_of
+from zipper.tasks import Task, content, lanes, tower_of
 
 SYSTEMS = ("model", "oracle", "floor")
 SHOWN = 12  # samples on a page
@@ -224,7 +224,7 @@ def _measured(
         true = [_raw(kind, item, s, row) for s, row in zip(samples, rows, strict=True)]
         made = {
             "model": [kind.decode(answer[number].content) for answer in answers],
-            "oracle": [kind.decode(row[item.partition(":")[0]]) for row in rows],
+            "oracle": [kind.decode(content(row, item)) for row in rows],
             "floor": _others(kind, true, seed),
         }
         names = judges.get(tower_of(item), {})
@@ -299,7 +299,7 @@ def _answers(
         plan: list[str | Segment] = []
         for lane in task.segments_produced:
             named = {*whole(pipeline.modalities[lane.tower]).prefixes.values()}
-            first = [i for i in row[lane.item.partition(":")[0]][:1] if i in named]
+            first = [i for i in content(row, lane.item)[:1] if i in named]
             plan.append(lane.segment(first))
         own = replace(sampling, seed=sampling.seed + n)
         requests.append(Request(task.prompt(row), plan, own))
@@ -337,10 +337,11 @@ def _only(which: int, segments: Sequence[Segment]) -> list[Segment]:
 
 def _raw(kind: Kind, item: str, sample: Sample, row: Mapping[str, Sequence[int]]) -> Any:
     """What is wanted, as the manifest has it; of ids, what they decode to."""
-    key = item if item in sample.row else tower_of(item)
+    own = item.rpartition("~")[2]
+    key = own if own in sample.row else tower_of(item)
     value = sample.row.get(key)
     if value is None or is_ids(value) or not kind.accepts(value):
-        return kind.decode(row[item.partition(":")[0]])
+        return kind.decode(content(row, item))
     return kind.read(value, sample.folder)
 
 

@@ -26,7 +26,7 @@ from zipper.growth import add as add
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.modality import Modality
-from zipper.modality.speech import VOICED, SpeechUnits
+from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper
 from zipper.pipeline import PINS, Pipeline
 from zipper.sampling import check_seed
@@ -249,9 +249,10 @@ def batches(model: Zipper, rows: Sequence[Row], size: int = 16) -> dict[str, lis
     """Rows of `zipper.data.manifests` as samples of every ordered pair of towers that they have
     fields for: {"speech -> text": batches}."""
     named = [name for name in model.config.towers if all(name in row for row in rows)]
+    voice = SpeechUnits.prefixed
     produced = {
-        name: f"{VOICED}:{name}"
-        if name == SpeechUnits.name and all(VOICED in row for row in rows)
+        name: f"{voice}~{name}"
+        if name == SpeechUnits.name and all(voice in row for row in rows)
         else name
         for name in named
     }

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from zipper.errors import ZipperError
-from zipper.former import names_of
+from zipper.former import BEHIND, names_of
 from zipper.strand import Segment, Target, groups
 
 __getattr__ = names_of(__name__, ("zipper.pipeline",))
@@ -101,7 +101,8 @@ def check_choices(plan: Sequence[Segment]) -> None:
 @dataclass(frozen=True)
 class Task:
     """`given` then `produced`: each item is a tower's name, "field:tower" where a row has several
-    fields for one tower, or several of these in one group (`lanes`).
+    fields for one tower, "voice~speech" for ids behind those of another field (the voice of a
+    segment), or several of these in one group (`lanes`).
 
     train_given: loss weight of given segments (0 = loss on produced segments only, the default).
     """
@@ -171,32 +172,54 @@ class Task:
         given = self.prompt(row)
         if self.train_given:
             learnt = lanes(self.given)
-            given = [lane.target(_field(row, lane.item), self.train_given) for lane in learnt]
+            given = [lane.target(content(row, lane.item), self.train_given) for lane in learnt]
         for lane in lanes(self.produced):
             if not lane.among:
-                given.append(lane.target(_field(row, lane.item)))
+                given.append(lane.target(content(row, lane.item)))
                 continue
-            there = [item for item in lane.among if item.partition(":")[0] in row]
+            there = [item for item in lane.among if has(row, item)]
             if not there:
-                _field(row, lane.among[0])
-            given += [Target(tower_of(i), _field(row, i), chosen=True) for i in there]
+                content(row, lane.among[0])
+            given += [Target(tower_of(i), content(row, i), chosen=True) for i in there]
         return given
 
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""
-        return [lane.segment(_field(row, lane.item)) for lane in lanes(self.given)]
+        return [lane.segment(content(row, lane.item)) for lane in lanes(self.given)]
 
 
 def tower_of(item: str) -> str:
-    """ "question:speech" -> "speech"; "speech" -> "speech"."""
-    return item.rpartition(":")[2]
+    """ "question:speech", "voice~speech" and "speech" -> "speech"."""
+    return re.split("[:~]", item)[-1]
 
 
-def _field(row: Mapping[str, Sequence[int]], item: str) -> Sequence[int]:
-    field = item.partition(":")[0]
-    if field not in row:
-        raise ZipperError(
-            f"The task wants a field {field!r}, the row has {sorted(row)}. Add the field or "
-            "change the task."
-        )
-    return row[field]
+def fields_of(item: str) -> list[str]:
+    """The fields of a row whose ids, one after the other, are the segment: "question:speech" ->
+    ["question"], "voice~speech" -> ["voice", "speech"]."""
+    return item.partition(":")[0].split("~")
+
+
+def has(row: Mapping[str, Sequence[int]], item: str) -> bool:
+    """Whether a row has what an item names."""
+    return all(field in row for field in _fields(row, item))
+
+
+def content(row: Mapping[str, Sequence[int]], item: str) -> list[int]:
+    """The ids that an item names, of a row {field: ids}. Raises a ZipperError where a field is not
+    there."""
+    fields = _fields(row, item)
+    for field in fields:
+        if field not in row:
+            raise ZipperError(
+                f"The task wants a field {field!r}, the row has {sorted(row)}. Add the field or "
+                "change the task."
+            )
+    return [*chain.from_iterable(row[field] for field in fields)]
+
+
+def _fields(row: Mapping[str, Sequence[int]], item: str) -> list[str]:
+    named = fields_of(item)
+    first, *rest = named
+    if first in row or rest or first not in BEHIND:
+        return named
+    return [BEHIND[first], tower_of(item)]

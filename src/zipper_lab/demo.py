@@ -154,7 +154,7 @@ def _recipe(
         modalities=modalities,
         data=str(output / "pairs.jsonl"),
         dev=str(output / "dev.jsonl"),
-        tasks={"heard:speech -> said:text": 0.55, "text -> voiced:speech": 0.45},
+        tasks={"heard:speech -> said:text": 0.55, "text -> voice~speech": 0.45},
         loss_weight={"text": 2.0},
         train=("speech",),
         every={"text": 1, "speech": 1},
@@ -411,7 +411,7 @@ def _pretrain(output: Path) -> tuple[dict[str, str], dict[str, str]]:
     towers = {}
     for name, shape, tasks, steps in (
         ("text", TEXT_TOWER, {"-> text": 1.0}, 1200),
-        ("speech", SPEECH_TOWER, {"-> speech": 0.5, "-> voiced:speech": 0.5}, 1000),
+        ("speech", SPEECH_TOWER, {"-> speech": 0.5, "-> voice~speech": 0.5}, 1000),
     ):
         run = output / f"{name}-tower"
         if run.exists():

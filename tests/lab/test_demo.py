@@ -148,5 +148,5 @@ def test_what_is_learnt_is_heard_disturbed_and_said_clean(
         side.strip() for task in configs[0].tasks for side in task.partition("->")[2].split(",")
     }
     assert "heard:speech" in given and "speech" not in given
-    assert "voiced:speech" in produced and not {"heard:speech"} & produced
+    assert "voice~speech" in produced and not {"heard:speech"} & produced
     assert np.isclose(sum(configs[0].tasks.values()), 1)

@@ -264,10 +264,7 @@ def test_prepare_writes_everything_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert (made / "judge" / "means").is_file()
     encoded = data.read(made / "pairs.jsonl", {"text": text, "speech": units})
     assert text.decode(encoded[0]["text"]) == rows["pairs"][0]["text"]
-    assert encoded[0]["voiced"] == [
-        units.voice_id(rows["pairs"][0]["voice"]),
-        *rows["pairs"][0]["speech"],
-    ]
+    assert encoded[0]["voice"] == [units.voice_id(rows["pairs"][0]["voice"])]
 
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     prose.prepare(made, **few, cache=tmp_path / "cache")

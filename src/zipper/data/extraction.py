@@ -38,7 +38,7 @@ from zipper.modality import save as save_modality
 from zipper.modality.text import Text
 from zipper.saving.files import place, sha256, write_json
 
-FORMAT = 2
+FORMAT = 3
 SHARD = 256  # samples; some 50 minutes of speech: what a kill costs each process
 _WAVE = 1024  # shards whose raw rows a cluster holds at once
 

@@ -133,7 +133,8 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def read(path: Path, modalities: Mapping[str, Modality], limit: int | None = None) -> Sequence[Row]:
     """A manifest as ids, in memory, or a folder of unit files, which stays on disk.
 
-    A row with a known voice also gets the field "voiced": its speech behind the id of that voice.
+    A row of a modality with voices also gets the field "voice": the id of its voice, none where
+    that is unknown ("voice~speech" in a task is speech behind its voice).
     """
     path = place(path)
     if (path / PROVENANCE).is_file():
@@ -189,11 +190,10 @@ def _take(row: Mapping[str, Any], modalities: Mapping[str, Modality], folder: Pa
             heard[key] = raw
         if left:
             passed.append(f"{left} of {key}")
-        if modality.prefixed and not field:
-            says, goes = modality.prefixed
-            prefixed[goes] = ids
+        if (says := modality.prefixed) and not field:
+            prefixed[says] = []
             if row.get(says) in [*modality.prefixes]:
-                prefixed[goes] = [modality.prefixes[row[says]], *ids]
+                prefixed[says] = [modality.prefixes[row[says]]]
                 known |= {says}
     if not encoded:
         raise ZipperError(

@@ -50,7 +50,6 @@ LIMITS = {
     "floor_share": (0.0, 1.0),
     "empty_nats": (0.0, 100.0),
 }
-VOICED = "voiced"  # the field of a row in which speech stands behind the id of its voice
 BATCH = 8_192  # points per step of the k-means
 # units that must be known behind those that are made into sound, or heard behind those that are
 # told
@@ -87,7 +86,7 @@ class SpeechUnits(Sound):
     voices in `voices`."""
 
     name = "speech"
-    prefixed = ("voice", VOICED)
+    prefixed = "voice"
     CODEBOOK, CONFIG = "codebook.safetensors", "units.json"
 
     def __init__(
