@@ -43,11 +43,11 @@ def shrunk(world: World, config: TrainConfig, output: Path) -> TrainConfig:
     }
     shows = {  # tiny towers have one junction
         name: depths if isinstance(depths, int | str) else depths[:1]
-        for name, depths in (config.shows or {}).items()
+        for name, depths in (config.shows.items() if isinstance(config.shows, Mapping) else ())
     }
     return dataclasses.replace(
         config,
-        shows=shows or None,
+        shows=shows or config.shows,
         output=str(output),
         towers=towers,
         modalities={name: str(world.folder / name) for name in config.modalities},

@@ -262,7 +262,7 @@ def test_a_run_on_takes_some_of_which_say_nothing_is_resumed_like_any_other(
     assert same(tmp_path / "killed", tmp_path / "unbroken")
     with pytest.raises(
         ZipperError,
-        match=r"The task wants a field 'heard', the row has \['speech', 'text', 'voiced'\]",
+        match=r"The task wants a field 'heard', the row has \['speech', 'text', 'voice'\]",
     ):
         train(world.config(tmp_path / "clean", tasks=tasks))
 
@@ -689,13 +689,30 @@ def test_the_rate_rises_over_warmup_then_falls_on_a_cosine(world: World, tmp_pat
     )
 
 
+def test_text_shows_its_embeddings_unless_a_recipe_says_otherwise(
+    world: World, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path)
+    assert config.shows == "kind"
+    found = zip_of(world, config)[0].config
+    assert found.shows == tuple(junction | {"text": 0} for junction in found.junctions)
+    assert zip_of(world, dataclasses.replace(config, shows=None))[0].config.shows is None
+    said = zip_of(world, dataclasses.replace(config, shows={"speech": "before"}))[0].config
+    assert said.shows is not None
+    assert said.shows[0]["speech"] == 0
+    assert [shown["text"] for shown in said.shows] == [j["text"] for j in said.junctions]
+    links = [("text", 1, "speech", 1)]
+    directed = zip_of(world, dataclasses.replace(config, every=None, links=links))[0].config
+    assert directed.shows == ({"text": 1},)
+
+
 @pytest.mark.parametrize("chance", [1.0, 0.3])
 def test_corruption_changes_what_is_read_never_what_is_to_be_said(
     world: World, tmp_path: Path, chance: float
 ) -> None:
     config = world.config(tmp_path, corrupt={"speech": chance})
     model, rows = zip_of(world, config)
-    task = Task(given=("text", "speech"), produced=("voiced:speech",))
+    task = Task(given=("text", "speech"), produced=("voice~speech",))
     clean = collate([task.segments(row) for row in rows], model.ends())
     torch.manual_seed(0)
     noisy = batches.corrupted(clean, config, model)

@@ -32,8 +32,9 @@ ABOUT = (
 )
 ZIP, FROZEN, BOTH = "zip, speech trained", "zip, speech frozen", "zip, text trained too"
 PLAIN, MATCHED, ROWS = "baseline", "baseline, matched", "baseline, speech rows"
+JUNCTIONS = "zip, the paper's junctions"
 ORACLE, FLOOR = "oracle", "floor"
-ARMS = (ZIP, FROZEN, BOTH, PLAIN, MATCHED, ROWS)
+ARMS = (ZIP, FROZEN, BOTH, JUNCTIONS, PLAIN, MATCHED, ROWS)
 COLOURS = dict(zip((ZIP, MATCHED, FROZEN, PLAIN, BOTH, ROWS), pages.PALETTE, strict=True))
 SAID = {"asr": "speech to text", "tts": "text to speech"}
 SEEDS, SENTENCES = 3, 300  # a comparison of fewer is shown, and decides nothing

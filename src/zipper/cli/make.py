@@ -468,11 +468,10 @@ def _changed(config: Any, item: str) -> Any:
         ) from None
     except TypeError as error:
         raise ZipperError(f"--set {item}: {error}. It is {old!r} in the recipe.") from error
-    if old is not None and not isinstance(new, type(old)):
-        raise ZipperError(
-            f"--set {item}: {field} is a {type(new).__name__} here; in the recipe it is {old!r}."
-        )
-    return dataclasses.replace(config, **{field: new})
+    try:
+        return dataclasses.replace(config, **{field: new})
+    except ZipperError as error:
+        raise ZipperError(f"--set {item}: {error} It is {old!r} in the recipe.") from error
 
 
 def _as_before(new: Any, old: Any) -> Any:

@@ -68,9 +68,13 @@ class Kind:
     like: ClassVar[str] = "..."
     #: Ending of the file that `write` makes; "" where a value is told in a line (`told`).
     suffix: ClassVar[str] = ""
-    #: Of rows: the key that names a prefix of a segment, and the field of ids with that in front:
-    #: ("voice", "voiced").
-    prefixed: ClassVar[tuple[str, str] | None] = None
+    #: Of rows: the key that names a prefix of a segment, and the field that then holds its id, as
+    #: "voice" ("voice~speech" in a task is speech behind it); "" where there is none.
+    prefixed: ClassVar[str] = ""
+
+    #: Where others read a tower of this kind best (`Zipper.from_towers`, shows): of pre-trained
+    #: text its embeddings, where words differ most.
+    shows: ClassVar[str | int] = "same"
 
     #: Whether it is taken from a model (`of_model`) and there is nothing to fit.
     modelled: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Text(Kind):
 
     name = "text"
     takes = "text"
+    shows = 0
     DEFINITION, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
     def __init__(self, definition: str, begin: str | None, end: str | None) -> None:

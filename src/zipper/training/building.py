@@ -13,11 +13,12 @@ from transformers import AutoConfig
 from zipper.data.rows import Row
 from zipper.errors import ZipperError
 from zipper.modality import Modality
+from zipper.modality.kind import whole
 from zipper.model import Zipper
 from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
 from zipper.saving.zips import LostTower
-from zipper.tasks import Task, lanes, tower_of
+from zipper.tasks import Task, content, has, lanes, tower_of
 from zipper.tower import Tower
 from zipper.towers import mapping
 from zipper.training.config import TrainConfig
@@ -67,10 +68,10 @@ def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
     tasks = map(Task.parse, config.tasks)
     found = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
     items = chain.from_iterable(lane.among or (lane.item,) for lane in found)
-    fields = {tower_of(item): item.partition(":")[0] for item in items}
     # Where a model chooses, a row has the field of what is chosen, and no other.
     lengths = {
-        tower: [len(row[name]) + 2 for row in rows if name in row] for tower, name in fields.items()
+        tower_of(item): [len(content(row, item)) + 2 for row in rows if has(row, item)]
+        for item in items
     }
     return {tower: float(np.mean(some or [2])) for tower, some in lengths.items()}
 
@@ -102,7 +103,7 @@ def _zipped(
         towers,
         every=config.every,
         junctions=config.junctions,
-        shows=config.shows,
+        shows=_shows(config, modalities),
         links=config.links,
         train=tuple(towers) if len(towers) == 1 else config.train,
         link=config.link,
@@ -120,6 +121,16 @@ def _zipped(
         )
     model.config = dataclasses.replace(model.config, towers=pins)
     return model
+
+
+def _shows(config: TrainConfig, modalities: Mapping[str, Modality]) -> Mapping[str, Any] | None:
+    """Where others read each tower, of a recipe: said, or as its modality's kind says."""
+    if config.shows != "kind":
+        return config.shows
+    if config.links is not None or len(config.towers) == 1:
+        return None
+    kinds = {name: whole(modality).shows for name, modality in modalities.items()}
+    return {name: where for name, where in kinds.items() if where != "same"}
 
 
 def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from zipper.config import Adapter, Directed
 from zipper.data.extraction import Policy
@@ -56,8 +56,10 @@ class TrainConfig:
     train: towers that learn; with one tower it always does. With `start`, none means those that
         learned there.
     freeze: towers that learned in `start` and stay as they are now.
-    every, junctions, shows, links, link, input_projection, lora: see `Zipper.from_towers`. Dropout
-        of links stands in `link`.
+    every, junctions, links, link, input_projection, lora: see `Zipper.from_towers`. Dropout of
+        links stands in `link`.
+    shows: where others read a tower, see `Zipper.from_towers`. "kind": as each modality's kind says
+        (text shows its embeddings); None: where it is fused, as in the paper.
     start: a saved zip of these towers to go on from; the shape is then its own, but for adapters
         (`lora`) on towers that have none.
     calibrate: rows of each source, at most 1,000, on which links are calibrated before the first
@@ -111,7 +113,7 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     every: Mapping[str, int] | None = None
     junctions: Sequence[Mapping[str, int]] | None = None
-    shows: Mapping[str, Any] | None = None
+    shows: Literal["kind"] | Mapping[str, Any] | None = "kind"
     links: Sequence[Directed] | None = None
     link: LinkConfig = field(default_factory=LinkConfig)
     start: str | None = None
@@ -230,7 +232,7 @@ class TrainConfig:
                 "Raise one."
             )
         for option in ("every", "junctions", "shows", "links", "calibrate"):
-            if len(self.towers) == 1 and getattr(self, option):
+            if len(self.towers) == 1 and getattr(self, option) not in (None, 0, "kind"):
                 raise ZipperError(
                     f"{option} is {getattr(self, option)}, but one tower has no links: leave it "
                     "out."
