@@ -96,6 +96,7 @@ def test_requests_of_all_plans_side_by_side_get_their_own_greedy_answers(way: st
         is_the_greedy_answer(model, request.segments, request.outputs, ALL, answer.segments())
 
 
+@pytest.mark.slow  # `make gpu` runs it, on a real one
 def test_requests_on_a_gpu_get_their_own_greedy_answers(cuda: torch.device) -> None:
     model, there = (zipped(LLAMAS, {"text": 2}) for _ in range(2))
     there.to(cuda)
@@ -158,11 +159,26 @@ def test_guidance_leads_away_from_what_the_tower_says_alone(way: str) -> None:
     assert changed, "without guidance other tokens are chosen"
 
 
-@pytest.mark.parametrize("plan", PLANS)
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "drawn": Sampling(6.0, seed=3),
+    "guided": Sampling(4.0, guidance=2.0),
+}
+
+
 @pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(6.0, seed=3), Sampling(4.0, guidance=2.0)],
-    ids=["greedy", "drawn", "guided"],
+    ("plan", "sampling"),
+    [  # every plan once, each sampling twice at least; the rest is slow
+        pytest.param(
+            plan,
+            sampling,
+            id=f"{name}-plan{n}",
+            marks=() if n % len(SAMPLINGS) == k else pytest.mark.slow,
+        )
+        for (n, plan), (k, (name, sampling)) in itertools.product(
+            enumerate(PLANS), enumerate(SAMPLINGS.items())
+        )
+    ],
 )
 def test_a_batch_of_one_plan_is_what_generate_makes_of_it(
     plan: tuple[list[str], list[str | Segment]], sampling: Sampling, way: str

@@ -49,7 +49,8 @@ def three(fast: Fused) -> list[Session]:
     return [fast.open(NAMES, ["text"]) for _ in range(3)]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_step_is_whole_for_torch_compile_and_says_the_same(backend: str) -> None:
     """In a process of its own: what checks types in tests cannot be compiled."""
     subprocess.run([sys.executable, __file__, backend], check=True)

@@ -263,9 +263,9 @@ def test_the_core_alone_can_do_all_but_what_its_extras_are_for(
 @pytest.mark.parametrize(
     ("extra", "name"),
     [
-        ("data", "units parquet"),
-        ("lora", "train lora"),
-        ("ray", "units ray"),
+        pytest.param("data", "units parquet", marks=pytest.mark.slow),
+        pytest.param("lora", "train lora", marks=pytest.mark.slow),
+        pytest.param("ray", "units ray", marks=pytest.mark.slow),
         ("speech", "speak"),
         ("train", "train"),
     ],

@@ -206,6 +206,7 @@ def test_flexattention_says_what_the_dense_mask_says() -> None:
             ].abs().max()
 
 
+@pytest.mark.slow  # `make gpu` runs it, on a real one
 @torch.no_grad()
 def test_losses_on_a_gpu_are_those_of_the_cpu(cuda: torch.device) -> None:
     model, there = (zipped(LLAMAS, train=["speech"]) for _ in range(2))

@@ -68,7 +68,9 @@ def test_a_sound_model_keeps_every_promise_at_birth_and_awake(saved: Path) -> No
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_a_sound_model_keeps_them_in_16_bits(saved: Path, dtype: torch.dtype) -> None:
     assert broken(laws.zipped({"text": "gemma3", "speech": "gpt2"}, dtype=dtype)) == []
     assert broken(Zipper.from_pretrained(saved, dtype=dtype)) == []

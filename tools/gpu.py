@@ -168,7 +168,7 @@ def test_file(name: str, output: str) -> None:
                 found["passed"] += 1
             _write(Path(output), found)
 
-    options = ["-q", "-m", "cuda and not slow", "-o", "minversion=7", "-p", "no:cacheprovider"]
+    options = ["-q", "-m", "cuda", "-o", "minversion=7", "-p", "no:cacheprovider"]
     (path,) = (ROOT / "tests").rglob(f"test_{name}.py")  # the laboratory's lie in a folder
     sys.exit(pytest.main([*options, str(path)], plugins=[Listener()]))
 

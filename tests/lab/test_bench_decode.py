@@ -34,6 +34,7 @@ def test_arms_that_compute_the_same_choose_the_same_tokens() -> None:
     assert choices["zip"] != choices["blind"], "the source is seen"
 
 
+@pytest.mark.slow  # `make gpu` runs it, on a real one
 def test_arms_on_a_gpu_choose_the_tokens_of_the_cpu(cuda: torch.device) -> None:
     memory, made = torch.ones(1000, device=cuda), (decode._made, decode._zip, decode._reader)
     for arm in ("zip", "blind", "bare", "steps", "streams", "stock", "expanded", "mllama"):

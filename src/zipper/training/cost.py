@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -342,6 +343,12 @@ def matmul_rate(
     return 2.0 * some * width * columns / min(rounds)
 
 
+@cache
+def machine_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> float:
+    """`matmul_rate`, measured once a process."""
+    return matmul_rate(*shape, dtype, device)
+
+
 def largest_product(model: Model, load: Load) -> tuple[int, int, int]:
     """Rows, width and columns of the product that most of a step is: the largest matrix of a block
     of the tower whose tokens meet most numbers."""
@@ -384,8 +391,8 @@ def plan(
     worst = max(longest.values(), key=lambda c: c.kept + c.logits)
     step = _mean(costs, shares)
     shape = largest_product(model, max(loads.values(), key=lambda x: sum(x.tokens.values())))
-    rate = matmul_rate(
-        *shape, torch.bfloat16 if mixed_precision == "bf16" else torch.float32, device
+    rate = machine_rate(
+        shape, torch.bfloat16 if mixed_precision == "bf16" else torch.float32, device
     )
     seconds = step.both / (rate * efficiency)
     return {

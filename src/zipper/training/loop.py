@@ -455,7 +455,7 @@ def machine_rate(
     """Operations per second of the product that most of a step is, on this process's device."""
     shape = plan.largest_product(model, max(loads, key=lambda load: sum(load.tokens.values())))
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return plan.matmul_rate(*shape, dtype, str(accelerator.device))
+    return plan.machine_rate(shape, dtype, str(accelerator.device))
 
 
 def optimizer_of(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
