@@ -160,6 +160,12 @@ def test_a_grown_zip_is_trained_by_the_loop_and_only_what_is_new_learns(
     text = Text.load(world.folder / "text")
     source = str(world.folder / "text" / "tower")
     grown = add_pipeline(old, "second", source, text, train=True, link=NARROW)
+    new = [key for key in grown.zip.config.links if "second" in (key.source, key.target)]
+    assert {(key.source, grown.zip.config.shown(key)) for key in new} == {
+        ("text", 0),  # as text does
+        ("second", 0),
+        ("speech", 1),
+    }
     grown.save_pretrained(tmp_path / "grown")
     saved = Pipeline.from_pretrained(tmp_path / "grown").zip
     assert saved.config.shapes == grown.zip.config.shapes != {}

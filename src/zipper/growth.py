@@ -6,7 +6,7 @@ closed (gates 0): until it is trained, the new zip says what the old one and the
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from zipper.config import Directed, LinkKey, TowerConfig, ZipperConfig, known, s
 from zipper.errors import ZipperError
 from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
+from zipper.modality.kind import shown_by_kind
 from zipper.model import Zipper
 from zipper.pipeline import PINS, Pipeline
 from zipper.sampling import check_seed
@@ -31,6 +32,7 @@ def add(
     *,
     partners: Sequence[str] | None = None,
     every: int = 1,
+    shows: Mapping[str, int] | None = None,
     links: Sequence[Directed] | None = None,
     link: LinkConfig | None = None,
     train: bool = False,
@@ -43,8 +45,9 @@ def add(
     """The zip with one tower more.
 
     name, source: of the new tower. partners: old towers that it reads and that read it; None = all.
-    every: blocks of the new tower between its junctions, which are those of its partners. links:
-    each link by itself, instead of partners and every (see `Zipper.from_towers`); each must touch
+    every: blocks of the new tower between its junctions, which are those of its partners. shows:
+    {tower: depth at which the new links read it}, where that is not where it is fused. links: each
+    link by itself, instead of partners, every and shows (see `Zipper.from_towers`); each must touch
     the new tower. link: what the new links look like, None = as the old ones; their gates are
     closed whatever it says. train: the new tower learns. freeze: all that was there stays as it is
     in training too. input_projection, ends, tokens: of the new tower, as in `Zipper.from_towers`.
@@ -70,7 +73,7 @@ def add(
     ).config.towers[name]
     place = hub.absolute(source) if isinstance(source, str | Path) else ""
     born = dataclasses.replace(alone, source=place)
-    wanted = _new_links(old, name, born.layers, partners, every, links)
+    wanted = _new_links(old, name, born.layers, partners, every, shows, links)
     config = _grown(old, name, born, wanted, link, freeze)
     towers: dict[str, Tower] = {}
     for other, held in model.towers.items():
@@ -95,8 +98,9 @@ def add_pipeline(
 ) -> Pipeline:
     """`add` with the modality of the new tower, which says how its segments begin and end.
 
-    options: of `add`, but ends. Raises a ZipperError for a tower that was trained with another
-    tokenizer or codebook.
+    options: of `add`, but ends. Without `shows` or `links` the new links read each tower where its
+    modality's kind says (`Kind.shows`: text at its embeddings). Raises a ZipperError for a tower
+    that was trained with another tokenizer or codebook.
     """
     if isinstance(source, str | Path):
         inside = Path(source)
@@ -108,9 +112,11 @@ def add_pipeline(
                     f"{source} was trained with another tokenizer or codebook than the one given "
                     f"for {name!r}. Give {pins.parent / 'modalities' / inside.name}."
                 )
-    ends = (modality.begin, modality.end)
-    model = add(pipeline.zip, name, source, ends=ends, **options)
-    return Pipeline(model, pipeline.modalities | {name: modality})
+    modalities = pipeline.modalities | {name: modality}
+    if options.get("shows") is None and options.get("links") is None:
+        options["shows"] = shown_by_kind(modalities)
+    model = add(pipeline.zip, name, source, ends=(modality.begin, modality.end), **options)
+    return Pipeline(model, modalities)
 
 
 def _new_links(
@@ -119,12 +125,15 @@ def _new_links(
     layers: int,
     partners: Sequence[str] | None,
     every: int,
+    shows: Mapping[str, int] | None,
     links: Sequence[Directed] | None,
 ) -> list[Directed]:
     """The links of a new tower. Raises a ZipperError where there is none."""
     if links is not None:
-        if partners is not None:
-            raise ZipperError("partners and links both say what the new tower reads. Give one.")
+        if partners is not None or shows is not None:
+            raise ZipperError(
+                "partners or shows and links both say what the new tower reads. Give one."
+            )
         if foreign := [link for link in links if name not in (link[0], link[2])]:
             raise ZipperError(
                 f"The link {foreign[0]} does not touch {name!r}; the links of the old towers stay "
@@ -134,11 +143,16 @@ def _new_links(
     if every < 1:
         raise ZipperError(f"every is {every}; an interval is a number of blocks, at least 1.")
     known("partners", partners or (), old.towers)
+    shown = shows or {}
+    known("shows", shown, {**old.towers, name: None})
     found: list[Directed] = []
     for partner in old.towers if partners is None else partners:
         for n, depth in _depths(old, name, layers, partner, every):
             if (here := n * every) < layers:
-                found += [(name, here, partner, depth), (partner, depth, name, here)]
+                found += [
+                    (name, shown.get(name, here), partner, depth),
+                    (partner, shown.get(partner, depth), name, here),
+                ]
     if not found:
         raise ZipperError(
             f"The new tower {name!r} of {layers} blocks has no junction with an old one at every="

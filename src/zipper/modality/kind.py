@@ -72,9 +72,9 @@ class Kind:
     #: "voice" ("voice~speech" in a task is speech behind it); "" where there is none.
     prefixed: ClassVar[str] = ""
 
-    #: Where others read a tower of this kind best (`Zipper.from_towers`, shows): of pre-trained
-    #: text its embeddings, where words differ most.
-    shows: ClassVar[str | int] = "same"
+    #: The depth at which others read a tower of this kind best: of pre-trained text its embeddings,
+    #: where words differ most. None: where it is fused.
+    shows: ClassVar[int | None] = None
 
     #: Whether it is taken from a model (`of_model`) and there is nothing to fit.
     modelled: ClassVar[bool] = False
@@ -183,6 +183,12 @@ class Kind:
         """Write a small set of real data of this kind, with a manifest.jsonl; returns the options
         of `zipper fit` that suit it, such as "--set codes=64"."""
         raise ZipperError(f"The kind {cls.name!r} has no example.")
+
+
+def shown_by_kind(modalities: Mapping[str, Modality]) -> dict[str, int]:
+    """{name: depth} of the towers that are not read where they are fused (`Kind.shows`)."""
+    kinds = {name: whole(modality) for name, modality in modalities.items()}
+    return {name: kind.shows for name, kind in kinds.items() if kind.shows is not None}
 
 
 def whole(modality: Modality) -> Kind:

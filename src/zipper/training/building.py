@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from zipper.data.rows import Row
 from zipper.errors import ZipperError
 from zipper.modality import Modality
-from zipper.modality.kind import whole
+from zipper.modality.kind import shown_by_kind
 from zipper.model import Zipper
 from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
@@ -129,8 +129,7 @@ def _shows(config: TrainConfig, modalities: Mapping[str, Modality]) -> Mapping[s
         return config.shows
     if config.links is not None or len(config.towers) == 1:
         return None
-    kinds = {name: whole(modality).shows for name, modality in modalities.items()}
-    return {name: where for name, where in kinds.items() if where != "same"}
+    return shown_by_kind(modalities)
 
 
 def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:

@@ -46,7 +46,8 @@ class TrainConfig:
     rows: use only the first so many of each source of `data`.
     bad, most_bad: what becomes of samples that cannot be read (`Policy`).
     least_ids, most_ids: rows with fewer or more ids, over all fields, are left out.
-    tasks: {"speech -> text": share of samples}.
+    tasks: {"speech -> text": share of samples}, see `Task`. "text -> voice~speech": speech behind
+        the voice that its row names.
     pack: {tower: most tokens in a row}: samples of a task share rows; the loss stays the same.
     corrupt: per tower, the chance that a token of a segment with loss is read as a random one while
         the targets stay: against overfitting and exposure bias.
