@@ -65,6 +65,18 @@ def test_each_row_gets_what_the_pipeline_gives_it(
     assert found[0]["id"] == "a0" and "id" not in found[9]
 
 
+def test_a_voice_stands_before_what_is_given(pipe: Pipeline, tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"speech": [5, 6], "voice": "high"}))
+    counts = run_batch(pipe, path, "voice~speech -> text", out, 3, limits=LIMITS)
+    assert counts == Counts(1, 1, 0, 0)
+    high = pipe.units.voice_id("high")
+    (alone,) = pipe.run([Segment("speech", [high, 5, 6])], ["text"], limits=LIMITS)
+    (plain,) = pipe.run([Segment("speech", [5, 6])], ["text"], limits=LIMITS)
+    assert alone.score != plain.score
+    assert read(out)[0]["made"][0]["score"] == pytest.approx(alone.score, rel=1e-4)
+
+
 def test_a_run_that_was_stopped_goes_on_and_parts_make_the_whole(
     pipe: Pipeline, rows: Path, tmp_path: Path
 ) -> None:
