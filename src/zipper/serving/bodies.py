@@ -14,6 +14,7 @@ from typing import Any, TypeVar, final
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -177,7 +178,7 @@ async def form(request: Request, caps: Caps, files: int = 1) -> FormData:
     )
     try:
         return await parser.parse()
-    except (MultiPartException, KeyError, UnicodeError, LookupError) as error:
+    except (MultiPartException, FormParserError, KeyError, UnicodeError, LookupError) as error:
         raise Refused(
             400, "bad_form", f"The body is no form that can be read: {error!s:.200}."
         ) from error
