@@ -678,6 +678,11 @@ def _pixels(
     picture = picture if picture.mode == mode else _converted(picture, mode)
     if picture.size != size:
         how = FILTERS[config.filter]
+        ratio = min(size[0] / picture.width, size[1] / picture.height)
+        if config.fit == "pad" and round(min(picture.size) * ratio) < 1:
+            # A long picture keeps one pixel of its width, which Pillow below 13 rounds away.
+            width, height = (max(1, round(side * ratio)) for side in picture.size)
+            picture = picture.resize((width, height), how)
         picture = (
             ImageOps.pad(picture, size, how, color="white")
             if config.fit == "pad"

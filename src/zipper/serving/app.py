@@ -125,7 +125,9 @@ class Guard:
             refused = refusal(error)
             self.gauges.refused(refused.status, refused.code)
             await receive()
-            await WebSocket(scope, receive, send).send_denial_response(_response(refused))
+            response = _response(refused)
+            del response.headers["content-length"]  # the server says it too, and clients want one
+            await WebSocket(scope, receive, send).send_denial_response(response)
             return
         self.sockets += 1
         try:
