@@ -233,11 +233,8 @@ class TrainConfig:
                 "Raise one."
             )
         for option in ("every", "junctions", "shows", "links", "calibrate"):
-            if len(self.towers) == 1 and getattr(self, option) not in (None, 0, "kind"):
-                raise ZipperError(
-                    f"{option} is {getattr(self, option)}, but one tower has no links: leave it "
-                    "out."
-                )
+            if len(self.towers) == 1 and (said := getattr(self, option)) and said != "kind":
+                raise ZipperError(f"{option} is {said}, but one tower has no links: leave it out.")
         if self.freeze and not self.start:
             raise ZipperError(
                 f"freeze names {sorted(self.freeze)}: it is for towers that learned in `start`, "
