@@ -67,7 +67,7 @@ def test_each_row_gets_what_the_pipeline_gives_it(
 
 def test_a_voice_stands_before_what_is_given(pipe: Pipeline, tmp_path: Path) -> None:
     path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    path.write_text(json.dumps({"speech": [5, 6], "voice": "high"}))
+    path.write_text(json.dumps({"speech": [5, 6], "voice": "high", "text": 7}))  # text is not asked
     counts = run_batch(pipe, path, "voice~speech -> text", out, 3, limits=LIMITS)
     assert counts == Counts(1, 1, 0, 0)
     high = pipe.units.voice_id("high")

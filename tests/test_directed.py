@@ -114,7 +114,9 @@ def test_random_links_obey_the_laws(seed: int) -> None:
     obeys_the_laws(seed)
 
 
-@pytest.mark.parametrize("seed", range(100, 102))
+@pytest.mark.parametrize(
+    "seed", [100, 101, *(pytest.param(n, marks=pytest.mark.slow) for n in (102, 103))]
+)
 def test_random_links_are_one_by_every_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     by_every_way(seed, monkeypatch)
 

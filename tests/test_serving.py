@@ -259,14 +259,16 @@ def test_a_streamed_run_is_the_same_in_parts_and_says_what_it_looked_at(
         "given": [{"tower": "text", "content": SENTENCE}],
         "outputs": ["text@2 + speech", "text"],
         "limits": {"text": 6, "speech": 30},
+        # No pair taught the model text behind text: drawn, for the likeliest is to say nothing.
+        "sampling": {"temperature": 6.0},
+        "seed": 4,
         "explain": True,
     }
     whole = served.post("/v1/run", json=wanted).json()
     *parts, done = events(served.post("/v1/run", json=wanted | {"stream": True}))
     assert done == {"type": "done", **whole}
     told = [part["segment"] for part in parts]
-    said = {number for number, made in enumerate(whole["produced"]) if made["ids"]}
-    assert {0, 1} <= said and set(told) == said and told.count(1) > 1, "each as it is ready"
+    assert set(told) == {0, 1, 2} and told.count(1) > 1, "each as it is ready"
     for number, made in enumerate(whole["produced"]):
         pieces = [part["content"] for part in parts if part["segment"] == number]
         if made["tower"] == "text":
@@ -276,8 +278,7 @@ def test_a_streamed_run_is_the_same_in_parts_and_says_what_it_looked_at(
             assert len(samples) == 2 * round(made["seconds"] * pipe.units.config.mel.rate_hz)
     assert whole["labels"][0] is not None and "".join(whole["labels"][0]).split()[0] == "send"
     pairs = {(look["source"], look["target"]) for look in whole["looks"]}
-    lanes = {(0, 2), (1, 2), (2, 1)}  # they saw each other
-    assert pairs == (lanes | {(2, 3)} if 2 in said else lanes)
+    assert pairs == {(0, 2), (1, 2), (2, 1), (2, 3)}, "lanes saw each other"
     for look in whole["looks"]:
         weights = np.frombuffer(base64.b64decode(look["weights"]), "<u2").reshape(look["shape"])
         assert look["shape"][0] == len(whole["produced"][look["target"] - 1]["ids"])

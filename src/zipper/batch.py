@@ -145,8 +145,11 @@ def _asked(
         if field not in fields:
             raise ZipperError(f"it has no field {field!r}, only {sorted(fields)}.")
         raw = fields[field]
-        if front:
-            ids = manifests.encode(sample.row, pipeline.modalities, sample.folder, sample.where)
+        if front:  # ids behind those of other fields: of these alone, whatever else the row has
+            named = {
+                key: v for key, v in settled.items() if key.partition(":")[0] in {*front, field}
+            }
+            ids = manifests.encode(named, pipeline.modalities, sample.folder, sample.where)
             raw = content(ids, lane.item)
         if not is_ids(raw):
             raw = whole(pipeline.modalities[lane.tower]).read(raw, sample.folder)
