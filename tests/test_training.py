@@ -2,9 +2,12 @@
 is what its name says."""
 
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -297,10 +300,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     checkpoint.check(tmp_path / "checkpoints" / "step-0000014")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
-    world: World, unbroken: Path, tmp_path: Path
+    world: World, unbroken: Path, tmp_path: Path, workers: int
 ) -> None:
-    config = world.config(tmp_path, **RESUMED)
+    config = world.config(tmp_path, **RESUMED, workers=workers)
+
+    def ask(row: Mapping[str, Any], step: int) -> None:
+        """All processes of the run, as a scheduler does."""
+        children = multiprocessing.active_children()
+        assert len(children) == workers
+        if row["step"] == step:
+            for pid in (*(child.pid for child in children), os.getpid()):
+                os.kill(pid or 0, signal.SIGTERM)
+
     before = signal.getsignal(signal.SIGTERM)
     for step in (3, 10):  # the second run of a process hears it as well
         with pytest.raises(
@@ -309,9 +322,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
             train(
                 config,
                 resume=step > 3,
-                report=lambda row, step=step: (
-                    os.kill(os.getpid(), signal.SIGTERM) if row["step"] == step else None
-                ),
+                report=functools.partial(ask, step=step),
             )
         assert isinstance(stopped.value, Stopped)
         assert stopped.value.code == 128 + signal.SIGTERM
@@ -429,6 +440,8 @@ def test_what_a_resumed_run_may_change_leaves_its_numbers_alone(
         "shard": True,
         "save_dtype": "float16",
         "accumulate": 2,
+        "together": True,
+        "workers": 2,
     }
     assert {*other, "output", "trackers", "compile", "attention", "freeze"} == {*FREE}
     train(world.config(tmp_path / "a", input_projection="residual"))
@@ -487,9 +500,7 @@ def test_the_loss_is_the_global_mean_per_tower_whatever_the_tasks_of_a_batch(
     config = world.config(tmp_path, batch=8, steps=1, loss_weight={"text": 0.5})
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
-    (found,), counts = batches.batches_of_step(
-        [batches.Part("", rows, 1.0)], tasks, config, 0, model, Accelerator()
-    )
+    (found,), counts = batches.Steps([batches.Part("", rows, 1.0)], tasks, config, model.ends())[0]
     assert len(found) == 2
     # One sample at a time: the tokens of all samples in one list per tower, then their mean.
     each: dict[str, list[Tensor]] = {"text": [], "speech": []}
@@ -536,9 +547,7 @@ def test_micro_batches_are_the_batch_cut_into_pieces(world: World, tmp_path: Pat
         cut = dataclasses.replace(
             config, accumulate=accumulate, output=str(tmp_path / str(accumulate))
         )
-        turns, counts = batches.batches_of_step(
-            [batches.Part("", rows, 1.0)], tasks, cut, 0, model, Accelerator()
-        )
+        turns, counts = batches.Steps([batches.Part("", rows, 1.0)], tasks, cut, model.ends())[0]
         assert len(turns) == accumulate
         sizes = [sum(len(next(iter(batch.targets.values()))) for batch in turn) for turn in turns]
         assert sum(sizes) == 9
@@ -737,11 +746,10 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
     model, rows = zip_of(world, config)
     tasks = {name: Task.parse(name) for name in config.tasks}
     found = {"text": 0, "speech": 0}
-    accelerator = Accelerator()
+    steps = batches.Steps([batches.Part("", rows, 1.0)], tasks, config, model.ends())
+    steps = pickle.loads(pickle.dumps(steps))  # as a worker gets it that is not forked
     for step in range(50):
-        (drawn,), _ = batches.batches_of_step(
-            [batches.Part("", rows, 1.0)], tasks, config, step, model, accelerator
-        )
+        (drawn,), _ = steps[step]
         for batch in drawn:
             assert set(batch.strands) == {"text", "speech"}  # never "-> text"
             found["text" if (batch.weights["text"] > 0).any() else "speech"] += len(

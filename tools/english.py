@@ -5,12 +5,16 @@
 
 `prepare` says the corpus (`zipper_lab.corpora.english`) and leaves it as ids, some 20 MB, with both
 modalities: all that a machine needs that cannot speak. `train` measures how fast it is here, and
-takes as many steps as the seconds allow; both commands go on where an earlier call was killed.
+takes as many steps as the seconds allow, both towers at once: models so small wait for the next
+kernel most of the time. Both commands go on where an earlier call was killed.
 """
 
 import argparse
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -40,11 +44,14 @@ SPEECH_TOWER = demo.SPEECH_TOWER | {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
 }
-PAIRS = ("pairs_taken", "pairs_clean")
-#: Share of the seconds, samples of a step.
-STAGES = {"text": (0.2, 512), "speech": (0.2, 192), "zip": (0.6, 256)}
-PROBE = 60  # steps by which a machine's pace is measured; the middle third counts
+#: Share of the samples: those with a disturbed take, and those without.
+PAIRS = {"pairs_taken": 0.4, "pairs_clean": 0.6}
+#: Share of the seconds, samples of a step. The towers, which come first, are trained at once.
+STAGES = {"text": (0.2, 1024), "speech": (0.2, 512), "zip": (0.8, 512)}
+TOWERS = ("text", "speech")
+PROBE = 36  # steps by which a machine's pace is measured; the middle third counts
 LEAST = 20  # steps of a stage, whatever its share
+WORKERS = 4  # processes that make batches, of each stage
 
 
 def prepare(folder: Path, wordnet: str, encoder: str, taken: int, clean: int, workers: int) -> None:
@@ -98,7 +105,7 @@ def _ids(row: Mapping[str, Any], text: Text) -> dict[str, Any]:
 
 def configs(folder: Path, output: Path) -> Iterator[tuple[str, TrainConfig]]:
     """Each stage's recipe, one step long."""
-    pairs = {str(folder / f"{name}.jsonl"): 1.0 for name in PAIRS}
+    pairs = {str(folder / f"{name}.jsonl"): share for name, share in PAIRS.items()}
     dev = str(folder / "dev.jsonl")
     shapes = {"text": TEXT_TOWER, "speech": SPEECH_TOWER}
     common: dict[str, Any] = {
@@ -110,6 +117,7 @@ def configs(folder: Path, output: Path) -> Iterator[tuple[str, TrainConfig]]:
         "warmup": 100,
         "keep": 1,
         "eval_rows": 240,
+        "workers": WORKERS,
     }
     for name, shape in shapes.items():
         yield (
@@ -135,7 +143,8 @@ def configs(folder: Path, output: Path) -> Iterator[tuple[str, TrainConfig]]:
             data=pairs,
             tasks={"heard:speech -> said:text": 0.55, "text -> speech": 0.45},
             loss_weight={"text": 2.0},
-            train=("speech",),
+            train=TOWERS,
+            together=True,
             every={"text": 1, "speech": 1},
             shows={"text": 0, "speech": [2, 3, 4, 5, 6]},
             link=LinkConfig(gate_init=1.2, dropout=0.05),
@@ -173,38 +182,41 @@ def pace(config: TrainConfig) -> float:
     return (seen[second] - seen[first]) / (second - first)
 
 
-def run(folder: Path, output: Path, seconds: float, told: Path) -> None:
-    """All stages, as many steps of each as its share of the seconds allows."""
-    found: dict[str, Any] = {}
-    for name, config in configs(folder, output):
-        began, kept = time.monotonic(), output / f"{name}.json"
-        if not kept.is_file():
-            each = pace(config)
-            left = seconds * STAGES[name][0] - (time.monotonic() - began)
-            steps = max(LEAST, int(0.94 * left / each))
-            output.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps({"steps": steps, "seconds_a_step": each}))
-        plan = json.loads(kept.read_text())
-        steps = plan["steps"]
-        every = max(1, steps // 8)
-        rows: list[dict[str, Any]] = []
-        train(
-            replace(
-                config,
-                steps=steps,
-                eval_every=every,
-                save_every=every,
-                log_every=max(1, steps // 40),
-            ),
-            resume=True,
-            report=lambda row, rows=rows: rows.append(
-                {k: v for k, v in row.items() if not k.startswith(("grad/", "gate/", "branch/"))}
-            ),
-        )
-        found[name] = {**plan, "seconds": round(time.monotonic() - began, 1), "rows": rows}
-        told.parent.mkdir(parents=True, exist_ok=True)
-        told.write_text(json.dumps(found, indent=1))
-        print(name, plan, f"{time.monotonic() - began:.0f} s", rows[-1] if rows else "", flush=True)
+def run(folder: Path, output: Path, seconds: float) -> None:
+    """All stages, and told.json beside them."""
+    own = [sys.executable, __file__, "train", str(folder), "-o", str(output)]
+    own += ["--seconds", str(seconds), "--stage"]
+    running: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
+    for stages in (TOWERS, ("zip",)):
+        running[:] = [subprocess.Popen([*own, name]) for name in stages]
+        if any([process.wait() for process in running]):
+            sys.exit(f"{' or '.join(stages)} failed; what was saved is in {output}.")
+    found = {name: json.loads((output / f"{name}.json").read_text()) for name in STAGES}
+    (output / "told.json").write_text(json.dumps(found, indent=1))
+
+
+def stage(name: str, folder: Path, output: Path, seconds: float) -> None:
+    """One stage, as many steps as its share of the seconds allows; its curve in NAME.json."""
+    config = dict(configs(folder, output))[name]
+    began, kept = time.monotonic(), output / f"{name}.json"
+    if not kept.is_file():
+        each = pace(config)
+        left = seconds * STAGES[name][0] - (time.monotonic() - began)
+        steps = max(LEAST, int(0.94 * left / each))
+        kept.write_text(json.dumps({"steps": steps, "seconds_a_step": each, "rows": []}))
+    plan = json.loads(kept.read_text())
+    steps, every = plan["steps"], max(1, plan["steps"] // 8)
+
+    def told(row: dict[str, Any]) -> None:
+        short = {k: v for k, v in row.items() if not k.startswith(("grad/", "gate/", "branch/"))}
+        plan["rows"].append(short)
+        kept.write_text(json.dumps(plan | {"seconds": round(time.monotonic() - began, 1)}))
+
+    log_every = max(1, steps // 40)
+    config = replace(config, steps=steps, eval_every=every, save_every=every, log_every=log_every)
+    train(config, resume=True, report=told)
+    print(name, steps, f"{time.monotonic() - began:.0f} s", plan["rows"][-1:], flush=True)
 
 
 def main() -> None:
@@ -223,12 +235,16 @@ def main() -> None:
     two.add_argument("folder", type=Path)
     two.add_argument("-o", "--output", type=Path, required=True)
     two.add_argument("--seconds", type=float, default=480.0, help="of this machine, for all stages")
-    two.add_argument("--told", type=Path, help="a file for the curves (default OUTPUT/told.json)")
+    two.add_argument("--stage", choices=[*STAGES], help="only this one")
     given = parser.parse_args()
     if given.todo == "prepare":
         prepare(given.folder, given.wordnet, given.encoder, given.taken, given.clean, given.workers)
     else:
-        run(given.folder, given.output, given.seconds, given.told or given.output / "told.json")
+        given.output.mkdir(parents=True, exist_ok=True)
+        if given.stage:
+            stage(given.stage, given.folder, given.output, given.seconds)
+        else:
+            run(given.folder, given.output, given.seconds)
 
 
 if __name__ == "__main__":

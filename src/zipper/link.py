@@ -5,7 +5,8 @@ then a gated feed-forward (Zipper, arXiv:2405.18669, sec. 3; the gates are Flami
 arXiv:2204.14198). It sees tensors and a mask; it knows nothing of modalities, tokens or time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from zipper.errors import ZipperError
@@ -100,6 +102,18 @@ def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
     return create_block_mask(
         lambda batch, head, target, source: mask[batch, target, source], *size, device=mask.device
     )
+
+
+@contextmanager
+def any_lengths() -> Iterator[None]:
+    """Attention by kernels that need no preparing for a new shape. cuDNN's, torch's first choice on
+    a Hopper GPU, plans each new shape for tens of milliseconds: steps of training, whose batches
+    have lengths of their own each, took five times as long (docs/log.md)."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 @cache

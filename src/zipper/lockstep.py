@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from zipper.config import LinkKey, Route
-from zipper.link import InputProjection, Link, Memory, block_mask, project
+from zipper.link import InputProjection, Link, Memory, any_lengths, block_mask, project
 from zipper.saving.files import MOST_LAYERS
 from zipper.strand import Strand, visible
 from zipper.tower import Past, Tower
@@ -119,6 +119,7 @@ class Sight:
         return cls(masks, {pair: block_mask(mask) for pair, mask in masks.items()} if flex else {})
 
 
+@any_lengths()
 def advance(
     parts: Parts,
     strands: Mapping[str, Strand],

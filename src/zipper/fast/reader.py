@@ -31,7 +31,7 @@ from zipper.fast.graphs import Pool, Replay, Row, Said, Shape, above
 from zipper.fast.plain import CUTS, Plain, plain, sample, truth
 from zipper.fast.session import Cache, Entry, Place, Session, Shown
 from zipper.fast.weights import Angles, Form, Table
-from zipper.link import InputProjection
+from zipper.link import InputProjection, any_lengths
 from zipper.model import Zipper
 from zipper.reading import Logits, Piece
 from zipper.tower import UnsupportedTower
@@ -258,6 +258,7 @@ class Fused:
         if later:
             native.read(later)
 
+    @any_lengths()
     def _run(
         self,
         name: str,

@@ -4,22 +4,20 @@ alone."""
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
+from torch.utils.data import Dataset
 
 from zipper.data.rows import Row, Rows, draws, mixed_seed
 from zipper.errors import ZipperError
 from zipper.loss import CHOICE
-from zipper.strand import Batch, Target, collate, decisions
+from zipper.strand import Batch, Ends, Target, collate, decisions
 from zipper.tasks import Task
 from zipper.training.config import TrainConfig
 from zipper.training.packing import lengths, pack
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -76,54 +74,73 @@ def order(parts: Sequence[Part], batch: int, step: int, seed: int) -> list[Row]:
     return [parts[part].rows[row] for part, row in picked[cut * batch : (cut + 1) * batch]]
 
 
-def batches_of_step(
-    parts: Sequence[Part],
-    tasks: Mapping[str, Task],
-    config: TrainConfig,
-    step: int,
-    model: Any,
-    accelerator: "Accelerator",
-) -> tuple[list[list[Batch]], dict[str, float]]:
-    """This process's micro-batches of one step, each one batch per task (so that what a task cannot
-    see costs nothing), and the global number of target tokens per tower.
+#: Micro-batches of a step, and the global number of target tokens per tower.
+Drawn = tuple[list[list[Batch]], dict[str, float]]
 
-    A sharded model wants the same tasks of every process: one without a sample of its own runs
-    another's for nothing.
+
+@dataclass(frozen=True)
+class Steps(Dataset[Drawn]):
+    """What one of several processes reads in each step, on the CPU: `steps[n]` is a function of the
+    recipe, the seed and n alone, so any number of workers may make them ahead of time.
+
+    ends: of each tower. process: which of `processes` it is.
     """
-    random = np.random.default_rng(mixed_seed(config.seed, step, 3))
-    names = list(tasks)
-    shares = np.array([config.tasks[name] for name in names])
-    chosen = random.choice(len(names), size=config.batch, p=shares / shares.sum())
-    processes, me = accelerator.num_processes, accelerator.process_index
-    mine: list[dict[str, list[Any]]] = [{} for _ in range(config.accumulate)]
-    first: list[dict[str, Any]] = [{} for _ in range(config.accumulate)]
-    counts: dict[str, float] = {}
-    for k, row in enumerate(order(parts, config.batch, step, config.seed)):
-        name = names[chosen[k]]
-        segments = tasks[name].segments(row)
-        for segment in segments:
-            if isinstance(segment, Target):
-                tokens = segment.weight * (len(segment.content) + 1)
-                counts[segment.tower] = counts.get(segment.tower, 0.0) + tokens
-        if choices := len(decisions(segments)):
-            counts[CHOICE] = counts.get(CHOICE, 0.0) + choices
-        place, process = divmod(k, processes)
-        turn = place * config.accumulate // len(range(process, config.batch, processes))
-        first[turn].setdefault(name, segments)
-        if process == me:
-            mine[turn].setdefault(name, []).append(segments)
-    turns: list[list[Batch]] = [[] for _ in mine]
-    for turn, samples in enumerate(mine):
-        for name, sample in first[turn].items():
-            if name in samples or config.shard:
-                drawn = samples.get(name, [sample])
-                packed = pack([lengths(one) for one in drawn], config.pack) if config.pack else None
-                company = tasks[name].company
-                batch = collate(drawn, model.ends(), packed=packed, company=company)
-                batch = batch.to(accelerator.device)
-                batch = batch if name in samples else silent(batch)
-                turns[turn].append(corrupted(batch, config, model))
-    return turns, counts
+
+    parts: Sequence[Part]
+    tasks: Mapping[str, Task]
+    config: TrainConfig
+    ends: Mapping[str, Ends]
+    process: int = 0
+    processes: int = 1
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> Drawn:
+        """A micro-batch is one batch per task, so that what a task cannot see costs nothing, or one
+        for all of them (`together`).
+
+        A sharded model wants the same tasks of every process: one without a sample of its own runs
+        another's for nothing.
+        """
+        config, tasks = self.config, self.tasks
+        random = np.random.default_rng(mixed_seed(config.seed, step, 3))
+        names = list(tasks)
+        shares = np.array([config.tasks[name] for name in names])
+        chosen = random.choice(len(names), size=config.batch, p=shares / shares.sum())
+        mine: list[dict[str, list[Any]]] = [{} for _ in range(config.accumulate)]
+        first: list[dict[str, Any]] = [{} for _ in range(config.accumulate)]
+        company: dict[str, tuple[str, ...]] = {}
+        counts: dict[str, float] = {}
+        for k, row in enumerate(order(self.parts, config.batch, step, config.seed)):
+            task = tasks[names[chosen[k]]]
+            key = ",".join(task.company) if config.together else names[chosen[k]]
+            company[key] = task.company
+            segments = task.segments(row)
+            for segment in segments:
+                if isinstance(segment, Target):
+                    tokens = segment.weight * (len(segment.content) + 1)
+                    counts[segment.tower] = counts.get(segment.tower, 0.0) + tokens
+            if choices := len(decisions(segments)):
+                counts[CHOICE] = counts.get(CHOICE, 0.0) + choices
+            place, process = divmod(k, self.processes)
+            here = len(range(process, config.batch, self.processes))
+            turn = place * config.accumulate // here
+            first[turn].setdefault(key, segments)
+            if process == self.process:
+                mine[turn].setdefault(key, []).append(segments)
+        turns: list[list[Batch]] = [[] for _ in mine]
+        for turn, samples in enumerate(mine):
+            for key, sample in first[turn].items():
+                if key in samples or config.shard:
+                    batch = self._collated(samples.get(key, [sample]), company[key])
+                    turns[turn].append(batch if key in samples else silent(batch))
+        return turns, counts
+
+    def _collated(self, samples: Sequence[Any], company: Sequence[str]) -> Batch:
+        room = self.config.pack
+        packed = pack([lengths(sample) for sample in samples], room) if room else None
+        return collate(samples, self.ends, packed=packed, company=company)
 
 
 def silent(batch: Batch) -> Batch:

@@ -21,6 +21,7 @@ LIMITS = {
     ),
     **dict.fromkeys(("warmup", "patience", "calibrate", "seed", "least_ids"), (0, MOST_INTEGER)),
     **dict.fromkeys(("batch", "accumulate"), (1, 1 << 20)),
+    "workers": (0, 1024),
     **dict.fromkeys(("lr_new", "lr_gate", "lr_tower", "weight_decay"), (0.0, 1e3)),
     **dict.fromkeys(("lr_final", "corrupt", "most_bad"), (0.0, 1.0)),
     "most_ids": (1, MOST_INTEGER),
@@ -84,6 +85,9 @@ class TrainConfig:
     recompute: blocks are run again in the backward pass instead of keeping what they computed: less
         memory, more time, the same bits.
     compile: the blocks by torch.compile, each for itself; a slow start, other rounding.
+    together: samples of all tasks in one batch: more of it is padding, and half as many kernels
+        run; for models so small that a GPU waits for the next one.
+    workers: processes that make batches ahead of time; the same ones.
     attention: of links, "sdpa" or "flex", which is for packed rows on CUDA.
 
     Saving.
@@ -137,6 +141,8 @@ class TrainConfig:
     shard: bool = False
     recompute: bool = False
     compile: bool = False
+    together: bool = False
+    workers: int = 0
     attention: str = "sdpa"
     eval_every: int = 200
     eval_rows: int = 128
@@ -265,5 +271,7 @@ FREE = (
     "shard",
     "recompute",
     "compile",
+    "together",
+    "workers",
     "attention",
 )

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from zipper import inspection
@@ -42,7 +43,7 @@ from zipper.strand import Batch, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import cost as plan
-from zipper.training.batches import FIRST, Part, batches_of_step, tokens_read
+from zipper.training.batches import FIRST, Drawn, Part, Steps, corrupted, tokens_read
 from zipper.training.building import Build, check_rows
 from zipper.training.building import build as build_zip
 from zipper.training.config import TrainConfig
@@ -267,6 +268,8 @@ def _train(
             )
 
     bare.train()
+    me, all_of_us = accelerator.process_index, accelerator.num_processes
+    reads = Steps(parts, tasks, config, model.ends(), me, all_of_us)
     begun = progress.step
     begin = since = time.monotonic()
     tokens, rate, stop = 0.0, 0.0, False
@@ -277,15 +280,16 @@ def _train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    with bar, sigterm() as came:
+    with bar, sigterm() as came, contextlib.closing(drawn(reads, progress.step)) as coming:
         while progress.step < config.steps and not progress.stopped and not stop:
             step = progress.step
             torch.manual_seed(mixed_seed(config.seed, step, accelerator.process_index))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, config)
-            turns, counts = batches_of_step(parts, tasks, config, step, model, accelerator)
+            turns, counts = next(coming)
             sums = dict.fromkeys(counts, 0.0)
-            for turn, batches in enumerate(turns, 1):
+            for turn, mine in enumerate(turns, 1):
+                batches = [corrupted(b.to(accelerator.device), config, model) for b in mine]
                 with (
                     contextlib.nullcontext()
                     if turn == len(turns)
@@ -319,11 +323,11 @@ def _train(
             bar.update()
 
             # What the processes saw of this step; all of them must stop at the same one.
-            mine = [sums[name] / counts[name] for name in counts]
-            read = sum(map(tokens_read, chain(*turns)))
-            mine += [read, len(came)]
+            told = [sums[name] / counts[name] for name in counts]
+            read = sum(map(tokens_read, chain(*turns)))  # on the CPU: nothing waits for it
+            told += [read, len(came)]
             *found, count, stop = accelerator.reduce(
-                torch.tensor(mine, device=accelerator.device)
+                torch.tensor(told, device=accelerator.device)
             ).tolist()
             tokens += count
             for name, loss in zip(counts, found, strict=True):
@@ -418,6 +422,29 @@ def alone(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
 def weights(config: TrainConfig) -> dict[str, float]:
     """{source: its weight in the mixture}."""
     return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
+
+
+def drawn(steps: Steps, begin: int) -> Generator[Drawn, None, None]:
+    """What is read from step `begin` on, made by the recipe's workers, which end when this is
+    closed."""
+    yield from DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(begin, len(steps)),
+        num_workers=steps.config.workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_undisturbed,
+        generator=torch.Generator(),  # its seeds for workers, which draw nothing, are of no step
+    )
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
+def _undisturbed(worker: int) -> None:
+    """Whoever asks a group of processes to end means the run, which ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def gates(model: Any) -> dict[str, float]:
