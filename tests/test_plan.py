@@ -57,12 +57,13 @@ def counted(model: Zipper | Baseline, batch: Batch) -> tuple[float, float]:
     as products of batches."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(model, batch)
-    found = {
-        str(name).removeprefix("aten."): float(n)
-        for name, n in counter.get_flop_counts()["Global"].items()
-    }
+    counts = counter.get_flop_counts()
+    found = {str(name).removeprefix("aten."): float(n) for name, n in counts["Global"].items()}
     assert found.keys() <= {"mm", "addmm", "bmm", "baddbmm"}
-    return found["mm"] + found.get("addmm", 0.0), found["bmm"] + found.get("baddbmm", 0.0)
+    # Older transformers make the angles of rotary positions by a product of vectors.
+    angles = sum(sum(n.values()) for part, n in counts.items() if part.endswith("rotary_emb"))
+    attention = found["bmm"] + found.get("baddbmm", 0.0) - angles
+    return found["mm"] + found.get("addmm", 0.0), attention
 
 
 def planned(found: Cost) -> tuple[float, float]:

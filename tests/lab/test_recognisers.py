@@ -113,7 +113,9 @@ def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZipperError, match=r"no config\.json"):
         recognisers.named(tmp_path)
     transformers.LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ZipperError, match=r"No recogniser of transformers.*Give one that writes"):
+    with pytest.raises(
+        ZipperError, match=r"(?s)No recogniser of transformers.*Give one that writes"
+    ):
         recognisers.named(tmp_path)
 
 
