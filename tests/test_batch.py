@@ -2,6 +2,9 @@
 and however often it was stopped."""
 
 import json
+import math
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tiny import sound, world
 from zipper import batch
 from zipper.batch import Counts, run_batch
 from zipper.cli import main
+from zipper.data import layouts, manifests
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -24,6 +28,11 @@ TASK = "text -> speech"
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return Pipeline.from_pretrained(world(tmp_path_factory.mktemp("world")).zip)
+
+
+#: By the number of their row.
+TEXTS = {0: "call anna", 1: "send two", 2: "pay peter", 4: "turn red", 6: "five lamp"}
+TEXTS |= {7: "blue oven", 8: "send five", 9: "call red"}
 
 
 @pytest.fixture
@@ -112,6 +121,64 @@ def test_a_run_that_was_stopped_goes_on_and_parts_make_the_whole(
     assert made(stopped) == made(whole)
     assert made(halves[0]) | made(halves[1]) == made(whole)
     assert run(whole) == Counts(10, 8, 2, 10), "nothing is left to do"
+
+
+def test_what_was_made_is_learnt_from(pipe: Pipeline, rows: Path, tmp_path: Path) -> None:
+    """Back-translation: rows with what was made of them, as ids, in the order of the rows."""
+    out = tmp_path / "there" / "out.jsonl"
+    task = "text -> made:speech"
+    run_batch(pipe, rows, task, out, 3, sampling=DRAWN, limits=LIMITS, ids=True)
+    found = read(out)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "there", moved / "there")
+    shutil.copy(rows, moved)
+    for place in (out, moved / "there" / "out.jsonl"):
+        passed: Counter[str] = Counter()
+        learnt = list(layouts.samples(f"made:{place}", passed=passed))
+        done = [row for row in sorted(found) if "made" in found[row]]
+        assert [sample.row["text"] for sample in learnt] == [TEXTS[row] for row in done]
+        assert [sample.row["made:speech"] for sample in learnt] == [
+            found[row]["made"][0]["content"] for row in done
+        ]
+        assert passed["rows without an answer"] == 2
+    taken = manifests.encode(learnt[0].row, pipe.modalities, tmp_path, "row 0")
+    assert taken["made"] == found[0]["made"][0]["content"] != []
+    assert taken["text"] == pipe.modalities["text"].encode("call anna")
+
+    sure = tmp_path / "sure.jsonl"
+    run_batch(pipe, rows, task, sure, 3, sampling=DRAWN, limits=LIMITS, ids=True, least=0.05)
+    for row, line in read(sure).items():
+        if "made" in found[row]:
+            (made,) = found[row]["made"]
+            mean = math.exp(made["score"] / (len(made["content"]) + made["ended"]))
+            assert ("made" in line) == (made["ended"] and mean >= 0.05), (made, line)
+    told = [line.get("error", "") for line in read(sure).values()]
+    assert any("below 0.05" in said or "end by itself" in said for said in told)
+    with pytest.raises(ZipperError, match="another least"):
+        run_batch(pipe, rows, task, sure, sampling=DRAWN, limits=LIMITS, ids=True)
+    with pytest.raises(ZipperError, match="least is 1"):
+        run_batch(pipe, rows, task, tmp_path / "new.jsonl", least=1)
+
+
+def test_a_field_that_was_made_takes_no_other_ones_place(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run_batch(pipe, rows, "text -> text", out, limits=LIMITS)
+    with pytest.raises(ZipperError, match=r"has a field 'text'(?s:.*)Name it in the task"):
+        list(layouts.samples(f"made:{out}"))
+    run_batch(pipe, rows, "text -> made:text", tmp_path / "two.jsonl", limits=LIMITS)
+    made = [sample.row["made:text"] for sample in layouts.samples(f"made:{tmp_path}/two.jsonl")]
+    assert len(made) == 8 and all(isinstance(text, str) for text in made)
+    run_batch(pipe, rows, "text -> made:speech", tmp_path / "three.jsonl", limits=LIMITS)
+    for sample in layouts.samples(f"made:{tmp_path}/three.jsonl"):
+        if sample.row["made:speech"] is not None:  # a sound that is a file is found from anywhere
+            assert Path(sample.row["made:speech"]).is_absolute()
+            assert pipe.modalities["speech"].read(sample.row["made:speech"], Path("/")).seconds
+    with (tmp_path / "two.jsonl").open("a") as file:
+        file.write('{"row": 3')
+    with pytest.raises(ZipperError, match=r"line 11 is none of `zipper run-batch`"):
+        list(layouts.samples(f"made:{tmp_path}/two.jsonl"))
 
 
 def test_an_output_of_something_else_is_not_gone_on_with(

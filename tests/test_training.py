@@ -13,6 +13,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -757,6 +758,84 @@ def test_tasks_come_by_their_shares(world: World, tmp_path: Path) -> None:
             )
     assert sum(found.values()) == 400
     assert found["text"] == pytest.approx(100, abs=4 * math.sqrt(400 * 0.25 * 0.75))
+
+
+def test_a_source_is_for_the_tasks_whose_fields_it_has(world: World, tmp_path: Path) -> None:
+    """Text alone beside pairs, and what a model made of texts: each row is for the tasks it can be
+    for, by their shares."""
+    pairs = data.manifest(world.folder / "pairs.jsonl")
+    parts = {
+        "pairs": pairs[:40],
+        "alone": [{"text": row["text"]} for row in pairs[40:60]],
+        "made": [{"text": row["text"], "made:speech": row["speech"]} for row in pairs[60:]],
+    }
+    for name, rows in parts.items():
+        data.write(tmp_path / f"{name}.jsonl", rows)
+    sources = {str(tmp_path / f"{name}.jsonl"): 1.0 for name in parts}
+    tasks = {ASR: 0.2, TTS: 0.2, "-> text": 0.2, "made:speech -> text": 0.4}
+    with pytest.raises(ZipperError, match="'-> text' is for 'text' alone, which is frozen"):
+        world.config(tmp_path / "a", data=sources, tasks=tasks)
+    config = world.config(
+        tmp_path / "a",
+        train=("text", "speech"),
+        data=sources,
+        tasks=tasks,
+        batch=30,
+        **{key: value for key, value in RESUMED.items() if key != "link"},
+    )
+    with pytest.warns(UserWarning, match="dev.jsonl lacks what 'made:speech -> text' wants"):
+        train(config)
+    judged = {key for row in metrics(tmp_path / "a") for key in row if key.startswith("dev/")}
+    assert judged == {f"dev/{name}" for name in tasks} - {"dev/made:speech -> text"}
+    with pytest.raises(Killed), pytest.warns(UserWarning):
+        train(dataclasses.replace(config, output=str(tmp_path / "b")), report=killing(6))
+    with pytest.warns(UserWarning):
+        train(dataclasses.replace(config, output=str(tmp_path / "b")), resume=True)
+    assert same(tmp_path / "a", tmp_path / "b")
+
+    modalities = {"text": tiny.text(), "speech": tiny.units()}
+    read = {
+        name: data.read(Path(source), modalities)
+        for source, name in zip(sources, parts, strict=True)
+    }
+    model = build(config, modalities, [*chain(*read.values())])
+    steps = batches.Steps(
+        [batches.Part(name, rows, 1.0) for name, rows in read.items()],
+        {name: Task.parse(name) for name in tasks},
+        config,
+        model.ends(),
+    )
+    shares: Counter[str] = Counter()
+    for step in range(60):
+        (drawn,), _ = steps[step]
+        for batch in drawn:  # a task each: said by what has a loss, and what is read beside it
+            learnt = [name for name, weight in batch.weights.items() if (weight > 0).any()]
+            shares[" ".join([*batch.strands, "->", *learnt])] += len(batch.targets["text"])
+    assert sum(shares.values()) == 1800
+    wanted = {
+        "text -> text": 600 + 600 / 3 + 600 / 3,  # all of those alone; a third of both others
+        "speech text -> text": 600 / 3 + 600 * 2 / 3,  # pairs' speech, and what was made
+        "text speech -> speech": 600 / 3,
+    }
+    assert shares.keys() == wanted.keys()
+    for name, count in wanted.items():
+        assert shares[name] == pytest.approx(count, abs=4 * math.sqrt(600 * 2 / 9)), name
+
+    data.write(tmp_path / "none.jsonl", [{"speech": [5, 6]}])
+    with pytest.raises(ZipperError, match=r"none.jsonl, line 1: .*wants a field 'text'"):
+        train(
+            dataclasses.replace(
+                config,
+                output=str(tmp_path / "c"),
+                data=sources | {str(tmp_path / "none.jsonl"): 1.0},
+            )
+        )
+    with pytest.raises(ZipperError, match=r"pairs.jsonl, line 1: .*wants a field 'other'"):
+        train(
+            dataclasses.replace(
+                config, output=str(tmp_path / "d"), tasks=tasks | {"other:text -> speech": 0.1}
+            )
+        )
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(64, 4), (128, 4), (50, 4), (7, 3), (3, 5)])

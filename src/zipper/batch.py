@@ -8,12 +8,15 @@ several machines are, together, what one machine would have made. It knows nothi
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from zipper.data import manifests
+from zipper.data.layouts import about
 from zipper.data.manifests import Sample
 from zipper.errors import ZipperError
 from zipper.generation import Answer, Limits, Request
@@ -46,6 +49,8 @@ def run_batch(
     sampling: Sampling | None = None,
     limits: Limits | None = None,
     told: Callable[[Counts], None] | None = None,
+    ids: bool = False,
+    least: float = 0.0,
 ) -> Counts:
     """Does a task on the rows of a manifest (see zipper.data.manifests) and writes a line for each
     into `output`: {"row": its number from 0, "id": if it has one, "made": [{"tower", "content",
@@ -53,11 +58,17 @@ def run_batch(
     rows are done. Files (sound, pictures) are written into OUTPUT.files, and their names told.
 
     rows: that run at once. part: (2, 8) does every eighth row, from the second. told: called after
-    each row. Raises a ZipperError for a manifest that cannot be read, and where `output` is of
-    another task, model or manifest.
+    each row. ids: what is made is told as ids, as a model reads them, and no files are written; the
+    source "made:OUTPUT" is then what a recipe learns from (back-translation, Sennrich et al. 2016).
+    least: what was made less surely has no answer: the geometric mean of the probabilities of its
+    tokens, over all that was made; above 0 a segment must have ended by itself too. Raises a
+    ZipperError for a manifest that cannot be read, and where `output` is of another task, model or
+    manifest.
     """
     task = Task.parse(task) if isinstance(task, str) else task
     first, parts = part
+    if not 0 <= least < 1:
+        raise ZipperError(f"least is {least}: a probability from 0 to below 1.")
     if not 1 <= first <= parts:
         raise ZipperError(f"Part {first} of {parts} is none. Give 1 of 1, or 2 of 8.")
     for name in task.towers:
@@ -66,7 +77,8 @@ def run_batch(
                 f"The task names {name!r}; this model has {sorted(pipeline.modalities)}."
             )
     sampling = sampling or Sampling()
-    _same(pipeline, data, task, output, part, sampling, limits)
+    own = {"ids": ids, "least": least}
+    _same(pipeline, data, task, output, part, sampling, limits, own)
     there = _there(output)
     mine = [
         (number, sample)
@@ -79,7 +91,9 @@ def run_batch(
     with output.open("a", encoding="utf-8") as file:
         left = ((number, sample) for number, sample in mine if number not in before)
         for number, sample, found in _answers(pipeline, left, task, rows, sampling, limits):
-            line = _line(pipeline, number, sample, found, output)
+            if least and not isinstance(found, ZipperError):
+                found = _sure(found, least)
+            line = _line(pipeline, number, sample, found, None if ids else output)
             _write(file, line)
             wrong = "error" in line
             counts = replace(counts, done=counts.done + (not wrong), refused=counts.refused + wrong)
@@ -158,10 +172,21 @@ def _asked(
     return pipeline.asked(given, outputs, sampling, limits)
 
 
+def _sure(made: list[Produced], least: float) -> Found:
+    """What was made, or that it is not sure enough."""
+    tokens = sum(len(segment.content) + segment.ended for segment in made)
+    sure = math.exp(sum(segment.score for segment in made) / max(1, tokens))
+    if not all(segment.ended for segment in made):
+        return ZipperError("it did not end by itself.")
+    if sure < least:
+        return ZipperError(f"it was made with a probability of {sure:.3f} a token, below {least}.")
+    return made
+
+
 def _line(
-    pipeline: Pipeline, number: int, sample: Sample, found: Found, output: Path
+    pipeline: Pipeline, number: int, sample: Sample, found: Found, output: Path | None
 ) -> dict[str, Any]:
-    """What is told of a row."""
+    """What is told of a row. output: beside which files are written; None: of ids."""
     line: dict[str, Any] = {"row": number}
     if "id" in sample.row:
         line["id"] = sample.row["id"]
@@ -170,11 +195,12 @@ def _line(
     made = []
     for place, segment in enumerate(found):
         kind = whole(pipeline.modalities[segment.tower])
-        raw = kind.decode(segment.content)
         content: Any = None
-        if not kind.suffix:
-            content = kind.told(raw)
-        elif kind.there(raw):
+        if output is None:
+            content = segment.content
+        elif not kind.suffix:
+            content = kind.told(kind.decode(segment.content))
+        elif kind.there(raw := kind.decode(segment.content)):
             folder = output.with_name(f"{output.name}.files")
             folder.mkdir(exist_ok=True)
             path = folder / f"{number}-{place}-{segment.tower}{kind.suffix}"
@@ -220,9 +246,10 @@ def _same(
     part: tuple[int, int],
     sampling: Sampling,
     limits: Limits | None,
+    own: dict[str, Any],
 ) -> None:
     """Notes beside an output what it is of; raises a ZipperError where it is of something else."""
-    beside = output.with_name(f"{output.name}.of.json")
+    beside = about(output)
     try:
         content = hashlib.sha256(data.read_bytes()).hexdigest()
     except OSError as error:
@@ -230,7 +257,7 @@ def _same(
             f"The manifest {data} cannot be read: {error.strerror}. Give a JSONL file."
         ) from error
     towers = pipeline.held.config.towers
-    own = {
+    own |= {
         "manifest": content,
         "task": str(task),
         "part": list(part),
@@ -241,6 +268,7 @@ def _same(
     }
     if output.exists():
         before = read_json(beside) if beside.exists() else {}
+        before = {"ids": False, "least": 0.0} | before  # of a version that had neither
         differ = [name for name in own if before.get(name) != own[name]]
         if differ:
             raise ZipperError(
@@ -249,4 +277,4 @@ def _same(
             )
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside, own)
+        write_json(beside, own | {"data": os.path.relpath(data, output.parent)})

@@ -183,6 +183,11 @@ class Task:
             given += [Target(tower_of(i), content(row, i), chosen=True) for i in there]
         return given
 
+    def fits(self, row: Mapping[str, Sequence[int]]) -> bool:
+        """Whether a row has what the task wants: of a choice, one of its fields."""
+        each = (lane.among or (lane.item,) for lane in lanes(self.given + self.produced))
+        return all(any(has(row, item) for item in items) for items in each)
+
     def prompt(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
         """The given segments of one row, to generate from."""
         return [lane.segment(content(row, lane.item)) for lane in lanes(self.given)]

@@ -26,8 +26,8 @@ Sources = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="sound files or folders of them; or one manifest (.jsonl), or KIND:PLACE, the kind "
-        "one of librispeech, libritts, librilight, sounds, parquet, arrow, audiofolder, jsonl; "
-        "behind it, where columns have other names, #text=COLUMN,...",
+        "one of librispeech, libritts, librilight, sounds, parquet, arrow, audiofolder, jsonl, "
+        "made; behind it, where columns have other names, #text=COLUMN,...",
     ),
 ]
 UnitsOutput = Annotated[

@@ -176,6 +176,13 @@ def run_batch(
     part: Annotated[
         str, typer.Option(metavar="K/N", help="every N-th row from the K-th, for N machines")
     ] = "1/1",
+    ids: Annotated[
+        bool, typer.Option("--ids", help="as ids, for zipper train to learn from as made:OUT.jsonl")
+    ] = False,
+    least: Annotated[
+        float,
+        typer.Option(metavar="P", help="no answer below this mean probability of a token"),
+    ] = 0.0,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -205,7 +212,9 @@ def run_batch(
             bar.total = counts.rows
             bar.update(counts.done + counts.refused - bar.n)
 
-        counts = batch.run_batch(pipe, data, task, output, rows, of, how, told=told)
+        counts = batch.run_batch(
+            pipe, data, task, output, rows, of, how, told=told, ids=ids, least=least
+        )
     if as_json:
         print(json.dumps(asdict(counts)))
     else:

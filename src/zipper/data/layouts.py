@@ -4,13 +4,18 @@ zipper.data.manifests. Nothing here knows of ids.
 A source is one string: the path of a JSONL manifest (.jsonl, .ndjson, .json with a row a line), or
 KIND:PLACE.
 
-    jsonl:FILE           a manifest of any name librispeech:FOLDER
-    <subset>/<speaker>/<chapter>/<utterance>.flac and <speaker>-<chapter>.trans.txt (openslr.org/12)
+    jsonl:FILE           a manifest of any name
+    librispeech:FOLDER   <subset>/<speaker>/<chapter>/<utterance>.flac and
+                         <speaker>-<chapter>.trans.txt (openslr.org/12)
     libritts:FOLDER      <subset>/<speaker>/<chapter>/<utterance>.wav, .normalized.txt,
-    .original.txt (openslr.org/60) librilight:FOLDER    <subset>/<speaker>/<book>/<file>.flac and
-    .json (arXiv:1912.07875), cut where nobody speaks; no text sounds:FOLDER        any sound files;
-    no text parquet:PLACE, arrow:PLACE   files, patterns or folders of them; arrow takes a folder of
-    save_to_disk too audiofolder:FOLDER   what Hugging Face datasets reads by that name
+                         .original.txt (openslr.org/60)
+    librilight:FOLDER    <subset>/<speaker>/<book>/<file>.flac and .json (arXiv:1912.07875), cut
+                         where nobody speaks; no text
+    sounds:FOLDER        any sound files; no text
+    parquet:PLACE        files, patterns or folders of them
+    arrow:PLACE          the same, or a folder of save_to_disk
+    audiofolder:FOLDER   what Hugging Face datasets reads by that name
+    made:FILE            rows of a manifest with what `zipper run-batch` made of them
 
 Behind a "#" fields are named: "parquet:data/*.parquet#text=sentence,speech=recording" takes the
 columns of other names, and "libritts:data/LibriTTS#text=original" the text with its numbers and
@@ -21,6 +26,7 @@ One walk serves all: in order, through linked folders too, but each folder once;
 (._a.wav of macOS, .git) is passed over.
 """
 
+import json
 import math
 import os
 import re
@@ -39,6 +45,7 @@ from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
 from zipper.saving.files import lines, read_json
 from zipper.saving.files import place as place_of
+from zipper.tasks import Task, fields_of
 
 #: What sound and what is said in it are called in rows.
 SPEECH, TEXT = SpeechUnits.name, Text.name
@@ -649,6 +656,50 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
         _others(passed, (name for name in names if not _is_sound(name)))
 
 
+def about(made: Path) -> Path:
+    """The file that says of which manifest and task the answers in a file are."""
+    return made.with_name(f"{made.name}.of.json")
+
+
+def _answers(made: Path) -> dict[int, Mapping[str, Any]]:
+    """{row: its line}."""
+    found = {}
+    for number, line in lines(made):
+        try:
+            told = json.loads(line)
+            found[told["row"]] = told
+        except (ValueError, KeyError, TypeError) as error:
+            raise ZipperError(
+                f"{made}, line {number} is none of `zipper run-batch`; let that command end."
+            ) from error
+    return found
+
+
+def _made(place: str, passed: Passed) -> Iterator[Sample]:
+    answers = place_of(place)
+    said = read_json(about(answers))
+    task = Task.parse(said["task"])
+    fixed = None if task.chosen else [lane.item for lane in task.segments_produced]
+    lines_of = _answers(answers)
+    for number, sample in enumerate(data.samples(answers.parent / said["data"])):
+        line = lines_of.get(number)
+        if line is None or "made" not in line:
+            _over(passed, "rows that are not done" if line is None else "rows without an answer")
+            continue
+        row = dict(sample.row)
+        for place_in, one in enumerate(line["made"]):
+            *_, last = fields_of(fixed[place_in]) if fixed else [one["tower"]]
+            field = last if last == one["tower"] else f"{last}:{one['tower']}"
+            if field in row:
+                raise ZipperError(
+                    f"{sample.where} has a field {field!r}, and {answers} holds one that was made. "
+                    f"Name it in the task, such as 'made:{one['tower']}', and do that anew."
+                )
+            filed = isinstance(one["content"], str) and (answers.parent / one["content"]).is_file()
+            row[field] = str(answers.parent.resolve() / one["content"]) if filed else one["content"]
+        yield sample._replace(row=row)
+
+
 _KINDS: dict[str, Callable[[Any, Passed], Iterator[Sample]]] = {
     "jsonl": _jsonl,
     "librispeech": _librispeech,
@@ -658,4 +709,5 @@ _KINDS: dict[str, Callable[[Any, Passed], Iterator[Sample]]] = {
     "parquet": _tables("parquet"),
     "arrow": _tables("arrow"),
     "audiofolder": _audiofolder,
+    "made": _made,
 }

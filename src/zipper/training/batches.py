@@ -4,6 +4,8 @@ alone."""
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -108,13 +110,17 @@ class Steps(Dataset[Drawn]):
         names = list(tasks)
         shares = np.array([config.tasks[name] for name in names])
         chosen = random.choice(len(names), size=config.batch, p=shares / shares.sum())
+        other = np.random.default_rng(mixed_seed(config.seed, step, 4))
         mine: list[dict[str, list[Any]]] = [{} for _ in range(config.accumulate)]
         first: list[dict[str, Any]] = [{} for _ in range(config.accumulate)]
         company: dict[str, tuple[str, ...]] = {}
         counts: dict[str, float] = {}
         for k, row in enumerate(order(self.parts, config.batch, step, config.seed)):
-            task = tasks[names[chosen[k]]]
-            key = ",".join(task.company) if config.together else names[chosen[k]]
+            name = names[chosen[k]]
+            if self._mixed and not tasks[name].fits(row):
+                name = self._instead(name, row, other)
+            task = tasks[name]
+            key = ",".join(task.company) if config.together else name
             company[key] = task.company
             segments = task.segments(row)
             for segment in segments:
@@ -136,6 +142,19 @@ class Steps(Dataset[Drawn]):
                     batch = self._collated(samples.get(key, [sample]), company[key])
                     turns[turn].append(batch if key in samples else silent(batch))
         return turns, counts
+
+    @cached_property
+    def _mixed(self) -> bool:
+        """Whether some source is not for all tasks."""
+        firsts = [part.rows[0] for part in self.parts if len(part.rows)]
+        return not all(task.fits(row) for task, row in product(self.tasks.values(), firsts))
+
+    def _instead(self, name: str, row: Row, random: np.random.Generator) -> str:
+        """Another task, of those that the row is for, by their shares; this one if there is
+        none."""
+        fit = [n for n, task in self.tasks.items() if self.config.tasks[n] and task.fits(row)]
+        shares = np.array([self.config.tasks[n] for n in fit])
+        return fit[random.choice(len(fit), p=shares / shares.sum())] if fit else name
 
     def _collated(self, samples: Sequence[Any], company: Sequence[str]) -> Batch:
         room = self.config.pack

@@ -68,11 +68,11 @@ def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
     tasks = map(Task.parse, config.tasks)
     found = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
     items = chain.from_iterable(lane.among or (lane.item,) for lane in found)
-    # Where a model chooses, a row has the field of what is chosen, and no other.
-    lengths = {
-        tower_of(item): [len(content(row, item)) + 2 for row in rows if has(row, item)]
-        for item in items
-    }
+    lengths: dict[str, list[int]] = {}
+    for item in items:
+        # Where a model chooses, a row has the field of what is chosen, and no other.
+        some = [len(content(row, item)) + 2 for row in rows if has(row, item)]
+        lengths[tower_of(item)] = some or lengths.get(tower_of(item), [])
     return {tower: float(np.mean(some or [2])) for tower, some in lengths.items()}
 
 
@@ -187,12 +187,15 @@ def check_pinned(name: str, source: Path, modality: Modality) -> None:
         )
 
 
-def check_rows(path: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Any) -> None:
-    """Every row has what every task wants, and the towers can read it; otherwise a ZipperError
-    names file and line."""
+def served(source: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Any) -> list[str]:
+    """The tasks that a source is for: those whose fields its first row has. Every row has what
+    these want, and the towers can read it; otherwise a ZipperError names file and line."""
+    names = [name for name, task in tasks.items() if rows and task.fits(rows[0])]
+    wanted = [tasks[name] for name in names] or [*tasks.values()]  # of none: say what is missing
     for number, row in enumerate(rows, 1):
         try:
-            for task in tasks.values():
+            for task in wanted:
                 model.check(task.segments(row))
         except ZipperError as error:
-            raise ZipperError(f"{path}, line {number}: {error}") from error
+            raise ZipperError(f"{source}, line {number}: {error}") from error
+    return names

@@ -48,7 +48,8 @@ class TrainConfig:
     bad, most_bad: what becomes of samples that cannot be read (`Policy`).
     least_ids, most_ids: rows with fewer or more ids, over all fields, are left out.
     tasks: {"speech -> text": share of samples}, see `Task`. "text -> voice~speech": speech behind
-        the voice that its row names.
+        the voice that its row names. A source may lack the fields of some tasks (text without
+        speech, say): its rows are for the others, by their shares.
     pack: {tower: most tokens in a row}: samples of a task share rows; the loss stays the same.
     corrupt: per tower, the chance that a token of a segment with loss is read as a random one while
         the targets stay: against overfitting and exposure bias.
@@ -238,6 +239,13 @@ class TrainConfig:
                 f"loss_weight is {dict(self.loss_weight)}: nothing that is produced has a loss. "
                 "Raise one."
             )
+        learns = {*self.train, *self.lora}
+        for task in tasks if len(self.towers) > 1 and not self.start else ():
+            if len(task.towers) == 1 and not learns & {*task.towers}:
+                raise ZipperError(
+                    f"The task {str(task)!r} is for {task.towers[0]!r} alone, which is frozen: "
+                    "nothing would learn by it. Leave it out, or name the tower in train."
+                )
         for option in ("every", "junctions", "shows", "links", "calibrate"):
             if len(self.towers) == 1 and (said := getattr(self, option)) and said != "kind":
                 raise ZipperError(f"{option} is {said}, but one tower has no links: leave it out.")

@@ -386,7 +386,9 @@ def plan(
     shares = {name: share / sum(tasks.values()) for name, share in tasks.items()}
     loads, costs, longest = {}, {}, {}
     for name in tasks:
-        loads[name], last = _loads(model, Task.parse(name), rows[:SAMPLE], batch, at_once)
+        task = Task.parse(name)
+        some = [row for row in rows if task.fits(row)] or rows
+        loads[name], last = _loads(model, task, some[:SAMPLE], batch, at_once)
         costs[name], longest[name] = cost(model, loads[name]), cost(model, last, recompute)
     worst = max(longest.values(), key=lambda c: c.kept + c.logits)
     step = _mean(costs, shares)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, product
@@ -44,7 +45,7 @@ from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import cost as plan
 from zipper.training.batches import FIRST, Drawn, Part, Steps, corrupted, tokens_read
-from zipper.training.building import Build, check_rows
+from zipper.training.building import Build, served
 from zipper.training.building import build as build_zip
 from zipper.training.config import TrainConfig
 from zipper.training.resume import (
@@ -172,8 +173,7 @@ def _train(
     parts = [part.within(config.least_ids, config.most_ids) for part in parts]
     rows = list(chain.from_iterable(part.rows[:FIRST] for part in parts))
     model = build(config, modalities, rows)
-    for source, some in (*((part.source, part.rows) for part in parts), (config.dev, dev)):
-        check_rows(source, some, tasks, model)
+    for_dev = judged(config, tasks, parts, dev, model)
     course = course_of(config, model, modalities, parts, dev) | dict(build.course)
     if config.frozen_dtype:
         for name, p in model.named_parameters():
@@ -183,7 +183,8 @@ def _train(
     if isinstance(model, Zipper) and config.calibrate:
         most = min(FIRST, config.calibrate)
         looked_at = chain.from_iterable(part.rows[:most] for part in parts)
-        samples = [task.segments(row) for task, row in product(tasks.values(), looked_at)]
+        each = product(tasks.values(), looked_at)
+        samples = [task.segments(row) for task, row in each if task.fits(row)]
         # Two thousand samples take two minutes of a CPU (docs/log.md); a model that is to be cut
         # may be larger than one device.
         where = torch.device("cpu") if cut else accelerator.device
@@ -229,14 +230,14 @@ def _train(
             torch.no_grad()
         ):  # no inference mode: parameters gathered in it would serve no backward
             found = [
-                mean_loss(bare, task, dev, config, accelerator.device) for task in tasks.values()
+                mean_loss(bare, task, dev, config, accelerator.device) for task in for_dev.values()
             ]
         bare.train()
         # What follows from it is the same everywhere, whatever the processes run on.
         told = accelerate.utils.broadcast(
             torch.tensor(found, dtype=torch.float64, device=accelerator.device)
         ).tolist()
-        return dict(zip(tasks, told, strict=True))
+        return dict(zip(for_dev, told, strict=True))
 
     def look(step: int) -> dict[str, float]:
         """How much each link adds on some dev rows; to trackers also what the model makes of the
@@ -246,7 +247,7 @@ def _train(
         bare.eval()
         batches = [
             collate([task.segments(row) for row in dev[:16]], model.ends())
-            for task in tasks.values()
+            for task in for_dev.values()
         ]
         links = (
             inspection.activity(model, [batch.to(accelerator.device) for batch in batches])
@@ -254,7 +255,7 @@ def _train(
             else {}
         )
         if accelerator.trackers and accelerator.is_main_process:
-            made = inspection.samples(Pipeline(model, modalities), list(tasks.values()), dev[:2])
+            made = inspection.samples(Pipeline(model, modalities), [*for_dev.values()], dev[:2])
             inspection.log_samples(accelerator.trackers, made, step, modalities)
         bare.train()
         return {f"branch/{name}": link.share for name, link in links.items() if link.seen}
@@ -422,6 +423,32 @@ def alone(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
 def weights(config: TrainConfig) -> dict[str, float]:
     """{source: its weight in the mixture}."""
     return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
+
+
+def judged(
+    config: TrainConfig,
+    tasks: Mapping[str, Task],
+    parts: Sequence[Part],
+    dev: Sequence[Row],
+    model: Any,
+) -> dict[str, Task]:
+    """The tasks by which dev judges. Looks at all rows: raises ZipperError for a task that no
+    source of `data` is for, a source that is for none, and rows that lack what others of their
+    source have."""
+    for_data = set[str]()
+    for part in parts:
+        for_data.update(served(part.source, part.rows, tasks, model))
+    for name, task in tasks.items():
+        if name not in for_data and config.tasks[name]:
+            served(parts[0].source, parts[0].rows[:1], {name: task}, model)
+    names = served(config.dev, dev, tasks, model)
+    if left := [name for name in tasks if name not in names]:
+        warnings.warn(
+            f"{config.dev} lacks what {', '.join(map(repr, left))} wants: what counts is the loss "
+            "of the other tasks.",
+            stacklevel=2,
+        )
+    return {name: tasks[name] for name in names}
 
 
 def drawn(steps: Steps, begin: int) -> Generator[Drawn, None, None]:
