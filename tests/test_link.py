@@ -3,15 +3,21 @@ differences, rotary positions turn."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import unchecked
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipper.errors import ZipperError
+from zipper.fast.reader import Fused
 from zipper.link import PAPER_LINK, InputProjection, Link, LinkConfig, Memory, mlp, rotate
+from zipper.model import Zipper
+from zipper.strand import Strand
+from zipper.testing import tiny_tower
 
 SMALL = LinkConfig(head_width=4)
 CONFIGS = {
@@ -344,3 +350,29 @@ def test_heads_that_do_not_fit_are_refused_in_one_sentence(config: LinkConfig) -
 def test_an_unknown_input_projection_is_refused() -> None:
     with unchecked(), pytest.raises(ZipperError, match="'residual', 'paper' or 'none'"):
         InputProjection(WIDTH, "gated")
+
+
+def test_attention_of_any_lengths_asks_no_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's kernels are asked neither by the whole pass nor by ragged steps, and what a program
+    has set is as it was afterwards."""
+    model = Zipper.from_towers(
+        {name: tiny_tower("llama", n) for n, name in enumerate(("text", "speech"))},
+        link=LinkConfig(head_width=8),
+    )
+    fused, asked = Fused(model.eval()), list[bool]()
+
+    def look(*given: Any, **named: Any) -> Tensor:
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*given, **named)
+
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    session = fused.open(["text", "speech"], ["text"])
+    strands = {name: Strand.alone(torch.tensor([[3, 4, 5]])) for name in ("text", "speech")}
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda on_gpu=on_gpu: on_gpu)
+        model(strands)
+        fused.read({"text": [(session, [3, 4])]})
+        assert len(asked) > 8 and set(asked) == {not on_gpu}
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+        asked.clear()
