@@ -493,11 +493,11 @@ def prepare(folder: Path, pairs: int, speech: int, tests: int, **more: int) -> N
 
 
 SECTIONS = (
-    Section("limits", 45, limits),
-    Section("tests", 110, tests, ("pytest", "hypothesis")),
-    Section("decode", 60, decode),
-    Section("steps", 75, steps, ("accelerate",)),
-    Section("compiled", 80, compiled),
+    Section("limits", 20, limits),
+    Section("tests", 70, tests, ("pytest", "hypothesis")),
+    Section("decode", 95, decode),
+    Section("steps", 80, steps, ("accelerate",)),
+    Section("compiled", 60, compiled),
     Section("align", math.inf, align, ("accelerate",)),
 )
 
