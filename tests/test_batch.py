@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from zipper.data import layouts, manifests
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.strand import Segment
+from zipper.strand import Produced, Segment
 
 LIMITS = {"text": 8, "speech": 8}
 DRAWN = Sampling(0.9, seed=4)
@@ -145,13 +146,27 @@ def test_what_was_made_is_learnt_from(pipe: Pipeline, rows: Path, tmp_path: Path
     assert taken["made"] == found[0]["made"][0]["content"] != []
     assert taken["text"] == pipe.modalities["text"].encode("call anna")
 
+    voices = {*pipe.modalities["speech"].prefixes.values()}
+    whole = {}
+    for row in done:
+        how, given = replace(DRAWN, seed=4 + row), pipe.modalities["text"].encode(TEXTS[row])
+        ((whole[row],),) = pipe.generate([[Segment("text", given)]], ["speech"], how, LIMITS)
+        content = whole[row].content
+        behind = int(bool(content) and content[0] in voices)
+        assert found[row]["made"][0]["content"] == content[behind:]
+    high = pipe.units.voice_id("high")
+    for content in ([high, 5, 6], [5, 6], []):  # a voice is no part of what is heard
+        sample, made = manifests.Sample("", {}, tmp_path), [Produced("speech", content)]
+        (told,) = batch._line(pipe, 0, sample, made, None)["made"]
+        assert told["content"] == content[-2:]
+
     sure = tmp_path / "sure.jsonl"
     run_batch(pipe, rows, task, sure, 3, sampling=DRAWN, limits=LIMITS, ids=True, least=0.05)
     for row, line in read(sure).items():
         if "made" in found[row]:
-            (made,) = found[row]["made"]
-            mean = math.exp(made["score"] / (len(made["content"]) + made["ended"]))
-            assert ("made" in line) == (made["ended"] and mean >= 0.05), (made, line)
+            made = whole[row]
+            mean = math.exp(made.score / (len(made.content) + made.ended))
+            assert ("made" in line) == (made.ended and mean >= 0.05), (made, line)
     told = [line.get("error", "") for line in read(sure).values()]
     assert any("below 0.05" in said or "end by itself" in said for said in told)
     with pytest.raises(ZipperError, match="another least"):

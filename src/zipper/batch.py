@@ -58,12 +58,12 @@ def run_batch(
     rows are done. Files (sound, pictures) are written into OUTPUT.files, and their names told.
 
     rows: that run at once. part: (2, 8) does every eighth row, from the second. told: called after
-    each row. ids: what is made is told as ids, as a model reads them, and no files are written; the
-    source "made:OUTPUT" is then what a recipe learns from (back-translation, Sennrich et al. 2016).
-    least: what was made less surely has no answer: the geometric mean of the probabilities of its
-    tokens, over all that was made; above 0 a segment must have ended by itself too. Raises a
-    ZipperError for a manifest that cannot be read, and where `output` is of another task, model or
-    manifest.
+    each row. ids: what is made is told as ids, as a model reads them but without the prefix of a
+    segment (its voice), and no files are written; the source "made:OUTPUT" is then what a recipe
+    learns from (back-translation, Sennrich et al. 2016). least: what was made less surely has no
+    answer: the geometric mean of the probabilities of its tokens, over all that was made; above 0 a
+    segment must have ended by itself too. Raises a ZipperError for a manifest that cannot be read,
+    and where `output` is of another task, model or manifest.
     """
     task = Task.parse(task) if isinstance(task, str) else task
     first, parts = part
@@ -197,7 +197,8 @@ def _line(
         kind = whole(pipeline.modalities[segment.tower])
         content: Any = None
         if output is None:
-            content = segment.content
+            first = next(iter(segment.content), None)
+            content = segment.content[first in kind.prefixes.values() :]
         elif not kind.suffix:
             content = kind.told(kind.decode(segment.content))
         elif kind.there(raw := kind.decode(segment.content)):
