@@ -157,10 +157,10 @@ def test_these_cases_hold_segments_that_ended_and_segments_that_did_not() -> Non
     model, ends = zipped(THREE, {"text": 2}), []
     for given, outputs in PLANS:
         for segments in generate(
-            model, prompts(given, 4), outputs, GREEDY, {"text": 5, "speech": 4, "image": 6}
+            model, prompts(given, 8), outputs, GREEDY, {"text": 5, "speech": 4, "image": 6}
         ):
             ends += [segment.ended for segment in segments]
-    assert 3 <= sum(ends) <= len(ends) - 3  # which of them depends on torch, by its random weights
+    assert 5 < sum(ends) < len(ends) - 5
 
 
 def test_a_row_draws_the_same_in_a_batch_as_alone() -> None:

@@ -109,8 +109,10 @@ def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(
         with running() as zip_ran:
             found = zipped({"text": Strand.alone(ids)})["text"]
         assert torch.equal(found, wanted)
-        # Nothing else; some versions of Gemma make their rotary angles once a block.
-        assert zip_ran <= bare and zip_ran.keys() == bare.keys() and len(bare) > 10
+        for module in [m for m in bare if "Rotary" in type(m).__name__]:
+            # transformers 5.5 makes Gemma's angles twice over, which are needed once.
+            assert 0 < zip_ran.pop(module, 0) <= bare.pop(module)
+        assert zip_ran == bare and len(bare) > 10
         wanted = zipped.tower("text")(
             ids, attention_mask=(document >= 0).long(), position_ids=padded.position
         ).logits
