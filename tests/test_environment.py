@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from zipper import environment
 from zipper.environment import BrokenExtra, MissingExtra
+from zipper.saving.checkpoint import save_tower
 from zipper.testing import tiny_tower
 from zipper.tower import Tower, UnsupportedTower
 from zipper.towers import families
@@ -232,7 +233,7 @@ def test_a_refusal_names_the_ground_where_that_is_newer_than_any_that_was_tried(
 # --- what others say
 
 
-def test_a_tower_is_loaded_without_bars_and_the_settings_of_the_user_come_back(
+def test_a_tower_comes_and_goes_without_bars_and_the_settings_of_the_user_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -246,7 +247,10 @@ def test_a_tower_is_loaded_without_bars_and_the_settings_of_the_user_come_back(
     before = logging.set_tqdm_hook(hook)
     try:
         capsys.readouterr()
-        Tower.load(tmp_path)
+        tower = Tower.load(tmp_path)
+        assert capsys.readouterr().err == "" and asked == []
+        (tmp_path / "again").mkdir()
+        save_tower(tmp_path / "again", tower.model, tower.model.state_dict())
         assert capsys.readouterr().err == "" and asked == []
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert "Loading weights" in capsys.readouterr().err and asked

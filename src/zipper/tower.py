@@ -7,8 +7,7 @@ guessed. It knows nothing of modalities, links or other towers.
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, final
 
@@ -184,7 +183,7 @@ class Tower(nn.Module):
         commit = "" if local else hub.commit(str(source), revision)
         loader = mapping.auto()
         try:
-            with _without_bars():
+            with checkpoint.without_bars():
                 model, report = loader.from_pretrained(
                     folder if local else source,
                     revision=commit or "main",
@@ -456,19 +455,6 @@ def in_memory(source: object) -> TypeGuard[PreTrainedModel]:
     from transformers import PreTrainedModel as Model
 
     return isinstance(source, Model)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws no bars meanwhile, a tower is loaded in a moment; what the user has set
-    holds again afterwards."""
-    from transformers.utils.logging import set_tqdm_hook
-
-    before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
-    try:
-        yield
-    finally:
-        set_tqdm_hook(before)
 
 
 __getattr__ = names_of(__name__, ("zipper.towers.proof", "zipper.towers.driver"))

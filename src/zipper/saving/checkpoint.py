@@ -421,9 +421,22 @@ def save_tower(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tenso
     in: many repositories of the hub name some beside a model that transformers knows. They are
     never followed, so nothing is lost.
     """
-    with _savable(model):
+    with _savable(model), without_bars():
         model.save_pretrained(folder, state_dict=dict(tensors))
     _strip(folder / "config.json")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers draws no bars meanwhile, a tower is loaded or written in a moment; what the
+    user has set holds again afterwards."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    before = set_tqdm_hook(lambda bar, given, named: bar(*given, **named | {"disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def check_tower(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
