@@ -75,6 +75,24 @@ def test_nats_are_those_of_the_model_read_token_by_token(pipe: Pipeline) -> None
     assert one.nats == pytest.approx(total / count, rel=1e-4)
 
 
+def test_nats_do_not_hang_on_what_else_a_row_holds(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: a row with fields of other tasks stands in the same batch as without them."""
+    monkeypatch.setattr(measurement, "BATCH", 2)
+    more = [row | {"speech": [0] * (7 * n % 5)} for n, row in enumerate(rows(6))]
+    found = [
+        measurement._nats(pipe.zip, Task.parse("level -> text"), _encoded(pipe, some))
+        for some in (rows(6), more)
+    ]
+    assert found[0] == found[1]
+
+
+def _encoded(pipe: Pipeline, some: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    text = pipe.modalities["text"]
+    return [row | {"text": text.encode(row["text"])} for row in some]
+
+
 def test_a_judge_is_asked_of_every_system_with_the_rows(pipe: Pipeline) -> None:
     asked = []
 

@@ -311,12 +311,13 @@ def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -
     """-log p of the ids of each produced segment and its end, a token, all before it given."""
     model.eval()
     found = []
+    # By their lengths in this task: what else a row holds must not change how batches are padded.
+    samples = sorted(map(task.segments, rows), key=lambda some: sum(len(s.content) for s in some))
     for number in range(-len(task.segments_produced), 0):
         total, count = 0.0, 0.0
-        ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
         with torch.inference_mode():
-            for start in range(0, len(ranked), BATCH):
-                parts = [_only(number, task.segments(row)) for row in ranked[start : start + BATCH]]
+            for start in range(0, len(samples), BATCH):
+                parts = [_only(number, sample) for sample in samples[start : start + BATCH]]
                 batch = collate(parts, model.ends()).to(next(model.parameters()).device)
                 total += sum(float(each) for each in batch_losses(model, batch).values())
                 count += sum(float(weight.sum()) for weight in batch.weights.values())
