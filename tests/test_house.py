@@ -35,7 +35,7 @@ ORDER = """
     zipper.towers.mapping zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
     zipper.link zipper.loss zipper.config zipper.lockstep
-    zipper.sampling zipper.reading zipper.generation
+    zipper.sampling zipper.reading zipper.writing zipper.generation
     zipper.saving.card zipper.saving.zips zipper.saving zipper.model
     zipper.fast.native zipper.fast.graphs zipper.fast.plain zipper.fast.session
     zipper.fast.weights zipper.fast.blocks zipper.fast.reader zipper.fast zipper.fast.recall

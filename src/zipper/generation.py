@@ -2,21 +2,20 @@
 any step.
 
 A request reads what is given, then produces segment after segment in a given order (paper, sec.
-3.2). It is written as
-if it were alone: a generator that says what it wants to read and is sent the logits behind it. The
-engine collects what all of them want, has it read in one step, and hands out the answers
-(continuous batching: Orca, OSDI 2022). Nothing here knows how a model reads.
+3.2), each as `writing` has it. Its code reads as if it were alone: a generator that says what it
+wants to read and is sent the logits behind it. The engine collects what all of them want, has it
+read in one step, and hands out the answers (continuous batching: Orca, OSDI 2022). Nothing here
+knows how a model reads.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
-from typing import Any, Literal, NamedTuple, SupportsInt, final
+from typing import Any, NamedTuple, SupportsInt, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +26,18 @@ from zipper.reading import Logits, Model, Piece, Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, choose
 from zipper.strand import Produced, Segment, groups
 from zipper.tasks import among, check_choices, lanes
+from zipper.writing import (
+    Course,
+    Lane,
+    Wanted,
+    Writing,
+    read_together,
+    sampled,
+    sampled_together,
+    searched,
+)
+from zipper.writing import Hypothesis as Hypothesis
+from zipper.writing import Written as Written
 
 #: {tower: most tokens of a segment, without begin and end}.
 Limits = Mapping[str, int]
@@ -59,47 +70,6 @@ class Request:
     more: bool = False
     least: int = 0
     most: int = 8
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One way to write a segment. logprobs: in nats, of every token that was produced, the end
-    token last if it was."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    ended: bool
-    score: float
-
-
-@dataclass
-class Written:
-    """A segment while it is produced, and after.
-
-    ids: the forced ones first, without begin and end. forced: how many these are.
-    logprobs: in nats, of every id that was produced and of the end token, by the model's own
-    distribution.
-    stop: why it ended: by itself, at its limit, in a loop; "" while it goes on.
-    best: the best hypotheses of a search, best first.
-    beside, stride, delay: as the plan has it, see `Segment`.
-    """
-
-    tower: str
-    ids: list[int]
-    forced: int
-    logprobs: list[float] = field(default_factory=list)
-    stop: Literal["", "end", "limit", "loop"] = ""
-    best: list[Hypothesis] = field(default_factory=list)
-    beside: bool = False
-    stride: int = 1
-    delay: int = 0
-
-    @property
-    def segment(self) -> Produced:
-        """As `generate` returns it."""
-        return Produced(
-            self.tower, list(self.ids), ended=self.stop == "end", score=sum(self.logprobs, 0.0)
-        )
 
 
 class Token(NamedTuple):
@@ -187,12 +157,6 @@ class Answer:
         written = self.written[number]
         pairs = zip(written.ids[written.forced :], written.logprobs, strict=False)
         return [Token(number, written.tower, id, logprob) for id, logprob in pairs]
-
-
-#: A piece that a request wants to be read: the session that reads, the tower, the ids.
-Wanted = tuple[Any, str, Sequence[int]]
-#: Says what it wants to be read next, and is sent the logits behind each piece.
-Course = Generator[list[Wanted], list[Any], None]
 
 
 @dataclass
@@ -491,7 +455,7 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
 
     for group in groups(request.segments):
         if len(group) > 1:
-            yield from _read_together([_Lane(lane, ends, readers(lane.tower)) for lane in group])
+            yield from read_together([Lane(lane, ends, readers(lane.tower)) for lane in group])
             _count(seen, [(lane.tower, len(lane.content) + 2) for lane in group])
             continue
         for segment, ids in _given(answer, group[0], ends):
@@ -505,15 +469,15 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
         writing = [_begun(model, answer, forced, seen) for forced in group]
         if len(group) > 1:
             made = [
-                _Lane(lane, ends, readers(lane.tower), one)
+                Lane(lane, ends, readers(lane.tower), one)
                 for lane, one in zip(group, writing, strict=True)
             ]
-            yield from _sampled_together(made, request.sampling, generator, last)
+            yield from sampled_together(made, request.sampling, generator, last)
         elif request.search is None:
             heard = readers(group[0].tower)
-            yield from _sampled(heard, writing[0], request.sampling, generator, last)
+            yield from sampled(heard, writing[0], request.sampling, generator, last)
         else:
-            yield from _searched(reader, session, writing[0], request.search, last)
+            yield from searched(reader, session, writing[0], request.search, last)
         _count(seen, [(one.written.tower, len(one.written.ids) + 2) for one in writing])
 
     planned_groups, behind = groups(plan), given[-1] if given else ""
@@ -559,7 +523,7 @@ def _count(seen: dict[str, int], read: Sequence[tuple[str, int]]) -> None:
         seen[tower] = seen.get(tower, 0) + tokens
 
 
-def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int]) -> "_Writing":
+def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int]) -> Writing:
     """A segment that is about to be written, and what it goes by."""
     request, tower = answer.request, forced.tower
     try:
@@ -576,7 +540,7 @@ def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int
     )
     answer.written.append(written)
     begin, end = model.ends()[tower]
-    return _Writing(written, begin, end, cap, request.rules.get(tower, Rules()))
+    return Writing(written, begin, end, cap, request.rules.get(tower, Rules()))
 
 
 def _given(
@@ -602,255 +566,6 @@ def _given(
         if not ids:
             yield segment, []
         ids = []
-
-
-class _Writing(NamedTuple):
-    """What both ways to write a segment go by."""
-
-    written: Written
-    begin: int
-    end: int
-    cap: int
-    rules: Rules
-
-    def endless(self, logits: Float[Tensor, " known"]) -> bool:
-        """Whether these are of a head that cannot say the end, as ImageGPT's: such a segment ends
-        at its cap, as it should."""
-        return len(logits) <= self.end
-
-    def filled(self, logits: Float[Tensor, " known"]) -> Float[Tensor, " vocabulary"]:
-        """In float32; begin and end, where the head has none, are never said."""
-        missing = max(self.begin, self.end) + 1 - len(logits)
-        logits = logits.float()
-        return logits if missing <= 0 else F.pad(logits, (0, missing), value=-torch.inf)
-
-    def logprobs(self, logits: Float[Tensor, " known"]) -> Float[Tensor, " vocabulary"]:
-        """Log-probabilities by the model's own distribution; a segment begins once."""
-        logits = self.filled(logits)
-        if self.begin != self.end:
-            logits[self.begin] = -torch.inf
-        return logits.log_softmax(-1)
-
-
-def _drawn(
-    writing: _Writing,
-    logits: Sequence[Tensor],
-    sampling: Sampling,
-    generator: list[torch.Generator],
-) -> int:
-    """Draws the next token of a segment and notes it; the end token where it ends, by itself or by
-    force. logits: behind all, and where guidance is wanted behind its own tower only."""
-    written, _, end, cap, rules = writing
-    logprobs = writing.logprobs(logits[0])
-    blind = [writing.filled(each) for each in logits[1:]]
-    guided = sampling.guide(logprobs, *blind) if blind else logprobs
-    token = int(choose(rules.weigh(guided, written.ids)[None], sampling, generator)[0])
-    if token == end:
-        written.logprobs.append(float(logprobs[token]))
-        written.stop = "end"
-    elif len(written.ids) >= cap:
-        # Closed by force: not produced, so not in the score.
-        written.stop = "end" if writing.endless(logits[0]) else "limit"
-        return end
-    else:
-        written.ids.append(token)
-        written.logprobs.append(float(logprobs[token]))
-        if rules.loops(written.ids):
-            written.stop = "loop"
-    return token
-
-
-def _sampled(
-    sessions: Sequence[Any],
-    writing: _Writing,
-    sampling: Sampling,
-    generator: list[torch.Generator],
-    last: bool,
-) -> Course:
-    """One segment, token by token. sessions: one that sees all, and where guidance is wanted one
-    that sees its own tower only."""
-    written, begin, end, *_ = writing
-    next_ids = [begin, *written.ids]
-    while not written.stop:
-        logits = yield [(session, written.tower, next_ids) for session in sessions]
-        next_ids = [_drawn(writing, logits, sampling, generator)]
-    if not last:
-        unread = written.ids[-1:] if written.stop == "loop" else []
-        yield [(session, written.tower, [*unread, end]) for session in sessions]
-
-
-class _Lane:
-    """A segment of a group while it is read or written, a token at a time, with the others.
-
-    sessions: one that sees all, and where guidance is wanted one that sees its own tower only.
-    unread: what it reads in its next steps. writing: how it goes on behind that; None for a given
-    one, which ends there. over: it has read its end.
-    """
-
-    def __init__(
-        self,
-        segment: Segment,
-        ends: Mapping[str, Any],
-        sessions: Sequence[Any],
-        writing: _Writing | None = None,
-    ) -> None:
-        begin, self.end = ends[segment.tower]
-        self.segment, self.sessions, self.writing = segment, sessions, writing
-        self.unread = [begin, *segment.content]
-        if writing is None:
-            self.unread.append(self.end)
-        self.over = False
-
-    def due(self, step: int) -> bool:
-        """Whether it reads a token in a step of its group."""
-        since = step - self.segment.delay
-        return not self.over and since >= 0 and since % self.segment.stride == 0
-
-    def wants(self) -> list[Wanted]:
-        """What it reads now."""
-        return [(session, self.segment.tower, self.unread[:1]) for session in self.sessions]
-
-    def go_on(
-        self, logits: Sequence[Any], sampling: Sampling, generator: list[torch.Generator]
-    ) -> None:
-        """Its token is read: draws the next, where none is waiting."""
-        stopped = self.writing is None or bool(self.writing.written.stop)
-        del self.unread[0]
-        if self.unread:
-            return
-        if stopped:
-            self.over = True
-            return
-        assert self.writing is not None
-        token = _drawn(self.writing, logits, sampling, generator)
-        looped = self.writing.written.stop == "loop"
-        self.unread = [token, self.end] if looped else [token]
-
-
-def _read_together(lanes: Sequence[_Lane]) -> Course:
-    """Given lanes of one group: each step they read what is due in it."""
-    for step in count():
-        due = [lane for lane in lanes if lane.due(step)]
-        if due:
-            yield [*chain.from_iterable(lane.wants() for lane in due)]
-        for lane in due:
-            lane.go_on((), Sampling(), [])
-        if all(lane.over for lane in lanes):
-            return
-
-
-def _sampled_together(
-    lanes: Sequence[_Lane], sampling: Sampling, generator: list[torch.Generator], last: bool
-) -> Course:
-    """Lanes of one group, a step at a time: each draws its next token from what came before the
-    step, and ends by itself. Drawn in the order of the towers' names, whatever that of the plan."""
-    for step in count():
-        due = sorted(
-            (lane for lane in lanes if lane.due(step)), key=lambda lane: lane.segment.tower
-        )
-        if due:
-            logits = iter((yield [*chain.from_iterable(lane.wants() for lane in due)]))
-            for lane in due:
-                lane.go_on([next(logits) for _ in lane.sessions], sampling, generator)
-        stopped = all(lane.writing is not None and lane.writing.written.stop for lane in lanes)
-        if all(lane.over for lane in lanes) or (last and stopped):
-            return
-
-
-class _Beam(NamedTuple):
-    """A hypothesis that goes on: what it has read, and said."""
-
-    session: Any
-    ids: list[int]
-    logprobs: list[float]
-    rank: float  # log-probability under the rules
-
-
-class _Candidate(NamedTuple):
-    """How a beam may go on: by which token. logprob: of the token by the model's own
-    distribution."""
-
-    rank: float
-    beam: _Beam
-    token: int
-    logprob: float
-
-
-def _searched(
-    reader: Reader, session: Any, writing: _Writing, search: Search, last: bool
-) -> Course:
-    """One segment, by beam search. `session` reads only the winner, at the end."""
-    written, begin, end, cap, rules = writing
-    beams = [_Beam(reader.fork(session), written.ids, [], 0.0)]
-    logits = yield [(beams[0].session, written.tower, [begin, *written.ids])]
-    found: list[Hypothesis] = []
-    while beams:
-        candidates, closed = _candidates(beams, logits, writing, search)
-        beams, ended = _heirs(reader, candidates, end, search)
-        ranked = sorted([*found, *closed, *ended], key=lambda hypothesis: -hypothesis.score)
-        found = ranked[: search.width]
-        hope = max((search.score(beam.rank, cap + 1) for beam in beams), default=-torch.inf)
-        if len(found) == search.width and hope <= found[-1].score:
-            break
-        if beams:
-            logits = yield [(beam.session, written.tower, beam.ids[-1:]) for beam in beams]
-    best = found[0]
-    written.ids, written.logprobs, written.best = (
-        list(best.ids),
-        list(best.logprobs),
-        found[: search.best],
-    )
-    written.stop = "end" if best.ended else "loop" if rules.loops(best.ids) else "limit"
-    if not last:
-        yield [(session, written.tower, [begin, *best.ids, end])]
-
-
-def _candidates(
-    beams: Sequence[_Beam], logits: Sequence[Tensor], writing: _Writing, search: Search
-) -> tuple[list[_Candidate], list[Hypothesis]]:
-    """How beams may go on, likeliest first, and those that are closed as they stand: at the cap, or
-    in a loop."""
-    candidates, closed = [], []
-    for beam, row in zip(beams, logits, strict=True):
-        logprobs = writing.logprobs(row)
-        ranks = writing.rules.weigh(logprobs, beam.ids)
-        if len(beam.ids) >= writing.cap or writing.rules.loops(
-            beam.ids
-        ):  # it may end, or is closed as it stands
-            score = search.score(beam.rank, max(1, len(beam.logprobs)))
-            ended = writing.endless(row) and len(beam.ids) >= writing.cap
-            closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), ended, score))
-            only_end = torch.full_like(ranks, -torch.inf)
-            only_end[writing.end] = ranks[writing.end]
-            ranks = only_end
-        values, tokens = ranks.topk(min(search.width + 1, len(ranks)))
-        for rank, token in zip(values.tolist(), tokens.tolist(), strict=True):
-            if rank > -torch.inf:
-                candidates.append(_Candidate(beam.rank + rank, beam, token, float(logprobs[token])))
-    return sorted(candidates, key=lambda candidate: -candidate.rank), closed
-
-
-def _heirs(
-    reader: Reader, candidates: Sequence[_Candidate], end: int, search: Search
-) -> tuple[list[_Beam], list[Hypothesis]]:
-    """The beams that go on, at most as many as the search is wide, and the hypotheses that have
-    ended."""
-    beams: list[_Beam] = []
-    ended: list[Hypothesis] = []
-    taken: set[int] = set()
-    for place, (rank, beam, token, logprob) in enumerate(candidates):
-        said = [*beam.logprobs, logprob]
-        if token != end:
-            heir = reader.fork(beam.session) if id(beam) in taken else beam.session
-            taken.add(id(beam))
-            beams.append(_Beam(heir, [*beam.ids, token], said, rank))
-        elif place < search.width:
-            ended.append(
-                Hypothesis(tuple(beam.ids), tuple(said), True, search.score(rank, len(said)))
-            )
-        if len(beams) == search.width:
-            break
-    return beams, ended
 
 
 __getattr__ = names_of(__name__, ("zipper.config", "zipper.reading"))
