@@ -66,6 +66,7 @@ def test_there_are_recipes() -> None:
         "text_tower",
         "speech_tower",
         "spoken_commands",
+        "spoken_chains",
         "judge",
     }
 

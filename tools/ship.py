@@ -1,4 +1,4 @@
-"""Puts the trained model into the package: `python tools/ship.py` after the three recipes of
+"""Puts the trained model into the package: `python tools/ship.py` after the recipes of
 README.md have run.
 
 The zip goes in half precision with its frozen text tower; beside it the speech tower as it was
@@ -14,7 +14,7 @@ from zipper.pipeline import SHIPPED, Pipeline
 from zipper.saving import checkpoint
 from zipper_lab.demo import TOWERS
 
-RUN = Path("runs/spoken-commands/model")
+RUN = Path("runs/spoken-chains/model")
 SPEECH = Path("runs/speech-tower/model/towers/speech")
 
 
