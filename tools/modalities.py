@@ -5,7 +5,6 @@ already is only measured again. Hours on two cores with all steps, see --share.
 """
 
 import argparse
-import json
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -30,16 +29,18 @@ def main() -> None:
     )
     given = parser.parse_args()
     results = ROOT / "benchmarks" / "results"
+    before = sorted(results.glob("real_2cpu_*.json"))
+    told = read_json(before[-1]) if before else {}
     if not given.page:
-        path = results / f"real_2cpu_{date.today():%Y%m}.json"
-        write_json(path, gathered(given))
-    newest = sorted(results.glob("real_2cpu_*.json"))[-1]
-    PAGE.write_text(real.markdown(json.loads(newest.read_text(encoding="utf-8"))), encoding="utf-8")
+        for part, of_sets in gathered(given).items():  # sets that were not run stay what they were
+            told[part] = told.get(part, {}) | of_sets
+        write_json(results / f"real_2cpu_{date.today():%Y%m}.json", told)
+    PAGE.write_text(real.markdown(told), encoding="utf-8")
     print(PAGE)
 
 
-def gathered(given: argparse.Namespace) -> dict[str, object]:
-    """What was measured, and how it was made."""
+def gathered(given: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """What was measured, and how it was made: {part: {set: ...}}."""
     found = {}
     for name in given.sets or real.SETS:
         place = given.output / name
@@ -50,7 +51,7 @@ def gathered(given: argparse.Namespace) -> dict[str, object]:
     asked = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     about = {name: real.summary(name, given.output / name) for name in found}
-    return {"commit": commit, "command": "make real DATA=FOLDER", "about": about, "sets": found}
+    return {"commits": dict.fromkeys(found, commit), "about": about, "sets": dict(found)}
 
 
 if __name__ == "__main__":
