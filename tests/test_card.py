@@ -19,6 +19,7 @@ from zipper.model import Zipper
 from zipper.pipeline import SHIPPED, Pipeline
 from zipper.saving import checkpoint
 from zipper.saving.card import card
+from zipper.tasks import Task, lanes
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,11 @@ def test_the_code_of_the_card_runs(
     program = code(text).replace("hello.wav", str(sound)).replace('"..."', '"call anna"')
     namespace: dict[str, Any] = {}
     exec(compile(program, "README.md", "exec"), namespace)
-    assert [segment.tower for segment in namespace["segments"]] == ["speech"]
-    assert program.count("pipe.run(") == 2
+    tasks = [Task.parse(task) for task in checkpoint.load(SHIPPED)[1]["recipe"]["tasks"]]
+    assert [segment.tower for segment in namespace["segments"]] == [
+        lane.tower for lane in lanes(tasks[-1].produced)
+    ]
+    assert program.count("pipe.run(") == len(tasks) == 4
 
 
 def test_a_saved_zip_has_its_card_which_people_may_edit(world: World, tmp_path: Path) -> None:

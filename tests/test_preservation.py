@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def continued(tower: Any, prompt: list[int], begin: int, end: int) -> list[int]:
     )[0].tolist()
     written = found[ids.shape[1] :]
     return written[: written.index(end)] if end in written else written
+
+
+def assert_continued(tower: Any, prompt: list[int], written: list[int]) -> None:
+    """That this is what transformers writes too, token by token; in bfloat16 up to a tie, for how a
+    prompt is cut into calls decides its last bit, and not alike on every CPU."""
+    wanted = continued(tower, prompt, 0, 1)
+    same = [*takewhile(lambda pair: pair[0] == pair[1], zip(written, wanted, strict=False))]
+    if len(same) < max(len(written), len(wanted)):
+        said = [begun[len(same)] if len(same) < len(begun) else 1 for begun in (written, wanted)]
+        ids = torch.tensor([[0, *prompt, 1, 0, *wanted[: len(same)]]])
+        one, other = tower(ids, use_cache=False).logits[0, -1, said].float().tolist()
+        assert tower.dtype == torch.bfloat16, (written, wanted)
+        assert other - one <= 2**-7 * abs(other), (written, wanted)  # two steps of its mantissa
 
 
 # --- the unimodal path
@@ -120,7 +134,7 @@ def test_a_plan_of_one_modality_is_the_bare_tower_and_nothing_else_runs(
         for row in ids.tolist():
             prompt = row[: 3 + row[0] % 9]
             (segment,) = zipped.generate([Segment("text", prompt)], ["text"], limits={"text": MOST})
-            assert segment.content == continued(zipped.tower("text"), prompt, 0, 1)
+            assert_continued(zipped.tower("text"), prompt, segment.content)
 
 
 # --- training
