@@ -40,9 +40,10 @@ by classifiers of real ones; mean over seeds (least to most).
 Digits as words, as people say them (free-spoken-digit-dataset, CC BY-SA 4.0), as people write them
 (scikit-learn's, BSD) and as a synthesiser says them ("machine"). Text towers are frozen, the others
 learn in their zip. "steps": of the towers and zips that a row wants beside what rows above it made;
-"from nothing": if there were none. "swapped": `zipper swap`, links to the old text tower that do not
-fit are born again. The share of digits that are right on new takes of known people, by classifiers
-of real ones; one seed.
+"from nothing": if there were none. "in the place of the first": `zipper swap`; parts of links that do
+not fit the new tower are born again. The share of digits that are right on new takes of known
+people, by classifiers of real ones; one seed. What is made of a text is greedy, one answer for each
+digit, so that its shares come in tenths.
 """,
 }
 
