@@ -108,6 +108,27 @@ def test_an_upgrade_writes_pins_without_builds_and_says_what_moved(
     )
 
 
+def test_a_row_is_pinned_by_uv_without_extras(
+    versions: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[Any], **_: Any) -> None:
+        asked.append([*map(str, command)])
+        (tmp_path / "constraints.txt").write_text(
+            "ray[serve]==2.50\nclick==8.5.1\n    # via ray[x]\n"
+        )
+
+    monkeypatch.setattr(versions, "pip", lambda *_: "")
+    monkeypatch.setattr(versions, "ranges", lambda: {"": {}, "serve": {}, "ray": {}})
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    found = versions.settled(tmp_path / "bin" / "python", ["ray[default,serve]==2.50", "jiwer==3"])
+    assert (tmp_path / "wanted.txt").read_text() == "ray==2.50\njiwer==3\n"
+    assert found.read_text() == "ray==2.50\nclick==8.5.1\n    # via ray[x]\n"
+    assert asked[0][1:5] == ["-m", "uv", "pip", "compile"]
+    assert asked[0][7:11] == ["--extra", "serve", "--extra", "ray"]
+
+
 def test_a_row_that_fails_is_not_recorded(
     versions: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

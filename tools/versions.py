@@ -14,6 +14,7 @@ import sys
 import tomllib
 import venv
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from zipper import environment
@@ -27,6 +28,8 @@ HEAD = """\
 """
 #: Comes with torch's CUDA build, or with Python's own tools.
 LEFT_OUT = re.compile(r"(nvidia|cuda)-.*|triton|pip|setuptools|wheel")
+#: Of a package, as in ray[serve]: pip takes none in a constraint.
+EXTRAS = re.compile(r"\[[\w,-]+\](?===)")
 #: The tests of what stands closest to other packages; --tests names others, `tests` all.
 TESTS = "tests/test_tower.py tests/test_families.py tests/test_lora.py tests/test_audio.py tests/test_speech.py tests/test_text.py"
 TESTS += " tests/test_layouts.py tests/lab/test_report.py tests/test_hub.py tests/test_training.py tests/test_cli.py"
@@ -159,6 +162,23 @@ def rows(torch: str) -> dict[str, list[str]]:
     return {"lowest": lowest(), "newest": [], **about}
 
 
+def settled(python: Path, wanted: Sequence[str]) -> Path:
+    """A file beside an environment that pins all that it will hold. By uv, in seconds: pip goes
+    through versions one by one, and with the oldest of everything it had not ended after a quarter
+    of an hour (docs/log.md)."""
+    home = python.parents[1]
+    asked, found = home / "wanted.txt", home / "constraints.txt"
+    asked.write_text("".join(f"{re.sub(EXTRAS, '', one)}\n" for one in wanted), encoding="utf-8")
+    pip(python, "install", "uv")
+    extras = chain.from_iterable(("--extra", name) for name in ranges() if name)
+    command = [python, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml", *extras]
+    command += ["--constraint", asked, "--output-file", found]
+    subprocess.run(command, check=True, cwd=ROOT)
+    kept = re.sub(EXTRAS, "", found.read_text(encoding="utf-8"))
+    found.write_text(kept, encoding="utf-8")
+    return found
+
+
 def tried(
     row: str, wanted: Sequence[str], tests: Sequence[str], workers: int
 ) -> tuple[dict[str, str], str]:
@@ -168,7 +188,7 @@ def tried(
     venv.create(home, clear=True, with_pip=True)
     python = home / "bin" / "python"
     try:
-        pip(python, "install", "-e", here(), *wanted)
+        pip(python, "install", "-e", here(), "-c", str(settled(python, wanted)))
     except subprocess.CalledProcessError:
         return {}, "does not install"
     lines = pip(python, "list", "--format", "freeze").splitlines()
