@@ -32,7 +32,7 @@ from laws import (
     zipped,
 )
 
-from zipper import generation, link, lockstep, model, reading
+from zipper import generation, link, lockstep, model, reading, writing
 from zipper.generation import generate
 from zipper.model import Zipper
 from zipper.sampling import Sampling
@@ -345,12 +345,12 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     # Generation.
     "an end token is not read": (
         generation,
-        "_sampled",
+        "sampled",
         "[*unread, end]) for",
         "[*unread, written.ids[-1] if written.ids else begin]) for",
     ),
     "a segment goes on beyond its cap": (
-        generation,
+        writing,
         "_drawn",
         "len(written.ids) >= cap",
         "len(written.ids) > cap",

@@ -18,7 +18,7 @@ import torch
 from test_mutants import mutated
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zipper import generation, link, lockstep, model, reading, tower
+from zipper import generation, link, lockstep, model, reading, tower, writing
 from zipper.errors import ZipperError
 from zipper.link import Link, LinkConfig
 from zipper.model import Zipper
@@ -291,14 +291,14 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "cached is full",
     ),
     "an end is not read": (
-        [(generation, "_sampled", "[*unread, end]) for", "[*unread, begin]) for")],
+        [(generation, "sampled", "[*unread, end]) for", "[*unread, begin]) for")],
         "every produced",
     ),
     "the end of a segment that was cut is not read": (
         [
             (
                 generation,
-                "_sampled",
+                "sampled",
                 "[*unread, end]) for",
                 "[*unread, end if written.stop == 'end' else begin]) for",
             )
@@ -387,7 +387,7 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "cached is full",
     ),
     "a segment has no begin": (
-        [(generation, "_sampled", "[begin, *written.ids]", "written.ids or [end]")],
+        [(generation, "sampled", "[begin, *written.ids]", "written.ids or [end]")],
         "every produced",
     ),
     "a given segment has no end": (
@@ -410,7 +410,7 @@ MORE: dict[str, tuple[list[Place], str]] = {
         "every produced",
     ),
     "a segment is longer than its cap": (
-        [(generation, "_drawn", "len(written.ids) >= cap", "len(written.ids) > cap")],
+        [(writing, "_drawn", "len(written.ids) >= cap", "len(written.ids) > cap")],
         "every produced",
     ),
 }

@@ -9,7 +9,7 @@ towers and codebook included. Speech is units of a pre-trained encoder's layer.
 import random
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise, product
 from pathlib import Path
@@ -226,7 +226,7 @@ def tested(
     return found
 
 
-def _both(made: Sequence[Any], rows: Sequence[Any]) -> "zip[tuple[Any, Any]]":
+def _both(made: Sequence[Any], rows: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
     return zip(made, rows, strict=True)
 
 
