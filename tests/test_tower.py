@@ -1,6 +1,7 @@
 """Towers against the models they drive: bit by bit where the kernel is the same, and every row
 against the row alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,22 @@ def part(strand: Strand, start: int, stop: int) -> Strand:
 def assert_rows_are_as_alone(
     model: nn.Module, strand: Strand, logits: Tensor, relative: float
 ) -> None:
-    """Every document of every row has the logits that the bare model gives it alone."""
+    """Every document of every row has the logits that the bare model gives it alone. Where a family
+    rounds by more than `relative` itself, as gemma4_text on some CPUs, twice its own distance from
+    what it says in double precision is allowed."""
     for row in range(len(strand.ids)):
         for document in strand.document[row].unique():
             if document >= 0:
                 mine = strand.document[row] == document
                 alone = own(model, strand.ids[row, mine])
-                assert (logits[row, mine] - alone).abs().max() <= relative * alone.abs().max(), (
-                    row,
-                    int(document),
+                error, allowed = (
+                    (logits[row, mine] - alone).abs().max(),
+                    relative * alone.abs().max(),
                 )
+                if error > allowed and model.dtype == torch.float32:
+                    exact = own(copy.deepcopy(model).double(), strand.ids[row, mine])
+                    allowed = 2 * (alone - exact).abs().max()
+                assert error <= allowed, (row, int(document))
 
 
 @pytest.fixture(autouse=True)
