@@ -24,7 +24,7 @@ from zipper_lab.corpora import digits
 
 SPEECH, IMAGE, MACHINE = NICHES = "speech", "image", "machine"
 #: Another family than the text tower's Llama, of its size: GPT-NeoX (LayerNorm, biases, attention
-#: and feed-forward side by side, half as many rotary dimensions).
+#: and feed-forward side by side, a quarter of the rotary dimensions).
 NEOX = {
     "model_type": "gpt_neox",
     "hidden_size": 128,
