@@ -108,11 +108,9 @@ def test_a_saved_zip_and_its_colours_load_again(pipeline: Pipeline, tmp_path: Pa
     pipeline.save_pretrained(tmp_path / "zip", include=["text"])
     again = Pipeline.from_pretrained(tmp_path / "zip")
     given = [Segment("image", picture(0))]
-    held = pipeline.model.state_dict()
-    assert all(torch.equal(held[name], each) for name, each in again.model.state_dict().items())
-    (one,), (other,) = again.run(given, ["text"]), pipeline.run(given, ["text"])
-    # Weights at other addresses: on some CPUs the last bit of a product hangs on that.
-    assert one.content == other.content and one.score == pytest.approx(other.score, rel=1e-6)
+    for each in again.model.parameters():  # of a file: on some CPUs the last bit of a product
+        each.data = each.data.clone()  # hangs on where weights lie
+    assert again.run(given, ["text"]) == pipeline.run(given, ["text"])
     kept = modality.load(tmp_path / "zip" / "modalities" / "image")
     assert kept.fingerprint == pipeline.modalities["image"].fingerprint
 

@@ -1,7 +1,6 @@
 """Towers against the models they drive: bit by bit where the kernel is the same, and every row
 against the row alone."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +76,24 @@ def part(strand: Strand, start: int, stop: int) -> Strand:
 def assert_rows_are_as_alone(
     model: nn.Module, strand: Strand, logits: Tensor, relative: float
 ) -> None:
-    """Every document of every row has the logits that the bare model gives it alone. Where a family
-    rounds by more than `relative` itself, as gemma4_text on some CPUs, twice its own distance from
-    what it says in double precision is allowed."""
+    """Every document of every row has the logits that the bare model gives it alone."""
     for row in range(len(strand.ids)):
         for document in strand.document[row].unique():
             if document >= 0:
                 mine = strand.document[row] == document
                 alone = own(model, strand.ids[row, mine])
-                error, allowed = (
-                    (logits[row, mine] - alone).abs().max(),
-                    relative * alone.abs().max(),
+                assert (logits[row, mine] - alone).abs().max() <= relative * alone.abs().max(), (
+                    row,
+                    int(document),
                 )
-                if error > allowed and model.dtype == torch.float32:
-                    exact = own(copy.deepcopy(model).double(), strand.ids[row, mine])
-                    allowed = 2 * (alone - exact).abs().max()
-                assert error <= allowed, (row, int(document))
+
+
+def precise(model: Any) -> Any:
+    """In double precision, where a family's own rounding in float32 comes near to what is allowed
+    (gemma4_text: 1.06e-5 of 1e-5 on one CPU; 2e-16 so). Not for "eager", whose masks are of
+    float32."""
+    kind, kernel = model.config.model_type, model.config._attn_implementation
+    return model.double() if (kind, kernel) == ("gemma4_text", "sdpa") else model
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +294,7 @@ def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(
     family: str, attention: Any
 ) -> None:
     kernel = None if family == "bloom" else attention  # it has one kernel only
-    model = families.tiny(family, attention=kernel)
+    model = precise(families.tiny(family, attention=kernel))
     packed = layout(
         "0" * 12 + "1" * 5 + "2" * 13,
         "7" * 20 + "." * 9 + "3",
@@ -308,7 +309,7 @@ def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(
 
 @pytest.mark.parametrize("family", [*RECORDED, "mpt"])
 def test_recorded_towers_go_on_with_a_ragged_batch_as_each_row_alone(family: str) -> None:
-    model = families.tiny(family)
+    model = precise(families.tiny(family))
     tower, past, logits = Tower(model), Past(), []
     strand = Strand.alone(
         3 + ids(3, 22) % 90, layout("0" * 22, "." * 9 + "0" * 13, "." * 3 + "0" * 19)
