@@ -152,10 +152,11 @@ class Answer:
         """What was produced so far, segment by segment."""
         return [*chain.from_iterable(self.said(number) for number in range(len(self.written)))]
 
-    def said(self, number: int) -> list[Token]:
-        """What was produced so far of one segment, token by token."""
+    def said(self, number: int, since: int = 0) -> list[Token]:
+        """What was produced so far of one segment behind its first `since` tokens, token by
+        token."""
         written = self.written[number]
-        pairs = zip(written.ids[written.forced :], written.logprobs, strict=False)
+        pairs = zip(written.ids[written.forced + since :], written.logprobs[since:], strict=False)
         return [Token(number, written.tower, id, logprob) for id, logprob in pairs]
 
 
@@ -299,9 +300,9 @@ class Engine:
         told: dict[int, int] = {}
         while True:
             for number in range(len(answer.written)):
-                tokens = answer.said(number)
-                yield from tokens[told.get(number, 0) :]
-                told[number] = len(tokens)
+                fresh = answer.said(number, told.get(number, 0))
+                yield from fresh
+                told[number] = told.get(number, 0) + len(fresh)
             if answer.error is not None:
                 raise answer.error
             if answer.done or not self.step():

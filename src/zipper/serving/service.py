@@ -5,11 +5,12 @@ pipeline and the worker, and of the web only whether somebody still listens.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar, final
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, final
 import torch
 
 from zipper.audio.sound import Audio
-from zipper.generation import Limits, Request, Written, planned
+from zipper.generation import Limits, Request, Token, Written, planned
 from zipper.modality import is_ids, whole
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
@@ -178,30 +179,31 @@ class Service:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(told.put_nowait, part)
 
-        def speak(segment: int, tower: str, ids: SimpleQueue[int | None]) -> None:
+        def speak(segment: int, tower: str, ids: SimpleQueue[list[int] | None]) -> None:
             torch.set_num_threads(1)
             try:
-                for raw in self.kinds[tower].stream(iter(ids.get, None)):
+                for raw in self.kinds[tower].stream(chain.from_iterable(iter(ids.get, None))):
                     say(Part(segment, tower, raw))
             except Exception as error:
                 say(error)
 
         def share() -> None:
             """Hands tokens to a thread for each segment: its modality waits for them."""
-            live: dict[int, tuple[SimpleQueue[int | None], threading.Thread]] = {}
+            live: dict[int, tuple[SimpleQueue[list[int] | None], threading.Thread]] = {}
             ended: list[threading.Thread] = []
-            for token in iter(ticket.tokens.get, None):
+            some = chain.from_iterable(map(_by_segment, iter(ticket.tokens.get, None)))
+            for segment, tower, fresh in some:
                 # As it was begun, for where the model chooses, a plan does not say it.
                 group = [*accumulate(int(not beside) for beside in ticket.beside)]
-                for number in [n for n in live if group[n] < group[token.segment]]:
+                for number in [n for n in live if group[n] < group[segment]]:
                     live[number][0].put(None)
                     ended.append(live.pop(number)[1])
-                if token.segment not in live:
-                    ids: SimpleQueue[int | None] = SimpleQueue()
-                    of = (token.segment, token.tower, ids)
-                    live[token.segment] = ids, threading.Thread(target=speak, args=of, daemon=True)
-                    live[token.segment][1].start()
-                live[token.segment][0].put(token.id)
+                if segment not in live:
+                    ids: SimpleQueue[list[int] | None] = SimpleQueue()
+                    thread = threading.Thread(target=speak, args=(segment, tower, ids), daemon=True)
+                    live[segment] = ids, thread
+                    thread.start()
+                live[segment][0].put(fresh)
             for ids, thread in live.values():
                 ids.put(None)
                 ended.append(thread)
@@ -321,6 +323,12 @@ class Service:
             ]
         )
         return ticket
+
+
+def _by_segment(tokens: Sequence[Token]) -> Iterator[tuple[int, str, list[int]]]:
+    """Segment, tower, ids; segments in their order, ids in theirs."""
+    for (segment, tower), some in groupby(sorted(tokens, key=itemgetter(0)), key=itemgetter(0, 1)):
+        yield segment, tower, [token.id for token in some]
 
 
 class _Read(NamedTuple):

@@ -2,12 +2,14 @@
 the web, nor of what ids stand for.
 
 What comes in is put down under a lock; what goes out is handed to the event loop of whoever waits
-(`call_soon_threadsafe`), so that a client who reads slowly keeps nobody waiting.
+(`call_soon_threadsafe`), so that a client who reads slowly keeps nobody waiting. Tokens of a stream
+go out some at a time: each wake of another thread costs the engine as much as a tenth of a step.
 """
 
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
@@ -19,6 +21,8 @@ from zipper.errors import ZipperError
 from zipper.generation import Answer, Engine, Request, Token, Written
 from zipper.serving.refusals import Busy, Stopping
 
+EVERY_S = 0.02  # between two wakes of whoever waits for the tokens of a stream, the first at once
+
 #: Told what was made: (tower, tokens).
 Counted = Callable[[str, int], None]
 #: Told how many seconds a request waited for its first token, and of which tower that is.
@@ -29,17 +33,17 @@ Waited = Callable[[str, float], None]
 class Ticket:
     """A request that was taken.
 
-    done: what was written, in the end. tokens: each as it is made, None behind the last; only where
-    somebody asked for them. beside: of each segment that was begun, whether it is made in the steps
-    of the one before. seconds: of sound that were given. clocks: when the ids of each given
-    segment are heard, where somebody asked.
+    done: what was written, in the end. tokens: as they are made, those of EVERY_S together, None
+    behind the last; only where somebody asked for them. beside: of each segment that was begun,
+    whether it is made in the steps of the one before. seconds: of sound that were given. clocks:
+    when the ids of each given segment are heard, where somebody asked.
     """
 
     def __init__(self, request: Request, streams: bool) -> None:
         self.request, self.streams = request, streams
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[list[Written]] = self.loop.create_future()
-        self.tokens: SimpleQueue[Token | None] = SimpleQueue()
+        self.tokens: SimpleQueue[list[Token] | None] = SimpleQueue()
         self.beside: list[bool] = []
         self.since = time.monotonic()
         self.answer: Answer | None = None
@@ -47,6 +51,8 @@ class Ticket:
         self.seconds = 0.0
         self.clocks: list[Any] = []
         self._told: dict[int, int] = {}  # by segment, how many tokens
+        self._held: list[Token] = []  # for the next wake, which may come from then on
+        self._due = 0.0
 
     def cancel(self) -> None:
         """Nobody waits for it any more: its row is free at the next step. Any thread may say so,
@@ -59,13 +65,23 @@ class Ticket:
         assert self.answer is not None
         found: list[Token] = []
         for number in range(len(self.answer.written)):
-            tokens = self.answer.said(number)
-            found += tokens[self._told.get(number, 0) :]
-            self._told[number] = len(tokens)
+            since = self._told.get(number, 0)
+            tokens = self.answer.said(number, since)
+            found += tokens
+            self._told[number] = since + len(tokens)
         return found
+
+    def hand_out(self, fresh: list[Token]) -> None:
+        """Puts tokens down for whoever waits, and wakes them where it is time to."""
+        self._held += fresh
+        if self._held and (now := time.monotonic()) >= self._due:
+            self.tokens.put(self._held)
+            self._held, self._due = [], now + EVERY_S
 
     def settle(self, outcome: list[Written] | Exception) -> None:
         """Tells whoever waits, wherever their loop runs."""
+        self._due = 0.0
+        self.hand_out([])
         self.tokens.put(None)
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self.loop.call_soon_threadsafe(self._settled, outcome)
@@ -207,12 +223,12 @@ class Worker:
         if fresh := ticket.fresh():
             if first and self._waited is not None:
                 self._waited(fresh[0].tower, time.monotonic() - ticket.since)
-            for token in fresh:
-                if self._counted is not None:
-                    self._counted(token.tower, 1)
-                if ticket.streams:
-                    ticket.beside = [one.beside for one in answer.written]
-                    ticket.tokens.put(token)
+            if self._counted is not None:
+                for tower, tokens in Counter(token.tower for token in fresh).items():
+                    self._counted(tower, tokens)
+        if ticket.streams:
+            ticket.beside = [one.beside for one in answer.written]
+            ticket.hand_out(fresh)
         if answer.done:
             self._end(ticket, answer.error or answer.written)
 
