@@ -15,9 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["ZIPPER_PROOFS"] = (
-    "0"  # what a test finds does not depend on what another, or somebody, has loaded before
-)
+# What a test finds does not depend on what another, or somebody, has loaded before.
+os.environ["ZIPPER_PROOFS"] = "0"
 
 # The training loop takes a GPU where there is one; tests do so when they ask for it.
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -30,9 +29,8 @@ import pytest
 import shapes
 import torch
 
-if importlib.util.find_spec(
-    "beartype"
-):  # a GPU machine may lack it: then shapes go unchecked there
+# A GPU machine may lack it: then shapes go unchecked there.
+if importlib.util.find_spec("beartype"):
     shapes.check(["zipper", "zipper_lab"])
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings

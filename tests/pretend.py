@@ -56,9 +56,8 @@ class There(Tensor):
             "storage_offset": held.storage_offset(),
             "dtype": held.dtype,
         }
-        with torch.inference_mode(
-            False
-        ):  # a view of a parameter is no inference tensor, whatever the mode
+        # A view of a parameter is no inference tensor, whatever the mode.
+        with torch.inference_mode(False):
             made: There = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, **layout)
         made.held = held
         return made
@@ -225,9 +224,8 @@ def cuda() -> Iterator[torch.device]:
         torch._C._only_lift_cpu_tensors(),
         torch.__future__.get_overwrite_module_params_on_conversion(),
     )
-    torch._C._set_only_lift_cpu_tensors(
-        True
-    )  # torch.tensor(..., device=...) makes it here and moves it
+    # `torch.tensor(..., device=...)` makes it here and moves it.
+    torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with mock.patch.multiple(torch.cuda, **fakes), _Everywhere():

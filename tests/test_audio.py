@@ -96,9 +96,8 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
         soundfile.write(
             tmp_path / name, np.array([0.1, value, 0.1], np.float32), 16_000, subtype="FLOAT"
         )
-    with (tmp_path / "long.wav").open(
-        "wb"
-    ) as file:  # a hole in the disk: an hour at 192 kHz that takes no room
+    # A hole in the disk: an hour at 192 kHz that takes no room.
+    with (tmp_path / "long.wav").open("wb") as file:
         file.write(wav_header(3600 * 192_000, rate_hz=192_000))
         file.truncate(2 * 3600 * 192_000)
     reasons = {
@@ -162,9 +161,8 @@ def test_a_piece_of_a_file_is_that_piece_of_the_whole(
         piece = audio.read(content, start_s=start, stop_s=stop).samples
         expected = whole[round(start * rate) : round(stop * rate)]
         assert len(piece) == len(expected)
-        np.testing.assert_allclose(
-            piece, expected, atol=2e-7, rtol=0
-        )  # MP3 is summed up in another order
+        # MP3 is summed up in another order.
+        np.testing.assert_allclose(piece, expected, atol=2e-7, rtol=0)
     np.testing.assert_allclose(
         audio.read(content, start_s=11.0).samples, whole[11 * rate :], atol=2e-7, rtol=0
     )
@@ -173,9 +171,8 @@ def test_a_piece_of_a_file_is_that_piece_of_the_whole(
 def test_a_piece_that_is_none_is_refused(tmp_path: Path) -> None:
     audio.write(tmp_path / "a.flac", tone(440, 2.0))
     told = flac_of_unknown_length((tmp_path / "a.flac").read_bytes())
-    assert (
-        len(audio.read(tmp_path / "a.flac", start_s=1.5, stop_s=2.4).samples) == 8_000
-    )  # manifests are rounded
+    # Manifests are rounded.
+    assert len(audio.read(tmp_path / "a.flac", start_s=1.5, stop_s=2.4).samples) == 8_000
     assert len(audio.read(told, start_s=1.5, stop_s=2.4).samples) == 8_000
     for start, stop in [
         (2.0, None),
@@ -452,9 +449,8 @@ def word_at(start: int, length: int = 8_000, noise: float = 0.0) -> Audio:
 @pytest.mark.parametrize("start", [0, 1, 997, 4_800])
 def test_the_ends_of_a_sound_are_found_to_a_millisecond(start: int, noise: float) -> None:
     first, last = word_at(start, noise=noise).ends()
-    assert (
-        abs(first - start) <= 20
-    )  # a millisecond: the mean that is taken off lets a tone begin a little before it does
+    # A millisecond: the mean that is taken off lets a tone begin a little before it does.
+    assert abs(first - start) <= 20
     assert abs(last - start - 3_200) <= 32
 
 
@@ -502,9 +498,8 @@ def test_levelling_makes_loud_frames_equally_loud() -> None:
 def test_the_picture_of_a_tone_is_brightest_where_the_mel_scale_puts_it() -> None:
     mel = Mel()
     for hertz in (250.0, 1000.0, 4000.0):
-        low, high, here = (
-            1127 * np.log(1 + f / 700) for f in (60.0, 7600.0, hertz)
-        )  # HTK's mel scale
+        # HTK's mel scale.
+        low, high, here = (1127 * np.log(1 + f / 700) for f in (60.0, 7600.0, hertz))
         expected = (here - low) / (high - low) * (mel.bins + 1) - 1
         assert abs(mel.picture(tone(hertz))[10:-10].mean(0).argmax() - expected) <= 0.51
 

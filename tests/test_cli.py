@@ -732,9 +732,8 @@ def test_a_folder_one_may_not_write_in_is_refused(
 ) -> None:
     tiny.sound(tmp_path / "a.wav")
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr(
-        os, "access", lambda path, _: Path(path).name != "locked"
-    )  # root may do everything
+    # Root may do everything.
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")
     for arguments in (
         ("speak", "call", "-o", "locked/out.wav", "--model", world.zip),
         (

@@ -96,9 +96,8 @@ def test_frames_of_mp3_are_as_long_as_the_standard_says() -> None:
         b"\xff\xfb\x00\x00",
         b"\xff",
     ):
-        assert (
-            containers._frame(head) is None
-        )  # AAC, layers II and I, rates and lengths that are none
+        # AAC, layers II and I, rates and lengths that are none.
+        assert containers._frame(head) is None
 
 
 def test_a_file_that_would_take_long_to_look_through_is_refused(

@@ -203,9 +203,8 @@ def test_two_processes_learn_what_one_learns(world: World, runs: Path, name: str
 @pytest.mark.parametrize("name", SPREAD)
 def test_what_two_processes_return_is_whole(world: World, runs: Path, name: str) -> None:
     last = state(runs / name, 6)
-    assert (
-        checkpoint.load(runs / name / "model")[1]["step"] == 6
-    )  # the best is the last: it holds the weights of the checkpoint
+    # The best is the last: it holds the weights of the checkpoint.
+    assert checkpoint.load(runs / name / "model")[1]["step"] == 6
     tower = Tower.load(runs / name / "model" / "towers" / "speech")
     held = {f"towers.speech.{key}": p for key, p in tower.named_parameters()} | load_file(
         runs / name / "model" / "zip.safetensors"

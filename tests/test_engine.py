@@ -299,9 +299,8 @@ def test_what_goes_wrong_in_one_request_is_its_own_affair(way: str) -> None:
         raise KeyError("their own code")
 
     wanted = [
-        Request(
-            [Segment("text", [3] * 10)], ["text", "speech", "text"]
-        ),  # no room for the last one
+        # No room for the last one.
+        Request([Segment("text", [3] * 10)], ["text", "speech", "text"]),
         Request([Segment("text", [3, 4])], ["speech"]),
         Request([Segment("text", [3, 4])], ["speech"], rules={"speech": Rules(fails)}),
     ]
@@ -362,9 +361,8 @@ def test_tokens_come_as_they_are_produced(way: str) -> None:
     assert answer.done
     for number, segment in enumerate(alone(model, request)):
         mine = [token for token in found if token.segment == number]
-        assert [token.id for token in mine] == segment.content[
-            number:
-        ]  # the second one has a forced id
+        # The second one has a forced id.
+        assert [token.id for token in mine] == segment.content[number:]
         assert {token.tower for token in mine} <= {segment.tower}
     list(running.stream(other))
     assert_same(other.segments(), alone(model, requests(1)[0]))

@@ -215,9 +215,8 @@ def test_a_refusal_names_the_ground_where_that_is_newer_than_any_that_was_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert refusal_of("mamba").endswith("Use another model.")
-    monkeypatch.setattr(
-        sys.modules["transformers"], "__version__", "5.99.0"
-    )  # it puts itself there anew now and then
+    # It puts itself there anew now and then.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.0")
     newest = {name: environment.tried()[name][-1] for name in environment.MOVING}
     said = refusal_of("mamba")
     assert said.startswith("MambaForCausalLM") and "another model" not in said

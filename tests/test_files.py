@@ -488,9 +488,8 @@ def test_where_the_cache_cannot_be_written_temporary_files_will_do(
     (other / "a").chmod(0o600)
     assert files.cached("a") == other / "a"
     other.rename(home.parents[1] / "theirs")
-    other.symlink_to(
-        home.parents[1] / "theirs"
-    )  # where anybody may put things, a link may be anybody's
+    # Where anybody may put things, a link may be anybody's.
+    other.symlink_to(home.parents[1] / "theirs")
     assert files.cached("a") is None
     with pytest.raises(OSError, match="XDG_CACHE_HOME"):
         files.cache_folder()

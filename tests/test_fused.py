@@ -302,9 +302,8 @@ def test_links_cost_no_bit_while_nothing_of_another_tower_is_visible(way: str) -
 
 
 def test_what_is_only_given_has_no_logits_and_runs_no_further_than_its_last_junction() -> None:
-    model = zipped(
-        LLAMAS, {"text": 2}
-    )  # speech, of 4 blocks, has junctions after its blocks 1 and 2
+    # Speech, of 4 blocks, has junctions after its blocks 1 and 2.
+    model = zipped(LLAMAS, {"text": 2})
     fast = Fused(model)
     session = fast.open(["speech", "text"], ["text"])
     assert read_one(fast, "speech", [(session, [3, 4])]) == [None]

@@ -227,9 +227,8 @@ def test_the_default_limit_follows_the_input() -> None:
         default_limit(own=10.0, given={"text": (6, 4.0), "image": (1, 3.0)}, room=1000)
         == 3 * 15 + 16
     )
-    assert (
-        default_limit(own=0.0, given={"text": (6, 4.0)}, room=1000) == 3 * 6 + 16
-    )  # rate unknown: as many
+    # Rate unknown: as many.
+    assert default_limit(own=0.0, given={"text": (6, 4.0)}, room=1000) == 3 * 6 + 16
     assert default_limit(own=0.0, given={}, room=1000) == 3 * 64 + 16
     assert default_limit(own=10.0, given={"text": (600, 4.0)}, room=100) == 100
     model = zipped(LLAMAS)  # text 4 tokens, speech 10; 256 positions
@@ -255,9 +254,8 @@ def test_what_takes_no_part_is_not_run() -> None:
 
 
 def test_what_is_only_given_runs_no_further_than_its_last_junction() -> None:
-    model = zipped(
-        {"text": "llama", "speech": "llama"}, {"text": 2}
-    )  # speech has junctions after its blocks 1 and 2
+    # Speech has junctions after its blocks 1 and 2.
+    model = zipped({"text": "llama", "speech": "llama"}, {"text": 2})
     ran = []
     for index, block in enumerate(model.towers["speech"].blocks):
         block.register_forward_pre_hook(lambda module, given, index=index: ran.append(index))

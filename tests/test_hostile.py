@@ -35,9 +35,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TEXT, SPEECH = "towers/text", "towers/speech"  # the first in several shards
 
 Chance = random.Random
-Corruption = Callable[
-    [Path, Chance], list[str]
-]  # does harm to a folder; returns the files of which one must be named
+# Does harm to a folder; returns the files of which one must be named.
+Corruption = Callable[[Path, Chance], list[str]]
 
 
 @pytest.fixture(scope="module")

@@ -150,9 +150,8 @@ def judge(reader: Reader, file: File, as_bytes: bool) -> str:
             f"{file.name}: {len(samples)} samples, {len(file.samples)} are right"
         )
         right = file.samples
-    right = right / max(
-        1.0, float(np.abs(right).max())
-    )  # of what is there: a cut file has its own peak
+    # Of what is there: a cut file has its own peak.
+    right = right / max(1.0, float(np.abs(right).max()))
     np.testing.assert_allclose(samples, right, atol=file.near, rtol=0, err_msg=file.name)
     return "right"
 

@@ -288,9 +288,8 @@ def test_the_python_blocks_of_the_readme_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     for line, code in programs:
-        exec(
-            compile("\n" * line + code, readme, "exec"), namespace
-        )  # the newlines give tracebacks the README's lines
+        # The newlines give tracebacks the README's lines.
+        exec(compile("\n" * line + code, readme, "exec"), namespace)
 
 
 def wrong_usage(arguments: list[str]) -> str:

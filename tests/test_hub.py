@@ -446,9 +446,8 @@ def config():
         return capsys.readouterr().out
 
     zipper("train", tmp_path / "project" / "recipe.py")
-    shutil.rmtree(
-        tmp_path / "project" / "run" / "checkpoints" / "step-0000004"
-    )  # it was killed before this one
+    # It was killed before this one.
+    shutil.rmtree(tmp_path / "project" / "run" / "checkpoints" / "step-0000004")
     project = (tmp_path / "project").rename(tmp_path / "moved")
     model = project / "run" / "model"
     zipper("train", project / "recipe.py", "--resume")

@@ -573,9 +573,8 @@ def test_one_damaged_empty_or_unlike_table_among_many_is_named(tmp_path: Path, k
 def test_rows_of_a_damaged_part_of_a_parquet_file_are_bad_and_no_others(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", 30, mark=[f"mark {n:03d}" for n in range(30)])
     content = path.read_bytes()
-    path.write_bytes(
-        content.replace(b"mark 015", b"mark 999", 1)
-    )  # the checksum of its page says so
+    # The checksum of its page says so.
+    path.write_bytes(content.replace(b"mark 015", b"mark 999", 1))
     found = list(layouts.samples(f"parquet:{path}"))
     assert [n for n, sample in enumerate(found) if sample.problem] == [*range(10, 20)]
     assert found[12].where == f"{path}, row 12" and found[29].row["mark"] == "mark 029"

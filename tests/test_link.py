@@ -186,9 +186,8 @@ class Whole(nn.Module):
 
 
 def test_attention_for_looking_at_is_the_attention_that_is_used() -> None:
-    module = link(
-        LinkConfig(head_width=WIDTH, feedforward=0.0)
-    )  # one head: weights and values give back the output
+    # One head: weights and values give back the output.
+    module = link(LinkConfig(head_width=WIDTH, feedforward=0.0))
     x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
     memory = module.read(source, ranks(3, 4))
     weights = module.attention(x, memory, MASK, ranks(3, 4))

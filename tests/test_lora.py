@@ -18,9 +18,8 @@ from zipper.testing import tiny_tower
 from zipper.tower import Strand, Tower
 from zipper.training import train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:fan_in_fan_out"
-)  # peft sees GPT-2's transposed weights by itself
+# Peft sees GPT-2's transposed weights by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 RANK = {"r": 4, "lora_alpha": 8}
 SEQUENCE = [("speech", 3), ("speech", 4), ("text", 5), ("text", 6)]
 

@@ -384,9 +384,8 @@ def test_a_tower_that_input_does_not_name_is_not_run() -> None:
 
 
 def test_only_new_parts_and_declared_towers_learn_and_frozen_ones_keep_every_byte() -> None:
-    model = zipped(
-        {"text": "gpt2", "speech": "llama"}, train=("speech",)
-    )  # GPT-2 would drop out if it ever trained
+    # GPT-2 would drop out if it ever trained.
+    model = zipped({"text": "gpt2", "speech": "llama"}, train=("speech",))
     model.train()
     assert not any(module.training for module in model.towers["text"].modules())
     assert all(module.training for module in model.towers["speech"].modules())

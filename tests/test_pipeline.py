@@ -95,9 +95,8 @@ def test_where_nothing_is_said_nothing_comes_out(pipe: Pipeline, clip: Path) -> 
         pipe.transcribe(clip),
         "",
     ]
-    with_words = pipe.run(
-        [Segment("text", "call anna"), Segment("speech", silence)], ["text"]
-    )  # something was given
+    # Something was given.
+    with_words = pipe.run([Segment("text", "call anna"), Segment("speech", silence)], ["text"])
     assert (
         with_words[0].content
         == pipe.run(
@@ -314,9 +313,8 @@ def test_modalities_must_be_those_of_the_towers(pipe: Pipeline) -> None:
     ]:
         with pytest.raises(ZipperError, match=message):
             Pipeline(pipe.model, modalities)
-    smaller = type(tiny.units())(
-        tiny.units().codebook[:20], tiny.units().config
-    )  # fits in, but its ids mean other things
+    # Fits in, but its ids mean other things.
+    smaller = type(tiny.units())(tiny.units().codebook[:20], tiny.units().config)
     with pytest.raises(
         ZipperError,
         match=r"'speech' begins and ends with 20 and 21, one of its tower with 24 and 25",

@@ -235,9 +235,8 @@ def kept(model: Zipper, batch: Batch) -> int:
 
     def hold(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            held[tensor.untyped_storage().data_ptr()] = (
-                tensor  # alive, so that no other tensor comes to lie there
-            )
+            # Alive, so that no other tensor comes to lie there.
+            held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with saved_tensors_hooks(hold, lambda tensor: tensor):
@@ -246,9 +245,8 @@ def kept(model: Zipper, batch: Batch) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-@pytest.mark.parametrize(
-    ("family", "factor"), [("llama", 1.2), ("gpt2", 2.0)]
-)  # gpt2: dropout masks, a GELU of many products
+# GPT-2: dropout masks, a GELU of many products.
+@pytest.mark.parametrize(("family", "factor"), [("llama", 1.2), ("gpt2", 2.0)])
 @pytest.mark.parametrize("train", [(), ("text",), ("speech",), ("text", "speech")])
 def test_activations_are_estimated_within_a_factor(
     family: str, factor: float, train: tuple[str, ...]

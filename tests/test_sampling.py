@@ -76,9 +76,8 @@ def test_each_row_keeps_its_own() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     found = draws(LOGITS, Sampling(temperature=1.0), 4000)[0].bincount(minlength=4) / 4000
-    torch.testing.assert_close(
-        found, LOGITS.exp()[0], atol=0.03, rtol=0
-    )  # four standard deviations
+    # Four standard deviations.
+    torch.testing.assert_close(found, LOGITS.exp()[0], atol=0.03, rtol=0)
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -111,9 +110,8 @@ def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
         Sampling(temperature=1.0, seed=3),
         20,
     )
-    assert torch.equal(
-        batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20)
-    )  # row i draws from seed + i
+    # Row i draws from seed + i.
+    assert torch.equal(batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20))
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,8 @@ from zipper_lab.corpora.commands import sentences, synthesize
 
 CLIENTS = 32
 ABORTS, NONSENSE = 0.10, 0.05
-LIMIT = (
-    12  # tokens of speech in most requests: what is long is the vocoder, and it is not tried here
-)
+# Tokens of speech in most requests: what is long is the vocoder, and it is not tried here.
+LIMIT = 12
 
 
 def asked(pipe: Pipeline) -> list[tuple[Job, Any]]:

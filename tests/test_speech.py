@@ -82,9 +82,8 @@ def test_loudness_and_rate_do_not_matter(tmp_path: Path) -> None:
 
 def test_codes_become_sound_that_has_those_codes() -> None:
     codes = UNITS.encode(babble(3))
-    sound = UNITS.decode(
-        [UNITS.voice_id("high"), UNITS.begin, *codes, UNITS.end]
-    )  # only the codes sound
+    # Only the codes sound.
+    sound = UNITS.decode([UNITS.voice_id("high"), UNITS.begin, *codes, UNITS.end])
     assert (sound.rate_hz, len(sound.samples)) == (16_000, 640 * len(codes))
     assert np.mean(np.array(UNITS.encode(sound)) == np.array(codes)) > 0.7
     assert len(UNITS.decode([]).samples) == 0
@@ -188,9 +187,8 @@ def test_the_grid_lies_where_the_first_units_are_nearest_to_the_codebook() -> No
             n for n, head in enumerate(heads) if np.array_equal(head, picture[:16].reshape(4, 160))
         ]
         assert len(chosen) == 1
-        assert errors[chosen[0]] <= 1.05 * min(
-            errors
-        )  # they were compared by frames with a little more of the sound in them
+        # They were compared by frames with a little more of the sound in them.
+        assert errors[chosen[0]] <= 1.05 * min(errors)
 
 
 def test_codes_are_compared_as_the_noise_and_the_band_of_a_sound_let_them_be_heard() -> None:

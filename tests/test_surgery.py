@@ -430,9 +430,8 @@ def test_activity_is_what_links_add_relative_to_the_stream() -> None:
     link, mask = model.link(0, "text", "speech"), visible(strands["speech"], strands["text"])
     memory = link.read(tap.source, strands["text"].position)
     added = link(tap.target, memory, mask, strands["speech"].position)
-    shares = [
-        float(added[0, i].norm() / tap.target[0, i].norm()) for i in range(4)
-    ]  # the other row has no speech
+    # The other row has no speech.
+    shares = [float(added[0, i].norm() / tap.target[0, i].norm()) for i in range(4)]
     assert found["0:text>speech"].share == pytest.approx(sum(shares) / 4)
     assert found["0:text>speech"].seen == 8
     assert found["0:text>speech"].attention == pytest.approx(float(link.gate.tanh()))

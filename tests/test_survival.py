@@ -81,12 +81,10 @@ class Disk:
     ) -> None:
         self.root, self.how, self.at, self.exchanges = str(root), how, at, exchange
         self.done: list[str] = []
-        self.unsure: set[int] = (
-            set()
-        )  # inodes of files and folders that changed and were not flushed since
-        self.moved: list[
-            Callable[[], Any]
-        ] = []  # undoes each rename of which the folder was not flushed since
+        # Inodes of files and folders that changed and were not flushed since.
+        self.unsure: set[int] = set()
+        # Undoes each rename of which the folder was not flushed since.
+        self.moved: list[Callable[[], Any]] = []
         self.descriptors: dict[int, str] = {}
 
     def step(self, kind: str, half: Callable[[], Any] | None = None) -> None:
@@ -361,9 +359,8 @@ def cut_off_anywhere(model: Save, how: str | int, every: int) -> None:
         assert states[-1] == ("old" if error and at <= switch else "new"), f"{operation}: {error!r}"
         if isinstance(how, str):
             assert isinstance(error, Gone), operation
-        elif (
-            error is not None
-        ):  # a folder that could not be made because it was there already is no error
+        elif error is not None:
+            # A folder that could not be made because it was there already is no error.
             assert isinstance(error, ZipperError), f"{operation}: {error!r}"
             assert str(error).startswith(f"{model.folder} could not be saved: {os.strerror(how)}")
             assert (OLD if states[-1] == "old" else NEW) in str(error)
@@ -488,9 +485,8 @@ def test_the_next_save_takes_away_what_dead_ones_left_but_nothing_else(model: Sa
     for path in mine:
         path.mkdir()
     assert len(os.listdir(model.place)) == len(mine) + 2
-    with checkpoint.whole(
-        model.place / "other"
-    ) as alive:  # a save that goes on while this one comes and goes
+    # A save that goes on while this one comes and goes.
+    with checkpoint.whole(model.place / "other") as alive:
         (alive / "file").write_text("content")
         model.save()
         assert sorted(model.place.iterdir()) == sorted([model.folder, alive, *mine])

@@ -35,16 +35,14 @@ def test_the_vocabulary_is_alphabet_merges_begin_and_end() -> None:
     assert len({TEXT.begin, TEXT.end}) == 2
     longer = Text.train([*LINES, "7 times 8"], merges=0)
     assert longer.vocabulary == len("abcdefghijklmnopqrstuvwxyz' 78") + 2
-    assert len(longer.encode("7 times 8")) == len(
-        "7 times 8"
-    )  # without merges a token is a character
+    # Without merges a token is a character.
+    assert len(longer.encode("7 times 8")) == len("7 times 8")
 
 
 def test_frequent_words_become_few_tokens() -> None:
     line = LINES[0]
-    assert len(Text.train(LINES, merges=200).encode(line)) == len(
-        line.split()
-    )  # a word and the space before it
+    # A word and the space before it.
+    assert len(Text.train(LINES, merges=200).encode(line)) == len(line.split())
     assert TEXT.decode([TEXT.begin, *TEXT.encode(line), TEXT.end]) == line
 
 

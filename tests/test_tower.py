@@ -150,9 +150,8 @@ def test_a_tower_gives_its_models_own_gradients(family: str) -> None:
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning"
-)  # transformers renames this switch; the old name works everywhere
+# Transformers renames this switch; the old name works everywhere.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "nanochat"])
 def test_recomputing_blocks_keeps_the_gradient(family: str) -> None:
     model = families.tiny(family).train()
@@ -301,9 +300,8 @@ def test_recorded_towers_read_packed_rows_and_gaps_as_each_document_alone(
         "." * 4 + "5" * 13 + "." * 3 + "4" * 10,
         "00..0." * 5,
     )
-    strand = Strand.alone(
-        3 + ids(4, 30) % 90, packed
-    )  # ids below are special: RoBERTa counts positions by one
+    # Ids below are special: RoBERTa counts positions by one.
+    strand = Strand.alone(3 + ids(4, 30) % 90, packed)
     assert_rows_are_as_alone(model, strand, Tower(model)(strand), 1e-5)
 
 

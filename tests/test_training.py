@@ -114,9 +114,8 @@ def test_a_tower_learns_alone_and_a_zip_learns_what_no_tower_knows(
 
 
 def test_what_is_returned_and_saved_is_the_best_by_dev_loss(world: World, tmp_path: Path) -> None:
-    train(
-        world.config(tmp_path, steps=8, eval_every=1, lr_new=0.3, lr_tower=0.3, warmup=4)
-    )  # far too fast: it gets worse
+    # Far too fast: it gets worse.
+    train(world.config(tmp_path, steps=8, eval_every=1, lr_new=0.3, lr_tower=0.3, warmup=4))
     losses = {
         row["step"]: (row[f"dev/{ASR}"] + row[f"dev/{TTS}"]) / 2
         for row in metrics(tmp_path)
@@ -134,9 +133,8 @@ def test_early_stopping_stops_and_stays_stopped(world: World, tmp_path: Path) ->
         tmp_path, steps=50, eval_every=2, patience=3, lr_new=0.0, lr_gate=0.0, lr_tower=0.0
     )
     train(config)
-    assert (
-        metrics(tmp_path)[-1]["step"] == 8
-    )  # the best at 2, then three evaluations that are no better
+    # The best at 2, then three evaluations that are no better.
+    assert metrics(tmp_path)[-1]["step"] == 8
     before = metrics(tmp_path)
     train(config, resume=True)
     assert metrics(tmp_path) == before
@@ -317,9 +315,8 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
 
     before = signal.getsignal(signal.SIGTERM)
     for step in (3, 10):  # the second run of a process hears it as well
-        with pytest.raises(
-            SystemExit
-        ) as stopped:  # nobody takes a half-trained model for a whole one
+        # Nobody takes a half-trained model for a whole one.
+        with pytest.raises(SystemExit) as stopped:
             train(
                 config,
                 resume=step > 3,
@@ -582,9 +579,8 @@ def test_what_is_computed_again_in_the_backward_pass_is_the_same_to_the_last_bit
     monkeypatch.setattr(LlamaMLP, "forward", counted)
     train(world.config(tmp_path / "kept", **RESUMED))
     once = calls.copy()
-    train(
-        world.config(tmp_path / "again", **(RESUMED | {"recompute": True}))
-    )  # with dropout and corruption
+    # With dropout and corruption.
+    train(world.config(tmp_path / "again", **(RESUMED | {"recompute": True})))
     assert same(tmp_path / "kept", unbroken)
     assert same(tmp_path / "again", unbroken)
     # Only the trained tower is ever in training mode. Its blocks run twice a step, those of the
@@ -851,9 +847,8 @@ def test_an_epoch_is_a_permutation_and_depends_on_seed_and_step_alone(
         for step in range(5 * batches.POOL)
     ]
     assert all(len(step) == batch for step in order)
-    for pools in range(
-        1, 6
-    ):  # after each pool every row was read equally often, give or take the epoch that is under way
+    # After each pool every row was read equally often, give or take the epoch that is under way.
+    for pools in range(1, 6):
         read = Counter(n for step in order[: pools * batches.POOL] for n in step)
         often = pools * batches.POOL * batch // rows
         assert set(read.values()) <= {often, often + 1}
@@ -1204,9 +1199,8 @@ def test_what_cannot_learn_after_a_start(
 
 def test_a_start_whose_base_moved_finds_it_by_the_recipe(world: World, tmp_path: Path) -> None:
     project = moved(world, tmp_path / "project")
-    Pipeline.from_pretrained(project.zip).save_pretrained(
-        project.zip
-    )  # pinned here, not to the world it is a copy of
+    # Pinned here, not to the world it is a copy of.
+    Pipeline.from_pretrained(project.zip).save_pretrained(project.zip)
     (project.folder / "text").rename(tmp_path / "text")
     shutil.move(project.zip, tmp_path / "deep" / "er" / "zip")
     config = project.config(tmp_path / "run", steps=1, start=str(tmp_path / "deep" / "er" / "zip"))

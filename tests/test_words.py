@@ -23,9 +23,8 @@ def test_a_word_is_as_sure_as_its_tokens_together() -> None:
     found = words(text(), Written("text", ids, 0, [*logprobs, -9.0], "end"))
     assert [word.text for word in found] == ["send", "two", "lamps"]
     assert math.prod(word.confidence for word in found) == pytest.approx(math.exp(sum(logprobs)))
-    first = next(
-        n for n in range(1, len(ids)) if text().decode(ids[: n + 1]).startswith("send ")
-    )  # a space is its word's
+    # A space is its word's.
+    first = next(n for n in range(1, len(ids)) if text().decode(ids[: n + 1]).startswith("send "))
     assert found[0].confidence == pytest.approx(math.exp(sum(logprobs[:first])))
 
 

@@ -90,9 +90,8 @@ def test_a_source_has_a_graph_where_something_upstream_learns() -> None:
     strands = collate([ASR], IDS).strands
     for model in (zip_of(train=("speech",)), zip_of(projection="residual")):
         assert all(graphs(model.taps(strands), "speech"))
-    both = collate(
-        [[*ASR, *TTS[1:]]], IDS
-    ).strands  # speech comes back after the text: it reads, and is read
+    # Speech comes back after the text: it reads, and is read.
+    both = collate([[*ASR, *TTS[1:]]], IDS).strands
     assert graphs(zip_of().taps(both), "speech") == [False, True]
 
 

@@ -155,9 +155,8 @@ def test_a_guard_is_known_by_its_name(
     )
     assert workers._unguarded() == (None if guarded else tmp_path / "mine.py")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gone.pyc"))
-    assert (
-        workers._unguarded() is None
-    )  # nothing is known: a call that is not fit is told by its death
+    # Nothing is known: a call that is not fit is told by its death.
+    assert workers._unguarded() is None
     monkeypatch.delattr(sys.modules["__main__"], "__file__")
     assert workers._unguarded() is None  # a prompt
 

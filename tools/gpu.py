@@ -202,9 +202,8 @@ def decode(told: Told) -> Found:
 def compiled(told: Told) -> Found:
     """Decoding where torch.compile makes the step, ours and stock transformers'."""
     if told.size.device == "cpu":
-        os.environ["TORCH_COMPILE_DISABLE"] = (
-            "1"  # a compiler of C++ would take the minutes that tiny has not
-        )
+        # A compiler of C++ would take the minutes that tiny has not.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     from zipper_lab import bench
     from zipper_lab.bench import decode as benchmark
 
@@ -594,9 +593,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (name, model, replace(section, cap_s=8 * section.cap_s))
             for name, model, section in wanted
         ]
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # which ends the section that runs, too
+    # Which ends the section that runs, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     found = Run(given.output.absolute(), state, given.size, limit, command).run(wanted)
     return int(any(section["how"] == "failed" for section in found["sections"].values()))
 

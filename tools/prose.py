@@ -54,9 +54,8 @@ def books(database: bytes) -> Iterator[str]:
         stream = zlib.decompressobj()
         content = stream.decompress(database[4:])  # behind its length
         database = stream.unused_data
-        if not (
-            content.startswith(b"X\n") and content[18:27] == b"UTF-8\0\0\0\x10"
-        ):  # XDR, format 3; STRSXP without attributes
+        # XDR, format 3; STRSXP without attributes.
+        if not (content.startswith(b"X\n") and content[18:27] == b"UTF-8\0\0\0\x10"):
             raise SystemExit("this is not the Rdata.rdb of janeaustenr 1.0.0")
         (count,) = struct.unpack_from(">I", content, 27)
         at, lines = 31, []

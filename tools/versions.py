@@ -173,6 +173,10 @@ def settled(python: Path, wanted: Sequence[str]) -> Path:
     extras = chain.from_iterable(("--extra", name) for name in ranges() if name)
     command = [python, "-m", "uv", "pip", "compile", "--quiet", "pyproject.toml", *extras]
     command += ["--constraint", asked, "--output-file", found]
+    # What pip is told by its own settings holds for uv too, or pip would refuse what uv says.
+    told = (line.partition("=") for line in pip(python, "config", "list").splitlines())
+    for file in (value.strip("'") for name, _, value in told if name.endswith(".constraint")):
+        command += ["--constraint", file]
     subprocess.run(command, check=True, cwd=ROOT)
     kept = re.sub(EXTRAS, "", found.read_text(encoding="utf-8"))
     found.write_text(kept, encoding="utf-8")

@@ -90,15 +90,13 @@ class TowerConfig:
 
     source: hub id or folder it came from ("" for an object in memory).
     relative: that folder as it is seen from the zip's own, where it is looked for first, so that
-    both may move
-        together ("" in memory).
+    both may move together ("" in memory).
     revision: the hub commit it came from.
     digest: SHA-256 of what its checkpoint holds, in `dtype` (`Tower.pin`).
     train: it learns in alignment; otherwise it is frozen for ever.
     lora: settings of peft's LoraConfig; the base stays frozen, its adapter learns.
     tokens: mean tokens of a segment, of use only as a ratio between towers: it scales rotary
-    positions in links and
-        caps the length of what is generated (0 = unknown).
+    positions in links and caps the length of what is generated (0 = unknown).
     """
 
     source: str

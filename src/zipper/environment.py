@@ -103,9 +103,8 @@ def installed(name: str) -> str | None:
     one, as 3.11."""
     if name == "python":
         return ".".join(python_version().split(".")[:2])
-    loaded = getattr(
-        sys.modules.get(name), "__version__", None
-    )  # the truth, whatever metadata says
+    # The truth, whatever metadata says.
+    loaded = getattr(sys.modules.get(name), "__version__", None)
     if loaded is not None:
         return str(loaded)
     try:

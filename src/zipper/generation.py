@@ -223,8 +223,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Every request with a row reads once; those that end, or wait to be fed, make room for
-        others. Returns
-        whether anything was read: False while all wait to be fed.
+        others. Returns whether anything was read: False while all wait to be fed.
         """
         self._running = [row for row in self._running if not row.answer.done]
         self._waiting = [row for row in self._waiting if not row.answer.done]

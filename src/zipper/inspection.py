@@ -125,9 +125,8 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     found = {}
     for part, parameters in parts(model).items():
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        found[part] = float(
-            norm.full_tensor() if isinstance(norm, DTensor) else norm
-        )  # sharded over processes
+        # Sharded over processes.
+        found[part] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return found
 
 

@@ -45,15 +45,12 @@ class LinkConfig:
     feedforward: width of the gated feed-forward as a multiple of the target's width; 0 leaves it
     out.
     projection_depth: linear layers of the cross projection (source width -> target width); 0 =
-    none, keys and values read the
-        source directly. The paper's text says a linear map, its appendix a 3-layer MLP (sec. 3
-        against A.3).
+    none, keys and values read the source directly. The paper's text says a linear map, its appendix
+    a 3-layer MLP (sec. 3 against A.3).
     projection_relu: a ReLU after the cross projection, as in the paper's formula h = ReLU(g(m));
-    without it the source is
-        layer-normalised before the projection.
+    without it the source is layer-normalised before the projection.
     rotary: rotary positions on queries and keys, the target's positions scaled to the source's
-    rate. A diagonal prior that is
-        ours, not the paper's (Flamingo has no positions here).
+    rate. A diagonal prior that is ours, not the paper's (Flamingo has no positions here).
     gate_init: both gates at birth, before the tanh. 0 = the new model is exactly its towers
     (Flamingo).
     dropout: on both branches, in training.

@@ -33,8 +33,7 @@ class State:
     towers: those the plan names, read or written. outputs: those that will produce.
     past: self-attention caches. read: every token read. memory: keys and values per link.
     unread: source states that a link has not turned into keys and values yet; it does so in one
-    batch when its target
-        next reads.
+    batch when its target next reads.
     """
 
     towers: tuple[str, ...]

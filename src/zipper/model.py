@@ -49,9 +49,8 @@ class Zipper(nn.Module):
     """Towers zipped by links. Build it with `from_towers`, load it with `from_pretrained`.
 
     attention: how links attend where nothing is cached, as in training: "sdpa", or "flex" for
-    FlexAttention, which
-        passes over the blocks of packed rows in which nothing is visible. "flex" is for CUDA; on a
-        CPU it has no backward (not measured on CUDA).
+    FlexAttention, which passes over the blocks of packed rows in which nothing is visible. "flex"
+    is for CUDA; on a CPU it has no backward (not measured on CUDA).
     """
 
     attention: Literal["sdpa", "flex"] = "sdpa"
@@ -85,8 +84,7 @@ class Zipper(nn.Module):
 
         towers: name -> hub id, folder or loaded causal LM.
         every: name -> interval i; the n-th junction stands after block n * i of each tower (paper,
-        sec. 3: k = n i_A,
-            l = n i_B), never after the last block.
+            sec. 3: k = n i_A, l = n i_B), never after the last block.
         junctions: the same as an explicit list of {name: blocks before the exchange}.
         shows: towers that others do not read where they are fused: name -> "before" (the depth of
             the junction before, embeddings at the first), one depth, or a list of one for each
@@ -95,12 +93,11 @@ class Zipper(nn.Module):
             instead of all of these. Any set without a circle.
         train: the towers that learn, all others are frozen.
         preset: "default" is what trained best, "paper" follows the paper to the letter (link and
-        input projection).
+            input projection).
         ends: name -> (begin id, end id) where the tower's own configuration does not say.
         tokens: name -> mean tokens per segment.
         lora: name -> settings of peft's LoraConfig (r, lora_alpha, target_modules ...): the frozen
-        tower's adapter
-            learns; a tower given as an object is adapted in place.
+            tower's adapter learns; a tower given as an object is adapted in place.
         seed: of the new parameters.
 
         Raises ZipperError: unknown names, junctions that do not fit, a tower that cannot be run
@@ -433,8 +430,7 @@ class Zipper(nn.Module):
 
         source: its folder or a repository of the hub. revision: a branch, tag or commit of that.
         towers: where a base lies now, for those that moved; a model that is in memory is shared,
-        not copied, and keeps
-            its dtype.
+            not copied, and keeps its dtype.
         dtype: of all other parts; default as saved.
 
         Raises ZipperError when a file is damaged or a base is not the one that the zip was trained
@@ -460,9 +456,8 @@ class Zipper(nn.Module):
                 # Not below: peft makes no adapter without memory; one of this rank takes little.
                 if pin.lora is not None and isinstance(tower, Tower):
                     tower.adapt(pin.lora)
-            with torch.device(
-                "meta"
-            ):  # no memory, no random numbers for what the file will bring, or will not
+            # No memory, no random numbers for what the file will bring, or will not.
+            with torch.device("meta"):
                 model = cls(towers, config)
         except MissingExtra:
             raise

@@ -163,9 +163,8 @@ class Pipeline:
         elif (recalled := proofs.recall(local, dtype) if quick else None) is not None:
             model = recalled.model
         else:
-            model = Zipper.from_pretrained(
-                folder, towers, dtype, allow_mismatch
-            )  # the snapshot in the hub's cache is a folder too
+            # The snapshot in the hub's cache is a folder too.
+            model = Zipper.from_pretrained(folder, towers, dtype, allow_mismatch)
             if quick and sum(p.nbytes for p in model.parameters()) <= FAST_BYTES:
                 proofs.remember(local, model, dtype)
         if not (folder / PINS).is_file():
@@ -379,9 +378,8 @@ class Pipeline:
 
     def _current_reader(self) -> Reader:
         """A reader with the weights as they are now."""
-        if (
-            self._later is not None and self._reader is not None
-        ):  # nobody was given the model to change it
+        # Nobody was given the model to change it.
+        if self._later is not None and self._reader is not None:
             return self._reader
         parameters = list(self.model.parameters())
         small = sum(p.nbytes for p in parameters) <= FAST_BYTES

@@ -246,8 +246,7 @@ def collate(
 
     left: pad on the left (generation) instead of the right. packed: rows as lists of sample
     indices, several samples (documents) in one row; default one sample per row. company: all
-    towers of the plan where something is chosen. Position and time
-    count from 0 in every document.
+    towers of the plan where something is chosen. Position and time count from 0 in every document.
     """
     rows = [[i] for i in range(len(samples))] if packed is None else [list(r) for r in packed]
     names = list(dict.fromkeys(segment.tower for segment in chain(*samples)))

@@ -208,9 +208,8 @@ def swap_pipeline(
                 f"(--modality {name}=FOLDER)."
             )
         source = Path(change.after.source)
-        pins = (
-            source.parent.parent / PINS
-        )  # a tower inside a saved pipeline was trained with the modality that is pinned there
+        # A tower inside a saved pipeline was trained with the modality that is pinned there.
+        pins = source.parent.parent / PINS
         if (
             pins.is_file()
             and checkpoint.read_json(pins).get(source.name, new[name].fingerprint)

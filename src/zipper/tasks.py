@@ -167,8 +167,8 @@ class Task:
         return lanes(self.produced)
 
     def segments(self, row: Mapping[str, Sequence[int]]) -> list[Segment]:
-        """The training sample of one row: {field: ids} -> segments, targets
-        where they have a loss."""
+        """The training sample of one row: {field: ids} -> segments, targets where they have a
+        loss."""
         given = self.prompt(row)
         if self.train_given:
             learnt = lanes(self.given)

@@ -75,9 +75,8 @@ class Past:
         if valid.all():
             return
         width = int(valid.sum(1).max())
-        slots = torch.sort(valid, dim=1, stable=True).indices[
-            :, self.length - width :
-        ]  # padding sorts first
+        # Padding sorts first.
+        slots = torch.sort(valid, dim=1, stable=True).indices[:, self.length - width :]
         self.document, self.position = (
             self.document.gather(1, slots),
             self.position.gather(1, slots),
@@ -204,9 +203,8 @@ class Tower(nn.Module):
             raise ZipperError(
                 f"Cannot load a causal language model from {where}: {error}"
             ) from error
-        if missing := sorted(
-            report["missing_keys"]
-        ):  # transformers would go on with random weights
+        # Transformers would go on with random weights.
+        if missing := sorted(report["missing_keys"]):
             raise ZipperError(
                 f"The checkpoint in {where} lacks {', '.join(missing[:3])} ({len(missing)} in all)."
             )

@@ -166,9 +166,8 @@ class _Trial:
             if not last.any():
                 last.copy_(torch.randn(last.shape, generator=random) * len(last) ** -0.5)
         rooms = {name: _room(model, name) for name in model.towers}
-        length = min(
-            LENGTH, min(rooms.values()) // 3 - 2
-        )  # no check reads more than three segments of a tower
+        # No check reads more than three segments of a tower.
+        length = min(LENGTH, min(rooms.values()) // 3 - 2)
         if length < 1:
             raise ZipperError(
                 f"Towers can read {rooms} tokens; to be verified a tower must be able to read 9."
@@ -531,9 +530,8 @@ def _added(
     it, and no others."""
     keys, values = link.read(source, read.position)
     added = torch.zeros_like(x)
-    seen = (read.time[0].to(at.time) < at.time[0, :, None]).sum(
-        -1
-    )  # times rise: what is seen is the first so many
+    # Times rise: what is seen is the first so many.
+    seen = (read.time[0].to(at.time) < at.time[0, :, None]).sum(-1)
     for count in seen.unique().tolist():
         if count:
             slots, memory = seen == count, Memory(keys[:, :, :count], values[:, :, :count])
@@ -546,9 +544,8 @@ def _cached(trial: _Trial, order: Sequence[str]) -> Found:
     """Two rows of unequal length, read token by token and in chunks with caches: the logits of one
     full forward."""
     samples = [trial.sample((*order, *order)), trial.sample((*order, *order), shorter=1)]
-    batch = trial.strands(
-        samples[: 2 if trial.rows == "packed" else 1]
-    )  # rows that read in turn have padding inside
+    # Rows that read in turn have padding inside.
+    batch = trial.strands(samples[: 2 if trial.rows == "packed" else 1])
     wanted = trial.logits(batch)
     worst = 0.0
     for size in (1, trial.length + 4):  # a chunk goes over the end of a segment
@@ -583,9 +580,8 @@ def _pieces(
         for name, strand in strands.items():
             chosen = (strand.document >= 0) & (strand.time >= start) & (strand.time < start + size)
             if chosen.any():
-                slots = torch.sort(chosen, stable=True).indices[
-                    :, -int(chosen.sum(1).max()) :
-                ]  # those not chosen sort first
+                # Those not chosen sort first.
+                slots = torch.sort(chosen, stable=True).indices[:, -int(chosen.sum(1).max()) :]
                 fields = (
                     getattr(strand, field.name).gather(1, slots)
                     for field in dataclasses.fields(Strand)

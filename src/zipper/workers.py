@@ -101,9 +101,8 @@ def _unguarded() -> Path | None:
     """The script that runs, if fresh processes would run all of it."""
     main = sys.modules["__main__"]
     name, path = getattr(main.__spec__, "name", "__main__.py"), getattr(main, "__file__", None)
-    if (
-        path is None or name == "__main__" or name.endswith(".__main__")
-    ):  # a prompt, or what `spawn` does not import
+    # A prompt, or what `spawn` does not import.
+    if path is None or name == "__main__" or name.endswith(".__main__"):
         return None
     try:
         tree = ast.parse(Path(path).read_bytes())

@@ -274,9 +274,8 @@ def _candidates(
     for beam, row in zip(beams, logits, strict=True):
         logprobs = writing.logprobs(row)
         ranks = writing.rules.weigh(logprobs, beam.ids)
-        if len(beam.ids) >= writing.cap or writing.rules.loops(
-            beam.ids
-        ):  # it may end, or is closed as it stands
+        # It may end, or is closed as it stands.
+        if len(beam.ids) >= writing.cap or writing.rules.loops(beam.ids):
             score = search.score(beam.rank, max(1, len(beam.logprobs)))
             ended = writing.endless(row) and len(beam.ids) >= writing.cap
             closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), ended, score))

@@ -54,9 +54,8 @@ SHIFT = {
     "speech": 31,
     "image": 31 + 23,
 }  # the blocks of ids, by hand from laws.VOCABULARY
-few_families = pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gemma3"]
-)  # untied; learned positions, tied; windows, tied
+# Untied; learned positions, tied; windows, tied.
+few_families = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 
 
 def text_tower(family: str = "llama") -> Any:
@@ -286,9 +285,8 @@ def test_nothing_later_and_no_other_document_is_seen() -> None:
         after = by_token(strands, model(changed))
         moved = {key for key in before if not torch.equal(before[key], after[key])}
         assert not {key for key in moved if key[1] == 0 and key[2] <= time}
-        assert (
-            time == times[-1] or (0, 0, time + 1) in moved
-        )  # the control: a token that changed changes what is said of it
+        # The control: a token that changed changes what is said of it.
+        assert time == times[-1] or (0, 0, time + 1) in moved
 
 
 # One softmax, and logits of one modality.

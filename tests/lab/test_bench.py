@@ -123,9 +123,8 @@ def test_arms_take_turns_forwards_and_backwards(
         "b": [2.0] * 3,
     }
     order = sorted((turn["at"], name) for name, turns in found.items() for turn in turns)
-    assert (
-        "".join(name for _, name in order) == "ba" + "ab" + "ba"
-    )  # the round before them was "ab"
+    # The round before them was "ab".
+    assert "".join(name for _, name in order) == "ba" + "ab" + "ba"
     with pytest.raises(ZipperError, match="The arm 'a' ended with code 3"):
         take_turns("an_arm", arms, rounds=9, warm=0)
 
@@ -155,9 +154,8 @@ def test_memory_is_that_of_the_process() -> None:
     assert holding - before == pytest.approx(
         256 << 20, rel=0.02
     ) and holding - after == pytest.approx(256 << 20, rel=0.02)
-    assert most >= holding and still == pytest.approx(
-        holding, rel=0.02
-    )  # the kernel counts by some pages
+    # The kernel counts by some pages.
+    assert most >= holding and still == pytest.approx(holding, rel=0.02)
 
 
 def test_unknown_arms_sizes_and_too_little_room_are_refused_before_anything_starts(

@@ -218,9 +218,8 @@ def test_what_was_rendered_is_kept_and_a_killed_run_goes_on(
         "dev", 1, SpeechUnits(UNITS.codebook + 1, UNITS.config), workers=1, cache=tmp_path
     )  # other units,
     prose.rows("dev", 1, UNITS, seed=1, workers=1, cache=tmp_path)  # another seed,
-    prose.rows(
-        "dev", 1, UNITS, voices=prose.OTHER_VOICES, workers=1, cache=tmp_path
-    )  # other voices
+    # Other voices.
+    prose.rows("dev", 1, UNITS, voices=prose.OTHER_VOICES, workers=1, cache=tmp_path)
     prose.rows("dev", 1, UNITS, noisy=True, workers=1, cache=tmp_path)  # and noise are other files
     assert len({*tmp_path.iterdir()} - files) == 4
 

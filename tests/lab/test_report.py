@@ -181,9 +181,8 @@ def test_every_number_given_stands_on_the_page(page: Page) -> None:
             f"{100 * share:.1f}\u00a0%" for share in (given.wer, given.high, given.cer, given.exact)
         ]
         numbers += [f"{100 * given.low:.1f} to", f"{given.utterances:,}"]
-    numbers += [
-        f"{rate(k).words:,}" for k in range(7) if k != 3
-    ]  # words and utterances are those of a row's first judge
+    # Words and utterances are those of a row's first judge.
+    numbers += [f"{rate(k).words:,}" for k in range(7) if k != 3]
     numbers.remove(f"{rate(3).utterances:,}")
     assert not [number for number in numbers if number not in page.text]
 
@@ -260,9 +259,8 @@ def test_sound_comes_back_from_the_page_sample_by_sample(page: Page) -> None:
 
 
 def test_every_sound_has_a_spectrogram_of_one_pixel_per_10_ms(page: Page) -> None:
-    widths = [
-        int.from_bytes(content[16:20], "big") for content in page.data("image/png")
-    ]  # a PNG's header: width at byte 16
+    # A PNG's header: width at byte 16.
+    widths = [int.from_bytes(content[16:20], "big") for content in page.data("image/png")]
     assert widths == [30, 30, 20]
 
 

@@ -146,9 +146,8 @@ def test_wer_range_interval_and_p_are_those_of_the_sentences() -> None:
     ]
     assert found[5:7] == ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in wanted]
 
-    drawn = [
-        [chance.randrange(40) for _ in words] for _ in range(4000)
-    ]  # another bootstrap, of plain Python
+    # Another bootstrap, of plain Python.
+    drawn = [[chance.randrange(40) for _ in words] for _ in range(4000)]
     again = sorted(
         100 * sum(means[ZIP][i] for i in some) / sum(words[i] for i in some) for some in drawn
     )
@@ -179,9 +178,8 @@ def test_the_papers_numbers_oracle_and_floor_stand_beside_ours() -> None:
 
 
 def test_sentences_are_counted_in_the_bin_of_their_length() -> None:
-    edits = [
-        4 * (n % 2) for n in range(N)
-    ]  # every second sentence has 90 characters and four errors, the others 30 and none
+    # Every second sentence has 90 characters and four errors, the others 30 and none.
+    edits = [4 * (n % 2) for n in range(N)]
     text = results.tables(run([result(ZIP, [score("tts", edits)])]))
     assert row(text, "0 - 39", "Figure 2")[1:] == ["150", "0.0 (0.0 to 0.0)"]
     assert row(text, "80 - 99", "Figure 2")[1:] == ["150", "40.0 (40.0 to 40.0)"]

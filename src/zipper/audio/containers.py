@@ -16,13 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 from zipper.errors import ZipperError
 
-MOST_CHUNKS = (
-    1_000  # sound has a dozen; libsndfile and we would walk through millions of empty ones
-)
+# Sound has a dozen; libsndfile and we would walk through millions of empty ones.
+MOST_CHUNKS = 1_000
 MOST_TAGS = 10
-MOST_PAGES = (
-    500_000  # of Ogg: 2.8 hours if each holds 20 ms, days as most are written; 1.2 s of work
-)
+# Of Ogg: 2.8 hours if each holds 20 ms, days as most are written; 1.2 s of work.
+MOST_PAGES = 500_000
 NEAR = 65_536  # bytes in which the first frame of an MP3 must begin
 #: From here on 32 bits mean "unknown": pipes leave 0x7FFFF000 (SoX), 0x80000000 (arecord),
 #: 0xFFFFFFFF (ffmpeg).
@@ -337,9 +335,8 @@ _KBPS = {
     1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_ID3 = b"ID3\x04\0\0\0\0\0\x0a" + bytes(
-    10
-)  # without a tag libsndfile knows an MP3 by its path only
+# Without a tag libsndfile knows an MP3 by its path only.
+_ID3 = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
 
 
 @functools.lru_cache(4096)

@@ -184,9 +184,8 @@ def _noise(count: int, colour: float, chance: np.random.Generator) -> Float32[np
     if not colour or count < 2:
         return noise
     spectrum = np.fft.rfft(noise)
-    spectrum /= np.maximum(np.arange(len(spectrum)), len(spectrum) / 200) ** (
-        colour / 2
-    )  # flat below a 200th of the band
+    # Flat below a 200th of the band.
+    spectrum /= np.maximum(np.arange(len(spectrum)), len(spectrum) / 200) ** (colour / 2)
     coloured = np.fft.irfft(spectrum, count)
     return (coloured / max(float(np.sqrt(np.square(coloured).mean())), 1e-12)).astype(np.float32)
 

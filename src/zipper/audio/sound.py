@@ -123,9 +123,8 @@ class Audio:
         if loudest <= 0:
             return 0, len(self.samples)
         live = power[:: max(1, window // 2)]
-        live = live[
-            live > loudest * 1e-9
-        ]  # digital silence around a recording says nothing of the noise in it
+        # Digital silence around a recording says nothing of the noise in it.
+        live = live[live > loudest * 1e-9]
         noise = float(np.quantile(live, front.noise_share)) * 10 ** (front.noise_db / 10)
         quiet, least = (loudest * 10 ** (db / 10) for db in (front.quiet_db, front.least_db))
         heard = np.flatnonzero(power > min(max(noise, quiet), least))
@@ -177,9 +176,8 @@ class Front:
     window_ms: float = 2.0
     quiet_db: float = -45.0  # eSpeak's own pauses lie below -60, its weakest fricatives above -40
     noise_share: float = 0.1
-    noise_db: float = (
-        10.0  # with 0.1 and 2 ms: no noise, of any colour, is taken for speech; docs/log.md
-    )
+    # With 0.1 and 2 ms: no noise, of any colour, is taken for speech; docs/log.md.
+    noise_db: float = 10.0
     least_db: float = -15.0
     margin_ms: float = 20.0
     places: int = 4
@@ -441,12 +439,10 @@ def _decode(
     header.check(at, stop, start_s, stop_s)
     heard = max(1, at - start)
     with np.errstate(all="ignore"):
-        spread = products / heard - np.outer(
-            total / heard, total / heard
-        )  # covariance: an offset is no sound
-        sounds = (
-            spread.trace() > 1e-5 * products.trace() / heard
-        )  # float32 leaves as much of an offset alone
+        # Covariance: an offset is no sound.
+        spread = products / heard - np.outer(total / heard, total / heard)
+        # Float32 leaves as much of an offset alone.
+        sounds = spread.trace() > 1e-5 * products.trace() / heard
         cancelled = bool(sounds and spread.sum() < CANCELLED * spread.trace())
     return _Heard(
         np.frombuffer(pcm, np.float32), header.rate_hz, cancelled, int(spread.diagonal().argmax())
@@ -573,9 +569,8 @@ class Mel:
     bins: int = 40
     low_hz: float = 60.0
     high_hz: float = 7_600.0
-    loud: float = (
-        0.1  # root mean square of a loud frame after levelling; speech then peaks near 0.5
-    )
+    # Root mean square of a loud frame after levelling; speech then peaks near 0.5.
+    loud: float = 0.1
     # mel power that counts as silence; 1e-6 cut weak fricatives off, 1e-10 spent codes on the noise
     # of silence
     floor: float = 1e-8

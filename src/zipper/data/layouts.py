@@ -626,9 +626,8 @@ def _audiofolder(place: str, passed: Passed) -> Iterator[Sample]:
                 for name, feature in (dataset.features or {}).items()
                 if isinstance(feature, datasets.Audio)
             ]:
-                dataset = dataset.cast_column(
-                    name, datasets.Value("string")
-                )  # left as it is: else torchcodec is asked for
+                # Left as it is: else torchcodec is asked for.
+                dataset = dataset.cast_column(name, datasets.Value("string"))
             for n, row in enumerate(dataset):
                 row[SPEECH] = row.pop("audio")
                 named.add(os.path.realpath(row[SPEECH]))

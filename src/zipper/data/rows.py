@@ -291,9 +291,8 @@ def draws(
         : max(0, _BLOCK - counts.sum())
     ]:
         counts[source] += 1
-    counts[counts.argmax()] -= (
-        counts.sum() - _BLOCK
-    )  # what sources of less than one draw were given
+    # What sources of less than one draw were given.
+    counts[counts.argmax()] -= counts.sum() - _BLOCK
     found = []
     for k in which:
         block, within = divmod(k, _BLOCK)

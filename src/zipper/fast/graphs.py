@@ -124,9 +124,8 @@ class Replay:
     ) -> None:
         """compiled: by torch.compile, whole; a step that it cannot take whole raises its error."""
         self._step: Callable[[Tensor], Said] = step
-        if (
-            compiled
-        ):  # its code copied: of one piece of code torch.compile makes eight versions and no more
+        # Its code copied: of one piece of code torch.compile makes eight versions and no more.
+        if compiled:
             own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
             self._step = torch.compile(own, fullgraph=True, dynamic=False)
         self._given = torch.zeros(shape, dtype=torch.long, device=device)
@@ -148,9 +147,8 @@ class Replay:
     def _capture(self) -> None:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            beside
-        ):  # what is compiled, chosen or allocated at first use must not be captured
+        # What is compiled, chosen or allocated at first use must not be captured.
+        with torch.cuda.stream(beside):
             for _ in range(3):
                 self._step(self._given)
         torch.cuda.current_stream().wait_stream(beside)

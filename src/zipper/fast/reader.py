@@ -505,9 +505,8 @@ class Ragged:
         self, reader: Fused, places: Sequence[Place], position: Int[Tensor, " tokens"]
     ) -> None:
         self.reader, self.places, self.position = reader, places, position
-        self._turned: dict[
-            tuple[float, int] | None, Angles | None
-        ] = {}  # links of the same rate share them
+        # Links of the same rate share them.
+        self._turned: dict[tuple[float, int] | None, Angles | None] = {}
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, layer: int
@@ -603,9 +602,8 @@ class Fixed:
             return h
         slots = self.seen[name]
         keys, values = self.pool.held[name][: len(slots), 0, :, :, : self.span].unbind(1)
-        mask = self._first(
-            slots.clamp(min=1), self.span
-        )  # where nothing is seen, the first slot is, and for nothing
+        # Where nothing is seen, the first slot is, and for nothing.
+        mask = self._first(slots.clamp(min=1), self.span)
         attend = partial(masked, keys=keys, values=values, mask=mask)
         added = self.reader.link(name)(states, self.reader.turned(name, self.position), attend)
         return h + added.where(slots[:, None] > 0, 0)

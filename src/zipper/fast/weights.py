@@ -49,9 +49,8 @@ class Matrix:
             raise UnsupportedTower("Some of its fused projections have a bias and some have none.")
         self.bias: Tensor | None = torch.cat(biases) * factor if biases else None
         self.scale: Float[Tensor, " out"] | None = None
-        if (
-            form.int8 and weight.shape[1] % 32 == 0
-        ):  # torch's kernel reads beyond the end of other rows
+        # Torch's kernel reads beyond the end of other rows.
+        if form.int8 and weight.shape[1] % 32 == 0:
             self.scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
             weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
         self.bytes = sum(

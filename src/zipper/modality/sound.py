@@ -16,9 +16,8 @@ from zipper.modality.kind import Kind, Scores
 from zipper.saving.files import place
 
 LONGEST_S = 1e7  # of any time in a row
-SWING_DB = (
-    4.5  # of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7)
-)
+# Of `Audio.swing_db`, between noise of any colour (up to 2.4) and single words (from 6.7).
+SWING_DB = 4.5
 
 
 class Sound(Kind):

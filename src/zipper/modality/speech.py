@@ -232,9 +232,8 @@ class SpeechUnits(Sound):
             picture, first = self._laid(heard, begin)
             codes = self._codes(picture)
             if begin is None and self.config.front is not None:
-                if (
-                    heard.swing_db < 2 * SWING_DB or len(codes) < SURE
-                ):  # more than for all of it: it may yet become louder
+                # More than for all of it: it may yet become louder.
+                if heard.swing_db < 2 * SWING_DB or len(codes) < SURE:
                     codes = []
                 else:
                     begin = first
@@ -372,9 +371,10 @@ class SpeechUnits(Sound):
         mel, stack = self.config.mel, self.config.stack
         unit, step, frames = stack * mel.hop, mel.hop // front.places, stack * front.fitted
         known = self.heard_in(mel.logs(sound.samples[unit:], 2 * mel.hop))
+        # One row a place.
         head = mel.logs(
             sound.between((mel.hop - step) // 2, unit + frames * mel.hop + mel.hop).samples, step
-        )  # one row a place
+        )
         points = np.concatenate(
             [
                 stacked(head[place :: front.places][:frames], stack)

@@ -27,9 +27,8 @@ BEGIN, END = "<s>", "</s>"
 TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
 MOST_BYTES = 64 << 20  # of a tokenizer.json; a vocabulary of 262,000 takes 33 MB
 SAID = "#%&*/@\\_\N{PER MILLE SIGN}"  # punctuation to Unicode, and words to those who read it aloud
-LETTERS = (
-    " 'abcdefghijklmnopqrstuvwxyz"  # always in the alphabet, so that any plain word can be written
-)
+# Always in the alphabet, so that any plain word can be written.
+LETTERS = " 'abcdefghijklmnopqrstuvwxyz"
 
 
 class Text(Kind):
@@ -295,9 +294,8 @@ def _tokens(folder: Path, definition: str, named: list[str | None]) -> list[str 
     """
     try:
         loaded, tokenizer = _loaded(folder), Tokenizer.from_str(definition)
-    except (
-        Exception
-    ):  # none that transformers knows either, or no definition: whoever reads it says so
+    except Exception:
+        # None that transformers knows either, or no definition: whoever reads it says so.
         return named
     ids: dict[str, Any] = {}
     for path in (folder / "generation_config.json", folder / "config.json"):

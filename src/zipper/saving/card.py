@@ -62,9 +62,8 @@ def card(
     """
     saved = checkpoint.read_json(folder / checkpoint.CONFIG)
     config, record = saved["config"], saved["record"]
-    if (
-        not {"recipe", "step", "dev"} <= record.keys()
-    ):  # not of the training loop: anything may stand in it
+    # Not of the training loop: anything may stand in it.
+    if not {"recipe", "step", "dev"} <= record.keys():
         record = {}
     pins = (
         checkpoint.read_json(folder / checkpoint.PINS)

@@ -122,9 +122,8 @@ def whole(folder: Path, prove: Callable[[Path], Any] | None = None) -> Iterator[
         folder, "It is whole and in its place, but a power cut may bring back the one before."
     ):
         flush(folder.parent)
-    shutil.rmtree(
-        temporary, ignore_errors=True
-    )  # the old one; not before the new one is sure to stay
+    # The old one; not before the new one is sure to stay.
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -60,9 +60,8 @@ _EXPONENT: dict[str, tuple[Any, int]] = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
 }
-_NUMBERS = re.compile(
-    r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]"
-)  # no string holds a line break of its own
+# No string holds a line break of its own.
+_NUMBERS = re.compile(r"\[\n\s+((?:[-+.eE\d]+,\n\s+)*[-+.eE\d]+)\n\s*\]")
 HELD = ".held"  # in a folder that a process writes; who
 _NO_LOCKS = {
     errno.ENOLCK,
@@ -183,9 +182,8 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno != errno.EINVAL or not path.is_dir()
-        ):  # there are network file systems that cannot flush a folder
+        # There are network file systems that cannot flush a folder.
+        if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
@@ -212,9 +210,8 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            os.unlink(
-                folder / HELD
-            )  # while it is held: whoever opened it before will see that it is not there any more
+            # While it is held: whoever opened it before will see that it is not there any more.
+            os.unlink(folder / HELD)
             os.rmdir(folder)
         os.close(descriptor)
 
@@ -269,9 +266,8 @@ def saving(path: Path, safe: str, done: str = "saved") -> Iterator[None]:
             number, place = int(said[1]), ""
         else:
             raise
-        if (
-            isinstance(error, ZipperError) and number == errno.ENOENT
-        ):  # it says better what is missing
+        # It says better what is missing.
+        if isinstance(error, ZipperError) and number == errno.ENOENT:
             raise
         reason = os.strerror(number) if number else str(cause)
         do = _WHAT_TO_DO.get(number, "Mend that")

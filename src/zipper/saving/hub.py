@@ -156,9 +156,8 @@ def push(
     card = folder / checkpoint.CARD
     api = HfApi(token=token)
     with _in_words(repo, revision):
-        repo = api.create_repo(
-            repo, private=private or None, exist_ok=True
-        ).repo_id  # None: as the owner's settings say
+        # None: as the owner's settings say.
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = [

@@ -54,9 +54,8 @@ FAILURES = (
     ValueError,
 )
 
-Call = tuple[
-    tuple[Any, ...], dict[str, Any]
-]  # arguments of a block after the state: in order, by name
+# Arguments of a block after the state: in order, by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 Answer = Callable[[int, Tensor, Call], Any]
 
 
@@ -353,9 +352,8 @@ class Recorded(Way):
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         super().__init__(model, path)
-        self._forms: list[
-            int
-        ] = []  # what each block returns: a tuple of so many, or 0 for the state itself
+        # What each block returns: a tuple of so many, or 0 for the state itself.
+        self._forms: list[int] = []
         layers, width = len(self.blocks), self.config.hidden_size
         ids, first = self._few(), getattr(self.config, "pad_token_id", None)
 
@@ -550,9 +548,8 @@ def _holds(value: Any, cache: Any) -> bool:
 
 def _layer_arguments(name: str, block: nn.Module, cache: str) -> tuple[str, ...]:
     """Which of LAYER_ARGUMENTS a block takes beside the state and its cache."""
-    _, *parameters = inspect.signature(
-        block.forward
-    ).parameters.values()  # the first one is the hidden states
+    # The first one is the hidden states.
+    _, *parameters = inspect.signature(block.forward).parameters.values()
     takes = tuple(p.name for p in parameters if p.name in LAYER_ARGUMENTS)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if missing := [p.name for p in named if p.default is p.empty and p.name not in (*takes, cache)]:

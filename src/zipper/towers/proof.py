@@ -27,9 +27,8 @@ from zipper.towers.driver import (
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
 OTHER_WINDOWS = ("window_size", "sliding_window_size", "attention_window_size")  # inside the blocks
-LONGEST_CHECKED_WINDOW = (
-    256  # tokens; check() reads past windows of up to this, so that it stays cheap for real models
-)
+# Tokens; check() reads past windows of up to this, so that it stays cheap for real models.
+LONGEST_CHECKED_WINDOW = 256
 CASES = {
     "unpadded rows": 0,
     "left-padded rows": 3,

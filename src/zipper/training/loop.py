@@ -194,9 +194,8 @@ def _train(
     if isinstance(model, Zipper):
         model.attention = "flex" if config.attention == "flex" else "sdpa"
     bare = Objective(model)
-    complete = (
-        copy.deepcopy(model) if cut and accelerator.is_main_process else model
-    )  # what is saved
+    # What is saved.
+    complete = copy.deepcopy(model) if cut and accelerator.is_main_process else model
     objective = spread(bare, config, accelerator, cut)
     optimizer = accelerator.prepare(optimizer_of(model, config))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -216,9 +215,8 @@ def _train(
                 folder / "config.json", dataclasses.asdict(config) | dict(build.course)
             )
             forget(folder, progress.step)
-        if (
-            progress.step < config.steps and not progress.stopped
-        ):  # what the end needs is tried before the first step
+        # What the end needs is tried before the first step.
+        if progress.step < config.steps and not progress.stopped:
             Pipeline(complete, modalities).rehearse(
                 folder / "model", record_of(config, build, progress, {})
             )
@@ -226,9 +224,8 @@ def _train(
 
     def evaluate() -> dict[str, float]:
         bare.eval()
-        with (
-            torch.no_grad()
-        ):  # no inference mode: parameters gathered in it would serve no backward
+        # No inference mode: parameters gathered in it would serve no backward.
+        with torch.no_grad():
             found = [
                 mean_loss(bare, task, dev, config, accelerator.device) for task in for_dev.values()
             ]
@@ -309,9 +306,8 @@ def _train(
             logs = step + 1 == config.steps or (step + 1) % config.log_every == 0
             norms = inspection.gradient_norms(model) if logs else {}
             norm = whole(accelerator.clip_grad_norm_(list(names), config.clip))
-            if (
-                not norm.isfinite()
-            ):  # in all processes alike; after a step by it no weight would be a number
+            # In all processes alike; after a step by it no weight would be a number.
+            if not norm.isfinite():
                 raise ZipperError(
                     f"The gradient of step {step + 1} is not finite (losses: {sums}). What "
                     f"{folder} holds is from before it. "

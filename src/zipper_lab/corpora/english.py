@@ -4,8 +4,8 @@
 WordNet's examples are modern and of all subjects; its licence lets everyone use and share them.
 They are read from the folder of WordNet's own files (data.noun and others, Debian's wordnet-base),
 which is not shipped. The voice is that of hibari-tts 0.2.1 (Apache-2.0), which no extra brings.
-Splits are by chapter for the novels, and by a hash of the sentence for the others;
-no sentence is in two parts. Knows no model but the units that the rows are written in.
+Splits are by chapter for the novels, and by a hash of the sentence for the others; no sentence is
+in two parts. Knows no model but the units that the rows are written in.
 """
 
 import hashlib

@@ -227,9 +227,8 @@ def step(
     `Memory`, by link as the stages count them and by sequence. angles: cosine and signed sine of
     every position, for blocks. table: embeddings, in the dtype of the keys and values of blocks.
     """
-    logits = torch.empty(
-        (len(spoken), head.out), dtype=torch.float32, device="cpu"
-    )  # whatever the defaults are
+    # Whatever the defaults are.
+    logits = torch.empty((len(spoken), head.out), dtype=torch.float32, device="cpu")
     tensors = (part.data_ptr() for part in (*angles, table, logits))
     shape = (
         len(stages),
