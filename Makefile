@@ -32,7 +32,7 @@ check: setup  ## the one gate: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 format: setup  ## rewrite the files as the gate wants them
 	$(BIN)/ruff format .

@@ -39,6 +39,35 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("zipper")
 torch.set_num_threads(1)
 
+#: Files whose tests are about proofs of towers.
+ABOUT_PROOFS = {"test_tower", "test_families", "test_proofs", "test_fused", "test_environment"}
+PROVED: set[object] = set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proved_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Towers that are alike but for their weights are proved once a process: zips of tiny towers
+    are born hundreds of times, and most of that is proof."""
+    if request.module.__name__ in ABOUT_PROOFS:
+        yield
+        return
+    from zipper.towers.proof import Proof
+
+    prove = Proof.prove
+
+    def once(proof: Proof, ids: torch.Tensor) -> None:
+        model, way = proof.tower.model, proof.tower.way
+        parts = [(type(part), "forward" in vars(part)) for part in model.modules()]
+        kinds = tuple((tensor.dtype, tensor.requires_grad) for tensor in model.parameters())
+        alike = type(way), proof.tower.rows, str(model.config), str(parts), kinds, ids.shape
+        if alike not in PROVED:
+            prove(proof, ids)
+            PROVED.add(alike)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Proof, "prove", once)
+        yield
+
 
 @pytest.fixture
 def cuda() -> Iterator[torch.device]:

@@ -214,6 +214,8 @@ def refusal_of(name: str) -> str:
 def test_a_refusal_names_the_ground_where_that_is_newer_than_any_that_was_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    here = {name: (environment.installed(name),) for name in environment.tried()}
+    monkeypatch.setattr(environment, "tried", lambda: here)  # nothing here is newer than that
     assert refusal_of("mamba").endswith("Use another model.")
     # It puts itself there anew now and then.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.99.0")

@@ -16,6 +16,7 @@ import wave
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,17 @@ from tiny import sound
 
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
-from zipper.generation import Engine, Request
+from zipper.generation import Engine, Request, Token
 from zipper.inspection import attention
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.serving import app, page, process, sounds, transcription
+from zipper.serving import worker as worker_module
 from zipper.serving.bodies import Caps
 from zipper.serving.looking import looks
 from zipper.serving.refusals import Busy, Refused, Stopping
 from zipper.serving.service import Service
-from zipper.serving.worker import Worker
+from zipper.serving.worker import Ticket, Worker
 from zipper.strand import Segment, collate
 
 SENTENCE = "send forty two oranges to vienna"
@@ -1073,6 +1075,30 @@ def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(
     assert worker.join(5.0)
     with pytest.raises(Stopping):
         worker.enter()
+
+
+def test_tokens_of_a_stream_go_out_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [100.0], Request([], ["text"])
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    tokens = [Token(0, "text", id, -0.5) for id in range(5)]
+
+    async def run() -> list[Any]:
+        ticket = Ticket(asked, streams=True)
+        ticket.hand_out(tokens[:1])
+        seen = [ticket.tokens.get_nowait()]  # nobody waits for the first
+        for token in tokens[1:4]:
+            now[0] += worker_module.EVERY_S / 4
+            ticket.hand_out([token])
+        assert ticket.tokens.empty()
+        now[0] += worker_module.EVERY_S / 2
+        ticket.hand_out([])  # a step in which it got nothing, and it is time
+        seen.append(ticket.tokens.get_nowait())
+        ticket.hand_out(tokens[4:])
+        assert ticket.tokens.empty()
+        ticket.settle([])
+        return [*seen, ticket.tokens.get_nowait(), ticket.tokens.get_nowait()]
+
+    assert asyncio.run(run()) == [tokens[:1], tokens[1:4], tokens[4:], None]
 
 
 def test_threads_that_make_sound_take_one_processor_each(pipe: Pipeline) -> None:

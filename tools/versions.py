@@ -200,7 +200,7 @@ def tried(
         canonical(name): version for name, _, version in (line.partition("==") for line in lines)
     }
     with open(home / "tests.log", "w", encoding="utf-8") as log:
-        command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *tests]
+        command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *tests]
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     return versions | {"python": environment.installed("python")}, "failed" if code else "passed"
 

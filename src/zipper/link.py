@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from zipper.errors import ZipperError
 from zipper.saving.files import settle
+
+#: A mask of FlexAttention, whose import takes a third of torch's own time (sympy, from torch 2.15
+#: on): it is left to those that ask for it.
+BlockMask = Any
 
 #: What a link may ask for, in a program as in a file: (least, most).
 LIMITS = {
@@ -95,6 +98,8 @@ class Memory(NamedTuple):
 def block_mask(mask: Bool[Tensor, "batch target source"]) -> BlockMask:
     """A mask as FlexAttention wants it: blocks in which nothing is visible are passed over. Made
     once for all links of a pair."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     size = (mask.shape[0], None, mask.shape[1], mask.shape[2])
     return create_block_mask(
         lambda batch, head, target, source: mask[batch, target, source], *size, device=mask.device
@@ -119,6 +124,8 @@ def _flex(compiled: bool) -> Any:
     Compiled for any lengths: batches differ in all of them, and torch.compile gives a function up
     for good after eight versions.
     """
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 

@@ -14,10 +14,9 @@ from typing import NamedTuple, cast
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from zipper.config import LinkKey, Route
-from zipper.link import InputProjection, Link, Memory, any_lengths, block_mask, project
+from zipper.link import BlockMask, InputProjection, Link, Memory, any_lengths, block_mask, project
 from zipper.saving.files import MOST_LAYERS
 from zipper.strand import Strand, visible
 from zipper.tower import Past, Tower
