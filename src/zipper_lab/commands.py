@@ -84,7 +84,7 @@ def demo(
     ] = 900,
     test: Annotated[int, typer.Option(parser=count, help="test utterances")] = 200,
     modality: Annotated[
-        Literal["images", "motion", "actions", "molecules", "digits"] | None,
+        Literal["images", "motion", "actions", "molecules", "proteins", "digits"] | None,
         typer.Option(help="zip real data instead: towers, zip and pages, in minutes"),
     ] = None,
     data: Annotated[

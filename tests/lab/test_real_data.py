@@ -27,7 +27,7 @@ from zipper.modality.signal import Signal
 from zipper.modality.symbols import Symbols
 from zipper.training import TrainConfig
 from zipper_lab import real, real_judges
-from zipper_lab.corpora import babyai, digits, emoji, molecules, motion
+from zipper_lab.corpora import babyai, digits, emoji, molecules, motion, proteins
 from zipper_lab.corpora.originals import contents, original, part
 
 
@@ -90,6 +90,7 @@ def test_the_first_pattern_wins_and_a_missing_original_is_named_with_its_home(
         (motion.write, "sp-sw-har"),
         (babyai.write, "minigrid"),
         (digits.write, "free-spoken-digit"),
+        (proteins.write, "mmseqs2-examples"),
     ],
 )
 def test_every_reader_says_what_is_missing(
@@ -453,6 +454,166 @@ def test_a_table_in_another_form_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "test.txt").unlink()
     with pytest.raises(ZipperError, match="MolT5"):
         molecules.write(tmp_path, tmp_path / "out")
+
+
+# --- proteins
+
+
+def protein(chance: random.Random, kin: str = "", length: int = 120) -> str:
+    """Residues that love water and others in turn, which shuffling undoes; of kin, each residue
+    with 1 chance in 8 another one."""
+    made = [chance.choice(("AVILMFWC", "DEKRNQSTGH")[n % 2]) for n in range(length)]
+    return "".join(
+        own if chance.random() < 0.125 else old for old, own in zip(kin or made, made, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 families of three, the last of each nameless; one of twelve; twins, a long and a short one."""
+    for module in ("scipy", "sklearn"):
+        pytest.importorskip(module)
+    chance, place = random.Random(0), tmp_path_factory.mktemp("proteins")
+    lines = list[str]()
+    for family in range(71):
+        first = protein(chance)
+        for n in range(12 if family == 70 else 3):
+            what = f"Kind{family} kinase (Fragment)" if n != 2 else "Uncharacterized protein"
+            lines += [
+                f">tr|F{family}N{n}|F{family}_BOVIN {what} OS=Bos taurus (strain {n}) PE=4 SV=1"
+            ]
+            cut = protein(chance, first)
+            lines += [cut[:60], cut[60:], ""]
+    for head, residues in (
+        ("F90N0|X Uncharacterized protein OS=Ovis aries", "M" + "WC" * 15),
+        ("F90N1|X Twin OS=Ovis aries GN=a", "M" + "WC" * 15),
+        ("F91N0|X Long one OS=Ovis aries", protein(chance, length=257)),
+        ("F92N0|X Short one OS=Ovis aries", "MKVL"),
+        ("F93N0|X Doubtful OS=Ovis aries", "MXBZ" * 8),
+    ):
+        lines += [f">sp|{head}", residues]
+    (place / "DB.fasta.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    proteins.write(place, place / "out")
+    (place / "plain").mkdir()
+    (place / "plain" / "uniprot_some.fasta").write_text("\r\n".join(lines))
+    proteins.write(place / "plain", place / "plain" / "out")
+    return place / "out"
+
+
+def test_kin_are_in_one_part_and_those_of_a_test_in_nothing_that_is_read(families: Path) -> None:
+    names = ("train", "dev", "test", "known", "unpaired")
+    parts = {name: manifest(families / f"{name}.jsonl") for name in names}
+    ids = {name: {row["id"] for row in rows} for name, rows in parts.items()}
+    kin = {name: {one.partition("N")[0] for one in some} for name, some in ids.items()}
+    assert not kin["dev"] & kin["test"]
+    assert not (kin["dev"] | kin["test"]) & (kin["train"] | kin["unpaired"])
+    assert kin["known"] <= kin["unpaired"] and not ids["known"] & ids["unpaired"]
+    assert ids["train"] < ids["unpaired"]
+    assert all("text" not in row for row in parts["unpaired"])
+    assert "F70" in kin["train"]  # too common to be held out
+    every = set.union(*ids.values())
+    assert not every & {"F90N0", "F91N0", "F92N0"} and {"F90N1", "F93N0"} <= every
+    texts = {row["text"] for row in manifest(families / "texts.jsonl")}
+    assert "long one of ovis aries" in texts
+    held = {row["text"] for name in ("dev", "test", "known") for row in parts[name]}
+    assert not held & texts and "kind70 kinase of bos taurus" in texts | held
+    for name in names:
+        same = families.parent / "plain" / "out" / f"{name}.jsonl"
+        assert (families / f"{name}.jsonl").read_bytes() == same.read_bytes()
+
+
+def test_residues_that_nobody_knows_have_an_id(families: Path) -> None:
+    niche = real.named("proteins").niches["protein"]
+    rows = [row["protein"] for row in manifest(families / "unpaired.jsonl")]
+    symbols = Symbols.fitted(rows, **niche.settings)
+    assert symbols.decode(symbols.encode("MKVXU")) == "MKVXX"
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("50S ribosomal protein L21e", "50s ribosomal protein l21e"),
+        ("Genome polyprotein (Fragment)", "genome polyprotein"),
+        ("Probable GTP-binding protein EngB (EC 3.1) (Fragments)", "gtp-binding protein engb"),
+        ("UPF0147 protein Metli_1740", "upf0147 protein"),
+        ("rRNA (Adenine(1518)-N(6))-methylase", "rrna (adenine(1518)-n(6))-methylase"),
+        ("BnaC04g09240D protein", ""),
+        ("Putative uncharacterized protein", ""),
+        ("Predicted protein", ""),
+    ],
+)
+def test_a_protein_has_the_name_that_says_what_it_is(said: str, name: str) -> None:
+    assert proteins.name(said) == name
+
+
+@pytest.mark.parametrize(
+    ("said", "species"),
+    [
+        (
+            "Methanothermococcus okinawensis (strain DSM 14208 / IH1)",
+            "methanothermococcus okinawensis",
+        ),
+        ("Bacillus subtilis XF-1", "bacillus subtilis"),
+        ("Listeria monocytogenes serotype 4b str. 81", "listeria monocytogenes"),
+        ("African swine fever virus E75", "african swine fever virus"),
+        ("Marinobacter sp. ES-1", "marinobacter sp."),
+    ],
+)
+def test_a_species_is_told_without_its_strain(said: str, species: str) -> None:
+    assert proteins.species(said) == species
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", "holds no protein of 20 to 256"),
+        (b">sp|A|A One OS=Bos taurus\nMKV\n", "holds no protein of 20 to 256"),
+        (b">one\nMKV\n", "'>one', no record of UniProtKB"),
+        (b"MKV\n", "'MKV', no record of UniProtKB"),
+        (b">sp|A|A One OS=Bos taurus\nMKV4\n", "'MKV4', no record of UniProtKB"),
+        (b">sp|A|A One OS=Bos taurus\n", "'', no record of UniProtKB"),
+        (b"\xff\xfe\n", "is damaged"),
+    ],
+)
+def test_a_fasta_of_another_form_is_one_sentence(
+    tmp_path: Path, content: bytes, wanted: str
+) -> None:
+    for name, some in (("uniprot.fasta", content), ("uniprot.fasta.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(some)
+        with pytest.raises(ZipperError, match=wanted):
+            proteins.write(tmp_path, tmp_path / "out")
+        (tmp_path / name).unlink()
+    for some in (b"no gzip", gzip.compress(b">sp|A|A One OS=Bos taurus\nMKV\n")[:-12]):
+        (tmp_path / "uniprot.fasta.gz").write_bytes(some)
+        with pytest.raises(ZipperError, match="is damaged"):
+            proteins.write(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_of_proteins_finds_kin_and_knows_a_copy(families: Path) -> None:
+    judge = real_judges.Proteins.trained(families)
+    known, test = manifest(families / "known.jsonl"), manifest(families / "test.jsonl")
+    found = real_judges.bounds(judge, known, [row["protein"] for row in known])
+    assert found["oracle"]["name"] > 0.9 > found["floor"]["name"] + 0.3
+    assert 0.2 < found["oracle"]["new"] < 0.8
+    true = [row["protein"] for row in test]
+    held = real_judges.means(judge.judge(test, true))
+    assert held["new"] > 0.8 and held["name"] < 0.6  # one of its two words: no kin were seen
+    assert held["real"] > 0.9
+    made = judge.judge(test, [real_judges.shuffled(one) for one in true])
+    assert real_judges.means(made)["real"] < 0.2
+    assert judge.judge(test[:1], [true[0][:9] * 12])["real"] == [0.0]  # in circles
+    trained = manifest(families / "train.jsonl")[:2]
+    copied = judge.judge(trained, [row["protein"] for row in trained])
+    assert copied["name"] == [1.0, 1.0] and max(copied["new"]) < 1e-6
+    assert {tuple(some) for some in judge.judge(trained, ["", ""]).values()} == {(0.0, 0.0)}
+
+
+def test_what_a_protein_is_called_is_judged_by_name_and_species() -> None:
+    row = {"name": "modulator of chaos", "species": "bos taurus"}
+    said = ["modulator of chaos of bos taurus", "modulator of bos taurus", "chaos"]
+    found = real_judges.Called().judge([row] * 3, said)
+    assert found == {"exact": [1.0, 0, 0], "words": [1.0, 0.5, 0.5], "species": [1.0, 1.0, 0.0]}
 
 
 # --- digits
