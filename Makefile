@@ -22,7 +22,7 @@ setup: .venv/installed  ## .venv with everything; runs again only when pyproject
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,speech,image,train,lora,data]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,speech,image,train,lora,data,serve]" -c constraints.txt
 	touch $@
 
 demo: setup  ## align a new zip on the built-in corpus and report to runs/demo

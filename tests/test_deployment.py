@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline

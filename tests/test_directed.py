@@ -29,11 +29,12 @@ from laws import (
 from test_mutants import mutated
 
 from zipper import config, lockstep
-from zipper.config import Route, ZipperConfig, shape
+from zipper.config import Route, ZipperConfig
 from zipper.errors import ZipperError
 from zipper.fast import native, reader
 from zipper.fast.reader import Fused
 from zipper.generation import Engine, generate
+from zipper.junctions import shape
 from zipper.model import Zipper
 from zipper.reading import Stepwise
 from zipper.sampling import Sampling

@@ -34,7 +34,7 @@ ORDER = """
     zipper.saving.files zipper.pages zipper.strand zipper.tasks
     zipper.towers.mapping zipper.saving.checkpoint zipper.saving.hub
     zipper.towers.driver zipper.towers.proof zipper.tower zipper.towers.families zipper.towers
-    zipper.link zipper.loss zipper.config zipper.lockstep
+    zipper.link zipper.loss zipper.junctions zipper.config zipper.lockstep
     zipper.sampling zipper.reading zipper.writing zipper.generation
     zipper.saving.card zipper.saving.zips zipper.saving zipper.model
     zipper.fast.native zipper.fast.graphs zipper.fast.plain zipper.fast.session

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
+httpx = pytest.importorskip("httpx2", reason="the tests ask over httpx")
 websockets = pytest.importorskip("websockets.sync.client")
 
 import numpy as np

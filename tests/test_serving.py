@@ -24,7 +24,7 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-httpx = pytest.importorskip("httpx", reason="the tests ask over httpx")
+httpx = pytest.importorskip("httpx2", reason="the tests ask over httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("websockets", reason="the extra `serve` is not installed")
 

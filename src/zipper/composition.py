@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zipper.config import LinkKey, TowerConfig, ZipperConfig, known, usual_rate
+from zipper.config import LinkKey, TowerConfig, ZipperConfig, usual_rate
 from zipper.errors import Mismatch, ZipperError
+from zipper.junctions import known
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving import checkpoint, hub

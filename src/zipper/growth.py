@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from zipper.config import Directed, LinkKey, TowerConfig, ZipperConfig, known, shape
+from zipper.config import LinkKey, TowerConfig, ZipperConfig
 from zipper.errors import ZipperError
+from zipper.junctions import Directed, known, shape
 from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
 from zipper.modality.kind import shown_by_kind

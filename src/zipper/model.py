@@ -18,21 +18,12 @@ from torch import Tensor, nn
 
 from zipper import config as configuration
 from zipper import loss
-from zipper.config import (
-    Adapter,
-    Directed,
-    LinkKey,
-    Shows,
-    TowerConfig,
-    ZipperConfig,
-    known,
-    named,
-    shape,
-)
+from zipper.config import Adapter, LinkKey, TowerConfig, ZipperConfig
 from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.generation import Limits, generate
+from zipper.junctions import Directed, Shows, known, named, shape
 from zipper.link import PAPER_LINK, Chooser, InputKind, InputProjection, Link, LinkConfig
 from zipper.lockstep import Parts, State, Tap, advance
 from zipper.sampling import Sampling, check_seed

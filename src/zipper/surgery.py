@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zipper.config import Junction, LinkKey, TowerConfig, ZipperConfig
+from zipper.config import LinkKey, TowerConfig, ZipperConfig
 from zipper.data.manifests import Row
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.growth import add as add
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
+from zipper.junctions import Junction
 from zipper.modality import Modality
 from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from zipper import measurement
-from zipper.config import Directed
 from zipper.data import manifests
 from zipper.errors import ZipperError
+from zipper.junctions import Directed
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving.files import read_json, write_json

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from zipper import measurement, modality
-from zipper.config import Directed
 from zipper.data import fitting, manifests
 from zipper.errors import ZipperError
+from zipper.junctions import Directed
 from zipper.link import LinkConfig
 from zipper.measurement import Measured
 from zipper.modality import Modality

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipper.config import TowerConfig, ZipperConfig, known
+from zipper.config import TowerConfig, ZipperConfig
 from zipper.errors import LostTower as LostTower
 from zipper.errors import Mismatch, ZipperError
+from zipper.junctions import known
 from zipper.saving import checkpoint, hub
 from zipper.tower import PreTrainedModel, Tower, UnsupportedTower, in_memory
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-from zipper.config import Adapter, Directed
+from zipper.config import Adapter
 from zipper.data.extraction import Policy
 from zipper.errors import ZipperError
+from zipper.junctions import Directed
 from zipper.link import InputKind, LinkConfig
 from zipper.loss import CHOICE
 from zipper.saving.files import MOST_INTEGER, parse, settle
