@@ -28,7 +28,7 @@ from zipper.modality.symbols import Symbols
 from zipper.training import TrainConfig
 from zipper_lab import real, real_judges
 from zipper_lab.corpora import babyai, digits, emoji, molecules, motion, proteins
-from zipper_lab.corpora.originals import contents, original, part
+from zipper_lab.corpora.originals import contents, original, part, writable
 
 
 def needs(*modules: str) -> Any:
@@ -123,6 +123,11 @@ def picture(kind: int, style: int, number: int) -> bytes:
     held = io.BytesIO()
     Image.fromarray(pixels).save(held, "PNG")
     return held.getvalue()
+
+
+def test_a_row_with_a_sign_that_no_trained_tokenizer_knows_is_left_out() -> None:
+    rows = [{"text": "bad"}, {"text": "a*b"}, {"text": ""}]
+    assert writable(rows, ["ab", "cd"]) == [rows[0], rows[2]]
 
 
 def emoji_originals(data: Path, things: int = 120) -> None:
@@ -486,7 +491,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines += [cut[:60], cut[60:], ""]
     for head, residues in (
         ("F90N0|X Uncharacterized protein OS=Ovis aries", "M" + "WC" * 15),
-        ("F90N1|X Twin OS=Ovis aries GN=a", "M" + "WC" * 15),
+        ("F90N1|X Double OS=Ovis aries GN=a", "M" + "WC" * 15),
         ("F91N0|X Long one OS=Ovis aries", protein(chance, length=257)),
         ("F92N0|X Short one OS=Ovis aries", "MKVL"),
         ("F93N0|X Doubtful OS=Ovis aries", "MXBZ" * 8),

@@ -17,7 +17,7 @@ from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.symbols import SMILES
-from zipper_lab.corpora.originals import original, part
+from zipper_lab.corpora.originals import original, part, writable
 
 HOME = "https://github.com/blender-nlp/MolT5, its folder ChEBI-20_data"
 FOLDERS = ("chebi20", "ChEBI-20*")
@@ -60,11 +60,11 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     for row in rows["train"]:
         spelled = {row["molecule"]: 0, **dict.fromkeys(_spellings(row["molecule"], seed))}
         alone += [{"id": f"{row['id']}-{n}", "molecule": text} for n, text in enumerate(spelled)]
+    known = [row["text"] for row in rows["train"]]
     for owner, some in rows.items():
-        manifests.write(folder / f"{owner}.jsonl", some)
+        manifests.write(folder / f"{owner}.jsonl", writable(some, known))
     manifests.write(folder / "unpaired.jsonl", alone)
-    texts = [{"text": row["text"]} for row in rows["train"]]
-    manifests.write(folder / "texts.jsonl", texts)
+    manifests.write(folder / "texts.jsonl", [{"text": text} for text in known])
 
 
 def canonical(smiles: str) -> str:

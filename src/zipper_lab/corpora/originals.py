@@ -8,8 +8,10 @@ downloaded. Knows no corpus.
 import hashlib
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from zipper.errors import ZipperError
 
@@ -70,3 +72,10 @@ def part(key: str, shares: Mapping[str, float], rest: str = "train") -> str:
         if place < 0:
             return name
     return rest
+
+
+def writable(rows: Sequence[dict[str, Any]], texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Rows whose text has no sign that none of these texts has: a tokenizer that was trained on
+    them could not write it."""
+    known = set(chain.from_iterable(texts))
+    return [row for row in rows if known.issuperset(row["text"])]

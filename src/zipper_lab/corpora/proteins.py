@@ -18,7 +18,7 @@ import numpy as np
 from zipper.data import manifests
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper_lab.corpora.originals import original, part
+from zipper_lab.corpora.originals import original, part, writable
 
 HOME = "https://packages.debian.org/mmseqs2-examples, its DB.fasta.gz, or a FASTA of uniprot.org"
 FILES = ("uniprot*.fasta", "uniprot*.fasta.gz", "DB.fasta", "DB.fasta.gz")
@@ -64,14 +64,17 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     rows = defaultdict[str, list[dict[str, Any]]](list)
     for owner, row in zip(_owners([*found.values()], seed), found.values(), strict=True):
         rows[owner].append(row)
-    for owner in ("train", "dev", "test", "known"):
-        manifests.write(folder / f"{owner}.jsonl", [row for row in rows[owner] if row["text"]])
     alone = [{"id": row["id"], "protein": row["protein"]} for row in rows["train"]]
     manifests.write(folder / "unpaired.jsonl", alone)
-    held = {row["text"] for row in rows["dev"] + rows["test"] + rows["known"]}
-    longer = [row for row in read if len(row["protein"]) > MOST]
-    told = dict.fromkeys(row["text"] for row in rows["train"] + longer if row["text"])
-    manifests.write(folder / "texts.jsonl", [{"text": text} for text in told if text not in held])
+    parts = ("train", "dev", "test", "known")
+    named = {owner: [row for row in rows[owner] if row["text"]] for owner in parts}
+    held = {row["text"] for row in chain(named["dev"], named["test"], named["known"])}
+    longer = [row for row in read if len(row["protein"]) > MOST and row["text"]]
+    told = dict.fromkeys(row["text"] for row in named["train"] + longer)
+    texts = [text for text in told if text not in held]
+    manifests.write(folder / "texts.jsonl", [{"text": text} for text in texts])
+    for owner, some in named.items():
+        manifests.write(folder / f"{owner}.jsonl", writable(some, texts))
 
 
 def clusters(proteins: Sequence[str]) -> list[int]:
