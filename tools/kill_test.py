@@ -56,12 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         found = KillTest(Path(folder), given.kills, given.ranks, given.seed).run()
     lost = found["failures"]
     print(
-        f"{found['kills']} kills (seed {given.seed}, {given.ranks} "
-        f"rank{'s' * (given.ranks > 1)}), {found['inside']} inside saves; "
-        f"{found['resumed']} of {found['starts']} starts did a step, the one after the newest "
-        "checkpoint; "
-        f"{found['runs']} runs ended, {found['same']} like the undisturbed one; {len(lost)} "
-        f"failures; {found['seconds']:.0f} s"
+        f"{found['kills']} kills (seed {given.seed}, {given.ranks} rank{'s' * (given.ranks > 1)}), "
+        f"{found['inside']} inside saves; {found['resumed']} of {found['starts']} starts did a "
+        f"step, the one after the newest checkpoint; {found['runs']} runs ended, {found['same']} "
+        f"like the undisturbed one; {len(lost)} failures; {found['seconds']:.0f} s"
     )
     print(json.dumps(found))
     if given.output:

@@ -74,9 +74,8 @@ class Adapter:
         settle(self, {"r": (1, 1 << 20), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0.0, 0.999)})
         if self.bias != "none":
             raise ZipperError(
-                f"bias is {self.bias!r}; only 'none' can be kept: an adapter leaves its base as "
-                "it is, biases too. "
-                "Leave it out."
+                f"bias is {self.bias!r}; only 'none' can be kept: an adapter leaves its base as it "
+                "is, biases too. Leave it out."
             )
 
 
@@ -401,8 +400,7 @@ def check(config: ZipperConfig, room: Callable[[str], int], segments: Sequence[S
         if count > room(name):
             raise ZipperError(
                 f"{name!r} would read {count} tokens, begin and end of segments included, but it "
-                "can read at most "
-                f"{room(name)}. Give it shorter pieces."
+                f"can read at most {room(name)}. Give it shorter pieces."
             )
 
 

@@ -118,8 +118,7 @@ class Answer:
         if self.complete or self.done:
             raise ZipperError(
                 f"This request is {'complete' if self.complete else 'done'}. Make it with "
-                "more=True to feed it, and "
-                "feed it before finish()."
+                "more=True to feed it, and feed it before finish()."
             )
         *before, last = self.request.segments
         (whole,) = _own(self._model, [Segment(last.tower, [*self._given, *ids])], before)

@@ -187,10 +187,8 @@ def text(found: dict[str, Any]) -> str:
         state = "trained" if tower["trained"] else "frozen"
         lines.append(
             f"  {name:10} {tower['family']}, {tower['blocks']} blocks of width {tower['width']}, "
-            f"{tower['vocabulary']} ids, "
-            f"{tower['parameters']:,} parameters, {state}, input projection "
-            f"{tower['input_projection']}, "
-            f"hash {tower['digest'][:12]}"
+            f"{tower['vocabulary']} ids, {tower['parameters']:,} parameters, {state}, input "
+            f"projection {tower['input_projection']}, hash {tower['digest'][:12]}"
         )
         if tower["about"]:
             said = ", ".join(f"{key} {value}" for key, value in tower["about"].items())

@@ -104,10 +104,9 @@ class Pipeline:
                 )
             if (modality.begin, modality.end) != (ends := model.ends()[name]):
                 raise ZipperError(
-                    f"A segment of the modality {name!r} begins and ends with {modality.begin} "
-                    f"and {modality.end}, one of its "
-                    f"tower with {ends.begin} and {ends.end}. Give the modality of this tower, or "
-                    "zip with the right ends=..."
+                    f"A segment of the modality {name!r} begins and ends with {modality.begin} and "
+                    f"{modality.end}, one of its tower with {ends.begin} and {ends.end}. Give the "
+                    "modality of this tower, or zip with the right ends=..."
                 )
         for modality in modalities.values():
             register(type(modality))  # what is saved here can be loaded here
@@ -447,9 +446,8 @@ def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modalit
         modality = load_modality(folder / "modalities" / name)
         if modality.fingerprint != pin:
             mismatch = (
-                f"{folder / 'modalities' / name} is not what this model was trained with: its "
-                "hash is "
-                f"{modality.fingerprint[:16]}, the model wants {pin[:16]}."
+                f"{folder / 'modalities' / name} is not what this model was trained with: its hash "
+                f"is {modality.fingerprint[:16]}, the model wants {pin[:16]}."
             )
             if not allow_mismatch:
                 raise Mismatch(
@@ -488,6 +486,5 @@ def _other(kind: str, folder: Path, dtype: torch.dtype | None) -> Any:
         return entry.load().from_pretrained(folder, dtype)
     raise ZipperError(
         f"{folder} holds a model of the kind {kind!a:.40}, which nothing installed here can load. "
-        "Install the package "
-        "that made it (it declares the entry point group zipper.models)."
+        "Install the package that made it (it declares the entry point group zipper.models)."
     )

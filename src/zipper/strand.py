@@ -140,8 +140,7 @@ def read_ids(content: Any, tower: str, ends: Ends, vocabulary: int) -> list[int]
         raise ZipperError(
             f"A segment of {tower!r} holds the id {wrong[0]}, with which its segments "
             f"{'begin' if wrong[0] == ends.begin else 'end'}: the model puts begin and end around "
-            "a segment. "
-            "Give the ids between them (with a tokenizer of Hugging Face: "
+            "a segment. Give the ids between them (with a tokenizer of Hugging Face: "
             "add_special_tokens=False)."
         )
     found: list[int] = ids.tolist()

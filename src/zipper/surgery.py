@@ -204,9 +204,8 @@ def swap_pipeline(
         if name not in given and change.before.vocabulary != change.after.vocabulary:
             raise ZipperError(
                 f"The new {name!r} knows {change.after.vocabulary} ids, the old one "
-                f"{change.before.vocabulary}: the old modality "
-                "would give them other meanings. Give the new tower's own tokenizer or codebook "
-                f"(--modality {name}=FOLDER)."
+                f"{change.before.vocabulary}: the old modality would give them other meanings. "
+                f"Give the new tower's own tokenizer or codebook (--modality {name}=FOLDER)."
             )
         source = Path(change.after.source)
         # A tower inside a saved pipeline was trained with the modality that is pinned there.

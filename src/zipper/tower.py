@@ -428,8 +428,7 @@ class Tower(nn.Module):
         if self.rows == "unpadded" and not reading.by_slots:
             raise ZipperError(
                 f"{self.name} counts positions by slots: it reads no padding on the left, and to "
-                "go on with a row it needs "
-                "its past. Pad rows on the right."
+                "go on with a row it needs its past. Pad rows on the right."
             )
         return reading
 

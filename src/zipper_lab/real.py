@@ -112,9 +112,8 @@ SETS: dict[str, DataSet] = {
         merges=500,
     ),
     "motion": DataSet(
-        "Accelerometer and gyroscope of phones and watches on 19 people (sp-sw-har, CC BY "
-        "4.0): 3.2 s at 50 Hz, patches of 8 steps of 6 channels; four people are in the test "
-        "alone.",
+        "Accelerometer and gyroscope of phones and watches on 19 people (sp-sw-har, CC BY 4.0): "
+        "3.2 s at 50 Hz, patches of 8 steps of 6 channels; four people are in the test alone.",
         motion.write,
         {"motion": Niche("signal", {"codes": 256, "patch": 8}, {"-> motion": 1.0})},
         {"motion -> text": 0.4, "text -> motion": 0.6},

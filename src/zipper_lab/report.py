@@ -38,10 +38,9 @@ PAGE = Path(__file__).parent / "templates" / "report.html"
 TITLE = "Two decoders, zipped"
 ABOUT = (
     "A text decoder and a speech-unit decoder, each pre-trained alone, were zipped by gated "
-    "cross-attention and aligned on spoken "
-    "pairs, as the Zipper paper (arXiv:2405.18669) proposes. The one model that came of it writes "
-    "down speech it never heard and "
-    "speaks sentences it never read; here is how well."
+    "cross-attention and aligned on spoken pairs, as the Zipper paper (arXiv:2405.18669) proposes. "
+    "The one model that came of it writes down speech it never heard and speaks sentences it never "
+    "read; here is how well."
 )
 NOTES = {
     "model": "what was trained",
@@ -279,9 +278,8 @@ def text_table(scores: Sequence[Score], found: Sequence[Rated] = ()) -> str:
         unended = "" if s.unended is None else f"{s.unended:.1%}"
         lines.append(
             f"{s.system:8} {s.judge:18} {s.disturbed or s.voice or 'all':{width}} "
-            f"{s.rate.wer:7.1%} "
-            f"{s.rate.low:8.1%} {s.rate.high:8.1%} {s.rate.cer:7.1%} {s.rate.exact:7.1%} "
-            f"{unended:>8} {s.rate.utterances:5d}"
+            f"{s.rate.wer:7.1%} {s.rate.low:8.1%} {s.rate.high:8.1%} {s.rate.cer:7.1%} "
+            f"{s.rate.exact:7.1%} {unended:>8} {s.rate.utterances:5d}"
         )
     for one in found:
         lines.append(

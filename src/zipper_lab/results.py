@@ -106,13 +106,11 @@ NOTES = {
 }
 READING = (
     "WER: word errors per reference word, in %, mean over seeds, beside it the lowest and the "
-    "highest seed. Interval: 95 %, by "
-    "bootstrap over sentences with the seeds pooled; it says nothing of how seeds vary. p: "
-    "Wilcoxon signed-rank test over the "
-    "sentences' own error rates, averaged over seeds, against the parameter-matched and the plain "
-    "baseline of the same size; "
-    "two-sided. Floor: what a system gets that does not listen; oracle: the true units through "
-    "the same chain."
+    "highest seed. Interval: 95 %, by bootstrap over sentences with the seeds pooled; it says "
+    "nothing of how seeds vary. p: Wilcoxon signed-rank test over the sentences' own error rates, "
+    "averaged over seeds, against the parameter-matched and the plain baseline of the same size; "
+    "two-sided. Floor: what a system gets that does not listen; oracle: the true units through the "
+    "same chain."
 )
 #: What a run says of itself.
 HEAD = ("preset", "commit", "command", "versions", "machine", "core_hours")
@@ -292,15 +290,12 @@ RULES = (
 KEPT = 1.01  # perplexity after by before, up to which a tower kept what it could do
 DECISION = (
     "How it is decided. Room is the bar minus our WER, on the same sentences. A claim of the "
-    "paper's holds if the room's whole "
-    "interval is at or above 0, does not hold if all of it is below, and is undecided if 0 lies "
-    "inside. For an aim of this "
-    "project the measured figure counts: it holds if the room is not negative, does not hold if "
-    "the interval lies below 0, and "
+    "paper's holds if the room's whole interval is at or above 0, does not hold if all of it is "
+    "below, and is undecided if 0 lies inside. For an aim of this project the measured figure "
+    "counts: it holds if the room is not negative, does not hold if the interval lies below 0, and "
     "is undecided if the bar is missed by less than the interval. A comparison of fewer than "
-    f"{SEEDS} seeds or {SENTENCES} "
-    "sentences is shown, and decides nothing. Where test sets, sizes or judges disagree, the "
-    "claim is undecided."
+    f"{SEEDS} seeds or {SENTENCES} sentences is shown, and decides nothing. Where test sets, sizes "
+    "or judges disagree, the claim is undecided."
 )
 
 

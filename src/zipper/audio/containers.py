@@ -397,8 +397,7 @@ def _mp3(file: io.BufferedIOBase, start: int, end: int, where: str) -> Opened:
     if told > there + 2:  # whether it counts itself is not agreed upon
         raise ZipperError(
             f"{where} was cut short: its header speaks of {told * seconds:.2f} s, "
-            f"{there * seconds:.2f} s are there. "
-            "Fetch or export it again."
+            f"{there * seconds:.2f} s are there. Fetch or export it again."
         )
     if told < there - 2 or head[36:40] == b"VBRI":
         begin = start + first.size if xing else start

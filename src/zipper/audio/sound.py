@@ -429,8 +429,7 @@ def _decode(
     except soundfile.LibsndfileError as error:
         raise ZipperError(
             f"{where} is not readable sound ({error.error_string}). It was cut short, damaged or "
-            "is of another kind: fetch or "
-            "export it again."
+            "is of another kind: fetch or export it again."
         ) from error
     except OSError as error:
         raise ZipperError(
@@ -506,9 +505,8 @@ def _one_channel(samples: Any) -> Float32[np.ndarray, " time"]:
     if one.ndim != 1:
         raise ZipperError(
             f"Samples of the shape {given.shape} were given, one channel of the shape (time,) was "
-            "wanted. Average the channels, "
-            "samples.mean(axis=0) of (channels, time) or samples.mean(axis=1) of (time, "
-            "channels), or take one."
+            "wanted. Average the channels, samples.mean(axis=0) of (channels, time) or "
+            "samples.mean(axis=1) of (time, channels), or take one."
         )
     if not np.isfinite(one).all():
         raise ZipperError(

@@ -151,8 +151,7 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
     ):
         raise ZipperError(
             f"{source!r} is no source. Give the path of a .jsonl manifest, KIND:PLACE or "
-            "KIND:PLACE#FIELD=COLUMN,..., the "
-            f"kind one of {', '.join(_KINDS)}."
+            f"KIND:PLACE#FIELD=COLUMN,..., the kind one of {', '.join(_KINDS)}."
         )
     return kind, place, {field: column for field, _, column in pairs}
 

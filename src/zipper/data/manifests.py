@@ -36,9 +36,8 @@ from zipper.saving.files import write as write_file
 #: name.
 SOUNDS = (
     ".wav .wave .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph "
-    ".nist .voc .raw .pcm .m4a .m4b .mp4 "
-    ".aac .ac3 .eac3 .amr .3gp .wma .webm .weba .mka .mkv .mov .avi .flv .ape .wv .tta .spx .gsm "
-    ".alac .dsf .shn"
+    ".nist .voc .raw .pcm .m4a .m4b .mp4 .aac .ac3 .eac3 .amr .3gp .wma .webm .weba .mka .mkv .mov "
+    ".avi .flv .ape .wv .tta .spx .gsm .alac .dsf .shn"
 ).split()
 #: How the content of such files begins.
 _BEGIN = (
@@ -237,8 +236,7 @@ def _ids(key: str, ids: list[Any], modality: Kind) -> list[int]:
     if ends := [i for i in ids if i in (modality.begin, modality.end)]:
         raise ZipperError(
             f"{key!r} holds {ends[0]}, which begins or ends a segment of {modality.name!r}: the "
-            "model would read it twice. Give "
-            "the ids between them (add_special_tokens=False)."
+            "model would read it twice. Give the ids between them (add_special_tokens=False)."
         )
     return ids
 

@@ -239,8 +239,7 @@ def newest(folders: Iterable[Path]) -> Path | None:
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise ZipperError(
                     f"{folder} cannot be read: {cause}. It may be whole, so none before it is "
-                    "taken instead. "
-                    f"Make it readable and try again, or delete it."
+                    "taken instead. Make it readable and try again, or delete it."
                 ) from error
             warnings.warn(f"Skipping a checkpoint that is not whole. {error}", stacklevel=2)
         else:

@@ -148,9 +148,8 @@ def push(
         if not tower["source"].startswith("towers/") and names_a_path(tower["source"]):
             raise ZipperError(
                 f"The frozen tower {name!r} of {folder} is pinned to {tower['source']}, a folder "
-                "that others do not have. "
-                f"Save the zip with include=[{name!r}] (--include {name}), or say of which hub id "
-                f"it is (--tower {name}=ID)."
+                f"that others do not have. Save the zip with include=[{name!r}] (--include "
+                f"{name}), or say of which hub id it is (--tower {name}=ID)."
             )
     files = {checkpoint.MANIFEST, *checkpoint.read_json(folder / checkpoint.MANIFEST)["files"]}
     card = folder / checkpoint.CARD

@@ -94,8 +94,7 @@ def _compared(
     if digest != pin.digest:
         mismatch = (
             f"The tower {name!r} from {place} is not the one this zip was trained on: its content "
-            "hash is "
-            f"{digest[:16]}, the zip wants {pin.digest[:16]}."
+            f"hash is {digest[:16]}, the zip wants {pin.digest[:16]}."
         )
         if not allow_mismatch:
             raise Mismatch(
@@ -110,8 +109,7 @@ def _compared(
     if said != real:
         raise ZipperError(
             f"{path} says of the tower {name!r} that {' and '.join(checkpoint.SIZES)} are {said}; "
-            "of that from "
-            f"{place} they are {real}."
+            f"of that from {place} they are {real}."
         )
     pin = dataclasses.replace(pin, digest=digest)
     if isinstance(where, str | Path):
@@ -153,8 +151,7 @@ def write(
         else:
             raise ZipperError(
                 f"The frozen tower {name!r} was given as an object, so the zip has no place to "
-                "name for it. "
-                f"Pass include=[{name!r}], or build the zip from a folder or hub id."
+                f"name for it. Pass include=[{name!r}], or build the zip from a folder or hub id."
             )
     checkpoint.save(
         folder, dataclasses.replace(config, towers=pins).to_dict(), tensors, dict(record or {})

@@ -3,7 +3,7 @@ the web, nor of what ids stand for.
 
 What comes in is put down under a lock; what goes out is handed to the event loop of whoever waits
 (`call_soon_threadsafe`), so that a client who reads slowly keeps nobody waiting. Tokens of a stream
-go out some at a time: each wake of another thread costs the engine as much as a tenth of a step.
+go out some at a time: a fifth of this thread's time went into waking others for each (docs/log.md).
 """
 
 import asyncio

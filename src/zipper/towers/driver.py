@@ -178,9 +178,8 @@ class Way(ABC):
             else:
                 raise ZipperError(
                     f"{type(self.model).__name__} attends by '{config._attn_implementation}'; "
-                    "packed rows and rows with padding "
-                    "inside need 'sdpa' or 'eager'. Call model.set_attn_implementation('sdpa') "
-                    "first."
+                    "packed rows and rows with padding inside need 'sdpa' or 'eager'. Call "
+                    "model.set_attn_implementation('sdpa') first."
                 )
         return made
 

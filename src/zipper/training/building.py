@@ -181,9 +181,8 @@ def check_pinned(name: str, source: Path, modality: Modality) -> None:
         != modality.fingerprint
     ):
         raise ZipperError(
-            f"The tower {name!r} from {source} was trained with another tokenizer or codebook "
-            "than the one given. "
-            f"Give {source.parent.parent / 'modalities' / source.name}."
+            f"The tower {name!r} from {source} was trained with another tokenizer or codebook than "
+            f"the one given. Give {source.parent.parent / 'modalities' / source.name}."
         )
 
 

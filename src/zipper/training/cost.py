@@ -522,11 +522,9 @@ def text(found: Mapping[str, Any]) -> str:
         f"memory       {_bytes(found['memory']['total'])} in one process with the longest rows: "
         f"{held}",
         f"time         {pace['seconds_per_step']:.3g} s a step, {_duration(pace['seconds'])} for "
-        f"{pace['steps']:,} steps, without "
-        "evaluations:",
+        f"{pace['steps']:,} steps, without evaluations:",
         f"             {pace['efficiency']:.0%} of the {pace['matmul_rate'] / 1e9:,.1f} GFLOP/s "
-        "that products of "
-        f"{' x '.join(map(str, pace['matmul_shape']))} reach here",
+        f"that products of {' x '.join(map(str, pace['matmul_shape']))} reach here",
     ]
     return "\n".join(lines)
 

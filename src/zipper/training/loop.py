@@ -153,8 +153,7 @@ def _train(
     if config.batch < accelerator.num_processes * config.accumulate:
         raise ZipperError(
             f"batch is {config.batch}; {accelerator.num_processes} processes need at least one "
-            "sample each, in each of "
-            f"{config.accumulate} micro-batches."
+            f"sample each, in each of {config.accumulate} micro-batches."
         )
     if not resume and (folder / "config.json").exists():
         raise ZipperError(
@@ -310,9 +309,8 @@ def _train(
             if not norm.isfinite():
                 raise ZipperError(
                     f"The gradient of step {step + 1} is not finite (losses: {sums}). What "
-                    f"{folder} holds is from before it. "
-                    "Start anew with smaller learning rates, perhaps from the best model "
-                    f"(start={str(folder / 'model')!r})."
+                    f"{folder} holds is from before it. Start anew with smaller learning rates, "
+                    f"perhaps from the best model (start={str(folder / 'model')!r})."
                 )
             optimizer.step()
             optimizer.zero_grad()

@@ -36,8 +36,7 @@ def pack(samples: Sequence[Mapping[str, int]], room: Mapping[str, int]) -> list[
             if sample.get(tower, 0) > most:
                 raise ZipperError(
                     f"Sample {number} has {sample[tower]} tokens of {tower!r}, a row has room for "
-                    f"{most}. Give more room, or leave "
-                    "out samples so long."
+                    f"{most}. Give more room, or leave out samples so long."
                 )
     if not samples:
         return []

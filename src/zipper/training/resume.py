@@ -168,9 +168,8 @@ def restore(
         first = other[0]
         raise ZipperError(
             f"{path} was made by another recipe: other {', '.join(other)} ({first} was "
-            f"{before.get(first)!s:.80}, is "
-            f"{course.get(first)!s:.80}). Resume with the old recipe, or choose another output "
-            "folder, perhaps with "
+            f"{before.get(first)!s:.80}, is {course.get(first)!s:.80}). Resume with the old "
+            "recipe, or choose another output folder, perhaps with "
             f"start={str(folder / 'model')!r}."
         )
     for p, name in names.items():

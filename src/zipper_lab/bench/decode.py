@@ -293,9 +293,8 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield (
             f"Prefill: the zip is {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
-            "times as fast as the expanded decoder, which does "
-            f"{row['work']:.2f} times its work in products with weights: {row['target']:.2f} was "
-            f"wanted ({_verdict(row)})."
+            f"times as fast as the expanded decoder, which does {row['work']:.2f} times its work "
+            f"in products with weights: {row['target']:.2f} was wanted ({_verdict(row)})."
         )
 
     arms = found["arms"]

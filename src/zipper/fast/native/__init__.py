@@ -274,10 +274,9 @@ def library() -> Any:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            "The compiled step could not be built, decoding goes by torch and takes about twice "
-            f"as long: {said.strip()[-500:]} "
-            "Install a C++ compiler with OpenMP (CXX names another than c++), or set "
-            "ZIPPER_NATIVE=0 to do without.",
+            "The compiled step could not be built, decoding goes by torch and takes about twice as "
+            f"long: {said.strip()[-500:]} Install a C++ compiler with OpenMP (CXX names another "
+            "than c++), or set ZIPPER_NATIVE=0 to do without.",
             stacklevel=2,
         )
         return None
