@@ -2,6 +2,7 @@
 however often it was killed."""
 
 import json
+import pickle
 import random
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from zipper.audio import disturbance
 from zipper.audio import sound as audio
 from zipper.data import extraction, rows
 from zipper.data import manifests as data
-from zipper.data.extraction import Policy, extract, processes
-from zipper.errors import ZipperError
+from zipper.data.extraction import Job, Policy, Record, extract, processes
+from zipper.errors import MissingExtra, ZipperError
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 HERE = processes(1)
@@ -473,6 +474,18 @@ def test_two_workers_of_ray_leave_the_same_bytes(tmp_path: Path) -> None:
     finally:
         ray.shutdown()
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def lacking(job: Job) -> Record:
+    raise MissingExtra(f"{job.path} needs soundfile.")
+
+
+def test_what_a_machine_of_ray_lacks_comes_back_as_it_is() -> None:
+    job = pickle.dumps((lacking, Job(Path("a"), [], ())))
+    found = extraction._far({"number": 3, "job": job})
+    assert found["number"] == 3 and not found["record"]
+    with pytest.raises(MissingExtra, match="a needs soundfile"):
+        raise pickle.loads(found["error"])
 
 
 def test_the_command_makes_unit_files_of_a_corpus_and_leaves_out_what_is_bad(

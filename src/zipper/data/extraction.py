@@ -8,6 +8,7 @@ changed costs only what changed; who does the work leaves no trace.
 
 import hashlib
 import json
+import logging
 import pickle
 import time
 import warnings
@@ -196,22 +197,31 @@ def processes(workers: int | None = None) -> Spread:
 def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
     """Spread over a Ray cluster by Ray Data, a task a shard. Every machine sees the folder, and the
     source, at the same paths."""
-    ray = extra("ray.data")
+    ray, datasets = extra("ray"), extra("ray.data")
+    if not ray.is_initialized():  # what a cluster logs is its own affair; what is done is told here
+        ray.init(logging_level="error", log_to_driver=False)
+    datasets.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     jobs = iter(jobs)
     while wave := list(islice(jobs, _WAVE)):
         # Bytes in, bytes out: Arrow would give rows with unlike keys one shape. They travel, and
         # are kept nowhere.
         items = [{"number": n, "job": pickle.dumps((work, job))} for n, job in enumerate(wave)]
-        done = ray.from_items(items, override_num_blocks=len(items)).map(_far).take_all()
-        yield from (
-            json.loads(row["record"]) for row in sorted(done, key=lambda row: row["number"])
-        )
+        done = datasets.from_items(items, override_num_blocks=len(items)).map(_far).take_all()
+        for row in sorted(done, key=lambda row: row["number"]):
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            yield json.loads(row["record"])
 
 
 def _far(row: dict[str, Any]) -> dict[str, Any]:
-    """A job on another machine."""
+    """A job on another machine. What is the user's to mend comes back as it is, not in Ray's
+    words."""
     work, job = pickle.loads(row["job"])
-    return {"number": row["number"], "record": json.dumps(work(job))}
+    try:
+        return {"number": row["number"], "record": json.dumps(work(job)), "error": b""}
+    except ZipperError as error:
+        return {"number": row["number"], "record": "", "error": pickle.dumps(error)}
 
 
 def _make(job: Job) -> Record:
