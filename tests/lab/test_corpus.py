@@ -171,21 +171,21 @@ def test_what_was_rendered_is_kept_cut_and_continued(
 
 
 def test_takes_lie_beside_clean_speech_and_say_whether_anything_is_said(tmp_path: Path) -> None:
-    clean = corpus.rows("dev", 2, UNITS, workers=1, cache=tmp_path)
-    rows = corpus.rows("dev", 2, UNITS, workers=1, cache=tmp_path, takes=10)
-    assert rows == corpus.rows("dev", 2, UNITS, workers=1, cache=tmp_path / "again", takes=10)
-    assert rows[:10] == corpus.rows("dev", 1, UNITS, workers=1, cache=tmp_path, takes=10)
-    assert [row["id"] for row in rows] == [row["id"] for row in clean for _ in range(10)]
+    clean = corpus.rows("dev", 3, UNITS, workers=1, cache=tmp_path)
+    rows = corpus.rows("dev", 3, UNITS, workers=1, cache=tmp_path, takes=20)
+    assert rows == corpus.rows("dev", 3, UNITS, workers=1, cache=tmp_path / "again", takes=20)
+    assert rows[:20] == corpus.rows("dev", 1, UNITS, workers=1, cache=tmp_path, takes=20)
+    assert [row["id"] for row in rows] == [row["id"] for row in clean for _ in range(20)]
     for number, row in enumerate(rows):
         heard, said = row.pop("heard:speech"), row.pop("said:text")
-        assert row == clean[number // 10]
+        assert row == clean[number // 20]
         sound, anything = disturbance.take(
-            corpus.synthesize(corpus.sentences("dev", 2)[number // 10]),
-            f"{row['id']} {number % 10}",
+            corpus.synthesize(corpus.sentences("dev", 3)[number // 20]),
+            f"{row['id']} {number % 20}",
         )
         assert heard == UNITS.encode(sound)
         assert said == (row["text"] if anything else "")
-    assert sum(row != clean[number // 10] for number, row in enumerate(rows)) == 0
+    assert sum(row != clean[number // 20] for number, row in enumerate(rows)) == 0
 
 
 def test_units_are_fitted_on_both_voices(monkeypatch: pytest.MonkeyPatch) -> None:

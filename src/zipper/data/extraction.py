@@ -197,17 +197,17 @@ def processes(workers: int | None = None) -> Spread:
 def on_ray(work: Callable[[Job], Record], jobs: Iterable[Job]) -> Generator[Record]:
     """Spread over a Ray cluster by Ray Data, a task a shard. Every machine sees the folder, and the
     source, at the same paths."""
-    ray, datasets = extra("ray"), extra("ray.data")
+    ray, ray_data = extra("ray"), extra("ray.data")
     if not ray.is_initialized():  # what a cluster logs is its own affair; what is done is told here
         ray.init(logging_level="error", log_to_driver=False)
-    datasets.DataContext.get_current().enable_progress_bars = False
+    ray_data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     jobs = iter(jobs)
     while wave := list(islice(jobs, _WAVE)):
         # Bytes in, bytes out: Arrow would give rows with unlike keys one shape. They travel, and
         # are kept nowhere.
         items = [{"number": n, "job": pickle.dumps((work, job))} for n, job in enumerate(wave)]
-        done = datasets.from_items(items, override_num_blocks=len(items)).map(_far).take_all()
+        done = ray_data.from_items(items, override_num_blocks=len(items)).map(_far).take_all()
         for row in sorted(done, key=lambda row: row["number"]):
             if row["error"]:
                 raise pickle.loads(row["error"])
