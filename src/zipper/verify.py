@@ -61,22 +61,27 @@ class Check:
 
 @torch.inference_mode()
 def verify(
-    model: Zipper, seed: int = 0, bases: Mapping[str, TowerSource] | None = None
+    model: Zipper, seed: int = 0, bases: Mapping[str, TowerSource] | None = None, only: str = ""
 ) -> list[Check]:
     """Try preservation, leaks, packing, cached decoding and closed segments on random ids; the
     model is not changed.
 
     bases: where the bases of frozen towers lie: the tensors that differ are named, and a tower is
     held against its base also where it was turned into a smaller dtype than it was pinned in, which
-    changes its hash. Raises ZipperError where a tower can read too few tokens to be tried.
+    changes its hash. only: try the promises that begin with this. Raises ZipperError where a tower
+    can read too few tokens to be tried, and where no promise begins with `only`.
     """
     training = model.training
     model.eval()
     try:
-        return [
-            _tried(promise, measure)
-            for promise, measure in _promises(model, _Trial.of(model, seed), bases or {}).items()
-        ]
+        promises = _promises(model, _Trial.of(model, seed), bases or {})
+        chosen = {name: measure for name, measure in promises.items() if name.startswith(only)}
+        if not chosen:
+            raise ZipperError(
+                f"This model makes no promise that begins with {only!r}: "
+                f"give the beginning of one of {', '.join(map(repr, promises))}."
+            )
+        return [_tried(promise, measure) for promise, measure in chosen.items()]
     finally:
         model.train(training)
 

@@ -76,6 +76,9 @@ def verify(
     model: SavedModel = None,
     towers: Bases = None,
     allow_mismatch: AllowMismatch = False,
+    only: Annotated[
+        str, typer.Option(metavar="PROMISE", help="those that begin with this", show_default="all")
+    ] = "",
     as_json: Json = False,
 ) -> int:
     """Try a model's promises: frozen towers unharmed, no leaks, packed and cached as one; 1 if one
@@ -92,7 +95,7 @@ def verify(
     else:  # a model that was saved without modalities has promises too
         bases = named("--tower", towers)
         zipped = Zipper.from_pretrained(folder, bases, torch.float32, allow_mismatch)
-    checks = run_verification(zipped)
+    checks = run_verification(zipped, only=only)
     if as_json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:
