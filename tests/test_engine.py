@@ -27,6 +27,8 @@ from zipper.reading import Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, one_of
 from zipper.strand import Segment
 from zipper.testing import tiny_tower
+from zipper.tower import Tower
+from zipper.towers import families
 
 THREE = {"text": "llama", "speech": "qwen3", "image": "llama"}
 ALL = {"text": 5, "speech": 4, "image": 6}
@@ -665,6 +667,29 @@ def test_of_what_is_allowed_the_beam_finds_the_likeliest() -> None:
     )
     assert {h.ids: h.score for h in answer.written[0].best} == pytest.approx(scores, abs=1e-4)
     assert tuple(answer.written[0].ids) == max(scores, key=lambda ids: scores[ids])
+
+
+def test_a_search_in_towers_that_read_no_padding_is_that_of_each_segment() -> None:
+    towers = {"text": Tower(families.tiny("bigbird_pegasus")), "speech": tiny_tower("llama")}
+    model = Zipper.from_towers(towers, link=SMALL, ends={"text": (1, 2), "speech": (0, 1)})
+    model.check([Segment("text", [3])])
+    search, limits = Search(3, 3), {"text": 4, "speech": 4}
+    request = Request([], ["text", "speech"], limits=limits, search=search)
+    both, alone = (engines.Engine(model, Stepwise(model), 4).run([request] * n) for n in (3, 1))
+    for answer in both:
+        assert [one.ids for one in answer.written] == [one.ids for one in alone[0].written]
+        assert answer.error is None and len(answer.written) == 2
+
+
+def test_where_only_the_end_may_follow_at_the_cap_a_segment_has_ended() -> None:
+    rules, search = {"text": Rules(one_of([[9, 8]], 3))}, Search(2, 2)
+    model = Zipper.from_towers({"text": tiny_tower("llama", 1, 16, 2, 12)}, ends={"text": (1, 3)})
+    for how in None, search:
+        request = Request([], ["text"], limits={"text": 2}, rules=rules, search=how)
+        (answer,) = Engine(model, 1).run([request])
+        (written,) = answer.written
+        assert written.stop == "end" and written.ids == [9, 8]
+        assert [(h.ids, h.ended) for h in written.best] == ([((9, 8), True)] if how else [])
 
 
 def test_nothing_allowed_is_an_error_of_that_request() -> None:

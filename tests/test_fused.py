@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zipper.errors import ZipperError
 from zipper.fast import native, weights
+from zipper.fast import reader as reader_file
 from zipper.fast import session as session_file
 from zipper.fast.blocks import FastLink
 from zipper.fast.graphs import Pool, Shape
@@ -197,6 +198,28 @@ def test_a_fork_and_what_it_came_of_hear_different_things_later() -> None:
             (found,) = read(fast, [sessions[own]], [end])
             wanted = truth(model, words, names)
             assert_close({time + 3: logits for time, logits in found.items()}, wanted)
+
+
+def test_what_nobody_reads_for_long_is_kept_without_the_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reader_file, "MOST_PARTS", 4)
+    model, names = zipped(LLAMAS), ["text", "speech"]
+    fast = Fused(model)
+    sessions = [fast.open(names, names) for _ in range(3)]
+    written = [[(("text"), [n + i]) for i in range(1, 15)] for n in range(3)]
+    read(fast, sessions, written)
+    for session in sessions:
+        (parts,) = session.unread.values()
+        assert len(parts) < 4 and sum(part.stop - part.start for part in parts) == 14
+        whole = parts[0]
+        assert (whole.start, whole.stop) == (0, len(whole.kept[0]))
+    heard = [[("speech", [3 + n, 4])] for n in range(3)]
+    for n, found in enumerate(read(fast, sessions, heard)):
+        words = [(tower, i) for tower, ids in (*written[n], *heard[n]) for i in ids]
+        assert_close(
+            {time + 14: logits for time, logits in found.items()}, truth(model, words, names)
+        )
 
 
 def test_plans_of_one_and_of_several_towers_go_side_by_side() -> None:

@@ -32,7 +32,7 @@ from laws import (
     zipped,
 )
 
-from zipper import generation, link, lockstep, model, reading, writing
+from zipper import link, lockstep, model, reading, writing
 from zipper.generation import generate
 from zipper.model import Zipper
 from zipper.sampling import Sampling
@@ -344,10 +344,10 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     # Generation.
     "an end token is not read": (
-        generation,
-        "sampled",
-        "[*unread, end]) for",
-        "[*unread, written.ids[-1] if written.ids else begin]) for",
+        writing.Lane,
+        "go_on",
+        "else [token]",
+        "else [self.writing.written.ids[-1] if self.writing.written.stop else token]",
     ),
     "a segment goes on beyond its cap": (
         writing,

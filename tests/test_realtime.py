@@ -214,6 +214,65 @@ def test_a_response_can_be_cancelled_and_there_is_one_at_a_time(
         served.idle()
 
 
+def test_a_response_that_is_cancelled_at_once_is_told_so(served: Served) -> None:
+    said = {"type": "message", "content": [{"type": "input_text", "text": SENTENCE}]}
+    with Line(served) as line:
+        line.say("conversation.item.create", item=said)
+        line.say("response.create")
+        line.say("response.cancel")
+        done = line.until("response.created", "response.done")[-1]["response"]
+        assert done["status"] in ("cancelled", "completed")
+        line.say("response.cancel")
+        assert line.read()["error"]["code"] == "response_cancel_not_active"
+    served.idle()
+
+
+def test_what_is_refused_leaves_nothing_behind_and_what_waits_is_counted(pipe: Pipeline) -> None:
+    text = {"type": "input_text", "text": "call anna"}
+    part = base64.b64encode(bytes(RATE_HZ)).decode()  # half a second
+
+    def commit(line: Line) -> Any:
+        line.say("input_audio_buffer.append", audio=part)
+        line.say("input_audio_buffer.commit")
+        return line.read()
+
+    with serving(pipe, caps=Caps(segments=3, seconds=1.2)) as small:
+        with Line(small) as line:
+            line.say("conversation.item.create", item={"content": [text, text]})
+            line.until("conversation.item.done")
+            line.say("conversation.item.create", item={"content": [text, text]})
+            assert line.read()["error"]["code"] == "too_many_segments"
+            assert commit(line)["type"] == "input_audio_buffer.committed"  # there is room for one
+            line.until("conversation.item.done")
+            assert small.guard.held.bytes == 2 * RATE_HZ, "the samples of the item"
+            assert commit(line)["error"]["code"] == "too_many_segments"
+            assert small.guard.held.bytes == 3 * RATE_HZ, "what was refused is there still"
+            line.say("input_audio_buffer.clear")
+            line.until("input_audio_buffer.cleared")
+            assert small.guard.held.bytes == 2 * RATE_HZ
+        with Line(small) as line:
+            for _ in range(2):
+                commit(line)
+                line.until("conversation.item.done")
+            assert commit(line)["error"]["code"] == "too_long"
+        while small.guard.sockets:
+            time.sleep(0.01)
+        assert small.guard.held.bytes == 0
+
+
+def test_a_line_stays_open_while_something_is_made(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch)
+    said = {"type": "message", "content": [{"type": "input_text", "text": SENTENCE}]}
+    with serving(pipe, caps=Caps(idle_s=0.3)) as hasty, Line(hasty) as line:
+        began = time.monotonic()
+        line.say("conversation.item.create", item=said)
+        line.say("response.create")
+        assert line.until("response.done")[-1]["response"]["status"] == "completed"
+        assert time.monotonic() - began > 0.6
+
+
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     from zipper.generation import Engine
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zipper.errors import ZipperError
-from zipper.sampling import Sampling, choose, keep
+from zipper.sampling import Rules, Sampling, choose, keep
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
 LOGITS = torch.tensor([[log(0.2), log(0.4), log(0.1), log(0.3)]])
@@ -62,6 +62,20 @@ def test_top_p_keeps_the_fewest_that_reach_the_probability(p: float, wanted: lis
     found = keep(LOGITS, 0, p)
     assert kept(found) == [wanted]
     assert torch.equal(found[0, wanted], LOGITS[0, wanted])
+
+
+def test_a_tiny_p_keeps_the_likeliest() -> None:
+    row = torch.tensor([[1.0, 3.0, 2.0]])
+    assert (keep(row, 0, 1e-200) > -torch.inf).tolist() == [[False, True, False]]
+    chosen = choose(row, Sampling(1.0, top_p=1e-50), Sampling().generators(1))
+    assert chosen.tolist() == [1]
+
+
+def test_what_was_said_gets_rarer_also_where_it_was_guided() -> None:
+    guided = Sampling(guidance=3.0).guide(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5]))
+    assert guided.max() > 0
+    before, after = guided.softmax(-1), Rules(repetition=2.0).weigh(guided, [0]).softmax(-1)
+    assert after[0] < before[0]
 
 
 def test_top_p_counts_what_top_k_has_left() -> None:

@@ -1077,6 +1077,45 @@ def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(
         worker.enter()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_no_engine_can_be_made_nobody_waits(pipe: Pipeline) -> None:
+    asked = pipe.asked([Segment("text", "call anna")], ["speech"])
+    assert asked is not None
+    fails = threading.Event()
+
+    def engine() -> Engine:
+        if fails.wait(20):
+            raise MemoryError
+        raise AssertionError
+
+    worker = Worker(engine, rows=1, queue=2)
+    worker.start()
+
+    async def run() -> list[Any]:
+        for _ in range(2):
+            worker.enter()
+        early = worker.submit(asked)
+        fails.set()
+        while worker.running:
+            await asyncio.sleep(0.01)
+        late = worker.submit(asked)
+        return await asyncio.wait_for(
+            asyncio.gather(early.done, late.done, return_exceptions=True), 20
+        )
+
+    assert [type(lost) for lost in asyncio.run(run())] == [MemoryError, MemoryError]
+    assert worker.load == (0, 0)
+    with pytest.raises(Stopping):
+        worker.enter()
+
+
+def test_no_segment_is_longer_than_the_cap_whatever_is_asked(pipe: Pipeline) -> None:
+    with serving(pipe, caps=Caps(tokens=5)) as small:
+        asked = {"given": [{"tower": "text", "content": "call anna"}], "outputs": ["speech"]}
+        (made,) = small.client.post("/v1/run", json=asked).json()["produced"]
+        assert len(made["ids"]) == 5 and not made["ended"]
+
+
 def test_tokens_of_a_stream_go_out_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now, asked = [100.0], Request([], ["text"])
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))

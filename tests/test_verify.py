@@ -25,6 +25,7 @@ from zipper.model import Zipper
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
 from zipper.verify import Check, verify
+from zipper.writing import Lane
 
 FAMILIES = {"text": "llama", "speech": "gpt2"}
 
@@ -302,16 +303,16 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "cached is full",
     ),
     "an end is not read": (
-        [(generation, "sampled", "[*unread, end]) for", "[*unread, begin]) for")],
+        [(Lane, "go_on", "else [token]", "else [0 if self.writing.written.stop else token]")],
         "every produced",
     ),
     "the end of a segment that was cut is not read": (
         [
             (
-                generation,
-                "sampled",
-                "[*unread, end]) for",
-                "[*unread, end if written.stop == 'end' else begin]) for",
+                Lane,
+                "go_on",
+                "else [token]",
+                "else [0 if self.writing.written.stop == 'limit' else token]",
             )
         ],
         "every produced",
@@ -395,7 +396,7 @@ FAULTS: dict[str, tuple[list[Place], str]] = {
         "cached is full",
     ),
     "a segment has no begin": (
-        [(generation, "sampled", "[begin, *written.ids]", "written.ids or [end]")],
+        [(Lane, "__init__", "[begin, *segment.content]", "[*segment.content] or [self.end]")],
         "every produced",
     ),
     "a given segment has no end": (

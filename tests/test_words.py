@@ -28,6 +28,13 @@ def test_a_word_is_as_sure_as_its_tokens_together() -> None:
     assert found[0].confidence == pytest.approx(math.exp(sum(logprobs[:first])))
 
 
+def test_space_at_the_end_is_no_word() -> None:
+    ids = text().encode("send two ")
+    assert text().decode(ids).endswith(" ")
+    found = words(text(), Written("text", ids, 0, [-0.1] * len(ids), "end"))
+    assert [word.text for word in found] == ["send", "two"]
+
+
 def test_what_was_forced_is_sure_and_times_are_those_of_the_tokens() -> None:
     ids = text().encode("pay anna")
     split = next(n for n in range(1, len(ids)) if text().decode(ids[: n + 1]).startswith("pay "))

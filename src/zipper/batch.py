@@ -23,7 +23,7 @@ from zipper.generation import Answer, Limits, Request
 from zipper.modality import is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.saving.files import read_json, write_json
+from zipper.saving.files import as_json, read_json, write_json
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, content, fields_of, lanes
 
@@ -213,7 +213,7 @@ def _line(
 
 
 def _write(file: TextIO, line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.write(as_json(line) + "\n")
     file.flush()
 
 

@@ -365,7 +365,8 @@ def limit(
     left = room - given.get(tower, 0) - 2
     if left < 1:
         raise ZipperError(
-            f"{tower!r} has read {given[tower]} of its {room} tokens: no room for another segment."
+            f"{tower!r} has read {given.get(tower, 0)} of its {room} tokens: no room for another "
+            "segment."
         )
     if wanted is not None:
         return min(wanted, left)

@@ -8,7 +8,7 @@ read in one step, and hands out the answers (continuous batching: Orca, OSDI 202
 knows how a model reads.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -31,9 +31,7 @@ from zipper.writing import (
     Lane,
     Wanted,
     Writing,
-    read_together,
     sampled,
-    sampled_together,
     searched,
 )
 from zipper.writing import Hypothesis as Hypothesis
@@ -59,6 +57,7 @@ class Request:
     "text|speech" among the outputs is a choice: the model says which of them comes next, and when
     it is over; "*" is one among all that it chooses among. What is not named in it is forbidden,
     what is named by itself is forced. least, most: segments of a choice.
+    ceiling: most tokens of any segment, also where nothing is said in limits.
     """
 
     segments: Sequence[Segment]
@@ -70,6 +69,7 @@ class Request:
     more: bool = False
     least: int = 0
     most: int = 8
+    ceiling: int | None = None
 
 
 class Token(NamedTuple):
@@ -286,10 +286,10 @@ class Engine:
         found = []
         for answer in answers:
             written = [part.segment for part in answer.written]
-            missing = () if answer.chosen else plan[len(written) :]
-            found.append(
-                [*written, *(Produced(segment.tower, [], ended=False) for segment in missing)]
-            )
+            missing = [s.tower for s in plan[len(written) :] if not among(s.tower)]
+            if answer.chosen:
+                missing = []
+            found.append([*written, *(Produced(tower, [], ended=False) for tower in missing)])
         return found
 
     def stream(self, answer: Answer) -> Iterator[Token]:
@@ -446,7 +446,7 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
     # For guidance: sessions that read the segments of their own tower only.
     guided = request.sampling.guidance != 1 and len(towers) > 1
     alone = {tower: reader.open((tower,), (tower,)) for tower in outputs if guided}
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
 
     def readers(tower: str) -> list[Any]:
         """The sessions that read a segment of a tower."""
@@ -454,30 +454,31 @@ def _course(model: Model, reader: Reader, answer: Answer) -> Course:
 
     for group in groups(request.segments):
         if len(group) > 1:
-            yield from read_together([Lane(lane, ends, readers(lane.tower)) for lane in group])
-            _count(seen, [(lane.tower, len(lane.content) + 2) for lane in group])
+            given_lanes = [Lane(lane, ends, readers(lane.tower)) for lane in group]
+            yield from sampled(given_lanes, Sampling(), [], False)
+            for lane in group:
+                seen[lane.tower] += len(lane.content) + 2
             continue
-        for segment, ids in _given(answer, group[0], ends):
-            yield [(one, segment.tower, ids) for one in readers(segment.tower)] if ids else []
-            _count(seen, [(segment.tower, len(ids))])
+        tower = group[0].tower
+        for ids in _given(answer, group[0], ends):
+            yield [(one, tower, ids) for one in readers(tower)] if ids else []
+            seen[tower] += len(ids)
 
     generator = request.sampling.generators(1)
 
     def write(group: Sequence[Segment], last: bool) -> Course:
         """The segments of a group."""
         writing = [_begun(model, answer, forced, seen) for forced in group]
-        if len(group) > 1:
+        if request.search is not None:
+            yield from searched(reader, session, writing[0], request.search, last)
+        else:
             made = [
                 Lane(lane, ends, readers(lane.tower), one)
                 for lane, one in zip(group, writing, strict=True)
             ]
-            yield from sampled_together(made, request.sampling, generator, last)
-        elif request.search is None:
-            heard = readers(group[0].tower)
-            yield from sampled(heard, writing[0], request.sampling, generator, last)
-        else:
-            yield from searched(reader, session, writing[0], request.search, last)
-        _count(seen, [(one.written.tower, len(one.written.ids) + 2) for one in writing])
+            yield from sampled(made, request.sampling, generator, last)
+        for one in writing:
+            seen[one.written.tower] += len(one.written.ids) + 2
 
     planned_groups, behind = groups(plan), given[-1] if given else ""
     for number, group in enumerate(planned_groups):
@@ -517,11 +518,6 @@ def _decided(
     return names[picked]
 
 
-def _count(seen: dict[str, int], read: Sequence[tuple[str, int]]) -> None:
-    for tower, tokens in read:
-        seen[tower] = seen.get(tower, 0) + tokens
-
-
 def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int]) -> Writing:
     """A segment that is about to be written, and what it goes by."""
     request, tower = answer.request, forced.tower
@@ -529,6 +525,7 @@ def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int
         cap = model.limit(tower, seen, (request.limits or {}).get(tower))
     except ZipperError as error:
         raise NoRoom(str(error)) from error
+    cap = min(cap, request.ceiling or cap)
     written = Written(
         tower,
         list(forced.content),
@@ -542,9 +539,7 @@ def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int
     return Writing(written, begin, end, cap, request.rules.get(tower, Rules()))
 
 
-def _given(
-    answer: Answer, segment: Segment, ends: Mapping[str, Any]
-) -> Iterator[tuple[Segment, Sequence[int]]]:
+def _given(answer: Answer, segment: Segment, ends: Mapping[str, Any]) -> Iterator[Sequence[int]]:
     """A given segment in pieces, begin and end included; an empty piece where it has to be fed
     first."""
     request = answer.request
@@ -558,12 +553,10 @@ def _given(
             ids.append(answer.fed.popleft())
         if whole:
             ids.append(end)
-        for start in range(0, len(ids), CHUNK):
-            yield segment, ids[start : start + CHUNK]
+        for start in range(0, len(ids) or 1, CHUNK):
+            yield ids[start : start + CHUNK]
         if whole:
             return
-        if not ids:
-            yield segment, []
         ids = []
 
 

@@ -1,7 +1,8 @@
 """Growth: one tower more in a zip that was trained already. The zip that grows is not changed.
 
-What was there stays as it was, to the bit, and by default no longer learns. New links are born
-closed (gates 0): until it is trained, the new zip says what the old one and the new tower say.
+What was there stays as it was, to the bit, and by default no longer learns, but for the heads that
+choose what comes next. New links are born closed (gates 0): until it is trained, the new zip says
+what the old one and the new tower say.
 """
 
 import copy

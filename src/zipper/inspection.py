@@ -53,13 +53,13 @@ def attention(
 ) -> Float[Tensor, "target source"]:
     """How much each token of `target` looks at each token of `source` in the first row of a batch:
     mean over heads and junctions. Rows are 0 where nothing is visible."""
-    read, reading = strands[source], strands[target]
-    mask = visible(reading, read)
     found = []
     for key, tap in model.taps(strands).items():
         if (key.source, key.target) == (source, target):
-            link = model.link(*key)
-            memory = link.read(tap.source, read.position)
+            link, device = model.link(*key), tap.target.device
+            read, reading = strands[source].to(device), strands[target].to(device)
+            mask = visible(reading, read)
+            memory = link.read(tap.source.to(device), read.position)
             found.append(link.attention(tap.target, memory, mask, reading.position)[0])
     return torch.stack(found).mean(0)
 
@@ -85,9 +85,10 @@ def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
     total, seen = dict.fromkeys(links, 0.0), dict.fromkeys(links, 0)
     for strands in (batch.strands for batch in samples):
         for key, tap in model.taps(strands).items():
-            read, reading, link = strands[key.source], strands[key.target], model.link(*key)
-            mask = visible(reading, read)
-            added = link(tap.target, link.read(tap.source, read.position), mask, reading.position)
+            link, device = model.link(*key), tap.target.device
+            read, reading = strands[key.source].to(device), strands[key.target].to(device)
+            mask, memory = visible(reading, read), link.read(tap.source.to(device), read.position)
+            added = link(tap.target, memory, mask, reading.position)
             size = tap.target.float().norm(dim=-1).clamp(min=1e-30)
             share = (added.float().norm(dim=-1) / size)[mask.any(-1)]
             total[key], seen[key] = total[key] + float(share.sum()), seen[key] + share.numel()

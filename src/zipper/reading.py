@@ -5,6 +5,7 @@ own steps, the sequences being rows of one batch. `zipper.fast` has a faster one
 it knows. Nothing here knows how a model works inside, nor what is read.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,11 @@ class Stepwise:
             position=dict(session.position),
             states=dict(session.states),
         )
-        group.select([*range(len(group.walks)), session.row])
+        if all(map(self.model.pads, session.towers)):
+            group.select([*range(len(group.walks)), session.row])
+        else:  # a row that waits for the others would be padded
+            group = _Group(copy.deepcopy(group.state))
+            group.select([session.row])
         group.add(twin)
         return twin
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from zipper.errors import ZipperError
 from zipper.saving.files import MOST_INTEGER, settle
 
-MOST_SEED = (1 << 63) - 1  # what torch takes, and row i of a batch beyond it
+MOST_SEED = (1 << 63) - 1
 
 
 def check_seed(seed: int) -> None:
@@ -100,9 +100,10 @@ class Rules:
     def weigh(
         self, logprobs: Float[Tensor, " vocabulary"], ids: Sequence[int]
     ) -> Float[Tensor, " vocabulary"]:
-        """Log-probabilities behind `ids`, what is not allowed at -inf. Raises a ZipperError where
-        nothing is left."""
+        """Log-probabilities behind `ids`, or guided logits, what is not allowed at -inf. Raises a
+        ZipperError where nothing is left."""
         if self.repetition != 1 and ids:
+            logprobs = logprobs.log_softmax(-1)  # where they were guided some are above 0
             held = torch.tensor(sorted({*ids}), device=logprobs.device)
             logprobs = logprobs.index_copy(0, held, logprobs[held] * self.repetition)
         if self.allowed is not None and (few := self.allowed(tuple(ids))) is not None:
@@ -186,5 +187,7 @@ def keep(
     if top_p < 1:
         ranked, order = logits.sort(descending=True, stable=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        logits = logits.scatter(-1, order, ranked.masked_fill(before >= top_p, -torch.inf))
+        # In float32 a tiny p is 0, and nothing comes before the likeliest.
+        outside = (before >= top_p) & (before > 0)
+        logits = logits.scatter(-1, order, ranked.masked_fill(outside, -torch.inf))
     return logits

@@ -59,7 +59,8 @@ def words(
         stop: int | None = None
         if source is not None:
             start, stop = source[tokens[0]][0], source[tokens[-1]][1]
-        found.append(Word(text.strip(), confidence, start, stop))
+        if text.strip():  # what is left at the end may be space alone
+            found.append(Word(text.strip(), confidence, start, stop))
     return found
 
 

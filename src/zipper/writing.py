@@ -122,25 +122,6 @@ def _drawn(
     return token
 
 
-def sampled(
-    sessions: Sequence[Any],
-    writing: Writing,
-    sampling: Sampling,
-    generator: list[torch.Generator],
-    last: bool,
-) -> Course:
-    """One segment, token by token. sessions: one that sees all, and where guidance is wanted one
-    that sees its own tower only."""
-    written, begin, end, *_ = writing
-    next_ids = [begin, *written.ids]
-    while not written.stop:
-        logits = yield [(session, written.tower, next_ids) for session in sessions]
-        next_ids = [_drawn(writing, logits, sampling, generator)]
-    if not last:
-        unread = written.ids[-1:] if written.stop == "loop" else []
-        yield [(session, written.tower, [*unread, end]) for session in sessions]
-
-
 class Lane:
     """A segment of a group while it is read or written, a token at a time, with the others.
 
@@ -168,16 +149,21 @@ class Lane:
         since = step - self.segment.delay
         return not self.over and since >= 0 and since % self.segment.stride == 0
 
-    def wants(self) -> list[Wanted]:
-        """What it reads now."""
-        return [(session, self.segment.tower, self.unread[:1]) for session in self.sessions]
+    def wants(self, alone: bool) -> list[Wanted]:
+        """What it reads now: alone all that is unread, else a token."""
+        ids = self.unread[: None if alone else 1]
+        return [(session, self.segment.tower, ids) for session in self.sessions]
 
     def go_on(
-        self, logits: Sequence[Any], sampling: Sampling, generator: list[torch.Generator]
+        self,
+        logits: Sequence[Any],
+        sampling: Sampling,
+        generator: list[torch.Generator],
+        alone: bool,
     ) -> None:
-        """Its token is read: draws the next, where none is waiting."""
+        """That is read: draws the next token, where none is waiting."""
         stopped = self.writing is None or bool(self.writing.written.stop)
-        del self.unread[0]
+        del self.unread[: None if alone else 1]
         if self.unread:
             return
         if stopped:
@@ -189,31 +175,20 @@ class Lane:
         self.unread = [token, self.end] if looped else [token]
 
 
-def read_together(lanes: Sequence[Lane]) -> Course:
-    """Given lanes of one group: each step they read what is due in it."""
-    for step in count():
-        due = [lane for lane in lanes if lane.due(step)]
-        if due:
-            yield [*chain.from_iterable(lane.wants() for lane in due)]
-        for lane in due:
-            lane.go_on((), Sampling(), [])
-        if all(lane.over for lane in lanes):
-            return
-
-
-def sampled_together(
+def sampled(
     lanes: Sequence[Lane], sampling: Sampling, generator: list[torch.Generator], last: bool
 ) -> Course:
-    """Lanes of one group, a step at a time: each draws its next token from what came before the
-    step, and ends by itself. Drawn in the order of the towers' names, whatever that of the plan."""
+    """The lanes of a group, a step at a time: each draws its next token from what came before the
+    step, and ends by itself. Drawn in the order of the towers' names, whatever that of the plan. A
+    lane alone waits for nobody, and reads at once what it holds."""
+    alone = len(lanes) == 1
+    ordered = sorted(lanes, key=lambda lane: lane.segment.tower)
     for step in count():
-        due = sorted(
-            (lane for lane in lanes if lane.due(step)), key=lambda lane: lane.segment.tower
-        )
+        due = ordered if alone else [lane for lane in ordered if lane.due(step)]
         if due:
-            logits = iter((yield [*chain.from_iterable(lane.wants() for lane in due)]))
+            logits = iter((yield [*chain.from_iterable(lane.wants(alone) for lane in due)]))
             for lane in due:
-                lane.go_on([next(logits) for _ in lane.sessions], sampling, generator)
+                lane.go_on([next(logits) for _ in lane.sessions], sampling, generator, alone)
         stopped = all(lane.writing is not None and lane.writing.written.stop for lane in lanes)
         if all(lane.over for lane in lanes) or (last and stopped):
             return
@@ -274,11 +249,12 @@ def _candidates(
     for beam, row in zip(beams, logits, strict=True):
         logprobs = writing.logprobs(row)
         ranks = writing.rules.weigh(logprobs, beam.ids)
-        # It may end, or is closed as it stands.
-        if len(beam.ids) >= writing.cap or writing.rules.loops(beam.ids):
-            score = search.score(beam.rank, max(1, len(beam.logprobs)))
-            ended = writing.endless(row) and len(beam.ids) >= writing.cap
-            closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), ended, score))
+        full, looped = len(beam.ids) >= writing.cap, writing.rules.loops(beam.ids)
+        if full or looped:  # it may end, or is closed as it stands, where anything else may follow
+            if (ranks > -torch.inf).nonzero().flatten().tolist() != [writing.end]:
+                score = search.score(beam.rank, max(1, len(beam.logprobs)))
+                ended = writing.endless(row) and full
+                closed.append(Hypothesis(tuple(beam.ids), tuple(beam.logprobs), ended, score))
             only_end = torch.full_like(ranks, -torch.inf)
             only_end[writing.end] = ranks[writing.end]
             ranks = only_end

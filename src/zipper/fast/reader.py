@@ -37,6 +37,7 @@ from zipper.reading import Logits, Piece
 from zipper.tower import UnsupportedTower
 
 PREPARED = 8  # steps that are held ready
+MOST_PARTS = 64  # that a session keeps apart of what nobody has read yet
 
 
 @final
@@ -125,7 +126,10 @@ class Fused:
         shown: list[tuple[Session, tuple[str, str], Shown]] = []
         found = {tower: self._read(tower, given, shown) for tower, given in pieces.items()}
         for session, pair, states in shown:
-            session.unread.setdefault(pair, []).append(states)
+            unread = session.unread.setdefault(pair, [])
+            unread.append(states)
+            if len(unread) == MOST_PARTS:
+                session.unread[pair] = [Shown.joined(unread)]
         return found
 
     def state(self, session: Session, tower: str) -> Float[Tensor, " width"]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -95,6 +96,16 @@ class Shown(NamedTuple):
     kept: Sequence[Float[Tensor, "tokens width"]] | Float[Tensor, "halts tokens width"]
     start: int
     stop: int
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Shown]") -> "Shown":
+        """These behind each other, in memory of their own: a part holds on to the states of all
+        who were read in its step."""
+        kept = [
+            torch.cat([part.kept[halt][part.start : part.stop] for part in parts])
+            for halt in range(len(parts[0].kept))
+        ]
+        return cls(kept, 0, sum(part.stop - part.start for part in parts))
 
 
 class Place(NamedTuple):

@@ -280,7 +280,13 @@ def _locked(folder: Path, alone: bool) -> Iterator[bool]:
     process dies."""
     import fcntl  # not on Windows, where a model can be read but not saved
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (FileNotFoundError, PermissionError):
+        if not alone:
+            raise
+        yield False  # whoever wrote it is done with it, or it is somebody else's
+        return
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)

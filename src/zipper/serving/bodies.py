@@ -84,9 +84,14 @@ class Share:
         self._held.take(count)
         self._mine += count
 
+    def keep(self, count: int) -> None:
+        """Holds so many bytes, which lie here already, instead of what it held."""
+        self._held.bytes += count - self._mine
+        self._mine = count
+
     def give(self) -> None:
         """Gives all of it back."""
-        self._held.bytes, self._mine = self._held.bytes - self._mine, 0
+        self.keep(0)
 
 
 #: Where a request's share is found.

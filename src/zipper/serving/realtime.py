@@ -10,10 +10,11 @@ import asyncio
 import base64
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from itertools import chain
+from typing import Annotated, Any, Literal, final
 
 import numpy as np
 from fastapi import FastAPI
@@ -23,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.serving import bodies, sounds
-from zipper.serving.refusals import Refused, refusal
+from zipper.serving.refusals import Busy, Refused, refusal
 from zipper.serving.saying import voice
 from zipper.serving.service import Service
 from zipper.strand import Segment
@@ -70,7 +71,7 @@ class Session(BaseModel):
         default=["audio"], min_length=1, max_length=1
     )
     audio: Sound = Sound()
-    max_output_tokens: int | Literal["inf"] = "inf"
+    max_output_tokens: Annotated[int, Field(ge=1)] | Literal["inf"] = "inf"
 
 
 class Response(BaseModel):
@@ -78,7 +79,7 @@ class Response(BaseModel):
 
     output_modalities: list[Literal["text", "audio"]] | None = Field(None, max_length=1)
     audio: Sound | None = None
-    max_output_tokens: int | Literal["inf"] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | Literal["inf"] | None = None
     metadata: dict[str, str] | None = None
 
 
@@ -134,7 +135,7 @@ class _Talk:
         self._session, self._id = Session(), _id("sess")
         self._heard: list[bytes] = []
         self._items: list[Segment] = []  # those that no response has read
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], list[Segment]] = {}  # and what each reads
         self._response: asyncio.Task[None] | None = None
         self._line = _Line()
         self._answers = {
@@ -148,18 +149,23 @@ class _Talk:
         }
 
     async def run(self) -> None:
-        """Until the client leaves, or says nothing for too long."""
+        """Until the client leaves, or says nothing for too long while nothing is made for it."""
         await self._send("session.created", session=self._told())
         try:
             while True:
-                async with asyncio.timeout(self._service.caps.idle_s):
-                    text = await self._socket.receive_text()
+                try:
+                    async with asyncio.timeout(self._service.caps.idle_s):
+                        text = await self._socket.receive_text()
+                except TimeoutError:
+                    if self._tasks:
+                        continue
+                    raise
                 await self._answer(text)
         except KeyError:  # bytes came instead of text
             await self._socket.close(1003)
         finally:
             self._line.over.set()
-            for task in self._tasks:
+            for task in [*self._tasks]:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -206,7 +212,7 @@ class _Talk:
 
     async def _clear(self, event: Event) -> None:
         self._heard.clear()
-        self._share.give()
+        self._account()
         await self._send("input_audio_buffer.cleared")
 
     async def _commit(self, event: Event) -> None:
@@ -219,14 +225,14 @@ class _Talk:
         transcribed = self._session.audio.input.transcription is not None
         if transcribed and len(self._tasks) >= AT_ONCE:
             raise Refused(429, "busy", "Wait until what you committed before is written down.")
-        self._heard.clear()
-        self._share.give()
         if self._session.type == "realtime":
             self._note(Segment("speech", sound))
+        self._heard.clear()
+        self._account()
         await self._send("input_audio_buffer.committed", item_id=item, previous_item_id=None)
         await self._added(item, "user", {"type": "input_audio", "transcript": None})
         if transcribed:
-            self._begin(self._transcribe(item, sound))
+            self._begin(self._transcribe(item, sound), [Segment("speech", sound)])
 
     async def _create(self, event: Event) -> None:
         item = Item.model_validate(event.get("item"))
@@ -236,8 +242,7 @@ class _Talk:
                 found.append(Segment("text", part.text))
             else:
                 found.append(Segment("speech", _sound(bodies.decoded(part.audio, "audio"))))
-        for segment in found:
-            self._note(segment)
+        self._note(*found)
         content = [{"type": part.type, "text": part.text} for part in item.content]
         await self._added(item.id or _id("item"), item.role, *content)
 
@@ -252,7 +257,8 @@ class _Talk:
         if not self._items:
             raise Refused(400, "empty", "Nothing was said since the last response. Say something.")
         given, self._items = self._items, []
-        self._response = self._begin(self._make(wanted, given))
+        self._response = self._begin(self._make(wanted, given), given)
+        await asyncio.sleep(0)  # it has begun, and can tell that it was cancelled
 
     async def _cancel(self, event: Event) -> None:
         if self._response is None or self._response.done():
@@ -291,8 +297,9 @@ class _Talk:
         item |= {"role": "assistant", "status": "in_progress", "content": []}
         place = {"response_id": told["id"], "item_id": item["id"]}
         place |= {"output_index": 0, "content_index": 0}
-        await self._send("response.created", response=told)
+        ticket = None
         try:
+            await self._send("response.created", response=told)
             audio = wanted.audio or session.audio
             spoken = modality == "audio"
             output = voice(self._service, audio.output.voice) if spoken else "text"
@@ -327,8 +334,13 @@ class _Talk:
                 raise
             told |= {"status": "cancelled", "status_details": {"type": "cancelled"}}
         except Exception as error:
+            if isinstance(error, Busy):  # it may be asked for again
+                self._items = [*given, *self._items]
             details = {"type": "failed", "error": refusal(error).shape["error"]}
             told |= {"status": "failed", "status_details": details}
+        finally:
+            if ticket is not None:
+                ticket.cancel()
         await self._send("response.done", response=told)
 
     async def _contents(self, ticket: Any, spoken: bool) -> AsyncIterator[str]:
@@ -346,20 +358,40 @@ class _Talk:
 
     # --- small things
 
-    def _begin(self, work: Any) -> asyncio.Task[None]:
+    def _begin(self, work: Any, read: list[Segment]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = read
+        self._account()
+        task.add_done_callback(self._end)
         return task
 
-    def _note(self, segment: Segment) -> None:
-        if len(self._items) >= self._service.caps.segments:
+    def _end(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        self._account()
+
+    def _note(self, *segments: Segment) -> None:
+        """All of them or none wait for a response."""
+        caps, waiting = self._service.caps, len(self._items)
+        if waiting + len(segments) > caps.segments:
             raise Refused(
                 422,
                 "too_many_segments",
-                f"{len(self._items)} items wait for a response already. Ask for one.",
+                f"{waiting} items wait for a response and {len(segments)} more came; at most "
+                f"{caps.segments} are taken. Ask for one.",
             )
-        self._items.append(segment)
+        if sum(sound.seconds for sound in _sounds([*self._items, *segments])) > caps.seconds:
+            raise Refused(
+                413,
+                "too_long",
+                f"More than {caps.seconds:g} s of sound would wait for a response. Ask for one.",
+            )
+        self._share.take(sum(sound.samples.nbytes for sound in _sounds(segments)))
+        self._items += segments
+
+    def _account(self) -> None:
+        """Holds of the server's memory what lies here and no more."""
+        kept = _sounds([*self._items, *chain.from_iterable(self._tasks.values())])
+        self._share.keep(sum(map(len, self._heard)) + sum(sound.samples.nbytes for sound in kept))
 
     async def _added(self, item: str, role: str, *content: Event) -> None:
         told = {"id": item, "object": "realtime.item", "type": "message", "status": "completed"}
@@ -407,6 +439,12 @@ def _merged(old: Any, new: Any) -> Any:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _sounds(segments: Iterable[Segment]) -> list[Audio]:
+    """Those among them, each once."""
+    found = {id(one.content): one.content for one in segments if isinstance(one.content, Audio)}
+    return [*found.values()]
 
 
 def _sound(content: bytes) -> Audio:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, groupby
 from operator import itemgetter
@@ -290,6 +291,8 @@ class Service:
                 "at a time.",
             )
         asked = self.pipeline.asked(read, outputs, sampling, limits)
+        if asked is not None:
+            asked = replace(asked, ceiling=self.caps.tokens)
         clocks: list[Clock | None] = []
         if explained and asked is not None:
             for raw, ids in zip(read, asked.segments, strict=True):

@@ -124,6 +124,7 @@ class Worker:
         self._taken = 0  # all that hold a place, from `enter` until they are done
         self._new: list[Ticket] = []
         self._live: list[Ticket] = []
+        self._lost: Exception | None = None  # why there is no engine any more
         self._thread = threading.Thread(target=self._work, name="zipper-engine", daemon=True)
 
     def start(self) -> None:
@@ -179,10 +180,29 @@ class Worker:
         with self._changed:
             self._new.append(ticket)
             self._changed.notify()
+            lost = self._lost
+        if lost is not None:
+            self._abandon(lost)
         return ticket
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
+        try:
+            self._run()
+        except Exception as error:  # no engine can be made: nobody waits for one
+            with self._changed:
+                self._lost = error
+            self._abandon(error)
+            raise
+
+    def _abandon(self, error: Exception) -> None:
+        """Ends what was taken, where there is no engine any more."""
+        with self._changed:
+            new, self._new = self._new, []
+        for ticket in new:
+            self._end(ticket, error)
+
+    def _run(self) -> None:
         engine = self._engine()
         while True:
             with self._changed:
@@ -201,6 +221,7 @@ class Worker:
             except Exception as error:  # of no request's own: all that run are lost
                 for ticket in self._live:
                     self._end(ticket, error)
+                self._live = []
                 engine = self._engine()
             self.steps += 1
             for ticket in self._live:
