@@ -206,6 +206,45 @@ def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) 
     assert answer.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("units", "a.wav", "-o", "a.wav"), "would lose it"),
+        (("units", "b.wav", "a.wav", "-o", "./a.wav"), "would lose it"),
+        (("units", "rows.jsonl", "-o", "rows.jsonl"), "is a file, a folder"),
+        (("units", "a.wav", "-o", "u.jsonl", "--split", "train"), "--split is for a corpus"),
+        (("evaluate", "MODEL", "rows.jsonl", "-o", "rows.jsonl"), "would lose it"),
+        (("evaluate", "MODEL", "rows.jsonl", "-o", "rows.html"), "end in .json"),
+        (("evaluate", "MODEL", "rows.jsonl", "--robust"), "--robust is for the built-in"),
+        (("evaluate", "MODEL", "--limit", "3"), "are for rows of DATA"),
+        (("run-batch", "rows.jsonl", "--task", "asr", "-o", "rows.jsonl"), "would lose it"),
+        (("speak", "...", "-o", "o.wav"), "nothing to say in '...'"),
+        (("fit", "text", "latin.txt", "-o", "f"), "latin.txt, line 2 is no text in UTF-8"),
+        (("fit", "text", "plain.txt", "-o", "f", "--set", "merges=-1"), "merges is -1"),
+        (("train", "broken.py"), "broken.py, line 1 is no Python"),
+        (("train", "number.py"), "has no function config()"),
+        (("train", "nothing.py"), "returns 7"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_wanted_is_one_sentence_and_loses_nothing(
+    zipper: Zipper, world: World, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    for name in ("a.wav", "b.wav"):
+        tiny.sound(tmp_path / name, seconds=0.2)
+    (tmp_path / "rows.jsonl").write_text('{"text": "call", "speech": "a.wav"}\n')
+    (tmp_path / "latin.txt").write_bytes("plain\ncaf\xe9\n".encode("latin-1"))
+    (tmp_path / "plain.txt").write_text("plain\n")
+    (tmp_path / "broken.py").write_text("def config(:\n")
+    (tmp_path / "number.py").write_text("config = 3\n")
+    (tmp_path / "nothing.py").write_text("def config():\n    return 7\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    answer = zipper(*(str(world.zip) if word == "MODEL" else word for word in arguments))
+    assert answer.code == 2 and said in answer.err, answer
+    assert len(answer.err.splitlines()) == 1
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
 def test_an_option_with_dots_takes_all_words_up_to_the_next() -> None:
     for words in ("--links a b -o x m", "m -o x --links a b", "m --links a --links b -o x"):
         found = read("prune", *words.split())

@@ -17,6 +17,7 @@ from zipper.cli import main
 from zipper.data import fitting
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
+from zipper.modality.symbols import Symbols
 from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
@@ -191,14 +192,28 @@ def test_what_cannot_be_fitted_is_said(
 def test_paths_of_a_manifest_are_those_beside_it(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"1")
     (tmp_path / "rows.jsonl").write_text(
-        '{"x": "a.bin"}\n{"x": {"path": "b.bin", "start": 1}}\n{"x": [1, 2]}\n{"x": "words"}\n'
+        '{"x": "a.bin"}\n{"x": {"path": "b.bin", "start": 1}}\n{"x": [1, 2]}\n{"x": "gone"}\n'
     )
     assert fitting.values_of(tmp_path / "rows.jsonl", "x") == [
         tmp_path / "a.bin",
         {"path": str(tmp_path / "b.bin"), "start": 1},
-        "words",
+        tmp_path / "gone",
     ]
     assert fitting.values_of(tmp_path, "x") == [tmp_path / "a.bin", tmp_path / "rows.jsonl"]
+
+
+def test_a_string_of_text_is_never_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "C").write_text("secret")
+    (tmp_path / "rows.jsonl").write_text('{"symbols": "C"}\n')
+    fitted = fitting.fit(Symbols, [tmp_path / "rows.jsonl"])
+    assert isinstance(fitted, Symbols)
+    assert fitted.encode("C") and "s" not in fitted.symbols
+    (tmp_path / "rows.jsonl").rename(tmp_path / "rows.JSONL")
+    again = fitting.fit(Symbols, [tmp_path / "rows.JSONL"])
+    assert again.fingerprint == fitted.fingerprint
+    (tmp_path / "rows.JSONL").rename(tmp_path / "rows.json")
+    with pytest.raises(ZipperError, match=r"end in \.jsonl"):
+        fitting.fit(Symbols, [tmp_path / "rows.json"])
 
 
 def test_a_modality_that_defines_no_more_than_ids_has_defaults_for_the_rest() -> None:

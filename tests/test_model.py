@@ -577,6 +577,13 @@ def test_what_cannot_be_zipped_is_refused_in_one_sentence(
         Zipper.from_towers(towers, **given)
 
 
+def test_no_tower_and_a_word_for_a_list_are_refused() -> None:
+    with pytest.raises(ZipperError, match="No tower was given"):
+        Zipper.from_towers({})
+    with unchecked(), pytest.raises(ZipperError, match=r"Write \['text'\]"):
+        zipped(LLAMAS).generate([], "text")
+
+
 @pytest.mark.parametrize(
     "name", ["Text!", "a.b", "Text", "1st", "", "a b", "keys", "train", "float", "forward"]
 )

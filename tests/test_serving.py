@@ -620,7 +620,28 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
         ),
         ("/v1/audio/speech", {"json": {"input": "hi", "speed": 2.0}}, 400, "unsupported"),
         ("/v1/audio/speech", {"json": {"input": " ", "response_format": "wav"}}, 422, "empty"),
+        ("/v1/audio/speech", {"json": {"input": "..."}}, 422, "empty"),
         ("/v1/audio/speech", {"json": {"input": "日本"}}, 422, "unprocessable"),
+        ("/v1/run", {"json": {"outputs": ["text"], "temperature": 1}}, 422, "bad_request"),
+        ("/v1/run", {"json": {"outputs": ["text"], "sampling": {"temp": 1}}}, 422, "bad_request"),
+        (
+            "/v1/chat/completions",
+            {"json": {"messages": [{"role": "user", "content": "hi"}], "presence_penalty": 1}},
+            400,
+            "unsupported",
+        ),
+        (
+            "/v1/chat/completions",
+            {"json": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0}},
+            422,
+            "bad_request",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"chunking_strategy": "auto"}},
+            400,
+            "unsupported",
+        ),
         ("/v1/audio/transcriptions", {"json": {}}, 415, "media_type"),
         (
             "/v1/audio/transcriptions",

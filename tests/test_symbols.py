@@ -198,7 +198,7 @@ def test_scores_count_symbols() -> None:
 
 def test_symbols_are_found_in_strings_and_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfba\r\n\r\ncd\n")
-    (tmp_path / "b.fasta").write_text(">sp|X1 a protein\nMKV\nLA\n>other\nMM*\n")
+    (tmp_path / "b.fasta").write_text("\ufeff>sp|X1 a protein\nMKV\nLA\n>other\nMM*\n")
     with gzip.open(tmp_path / "c.FA.gz", "wt") as file:
         file.write(">zzz\nWY\n")
     assert Symbols.fitted([tmp_path / "a.txt"]).symbols == tuple("abcd")

@@ -345,6 +345,8 @@ def generate(
 def planned(outputs: Sequence[str | Segment]) -> list[Segment]:
     """What is to be produced: a name is a segment that begins with nothing, several of one group
     stand in one item (`tasks.lanes`)."""
+    if isinstance(outputs, str):
+        raise ZipperError(f"outputs is {outputs!r}; a list was wanted. Write [{outputs!r}].")
     found: list[Segment] = []
     for item in outputs:
         made = [item] if isinstance(item, Segment) else [lane.segment([]) for lane in lanes([item])]

@@ -97,6 +97,8 @@ class Zipper(nn.Module):
         if preset not in ("default", "paper"):
             raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
         check_seed(seed)
+        if not towers:
+            raise ZipperError("No tower was given. Give at least one, {name: model}.")
         for option, given in {
             "every": every,
             "ends": ends,

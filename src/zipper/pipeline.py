@@ -317,13 +317,18 @@ class Pipeline:
         return Transcript(text.decode(written.content), math.exp(written.score / produced))
 
     def speak(self, text: str, voice: str | None = None, sampling: Sampling | None = None) -> Audio:
-        """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model
-        choose."""
-        speech = self.run([Segment("text", text)], outputs=[self.voice(voice)], sampling=sampling)[
-            0
-        ].content
+        """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose.
+        Raises a ZipperError for a text in which there is nothing to say."""
+        outputs = [self.voice(voice)]
+        speech = self.run([self.words(text)], outputs, sampling)[0].content
         assert isinstance(speech, Audio)
         return speech
+
+    def words(self, text: str) -> Segment:
+        """A text that is to be spoken. Raises a ZipperError where nothing is in it to say."""
+        if not text.strip() or not self._modality("text").encode(text):
+            raise ZipperError(f"There is nothing to say in {text!r:.80}. Give words.")
+        return Segment("text", text)
 
     def voice(self, name: str | None) -> str | Segment:
         """The output item for speech in a voice: its id is forced as the first token."""
@@ -412,7 +417,12 @@ class Pipeline:
         raw = [self._read(segment) for segment in segments]
         if raw and all(self._says_nothing(segment) for segment in raw):
             return None
-        return [self._encoded(segment) for segment in raw]
+        found = [self._encoded(segment) for segment in raw]
+        # A text without a word is nobody's; ids that were given are taken as they are.
+        wordless = [
+            not is_ids(one.content) and not ids.content for one, ids in zip(raw, found, strict=True)
+        ]
+        return None if raw and all(wordless) else found
 
     def _read(self, segment: Segment) -> Segment:
         """With raw data in place of its file."""

@@ -204,8 +204,15 @@ def evaluate(
     if source and model:
         raise ZipperError(f"Two models were given, {source} and {model}. Leave one out.")
     if output:
-        writable(output)
+        if output.suffix.lower() in (".html", ".htm"):
+            raise ZipperError(
+                f"{output} was given for the results as JSON; the page lies beside them. Let the "
+                "name end in .json."
+            )
+        for written in output, output.with_suffix(".html"):
+            writable(written, [data] if data else [])
     named_model = model or source
+    _check_options(data, tasks, limit, by, robust)
     if data:
         pipe = pipeline(named_model, towers, allow_mismatch)
         _measure(pipe, data, tasks, limit, by, judge, seed, output, as_json)
@@ -214,6 +221,22 @@ def evaluate(
     pipe = pipeline(named_model, towers, allow_mismatch)
     which = ["asr", "tts"] if task == "both" else [task]
     _built_in(pipe, named_model or "shipped", which, test, judge, robust, output, as_json)
+
+
+def _check_options(
+    data: Path | None,
+    tasks: Sequence[str] | None,
+    limit: int | None,
+    by: Sequence[str] | None,
+    robust: bool,
+) -> None:
+    """Raises a ZipperError for options that would say nothing."""
+    if data and robust:
+        raise ZipperError("--robust is for the built-in corpus, and DATA was given. Leave one out.")
+    if data is None and (tasks or by or limit is not None):
+        raise ZipperError(
+            "--of, --by and --limit are for rows of DATA. Give some, or leave them out."
+        )
 
 
 def _built_in(

@@ -64,6 +64,8 @@ def _show_run(folder: Path, output: Path | None, as_json: bool) -> None:
 
     run = history.History.read(folder)
     page = output or folder / "run.html"
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ZipperError(f"{page} was given for a page of HTML. Let its name end in .html.")
     writable(page)
     page.parent.mkdir(parents=True, exist_ok=True)
     history.write(page, run)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,7 +112,9 @@ def units(
     corpus = len(source) == 1 and layouts.names(source[0])
     place: layouts.Source = source[0] if corpus else [Path(path) for path in source]
     policy = extraction.Policy(bad, most_bad)
-    _check_units(corpus, output, units, fit, takes)
+    _check_units(corpus, source, output, units, fit, takes)
+    if split and not corpus:
+        raise ZipperError("--split is for a corpus, and sound files were given. Leave it out.")
     if fit and units:
         _fitted(place, fit, policy).save(units)
     beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
@@ -143,7 +145,12 @@ def units(
 
 
 def _check_units(
-    corpus: bool, output: Path, units: Path | None, fit: int | None, takes: int | None
+    corpus: bool,
+    source: Sequence[str],
+    output: Path,
+    units: Path | None,
+    fit: int | None,
+    takes: int | None,
 ) -> None:
     """Raise ZipperError where options do not go together, or a place cannot be written."""
     from zipper.modality.speech import SpeechUnits
@@ -152,8 +159,12 @@ def _check_units(
         raise ZipperError(
             "--takes wants sound with its texts. Give a corpus, or a manifest of both."
         )
-    if not corpus:
-        writable(output)
+    if corpus:
+        if output.exists() and not output.is_dir():
+            raise ZipperError(f"{output} is a file, a folder of unit files was wanted.")
+        writable(output / "units")
+    else:
+        writable(output, source)
     if not fit:
         return
     if corpus:
@@ -383,14 +394,18 @@ def _read(path: Path, changes: list[str]) -> tuple[Any, Mapping[str, Any]]:
     """The TrainConfig of a recipe, changed as --set says, and all that the file defines."""
     from zipper.saving.files import place
     from zipper.training.building import Build
+    from zipper.training.config import TrainConfig
 
     if not path.is_file():
         raise ZipperError(
             f"The recipe {path} does not exist. Give a Python file such as "
             "recipes/spoken_commands.py."
         )
-    found = runpy.run_path(str(path))
-    if "config" not in found:
+    try:
+        found = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise ZipperError(f"{path}, line {error.lineno} is no Python: {error.msg}.") from error
+    if not callable(found.get("config")):
         raise ZipperError(
             f"{path} has no function config(). A recipe is a Python file with config() -> "
             "TrainConfig."
@@ -401,6 +416,8 @@ def _read(path: Path, changes: list[str]) -> tuple[Any, Mapping[str, Any]]:
             "zipper.training.building.Build, which is called and has a `course`."
         )
     config = found["config"]()
+    if not isinstance(config, TrainConfig):
+        raise ZipperError(f"config() of {path} returns {config!r:.200}; a TrainConfig was wanted.")
     for item in changes:
         config = _changed(config, item)
     return dataclasses.replace(config, output=str(place(config.output))), found
@@ -558,7 +575,10 @@ def add(
             metavar="NAME", help="an old tower that it is linked with", show_default="all"
         ),
     ] = None,
-    every: Annotated[int, typer.Option(help="blocks of the new tower between junctions")] = 1,
+    every: Annotated[
+        int | None,
+        typer.Option(help="blocks of the new tower between junctions", show_default="1"),
+    ] = None,
     link: Annotated[
         list[str] | None,
         typer.Option(
@@ -585,6 +605,11 @@ def add(
             f"--modality names {whose!r}; the new tower is {name!r}. "
             f"Write --modality {name}=FOLDER."
         )
+    if link and every is not None:
+        raise ZipperError(
+            "--link says where each link reads and is fused, --every would say it too. Leave one "
+            "out."
+        )
     absent(output)
     record = checkpoint.load(model)[1]
     old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
@@ -595,7 +620,7 @@ def add(
         source,
         given,
         partners=partner,
-        every=every,
+        every=1 if every is None else every,
         links=[_directed(one) for one in link] if link else None,
         train=train,
     )

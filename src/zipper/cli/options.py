@@ -7,7 +7,7 @@ runs.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, final
 
@@ -172,9 +172,13 @@ def pipeline(model: str | None, towers: Sequence[str] | None, allow_mismatch: bo
     return Pipeline.from_pretrained(model, named("--tower", towers), allow_mismatch=allow_mismatch)
 
 
-def writable(path: Path) -> None:
+def writable(path: Path, read: Iterable[str | Path] = ()) -> None:
     """Raise ZipperError unless a file can be written there, folders made where they are missing:
-    before the work, not after it."""
+    before the work, not after it. read: what would be lost if it were written over."""
+    if path.exists() and any(Path(one).exists() and path.samefile(one) for one in read):
+        raise ZipperError(
+            f"{path} is what would be read, and writing there would lose it. Choose another place."
+        )
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir():
         raise ZipperError(f"{path} is a folder, a file was wanted.")

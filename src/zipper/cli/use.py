@@ -93,13 +93,11 @@ def speak(
 ) -> None:
     """Text to speech."""
     from zipper.audio import sound
-    from zipper.modality.text import Text
-    from zipper.strand import Segment
 
     sound.check_writable(output)
     pipe = pipeline(model, towers, allow_mismatch)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
-    said = pipe.run([Segment(Text.name, text)], outputs=[pipe.voice(voice)], sampling=how)[0]
+    said = pipe.run([pipe.words(text)], outputs=[pipe.voice(voice)], sampling=how)[0]
     sound.write(output, said.content)
     seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
     if as_json:
@@ -204,6 +202,7 @@ def run_batch(
     if which is None:
         raise ZipperError(f"--part {part!r} is none. Write the second of eight as 2/8.")
     how = _sampling(temperature, top_k, top_p, seed, guidance)
+    writable(output, [data])
     pipe = pipeline(model, towers, allow_mismatch)
     of = int(which[1]), int(which[2])
     with tqdm(desc="rows", unit="row", disable=None) as bar:

@@ -35,19 +35,26 @@ def fit(
             f"There is nothing to fit in the kind {kind.name!r}: its class has no `fitted`. Make "
             "one in Python and save it (zipper.modality.save)."
         )
-    values = [*chain.from_iterable(values_of(path, field or kind.name) for path in data)]
+    named = bool(getattr(kind, "suffix", ""))  # else a string is content, never the name of a file
+    values = [*chain.from_iterable(values_of(path, field or kind.name, named) for path in data)]
     if not values:
         raise ZipperError(f"There are no data in {', '.join(map(str, data))}. Give some.")
     return _made(kind, kind.fitted, values, settings)
 
 
-def values_of(path: Path, field: str) -> list[Any]:
+def values_of(path: Path, field: str, named: bool = True) -> list[Any]:
     """What a kind is fitted to: a file itself, the files below a folder, or what a field of a
-    manifest holds, its paths whole."""
+    manifest holds. named: by the names of files, as they are seen from the manifest. Raises a
+    ZipperError for a row without the field, and for a manifest of another ending."""
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file())
         return [file for file in below if not file.name.startswith(".")]
-    if path.suffix != MANIFEST:
+    if path.suffix.lower() in (".json", ".ndjson"):
+        raise ZipperError(
+            f"{path} would be read as a file of its kind. Let the name of a manifest, an object a "
+            f"line, end in {MANIFEST}."
+        )
+    if path.suffix.lower() != MANIFEST:
         return [path]
     found = []
     for number, row in enumerate(manifest(path), 1):
@@ -57,7 +64,7 @@ def values_of(path: Path, field: str) -> list[Any]:
                 "which one is meant (--field)."
             )
         if not is_ids(row[field]):
-            found.append(_whole(row[field], path.parent))
+            found.append(_whole(row[field], path.parent) if named else row[field])
     return found
 
 
@@ -81,8 +88,4 @@ def _whole(value: Any, folder: Path) -> Any:
     """A value whose path does not depend on where its manifest lies."""
     if isinstance(value, Mapping) and isinstance(value.get("path"), str):
         return {**value, "path": str(folder / value["path"])}
-    try:
-        names_a_file = isinstance(value, str) and (folder / value).is_file()
-    except (OSError, ValueError):  # too long for a name, or a zero in it
-        names_a_file = False
-    return folder / value if names_a_file else value
+    return folder / value if isinstance(value, str) else value

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -345,10 +346,11 @@ def _lines(path: Path, split: str) -> Iterator[str]:
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
             for number, line in enumerate(_bounded(file, path), start=1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if fasta and line.startswith((b">", b";")):
                     continue
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise ZipperError(
                         f"{path}, line {number} is no text in UTF-8: {error}. Give a text file."

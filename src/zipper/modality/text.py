@@ -78,6 +78,8 @@ class Text(Kind):
         lines = [line.lower() for line in lines]
         if not lines:
             raise ZipperError("no lines to train a tokenizer on. Give some text.")
+        if merges < 0:
+            raise ZipperError(f"merges is {merges}; it must be a whole number from 0 on.")
         alphabet = sorted(set(LETTERS).union(*lines) - set("\t\r\n"))
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence(
@@ -102,7 +104,14 @@ class Text(Kind):
         rows: list[str] = []
         for value in values:
             if isinstance(value, Path):
-                rows += [line.decode() for _, line in lines_of(value)]
+                for number, line in lines_of(value):
+                    try:
+                        rows.append(line.decode())
+                    except UnicodeDecodeError as error:
+                        raise ZipperError(
+                            f"{value}, line {number} is no text in UTF-8: {error}. Give a text "
+                            "file."
+                        ) from error
             elif isinstance(value, str):
                 rows.append(value)
             else:

@@ -20,7 +20,7 @@ from zipper.serving.worker import Ticket
 from zipper.strand import Segment
 
 
-class Given(BaseModel):
+class Given(BaseModel, extra="forbid"):
     """A segment. content: text, a file in base64 where the modality is made of files, or ids.
     file: instead of it the name of the part of the form that holds the file."""
 
@@ -29,14 +29,14 @@ class Given(BaseModel):
     file: str = ""
 
 
-class Forced(BaseModel):
+class Forced(BaseModel, extra="forbid"):
     """A segment to be produced that begins with these ids."""
 
     tower: str
     content: list[StrictInt] = []
 
 
-class How(BaseModel):
+class How(BaseModel, extra="forbid"):
     """How tokens are drawn; at temperature 0 the likeliest is taken."""
 
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class How(BaseModel):
     guidance: float = 1.0
 
 
-class Run(BaseModel):
+class Run(BaseModel, extra="forbid"):
     """What is given and what is to be produced, in order: "text + speech" is both at once. limits:
     most tokens by tower. stream: server-sent events, parts while they are made. explain: what each
     produced segment was read from, and the times of words."""

@@ -78,7 +78,14 @@ class Spoken(BaseModel):
     format: str = "wav"
 
 
-class Chat(BaseModel):
+#: What changes an answer where it is sent, and is done by none of these models.
+UNKNOWN = (
+    "tools tool_choice functions function_call response_format logit_bias presence_penalty "
+    "frequency_penalty repetition_penalty min_p top_k guidance limits best_of prediction"
+).split()
+
+
+class Chat(BaseModel, extra="allow"):
     """What was said so far and what is wanted. modalities: text, audio, and what the plan of
     `/v1/run` may name: another tower, "text + image", "*". stop: text ends before any of these.
     top_logprobs: only 1, and only of the likeliest words, which are those that are written."""
@@ -157,7 +164,11 @@ def add(app: FastAPI, service: Service) -> None:
 
 
 def _check(wanted: Chat) -> None:
-    """Raises Refused for what does not go together."""
+    """Raises Refused for what does not go together, or cannot be done."""
+    for name in UNKNOWN:
+        value = (wanted.model_extra or {}).get(name)
+        if value and value not in ("none", "auto", {"type": "text"}):
+            raise Refused(400, "unsupported", f"{name} is not known to this model; leave it out.")
     if wanted.stops and (
         wanted.modalities != ["text"] or len(wanted.stops) > MOST_STOPS or "" in wanted.stops
     ):

@@ -94,10 +94,9 @@ def _check(shape: str, streams: bool, found: Any) -> None:
             "unsupported_format",
             f"{shape} is made of the whole, it cannot be streamed. Take json.",
         )
-    if bodies.field(found, "prompt"):
-        raise Refused(
-            400, "unsupported", "This model reads no prompt beside a sound. Leave it out."
-        )
+    for name in "prompt", "include[]", "chunking_strategy", "known_speaker_names[]":
+        if bodies.field(found, name):
+            raise Refused(400, "unsupported", f"{name} is not known to this model; leave it out.")
     try:
         drawn = float(bodies.field(found, "temperature", "0") or 0) != 0
     except ValueError:
