@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,18 @@ def test_a_text_file_by_the_name_of_a_picture_is_named(colour: Image, tmp_path: 
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(ZipperError, match=r"a\.png is no picture"):
         colour.read("a.png", tmp_path)
+
+
+def test_an_error_says_what_was_given_once(colour: Image, tmp_path: Path) -> None:
+    for value, said in (
+        ({"path": "a.png", "x": 1}, "{'path': 'a.png', 'x': 1} was given"),
+        ("gone.png", "gone.png does not exist, or is no plain file. Give a picture."),
+        (b"hello", "The picture given is no picture that can be read, or a damaged one. Give "),
+    ):
+        with pytest.raises(ZipperError) as found:
+            colour.read(value, tmp_path)
+        assert said in str(found.value)
+        assert len(re.findall(r"\bgive\b", str(found.value), re.IGNORECASE)) == 1
 
 
 def test_damaged_files_are_refused_or_read_and_nothing_else(colour: Image) -> None:

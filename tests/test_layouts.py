@@ -275,6 +275,7 @@ def test_a_source_that_is_not_there_or_empty_is_refused(tmp_path: Path) -> None:
             next(layouts.samples(f"{kind}:{tmp_path / 'gone*'}"))
     with pytest.raises(ZipperError, match=r"gone.jsonl does not exist"):
         next(layouts.samples(str(tmp_path / "gone.jsonl")))
+    assert layouts.names("rows.jsonl#text=said") and not layouts.names("a#b.wav")
 
 
 def test_a_folder_of_a_corpus_that_cannot_be_listed_is_an_error(

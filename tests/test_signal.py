@@ -410,7 +410,8 @@ CSV = [
     ("time,a [b] c\n0,1\n", "names no channel"),
     ('time,ax\n0,"1\n1,2\n', "no CSV"),
     ("time,ax\n0,1\r1,2\r", "no CSV"),
-    ("time;ax\n0;1\n1;2\n", "no number"),
+    ("time;ax\n0;1\n1;2\n", "no number. Part cells by commas"),
+    ("time\tax\n0\t1\n1\t2\n", "Part cells by commas"),
     ("time,ax\n0,1\n1,\N{MINUS SIGN}2\n", "no number"),
     (",".join(f"c{number}" for number in range(1002)), "1002 columns"),
 ]

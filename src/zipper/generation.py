@@ -406,6 +406,8 @@ def _checked(model: Model, request: Request) -> Request:
                 "one of them out."
             )
     limits = check_limits(request.limits)
+    if request.ceiling is not None and request.ceiling < 1:
+        raise ZipperError(f"A ceiling of {request.ceiling} tokens was given; it is at least 1.")
     own = _own(model, [*request.segments, *plan])
     given = len(request.segments)
     return replace(

@@ -107,7 +107,9 @@ def samples(
 
 def names(source: str) -> bool:
     """Whether a string is written like a source, right or wrong, and not like a path."""
-    return source.lower().endswith(MANIFESTS) or (":" in source and not place_of(source).exists())
+    return source.partition("#")[0].lower().endswith(MANIFESTS) or (
+        ":" in source and not place_of(source).exists()
+    )
 
 
 def is_manifest(source: str) -> bool:

@@ -509,11 +509,8 @@ def _picture(value: Any, folder: Path, config: ImageConfig) -> Pillow.Image:
         return _plain(value, config)
     if isinstance(value, np.ndarray | list | tuple):
         return _plain(_from_pixels(value), config)
-    if isinstance(value, Mapping):
-        where = dict(value)
-        value = where.pop("bytes", None) or where.pop("path", None)
-        if {*where} - {"path", "bytes"}:
-            value = None
+    if isinstance(value, Mapping) and value.keys() <= {"path", "bytes"}:
+        value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | Path | bytes) or not value:
         raise ZipperError(f"{value!r:.200} was given; give {Image.takes}.")
     named, content = "The picture given", b""
@@ -534,6 +531,8 @@ def _content(path: Path) -> bytes:
             raise ZipperError(f"{path} does not exist, or is no plain file. Give a picture.")
         with path.open("rb") as file:
             return file.read(MOST_FILE_BYTES + 1)
+    except ZipperError:
+        raise
     except (OSError, ValueError) as error:
         raise ZipperError(f"{path!s:.200} cannot be read: {error}. Give a picture.") from error
 
@@ -554,8 +553,10 @@ def _opened(content: bytes, named: str, config: ImageConfig) -> Pillow.Image:
             f"{named} asks for far more than {MOST_PIXELS} pixels. Give a smaller picture."
         ) from error
     except Exception as error:  # whatever a stranger's file leads Pillow to
+        # Pillow knows the content by its address in memory.
+        why = "" if "BytesIO" in str(error) else f": {error!s:.200}"
         raise ZipperError(
-            f"{named} is no picture that can be read, or a damaged one: {error!s:.200}. Give "
+            f"{named} is no picture that can be read, or a damaged one{why}. Give "
             f"{', '.join(FORMATS)}."
         ) from error
 

@@ -406,6 +406,11 @@ def _csv(path: Path) -> _Table:
         rows = csv.reader(_bounded(file), strict=True)
         try:
             head = next(rows, [])
+            if len(head) == 1 and {*head[0]} & {";", "\t"}:
+                raise ZipperError(
+                    f"its header {head[0]!r:.80} is one cell, below which is no number. Part cells "
+                    "by commas, and write decimal points."
+                )
             channels, units, at = _columns(head)
             for row in rows:
                 if len(row) != len(head):
