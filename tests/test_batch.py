@@ -75,6 +75,15 @@ def test_each_row_gets_what_the_pipeline_gives_it(
     assert found[0]["id"] == "a0" and "id" not in found[9]
 
 
+def test_half_a_character_in_an_id_stops_nothing(pipe: Pipeline, tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"id": "\\ud800", "text": "call"}\n{"id": "b", "text": ""}\n')
+    assert run_batch(pipe, path, "text -> speech", out, 3, limits=LIMITS) == Counts(2, 2, 0, 0)
+    found = read(out)
+    assert found[0]["id"] == "\ud800"
+    assert found[1]["made"][0]["content"] is None, "nobody speaks in an empty text"
+
+
 def test_a_voice_stands_before_what_is_given(pipe: Pipeline, tmp_path: Path) -> None:
     path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     path.write_text(json.dumps({"speech": [5, 6], "voice": "high", "text": 7}))  # text is not asked

@@ -569,6 +569,23 @@ def test_a_folder_of_links_as_the_hub_keeps_it_is_fine_where_the_links_may_lead(
         checkpoint.load(tmp_path / "snapshot")
 
 
+def test_what_goes_away_while_it_is_looked_at_stops_no_other_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".a.zipper-new.x1y2z3w4"
+    left.mkdir()
+    real = os.open
+
+    def gone(path: Any, *options: Any, **more: Any) -> int:
+        if Path(path) == left and left.exists():
+            left.rmdir()  # its writer has just put it into its place
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", gone)
+    checkpoint.clean(tmp_path)
+    assert not left.exists()
+
+
 def test_what_people_put_beside_a_model_is_left_alone(saved: Path) -> None:
     for name in ("README.md", ".gitattributes", "plots/loss.png", ".git/config.json"):
         (saved / name).parent.mkdir(exist_ok=True)

@@ -126,6 +126,17 @@ def test_what_is_forced_forbidden_and_how_many() -> None:
     assert said(["*"], search=Search(width=2), least=1)[0] == ["text"]
 
 
+def test_a_prompt_without_room_gets_the_named_segments_alone() -> None:
+    towers = {"text": tiny_tower("gpt2", positions=16), "speech": tiny_tower("llama", 1)}
+    model = Zipper.from_towers(towers)
+    model.choose(["speech", "text"])
+    prompts = [[Segment("text", [5] * 12)], [Segment("text", [5])]]
+    limits = {"text": 2, "speech": 2}
+    full, other = generation.generate(model, prompts, ["text", "text|speech"], Sampling(), limits)
+    assert [(one.tower, one.ended) for one in full] == [("text", False)]
+    assert other[0].tower == "text" and {one.tower for one in other} <= {"text", "speech"}
+
+
 def test_what_cannot_be_chosen_is_refused() -> None:
     zip_, plain = chooser(), zipped(LLAMAS)
     given = [Segment("text", [3])]
