@@ -23,6 +23,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pretend
 import pytest
@@ -41,7 +42,8 @@ torch.set_num_threads(1)
 
 #: Files whose tests are about proofs of towers.
 ABOUT_PROOFS = {"test_tower", "test_families", "test_proofs", "test_fused", "test_environment"}
-PROVED: dict[object, tuple[type, str, str]] = {}
+FOUND: dict[object, tuple[Any, str, Any]] = {}
+PROVED: set[object] = set()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,22 +61,22 @@ def proved_once(request: pytest.FixtureRequest) -> Iterator[None]:
         model = proof.tower.model
         parts = [(type(part), "forward" in vars(part)) for part in model.modules()]
         kinds = tuple((tensor.dtype, tensor.requires_grad) for tensor in model.parameters())
-        return str(model.config), str(parts), kinds
+        return str(model.config), model.config._attn_implementation, str(parts), kinds
 
     def found(proof: Proof, seed: int = 0) -> None:
         key, tower = alike(proof), proof.tower
-        if key in PROVED:
-            way, path, tower.rows = PROVED[key]
+        if key in FOUND:
+            way, path, tower.rows = FOUND[key]
             tower.way = way(tower.model, path)
         else:
             find(proof, seed)
-            PROVED[key] = type(tower.way), tower.way.path, tower.rows
+            FOUND[key] = type(tower.way), tower.way.path, tower.rows
 
     def proved(proof: Proof, ids: torch.Tensor) -> None:
         key = (type(proof.tower.way), proof.tower.rows, alike(proof), ids.shape)
         if key not in PROVED:
             prove(proof, ids)
-            PROVED[key] = type(proof.tower.way), proof.tower.way.path, proof.tower.rows
+            PROVED.add(key)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Proof, "find", found)

@@ -672,7 +672,6 @@ def test_of_what_is_allowed_the_beam_finds_the_likeliest() -> None:
 def test_a_search_in_towers_that_read_no_padding_is_that_of_each_segment() -> None:
     towers = {"text": Tower(families.tiny("bigbird_pegasus")), "speech": tiny_tower("llama")}
     model = Zipper.from_towers(towers, link=SMALL, ends={"text": (1, 2), "speech": (0, 1)})
-    model.check([Segment("text", [3])])
     search, limits = Search(3, 3), {"text": 4, "speech": 4}
     request = Request([], ["text", "speech"], limits=limits, search=search)
     both, alone = (engines.Engine(model, Stepwise(model), 4).run([request] * n) for n in (3, 1))

@@ -326,6 +326,10 @@ def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes)
     choice = answer["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (SENTENCE, "stop")
     assert answer["usage"]["completion_tokens"] > 5 and answer["object"] == "chat.completion"
+    plain = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
+    plain |= {"presence_penalty": 0, "repetition_penalty": 1.0, "user": "me"}
+    again = served.post("/v1/chat/completions", json=heard | plain).json()
+    assert again["choices"] == answer["choices"]
     few = served.post("/v1/chat/completions", json=heard | {"max_tokens": 2}).json()
     assert few["choices"][0]["finish_reason"] == "length"
     chunks = events(served.post("/v1/chat/completions", json=heard | {"stream": True}))
@@ -627,6 +631,12 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
         (
             "/v1/chat/completions",
             {"json": {"messages": [{"role": "user", "content": "hi"}], "presence_penalty": 1}},
+            400,
+            "unsupported",
+        ),
+        (
+            "/v1/chat/completions",
+            {"json": {"messages": [{"role": "user", "content": "hi"}], "tools": [{}]}},
             400,
             "unsupported",
         ),

@@ -320,15 +320,17 @@ class Pipeline:
         """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose.
         Raises a ZipperError for a text in which there is nothing to say."""
         outputs = [self.voice(voice)]
-        speech = self.run([self.words(text)], outputs, sampling)[0].content
+        speech = self.run([self.to_say(text)], outputs, sampling)[0].content
         assert isinstance(speech, Audio)
         return speech
 
-    def words(self, text: str) -> Segment:
-        """A text that is to be spoken. Raises a ZipperError where nothing is in it to say."""
-        if not text.strip() or not self._modality("text").encode(text):
+    def to_say(self, text: str) -> Segment:
+        """A text that is to be spoken, as a given segment. Raises a ZipperError where there is
+        nothing in it to say."""
+        segment = Segment("text", text)
+        if self._says_nothing(segment):
             raise ZipperError(f"There is nothing to say in {text!r:.80}. Give words.")
-        return Segment("text", text)
+        return segment
 
     def voice(self, name: str | None) -> str | Segment:
         """The output item for speech in a voice: its id is forced as the first token."""
@@ -417,12 +419,7 @@ class Pipeline:
         raw = [self._read(segment) for segment in segments]
         if raw and all(self._says_nothing(segment) for segment in raw):
             return None
-        found = [self._encoded(segment) for segment in raw]
-        # A text without a word is nobody's; ids that were given are taken as they are.
-        wordless = [
-            not is_ids(one.content) and not ids.content for one, ids in zip(raw, found, strict=True)
-        ]
-        return None if raw and all(wordless) else found
+        return [self._encoded(segment) for segment in raw]
 
     def _read(self, segment: Segment) -> Segment:
         """With raw data in place of its file."""

@@ -97,7 +97,7 @@ def speak(
     sound.check_writable(output)
     pipe = pipeline(model, towers, allow_mismatch)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
-    said = pipe.run([pipe.words(text)], outputs=[pipe.voice(voice)], sampling=how)[0]
+    said = pipe.run([pipe.to_say(text)], outputs=[pipe.voice(voice)], sampling=how)[0]
     sound.write(output, said.content)
     seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
     if as_json:

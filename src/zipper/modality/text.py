@@ -132,6 +132,10 @@ class Text(Kind):
         """sha256 of the definition and the two tokens."""
         return hashlib.sha256("\0".join([self.definition, *self.tokens]).encode()).hexdigest()
 
+    def says_nothing(self, raw: str) -> bool:  # type: ignore[override]
+        """Whether there is no word in it: white space, or signs that are left out."""
+        return not raw.strip() or not self.encode(raw)
+
     def encode(self, raw: str) -> list[int]:
         """Token ids of what `spell` makes of it. Raises ZipperError naming the characters that this
         tokenizer cannot write."""

@@ -78,11 +78,20 @@ class Spoken(BaseModel):
     format: str = "wav"
 
 
-#: What changes an answer where it is sent, and is done by none of these models.
-UNKNOWN = (
-    "tools tool_choice functions function_call response_format logit_bias presence_penalty "
-    "frequency_penalty repetition_penalty min_p top_k guidance limits best_of prediction"
-).split()
+#: What changes an answer where it is sent, and is done by none of these models; and the values,
+#: beside none, 0 and what is empty, that change nothing.
+UNKNOWN: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    "tools functions logit_bias presence_penalty frequency_penalty min_p limits prediction".split(),
+    (),
+) | {
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "repetition_penalty": (1,),
+    "guidance": (1,),
+    "best_of": (1,),
+    "top_k": (-1,),
+}
 
 
 class Chat(BaseModel, extra="allow"):
@@ -165,9 +174,9 @@ def add(app: FastAPI, service: Service) -> None:
 
 def _check(wanted: Chat) -> None:
     """Raises Refused for what does not go together, or cannot be done."""
-    for name in UNKNOWN:
+    for name, plain in UNKNOWN.items():
         value = (wanted.model_extra or {}).get(name)
-        if value and value not in ("none", "auto", {"type": "text"}):
+        if value and value not in plain:
             raise Refused(400, "unsupported", f"{name} is not known to this model; leave it out.")
     if wanted.stops and (
         wanted.modalities != ["text"] or len(wanted.stops) > MOST_STOPS or "" in wanted.stops
