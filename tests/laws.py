@@ -26,15 +26,16 @@ from zipper.testing import tiny_tower
 from zipper.tower import Past, Strand, Tower
 
 # Nothing of one tower fits another: a mix-up is an error of shapes, or of ids.
-WIDTH = {"text": 16, "speech": 24, "image": 32}
-LAYERS = {"text": 5, "speech": 4, "image": 3}
-VOCABULARY = {"text": 31, "speech": 23, "image": 17}
-TOKENS = {"text": 4.0, "speech": 10.0, "image": 3.0}
-SEED = {"text": 1, "speech": 2, "image": 3}
+WIDTH = {"text": 16, "speech": 24, "image": 32, "motion": 40}
+LAYERS = {"text": 5, "speech": 4, "image": 3, "motion": 2}
+VOCABULARY = {"text": 31, "speech": 23, "image": 17, "motion": 19}
+TOKENS = {"text": 4.0, "speech": 10.0, "image": 3.0, "motion": 5.0}
+SEED = {"text": 1, "speech": 2, "image": 3, "motion": 4}
 ENDS = {
     "text": (0, 19),
     "speech": (0, 14),
     "image": (0, 11),
+    "motion": (0, 7),
 }  # tokens that these towers like to say, so that segments end
 SMALL = LinkConfig(head_width=8)
 LLAMAS = {"text": "llama", "speech": "llama"}

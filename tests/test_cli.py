@@ -619,6 +619,11 @@ def test_a_recipe_may_build_its_own_model(zipper: Zipper, recipe: Path, tmp_path
     )
 
 
+def test_json_is_of_a_plan(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
+    assert "--json is for what --plan finds" in refused(zipper("train", recipe, "--json"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_pretrain_wants_one_tower(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:
     assert "pretrain wants one. Use `zipper train`" in refused(zipper("pretrain", recipe))
     assert not (tmp_path / "prepared").exists()
@@ -808,6 +813,8 @@ def test_a_manifest_never_lands_on_a_folder(zipper: Zipper, world: World, tmp_pa
     assert "too few" in refused(
         zipper("units", "a.wav", "-o", "u.jsonl", "--fit", "4000", "--units", "codes")
     )
+    codes = ("--units", world.folder / "speech")
+    assert "does not exist" in refused(zipper("units", "jsonl:gone.jsonl", "-o", "new", *codes))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.wav", "units"]
 
 

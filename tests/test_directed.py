@@ -41,7 +41,7 @@ from zipper.sampling import Sampling
 from zipper.strand import Segment
 from zipper.verify import verify
 
-NAMES = ("text", "speech", "image")
+NAMES = ("text", "speech", "image", "motion")
 Directed = tuple[str, int, str, int]
 
 
@@ -73,7 +73,7 @@ def born(families: dict[str, str], **options: Any) -> Zipper:
 
 def a_case(seed: int) -> tuple[random.Random, list[str], Zipper]:
     dice = random.Random(seed)
-    names = list(NAMES[: dice.choice([2, 3, 3])])
+    names = list(NAMES[: dice.choice([2, 3, 4])])
     kind = dice.choice(["residual", "none"])
     links = links_of(dice, names)
     return dice, names, zipped({n: "llama" for n in names}, links=links, input_projection=kind)
@@ -192,6 +192,12 @@ def test_a_tower_may_run_ahead_of_one_that_waits() -> None:
             assert stop.tower == "speech" or stop.layer in (0, 1, 2, 3)
     first_segment_is_bare(zipped(TWO, shows={"text": 0, "speech": 4}, input_projection="none"))
     assert all(check.held for check in verify(model))
+
+
+@pytest.mark.parametrize("link", [("text", 2, "speech"), "text>speech", ()])
+def test_what_is_no_link_is_refused(link: Any) -> None:
+    with unchecked(), pytest.raises(ZipperError, match=r"A link is .*; four were wanted"):
+        zipped(TWO, links=[link])
 
 
 def test_a_circle_is_refused_with_the_links_that_close_it() -> None:

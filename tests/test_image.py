@@ -206,6 +206,14 @@ def test_pictures_of_every_mode_are_read(mode: str, colour: Image, grey: Image) 
         assert mode == "1" or abs(int(np.asarray(read).mean()) - 128) < 4
 
 
+def test_pixels_with_a_point_are_those_from_0_to_255(colour: Image) -> None:
+    shades = np.linspace(0, 255, 256, dtype=np.float32).reshape(16, 16)
+    read = np.asarray(colour.read(Pillow.fromarray(shades)))
+    assert np.array_equal(read[..., 0], shades.round())
+    with pytest.raises(ZipperError, match="numbers with a point from 0 to 1; 0 to 255 were wanted"):
+        colour.read(Pillow.fromarray(shades / 255))
+
+
 def test_what_is_transparent_is_white_and_a_camera_is_held_upright(colour: Image) -> None:
     clear = Pillow.new("RGBA", (16, 16), (255, 0, 0, 0))
     assert (np.asarray(colour.read(png(clear))) == 255).all()

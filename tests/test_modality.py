@@ -155,6 +155,9 @@ def test_the_template_keeps_the_laws_and_is_fitted_from_the_command_line(
     assert main(["fit", "dice", rolls, "-o", str(tmp_path / "fit"), "--set", "sides=8"]) == 0
     loaded = modality.load(tmp_path / "fit")
     assert (type(loaded), loaded.vocabulary) == (dice, 10)
+    folder = str(tmp_path / "example")
+    assert main(["fit", "dice", folder, "-o", str(tmp_path / "same"), "--set", "sides=8"]) == 0
+    assert modality.load(tmp_path / "same").fingerprint == loaded.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -235,12 +235,14 @@ def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path:
         name: m.fingerprint for name, m in pipe.modalities.items()
     }
     assert checkpoint.load(tmp_path / "again")[1] == {"steps": 3}
-    assert {
-        p.dtype
-        for p in Pipeline.from_pretrained(
-            tmp_path / "again", dtype=torch.bfloat16
-        ).model.parameters()
-    } == {torch.bfloat16}
+    half: Any
+    for half in (torch.bfloat16, "bfloat16"):
+        loaded = Pipeline.from_pretrained(tmp_path / "again", dtype=half).model
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    for odd in ("bfloat17", "Tensor", torch.int8):
+        for kind in (Pipeline, Zipper):
+            with pytest.raises(ZipperError, match=r"dtype is .*; torch\.float32, torch"):
+                kind.from_pretrained(tmp_path / "again", dtype=odd)
 
 
 @pytest.mark.parametrize("name", ["text", "speech"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zipper.errors import ZipperError
-from zipper.sampling import Rules, Sampling, choose, keep
+from zipper.sampling import MOST_SEED, Rules, Sampling, choose, keep
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
 LOGITS = torch.tensor([[log(0.2), log(0.4), log(0.1), log(0.3)]])
@@ -126,6 +126,13 @@ def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
     )
     # Row i draws from seed + i.
     assert torch.equal(batch[1:2], draws(flat, Sampling(temperature=1.0, seed=4), 20))
+
+
+def test_behind_the_largest_seed_comes_the_smallest() -> None:
+    last = Sampling(temperature=1.0, seed=MOST_SEED)
+    assert [last.of_row(row).seed for row in range(3)] == [MOST_SEED, -MOST_SEED, 1 - MOST_SEED]
+    assert last.generators(2)[1].initial_seed() == 2**64 - MOST_SEED
+    assert Sampling(seed=-MOST_SEED).of_row(2).seed == 2 - MOST_SEED
 
 
 @pytest.mark.parametrize(

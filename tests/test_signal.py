@@ -617,6 +617,10 @@ def test_what_cannot_be_fitted_is_refused() -> None:
             Signal.fitted([walk(0)], **wrong)  # type: ignore[arg-type]
     with pytest.raises(ZipperError, match="limit=0"):
         Signal.fitted([walk(0)], method="bins", limit=0.0)
+    with pytest.raises(ZipperError, match="limit=5 was given; it is of bins"):
+        Signal.fitted([walk(0)], codes=2, limit=5.0)
+    with pytest.raises(ZipperError, match="patch=8 was given; bins are of 1 step"):
+        Signal.fitted([walk(0)], method="bins", patch=8)
 
 
 def test_the_example_is_fitted_and_says_that_it_is_computed(tmp_path: Path) -> None:

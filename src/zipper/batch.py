@@ -124,8 +124,7 @@ def _answers(
                 more = False
                 break
             try:
-                own = replace(sampling, seed=sampling.seed + number)
-                request = _asked(pipeline, sample, task, own, limits)
+                request = _asked(pipeline, sample, task, sampling.of_row(number), limits)
                 if request is None:  # nothing is said in it
                     fixed = [lane.tower for lane in task.segments_produced if not lane.among]
                     yield number, sample, [Produced(tower, []) for tower in fixed]

@@ -273,10 +273,9 @@ class Engine:
                 f"generate() got {len(prompts)} prompts and outputs {list(outputs)}; it needs at "
                 "least one of each."
             )
-        seeds = (replace(sampling, seed=sampling.seed + row) for row in range(len(prompts)))
         requests = [
-            Request(prompt, outputs, own, limits)
-            for prompt, own in zip(prompts, seeds, strict=True)
+            Request(prompt, outputs, sampling.of_row(row), limits)
+            for row, prompt in enumerate(prompts)
         ]
         answers = self.run(requests)
         crowded = all(answer.error for answer in answers)

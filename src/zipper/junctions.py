@@ -39,6 +39,12 @@ def shape(
     if links is not None:
         if shows:
             raise ZipperError("links=... says where towers are shown; leave shows=... out.")
+        for link in links:
+            if isinstance(link, str) or len(link) != 4:
+                raise ZipperError(
+                    f"A link is {link!r}; four were wanted: who is shown, behind how many of its "
+                    "blocks, who is fused, behind how many of its own."
+                )
         fused = tuple({target: depth} for _, _, target, depth in links)
         shown = tuple({source: depth} for source, depth, _, _ in links)
         check_junctions(layers, fused, shown)

@@ -415,7 +415,7 @@ class Zipper(nn.Module):
         cls,
         source: str | Path,
         towers: Mapping[str, TowerSource] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         allow_mismatch: bool = False,
         revision: str | None = None,
     ) -> "Zipper":
@@ -429,8 +429,9 @@ class Zipper(nn.Module):
         Raises ZipperError when a file is damaged or a base is not the one that the zip was trained
         on (hashes are compared); allow_mismatch makes the second a warning.
         """
+        wanted = zips.precision(dtype)
         opened = zips.open_zip(source, towers or {}, allow_mismatch, revision)
-        return cls.assemble(opened.folder, opened.towers, opened.config, dtype, opened.shared)
+        return cls.assemble(opened.folder, opened.towers, opened.config, wanted, opened.shared)
 
     @classmethod
     def assemble(

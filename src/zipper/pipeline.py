@@ -27,7 +27,7 @@ from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint, hub
 from zipper.saving.card import Told, card
-from zipper.saving.zips import TowerSource
+from zipper.saving.zips import TowerSource, precision
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, among
 
@@ -138,7 +138,7 @@ class Pipeline:
         cls,
         source: str | Path | None = None,
         towers: Mapping[str, TowerSource] | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         allow_mismatch: bool = False,
         revision: str | None = None,
     ) -> "Pipeline":
@@ -149,6 +149,7 @@ class Pipeline:
         ZipperError for a damaged file, a foreign base, tokenizer or codebook; allow_mismatch makes
         a foreign one a warning.
         """
+        dtype = precision(dtype)
         local = hub.fetch(SHIPPED if source is None else source, revision)
         folder, recalled, quick = local.folder, None, not towers and proofs.wanted()
         model: Any
@@ -298,7 +299,9 @@ class Pipeline:
     def engine(self, rows: int = 8) -> Engine:
         """Runs many requests at once, `rows` of them side by side, with the weights as they are
         now; contents are ids. All engines of a pipeline share one set of laid-out weights."""
-        return Engine(self.held, self._current_reader(), rows)
+        # In this order: who loads the model in between leaves a reader that is whole.
+        reader = self._current_reader()
+        return Engine(self.held, reader, rows)
 
     def transcribe(self, speech: Audio | str | Path | bytes) -> str:
         """Speech to text: an Audio, the path of a sound file or its content -> its words, "" where
@@ -384,9 +387,10 @@ class Pipeline:
 
     def _current_reader(self) -> Reader:
         """A reader with the weights as they are now."""
-        # Nobody was given the model to change it.
-        if self._later is not None and self._reader is not None:
-            return self._reader
+        with _LOADING:
+            # Nobody was given the model to change it.
+            if self._later is not None and self._reader is not None:
+                return self._reader
         parameters = list(self.model.parameters())
         small = sum(p.nbytes for p in parameters) <= FAST_BYTES
         if not small or any(p.device.type != "cpu" or p.is_inference() for p in parameters):

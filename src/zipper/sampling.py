@@ -4,7 +4,7 @@ neighbours in a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -68,7 +68,13 @@ class Sampling:
 
     def generators(self, rows: int) -> list[torch.Generator]:
         """One random stream per row."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
+        return [torch.Generator().manual_seed(self.of_row(row).seed) for row in range(rows)]
+
+    def of_row(self, row: int) -> "Sampling":
+        """How a row of a batch is drawn: from the seed + row; behind the largest seed comes the
+        smallest."""
+        seed = (self.seed + row + MOST_SEED) % (2 * MOST_SEED + 1) - MOST_SEED
+        return replace(self, seed=seed)
 
 
 #: From the ids of a segment so far to those that may come next, its end id among them if it may

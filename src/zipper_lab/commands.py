@@ -209,7 +209,7 @@ def evaluate(
                 f"{output} was given for the results as JSON; the page lies beside them. Let the "
                 "name end in .json."
             )
-        for written in output, output.with_suffix(".html"):
+        for written in output, _page(output):
             writable(written, [data] if data else [])
     named_model = model or source
     _check_options(data, tasks, limit, by, robust)
@@ -221,6 +221,13 @@ def evaluate(
     pipe = pipeline(named_model, towers, allow_mismatch)
     which = ["asr", "tts"] if task == "both" else [task]
     _built_in(pipe, named_model or "shipped", which, test, judge, robust, output, as_json)
+
+
+def _page(results: Path) -> Path:
+    """Where the page lies beside results: a name that ends in .json ends in .html, any other goes
+    on with it."""
+    name = results.stem if results.suffix.lower() == ".json" else results.name
+    return results.with_name(f"{name}.html")
 
 
 def _check_options(
@@ -301,7 +308,7 @@ def _measure(
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(output, {"data": str(data), "measured": told})
-        measurement.write(output.with_suffix(".html"), found, data.name)
+        measurement.write(_page(output), found, data.name)
     print(json.dumps(told, indent=1) if as_json else measurement.text(found))
 
 

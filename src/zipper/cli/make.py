@@ -119,6 +119,7 @@ def units(
         _fitted(place, fit, policy).save(units)
     beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
     folder = output if corpus else beside
+    fresh = not folder.exists()
     speed = [0.0]
     try:
         found = extraction.extract(
@@ -133,8 +134,9 @@ def units(
             takes=takes or 0,
         )
     except ZipperError:
-        if not corpus and len(list(beside.glob("units-*"))) < 2:  # nothing worth keeping
-            shutil.rmtree(beside, ignore_errors=True)
+        made = len(list(folder.glob("units-*")))
+        if (fresh and not made) or (not corpus and made < 2):  # nothing worth keeping
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     counts = rows.provenance(folder)
     bad_list = output / rows.BAD
@@ -430,6 +432,8 @@ def _follow(
     from zipper.training import building, loop
 
     build = recipe.get("build", building.build)
+    if as_json and not plan:
+        raise ZipperError("--json is for what --plan finds. Add --plan, or leave it out.")
     if not plan:
         writable(Path(config.output) / "config.json")
     if "prepare" in recipe:

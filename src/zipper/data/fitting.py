@@ -44,8 +44,11 @@ def fit(
 
 def values_of(path: Path, field: str, named: bool = True) -> list[Any]:
     """What a kind is fitted to: a file itself, the files below a folder, or what a field of a
-    manifest holds. named: by the names of files, as they are seen from the manifest. Raises a
-    ZipperError for a row without the field, and for a manifest of another ending."""
+    manifest holds; a folder with a manifest.jsonl is that. named: by the names of files, as they
+    are seen from the manifest. Raises a ZipperError for a row without the field, and for a manifest
+    of another ending."""
+    if (path / f"manifest{MANIFEST}").is_file():
+        path /= f"manifest{MANIFEST}"
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file())
         return [file for file in below if not file.name.startswith(".")]

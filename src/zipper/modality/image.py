@@ -585,6 +585,11 @@ def _plain(picture: Pillow.Image, config: ImageConfig) -> Pillow.Image:
         picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     elif picture.mode in ("I", "F"):  # 16 bits in PNG and TIFF, as older Pillows read them
         values = np.nan_to_num(np.asarray(picture)).clip(0, 65_535)
+        if picture.mode == "F" and 0 < values.max() <= 1:
+            raise ZipperError(
+                "The picture given holds numbers with a point from 0 to 1; 0 to 255 were wanted. "
+                "Save 255 times as much."
+            )
         deep = values.max() > 255
         picture = Pillow.fromarray((values / (257 if deep else 1)).round().astype(np.uint8))
     mode = "RGBA" if clear else MODES[config.channels]

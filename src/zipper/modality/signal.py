@@ -151,10 +151,10 @@ class Signal(Kind):
         cls,
         values: Sequence[Any],
         codes: int = 256,
-        patch: int = 8,
+        patch: int | None = None,
         rate_hz: float | None = None,
         method: Method = "patches",
-        limit: float = 5.0,
+        limit: float | None = None,
         seed: int = 0,
     ) -> "Signal":
         """A signal for data like this.
@@ -163,11 +163,18 @@ class Signal(Kind):
         says the channels, their units and their order, and its rate holds unless `rate_hz` is
         given. codes: centroids, by k-means of `seed`; with method="bins" as many bins of one width
         from -limit to limit scales, where what lies beyond falls into the outermost (limit and
-        codes were never tuned; `patch` neither, and it is for patches alone).
+        codes were never tuned). patch: for patches alone, 8 by default, never tuned; limit: for
+        bins alone, 5 by default.
 
         Raises ZipperError for data that does not agree, that is too little for so many codes, or
         more than 2**28 numbers, all of which are in memory.
         """
+        if method == "bins" and patch not in (None, 1):
+            raise ZipperError(f"patch={patch} was given; bins are of 1 step. Leave it out.")
+        if method == "patches" and limit is not None:
+            raise ZipperError(f"limit={limit:g} was given; it is of bins. Leave it out.")
+        patch = 8 if patch is None else patch
+        limit = 5.0 if limit is None else limit
         series = [opened(value, Path(), None) for value in counted(values)]
         if not series:
             raise ZipperError("There are no series to fit on. Give some.")

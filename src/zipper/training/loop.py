@@ -89,7 +89,7 @@ class Objective(nn.Module):
         """Per tower the weighted sum of -log p(target) in nats; logits only where there is
         something to predict.
 
-        A weight below 0 counts as 0, but its logits are computed (`_batches` says what for).
+        A weight below 0 counts as 0, but its logits are computed (`batches.silent` makes such).
         """
         losses: dict[str, Tensor] = {}
         for batch in batches:

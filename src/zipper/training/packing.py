@@ -1,5 +1,5 @@
 """Which samples share a row, so that little of a batch is padding. It counts tokens; what they are,
-and that documents of a row do not see one another, is the business of `sequence` and of the
+and that documents of a row do not see one another, is the business of `strand` and of the
 masks.
 """
 
