@@ -22,7 +22,8 @@ setup: .venv/installed  ## .venv with everything; runs again only when pyproject
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,speech,image,train,lora,data,serve]" -c constraints.txt
+	@# What is imported is compiled then; all there is, in one process, takes a minute more.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e ".[dev,speech,image,train,lora,data,serve]" -c constraints.txt
 	touch $@
 
 demo: setup  ## align a new zip on the built-in corpus and report to runs/demo
@@ -31,7 +32,7 @@ demo: setup  ## align a new zip on the built-in corpus and report to runs/demo
 check: setup  ## the one gate: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n $(WORKERS)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 format: setup  ## rewrite the files as the gate wants them

@@ -21,6 +21,7 @@ from torch import Tensor
 from zipper import pages
 from zipper.data import manifests
 from zipper.data.manifests import Sample
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.generation import Request
 from zipper.loss import batch_losses
@@ -141,7 +142,8 @@ def measure(
 
 def judge(name: str) -> Judge:
     """A judge by its name, from the entry point group `zipper.judges` of an installed package.
-    Raises a ZipperError that names those that there are."""
+    Raises a ZipperError that names those that there are, and MissingExtra at once for a judge that
+    `needs` modules which are not installed."""
     known = {entry.name: entry for entry in entry_points(group="zipper.judges")}
     if name not in known:
         raise ZipperError(
@@ -149,6 +151,8 @@ def judge(name: str) -> Judge:
             "entry point group zipper.judges."
         )
     found: Judge = known[name].load()
+    for module in getattr(found, "needs", ()):
+        extra(module)
     return found
 
 

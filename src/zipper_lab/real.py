@@ -15,6 +15,7 @@ from typing import Any
 
 from zipper import measurement, modality
 from zipper.data import fitting, manifests
+from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.junctions import Directed
 from zipper.link import LinkConfig
@@ -343,19 +344,32 @@ def judges(name: str, folder: Path) -> dict[str, dict[str, real_judges.Judge]]:
     return {tower: {"digit": digit} for tower in ("speech", "image", TEXT)}
 
 
+def scored(name: str, folder: Path) -> dict[str, dict[str, real_judges.Scored]]:
+    """`judges` as `measurement.measure` wants them. Raises MissingExtra where one cannot judge."""
+    found = {
+        tower: {each: real_judges.Scored(judge) for each, judge in some.items()}
+        for tower, some in judges(name, folder).items()
+    }
+    for judge in chain.from_iterable(some.values() for some in found.values()):
+        for module in judge.needs:
+            extra(module)
+    return found
+
+
 def measured(
-    name: str, folder: Path, pipeline: Pipeline, limit: int | None = 300
+    name: str,
+    folder: Path,
+    pipeline: Pipeline,
+    limit: int | None = 300,
+    by: Mapping[str, Mapping[str, real_judges.Scored]] | None = None,
 ) -> dict[str, list[Measured]]:
     """What a zip of a set can do, by the set's judges, on each of its tests: model, oracle (what
     the modality keeps of real data) and floor (the answer to another row).
 
-    limit: rows of each test, spread over all of it.
+    limit: rows of each test, spread over all of it. by: the `scored` of the set, if they are there.
     """
     chosen = named(name)
-    by = {
-        tower: {each: real_judges.Scored(judge) for each, judge in some.items()}
-        for tower, some in judges(name, folder).items()
-    }
+    by = by or scored(name, folder)
     found = {}
     for test in chosen.tests:
         samples = [*manifests.samples(folder / f"{test}.jsonl")]
@@ -382,6 +396,7 @@ def run(
     an original is missing, MissingExtra for a package.
     """
     prepare(name, data, output / "data")
+    by = scored(name, output / "data")  # before hours of training: one may lack a package
     *towers, zipped = runs(name, output / "data", output, share).values()
     recipes = {Path(config.output).name: config for config in towers}
     recipes |= {arm: config for arm, config in arms(zipped).items() if arm in which}
@@ -393,7 +408,7 @@ def run(
         if part not in which:
             continue
         pipeline = Pipeline.from_pretrained(output / part / "model")
-        for test, some in measured(name, output / "data", pipeline, limit).items():
+        for test, some in measured(name, output / "data", pipeline, limit, by).items():
             told.setdefault(part, {})[test] = [one.to_json() for one in some]
             page = output / f"{test}.html" if part == ZIP else output / f"{part}_{test}.html"
             measurement.write(page, some, f"{name}: {part}, {test}")

@@ -38,7 +38,8 @@ TREES = 200
 
 @runtime_checkable
 class Judge(Protocol):
-    """Whatever gives numbers to answers."""
+    """Whatever gives numbers to answers. One that goes by a package of an extra names its modules
+    in `needs`."""
 
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
         """By name of the metric, a number for each sample; 1 is best."""
@@ -68,6 +69,11 @@ class Scored:
     number counts for nothing."""
 
     by: Judge
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules of extras without which it cannot judge."""
+        return getattr(self.by, "needs", ())
 
     def __call__(self, wanted: Sequence[Any], made: Sequence[Any], rows: Sequence[Row]) -> Scores:
         """A pair for each sample, by metric."""
@@ -448,6 +454,8 @@ class Simulator:
     took, less where more were, 0 without success.
     """
 
+    needs = ("minigrid.envs.babyai.core.verifier",)
+
     def __init__(self) -> None:
         self._worlds: dict[str, Any] = {}
 
@@ -493,6 +501,8 @@ class Simulator:
 class Missions:
     """Whether words tell a mission that the actions of the row fulfil, in the simulator (true), and
     whether they are the row's own (exact)."""
+
+    needs = Simulator.needs
 
     def __init__(self) -> None:
         self._simulator = Simulator()
@@ -557,6 +567,8 @@ def _thing(said: Sequence[str]) -> Any:
 class Chemistry:
     """Molecules by RDKit. valid: whether the line is one. exact: whether it is the one asked for.
     alike: Tanimoto's similarity of Morgan fingerprints (radius 2, 2,048 bits), 0 for none."""
+
+    needs = ("rdkit.Chem",)
 
     def judge(self, wanted: Sequence[Row], made: Sequence[str]) -> Found:
         """made: SMILES lines."""

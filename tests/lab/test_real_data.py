@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zipper import measurement
 from zipper.audio import sound
 from zipper.data.manifests import manifest
+from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.modality import whole
 from zipper.modality.signal import Signal
@@ -710,6 +712,18 @@ def test_the_recipes_of_a_set_fit_together(tmp_path: Path, name: str) -> None:
 def test_an_unknown_set_is_refused() -> None:
     with pytest.raises(ZipperError, match="Take one of images, motion"):
         real.runs("smells", Path("data"), Path("runs"))
+
+
+def test_a_judge_that_lacks_its_package_says_so_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real, "prepare", lambda *_: None)
+    monkeypatch.setattr(real, "train", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr(real_judges.Chemistry, "needs", ("no_such_chemistry",))
+    with pytest.raises(MissingExtra, match="no_such_chemistry"):
+        real.run("molecules", tmp_path, tmp_path / "out")
+    with pytest.raises(MissingExtra, match="no_such_chemistry"):
+        measurement.judge("rdkit")
 
 
 @pytest.mark.slow
