@@ -1,8 +1,9 @@
 """Choice: a zip says which segment comes next, or that it is over; until it has learnt to, nothing
 of it is seen."""
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def chooser(seed: int = 0, families: Any = LLAMAS, **options: Any) -> Zipper:
     return found
 
 
+def greedy(model: Zipper, done: list[Segment], name: str, company: tuple[str, ...]) -> list[int]:
+    """At most four ids, by the whole pass for each. What comes next is open, so that all towers of
+    the choice take part, also where one alone has spoken so far."""
+    ends, ids = model.ends()[name], list[int]()
+    while len(ids) < 4:
+        batch = collate([[*done, Segment(name, ids)]], model.ends())
+        with torch.inference_mode():
+            hidden = model.hidden(batch.strands, [name], company)[name][:, -2:-1]
+            logits = model.unembed(name, hidden)[0, 0].tolist()
+        logits[ends.begin] = -math.inf
+        if (token := logits.index(max(logits))) == ends.end:
+            break
+        ids.append(token)
+    return ids
+
+
 def by_hand(model: Zipper, given: list[Segment], options: tuple[str, ...], most: int) -> Any:
     """What it chooses and writes, by the whole pass over all so far, anew for each decision."""
     done, chosen = [*given], list[str]()
@@ -62,15 +79,14 @@ def by_hand(model: Zipper, given: list[Segment], options: tuple[str, ...], most:
         chosen.append(names[max(open_to, key=logits.__getitem__)])
         if not chosen[-1]:
             break
-        (made,) = model.generate(done, [chosen[-1]], limits={chosen[-1]: 4})
-        done.append(Segment(made.tower, made.content))
+        done.append(Segment(chosen[-1], greedy(model, done, chosen[-1], company)))
     return chosen, [(s.tower, list(s.content)) for s in done[len(given) :]]
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 302), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [(0, 1, 19), pytest.param(range(2, 302), marks=pytest.mark.slow)])
 def test_it_writes_what_its_heads_say_of_all_before(
-    seeds: range, reader: Callable[[Zipper], Reader]
+    seeds: Sequence[int], reader: Callable[[Zipper], Reader]
 ) -> None:
     for seed in seeds:
         dice = random.Random(seed)
