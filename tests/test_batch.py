@@ -1,6 +1,7 @@
 """Offline work on a manifest: what each row gets is what the pipeline gives it, whoever does it,
 and however often it was stopped."""
 
+import copy
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import sound, world
 
 from zipper import batch
@@ -151,6 +153,14 @@ def test_what_was_made_is_learnt_from(pipe: Pipeline, rows: Path, tmp_path: Path
             found[row]["made"][0]["content"] for row in done
         ]
         assert passed["rows without an answer"] == 2
+    (moved / rows.name).write_text('{"text": "turn"}\n' + rows.read_text())
+    with pytest.raises(ZipperError, match="rows would get the answers of others"):
+        list(layouts.samples(f"made:{moved / 'there' / 'out.jsonl'}"))
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        next(iter(other.model.links.parameters())).add_(1)
+    with pytest.raises(ZipperError, match="of another added"):
+        run_batch(other, rows, task, out, 3, sampling=DRAWN, limits=LIMITS, ids=True)
     taken = manifests.encode(learnt[0].row, pipe.modalities, tmp_path, "row 0")
     assert taken["made"] == found[0]["made"][0]["content"] != []
     assert taken["text"] == pipe.modalities["text"].encode("call anna")

@@ -174,6 +174,9 @@ def test_a_name_for_the_second_gives_way_and_an_unknown_one_is_refused() -> None
     assert {*compose(first, second, {"speech": "voice"}).towers} == {"text", "speech", "voice"}
     with pytest.raises(ZipperError, match="names names the tower 'sound'"):
         compose(first, second, {"sound": "voice"})
+    for name in ("Voice", "my.voice", "", "a>b"):
+        with pytest.raises(ZipperError, match="cannot name a tower"):
+            compose(first, second, {"speech": name})
 
 
 def test_a_tower_that_changed_since_it_was_loaded_is_refused() -> None:

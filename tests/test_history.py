@@ -2,6 +2,7 @@
 ones."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_the_summary_says_what_the_rows_say(run: Path) -> None:
         "tokens_per_s": 200.0,
         "matmul_share": 0.3,
     }
+
+
+def test_a_dev_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    rows = [{"step": 2, "dev/-> text": math.nan}, {"step": 4, "dev/-> text": 1.0}]
+    found = History.read(run_of(tmp_path / "run", rows, "", steps=4)).summary()
+    assert found["best"] == {"step": 4, "mean": 1.0, "dev": {"-> text": 1.0}}
 
 
 def test_the_text_says_it_to_people(run: Path) -> None:

@@ -11,6 +11,7 @@ from tiny import World
 
 from zipper.audio.sound import Audio
 from zipper.data.manifests import encode
+from zipper.errors import ZipperError
 from zipper.inspection import (
     activity,
     attention,
@@ -121,6 +122,8 @@ def test_an_attention_map_is_the_mean_over_heads_and_junctions(
     assert text.shape == (8, 6)
     assert (text[:5] == 0).all()  # nothing was said before
     torch.testing.assert_close(text[5:].sum(1), torch.ones(3))
+    with pytest.raises(ZipperError, match="'text' reads 'text' by no link"):
+        attention(model, strands, source="text", target="text")
 
 
 def test_parts_hold_every_parameter_that_trains_once(pipe: Pipeline) -> None:

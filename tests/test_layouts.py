@@ -178,7 +178,7 @@ def test_librilight_as_it_lies_on_disk(tmp_path: Path) -> None:
     (sample,) = layouts.samples(source)
     assert (
         sample.problem
-        == "cannot be cut: its voice_activity is no list of [start, stop] in seconds."
+        == "cannot be cut: its voice_activity is no list of [start, stop] in seconds, one behind the other."
     )
     (book / "holland_01_64kb.json").unlink()
     (sample,) = layouts.samples(source)
@@ -543,6 +543,23 @@ def table(path: Path, n: int = 3, **columns: Any) -> Path:
         ):
             stream.write_table(made, max_chunksize=10)
     return path
+
+
+def test_tables_have_the_split_of_their_name_or_folder(tmp_path: Path) -> None:
+    names = [
+        "data/train-00000-of-00001",
+        "data/test-00000-of-00001",
+        "dev/0000",
+        "trained",
+        "valid",
+    ]
+    for name in names:
+        table(tmp_path / f"{name}.parquet", 1, mark=[name])
+    source = f"parquet:{tmp_path}"
+    found = {row.row["mark"]: row.row["split"] for row in layouts.samples(source)}
+    wanted = ["train", "test", "validation", "train", "validation"]
+    assert found == dict(zip(names, wanted, strict=True))
+    assert [one.row["mark"] for one in layouts.samples(source, "test")] == [names[1]]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

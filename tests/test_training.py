@@ -39,7 +39,9 @@ from zipper.strand import Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import Stopped, TrainConfig, batches, build, loop, train
+from zipper.training.batches import Drawn, Steps
 from zipper.training.config import FREE
+from zipper.training.loop import drawn
 
 ASR, TTS = tiny.BOTH
 
@@ -365,6 +367,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(world: World, tmp_path: Path)
         train(wider, resume=True)
 
 
+TURNED = dict(reversed(tiny.BOTH.items()))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -374,6 +379,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(world: World, tmp_path: Path)
         ({"rows": 40}, "data, rows "),
         ({"eval_rows": 4}, "dev, eval_rows "),
         ({"frozen_dtype": "bfloat16"}, "frozen_dtype "),
+        ({"tasks": TURNED}, "tasks "),  # by whose order they are drawn
     ],
 )
 def test_a_run_is_not_resumed_with_another_recipe(
@@ -410,6 +416,60 @@ def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
     checkpoint.seal(folder)
     train(world.config(tmp_path, steps=3), resume=True)
     assert metrics(tmp_path)[-1]["step"] == 3
+
+
+def test_a_checkpoint_of_before_tasks_had_an_order_goes_on(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "step-0000001"
+    said = json.loads((folder / "zipper.json").read_text())
+    for name in ("tasks", "data"):
+        said["course"][name] = dict(said["course"][name])
+    checkpoint.write_json(folder / "zipper.json", said)
+    (folder / "manifest.json").unlink()
+    checkpoint.seal(folder)
+    train(world.config(tmp_path, steps=2), resume=True)
+    assert metrics(tmp_path)[-1]["step"] == 2
+
+
+class Broken(Steps):
+    def __getitem__(self, step: int) -> Drawn:
+        raise ZipperError("a row that cannot be read")
+
+
+def test_an_error_in_a_worker_ends_the_workers(world: World, tmp_path: Path) -> None:
+    """They hear no SIGTERM: a process that ends would wait for them for ever."""
+    coming = drawn(Broken((), {}, world.config(tmp_path, workers=2), {}), 0)
+    with pytest.raises(ZipperError, match="cannot be read") as kept:
+        next(coming)
+    assert not multiprocessing.active_children(), kept.traceback
+
+
+def test_what_no_packed_row_has_room_for_is_said_before_the_first_step(
+    world: World, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path / "run", pack={"speech": 6})
+    with pytest.raises(
+        ZipperError, match=r"pairs.jsonl, row \d+: it has \d+ tokens of 'speech'; a"
+    ):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+class Still:
+    """A zip of which nothing learns."""
+
+    course: Mapping[str, Any] = {}
+
+    def __call__(self, *given: Any) -> Zipper:
+        return build(*given).requires_grad_(False)
+
+
+def test_a_recipe_in_which_nothing_learns_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ZipperError, match="Nothing learns in this recipe"):
+        train(world.config(tmp_path / "run"), build=Still())
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_are_known_by_what_is_in_them_not_by_where_they_lie(
@@ -818,7 +878,7 @@ def test_a_source_is_for_the_tasks_whose_fields_it_has(world: World, tmp_path: P
         assert shares[name] == pytest.approx(count, abs=4 * math.sqrt(600 * 2 / 9)), name
 
     data.write(tmp_path / "none.jsonl", [{"speech": [5, 6]}])
-    with pytest.raises(ZipperError, match=r"none.jsonl, line 1: .*wants a field 'text'"):
+    with pytest.raises(ZipperError, match=r"none.jsonl, row 1: .*wants a field 'text'"):
         train(
             dataclasses.replace(
                 config,
@@ -826,7 +886,7 @@ def test_a_source_is_for_the_tasks_whose_fields_it_has(world: World, tmp_path: P
                 data=sources | {str(tmp_path / "none.jsonl"): 1.0},
             )
         )
-    with pytest.raises(ZipperError, match=r"pairs.jsonl, line 1: .*wants a field 'other'"):
+    with pytest.raises(ZipperError, match=r"pairs.jsonl, row 1: .*wants a field 'other'"):
         train(
             dataclasses.replace(
                 config, output=str(tmp_path / "d"), tasks=tasks | {"other:text -> speech": 0.1}
@@ -1265,11 +1325,11 @@ def test_a_recipe_that_cannot_work_is_refused_when_it_is_made(
     [
         (
             {"text": "call anna"},
-            r"rows.jsonl, line 3: The task wants a field 'speech', the row has \['text'\]",
+            r"rows.jsonl, row 3: The task wants a field 'speech', the row has \['text'\]",
         ),
         (
             {"text": "call anna", "speech": [1] * 200},
-            "rows.jsonl, line 3: 'speech' would read 202 tokens",
+            "rows.jsonl, row 3: 'speech' would read 202 tokens",
         ),
     ],
 )

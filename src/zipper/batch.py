@@ -15,12 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from zipper.data import manifests
 from zipper.data.layouts import about
 from zipper.data.manifests import Sample
 from zipper.errors import ZipperError
 from zipper.generation import Answer, Limits, Request
 from zipper.modality import is_ids, whole
+from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.saving.files import as_json, read_json, write_json
@@ -238,6 +241,18 @@ def _there(output: Path) -> dict[int, bool]:
     return found
 
 
+def _added(model: Any) -> str:
+    """SHA-256 of what a zip adds to its towers, and of where; "" of another model."""
+    if not isinstance(model, Zipper):
+        return ""
+    shape = model.config
+    found = hashlib.sha256(repr((shape.junctions, shape.shows, shape.link, shape.shapes)).encode())
+    for name, tensor in sorted(model.new_parameters().items()):
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(name.encode() + plain.numpy().tobytes())
+    return found.hexdigest()
+
+
 def _same(
     pipeline: Pipeline,
     data: Path,
@@ -262,13 +277,15 @@ def _same(
         "task": str(task),
         "part": list(part),
         "model": {name: towers[name].digest for name in sorted(towers)},
+        "added": _added(pipeline.model),
         "modalities": {name: one.fingerprint for name, one in pipeline.modalities.items()},
         "sampling": repr(sampling),
         "limits": dict(limits or {}),
     }
     if output.exists():
         before = read_json(beside) if beside.exists() else {}
-        before = {"ids": False, "least": 0.0} | before  # of a version that had neither
+        # Of versions that had none of these.
+        before = {"ids": False, "least": 0.0, "added": own["added"]} | before
         differ = [name for name in own if before.get(name) != own[name]]
         if differ:
             raise ZipperError(

@@ -19,7 +19,7 @@ from torch import nn
 from zipper.config import LinkKey, TowerConfig, ZipperConfig, usual_rate
 from zipper.errors import Mismatch, ZipperError
 from zipper.junctions import known
-from zipper.model import Zipper
+from zipper.model import Zipper, check_name
 from zipper.pipeline import Pipeline
 from zipper.saving import checkpoint, hub
 from zipper.saving.zips import TowerSource
@@ -118,6 +118,8 @@ def _named(a: ZipperConfig, b: ZipperConfig, names: Mapping[str, str]) -> tuple[
     """{shared tower in the first: in the second} and {tower of the second: its name}. Raises a
     ZipperError where nothing is shared, and for one name of two contents."""
     known("names", names, b.towers)
+    for name in names.values():
+        check_name(name)
     shared: Names = {}
     for theirs, pin in b.towers.items():
         same = [mine for mine in a.towers if _content(a.towers[mine]) == _content(pin)]

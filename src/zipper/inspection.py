@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.modality import Modality, whole
 from zipper.model import Zipper
@@ -61,6 +62,10 @@ def attention(
             mask = visible(reading, read)
             memory = link.read(tap.source.to(device), read.position)
             found.append(link.attention(tap.target, memory, mask, reading.position)[0])
+    if not found:
+        raise ZipperError(
+            f"{target!r} reads {source!r} by no link of these tokens. Give towers that are linked."
+        )
     return torch.stack(found).mean(0)
 
 
@@ -102,8 +107,8 @@ def activity(model: Zipper, samples: Iterable[Batch]) -> dict[str, Activity]:
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that train, by part: "tower NAME", "adapter NAME", "input NAME", "links
-    SOURCE>TARGET", "gates"."""
+    """The parameters that train, by part: "tower NAME", "adapter NAME", "input NAME", "chooser
+    NAME", "links SOURCE>TARGET", "gates"."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kind, owner, _ = name.split(".", 2)
@@ -112,7 +117,7 @@ def parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         elif kind == "links":
             part = "gates" if name.endswith("gate") else f"links {owner.partition(':')[2]}"
         else:
-            part = f"input {owner}"
+            part = f"{'chooser' if kind == 'choosers' else 'input'} {owner}"
         if parameter.requires_grad:
             found.setdefault(part, []).append(parameter)
     return found

@@ -579,14 +579,14 @@ def _links(config: ZipperConfig) -> nn.ModuleDict:
 def _loaded(name: str, source: TowerSource, train: bool) -> Tower:
     """A tower that can be run part way, and saved if it learns. Raises a ZipperError where not."""
     tower = source if isinstance(source, Tower) else Tower.load(source)
-    _check_name(name)
+    check_name(name)
     tower.check()
     if train:
         tower.check_saving()
     return tower
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises a ZipperError for what cannot name a tower."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZipperError(

@@ -172,6 +172,7 @@ def swap(
         alone[name], changes[name] = _changed(model, name, source, name in train, own, mean)
     move = _move(model.config, changes)
     new = _born(_towers(model, without=alone) | alone, move.config, seed)
+    new.attention = model.attention
     fates = tuple(_grafted(model, new, changes, move.names, gate))
     new.train(model.training)
     return new, SwapReport(changes, move.junctions, fates)
@@ -333,6 +334,7 @@ def prune(model: Zipper, links: Sequence[str]) -> Zipper:
         model.config, dropped=tuple(sorted({*model.config.dropped, *links}))
     )
     new = _born(_towers(model), config)
+    new.attention = model.attention
     kept = ((model.inputs, new.inputs), (model.links, new.links), (model.choosers, new.choosers))
     for parts, made in kept:
         for name, part in made.items():

@@ -33,7 +33,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import glob, has_magic
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.modality.speech import SpeechUnits
 from zipper.modality.text import Text
+from zipper.saving.checkpoint import sha256
 from zipper.saving.files import lines, read_json
 from zipper.saving.files import place as place_of
 from zipper.tasks import Task, fields_of
@@ -397,8 +398,11 @@ def _pieces(voiced: Any) -> list[tuple[float, float]]:
             for s in voiced
         )
         or sum(stop - start for start, stop in voiced) > data.LONGEST_S
+        or any(before[1] > after[0] for before, after in pairwise(voiced))
     ):
-        raise ZipperError("its voice_activity is no list of [start, stop] in seconds")
+        raise ZipperError(
+            "its voice_activity is no list of [start, stop] in seconds, one behind the other"
+        )
     pieces: list[tuple[float, float]] = []
     for start, stop in voiced:
         parts = 1 << max(0, math.ceil(math.log2((stop - start) / LONGEST_PIECE_S)))
@@ -475,6 +479,9 @@ def _tables(kind: str) -> Callable[[str, Passed], Iterator[Sample]]:
     return read
 
 
+_SPLIT = re.compile(r"(train|test|validation|valid|dev)(?=[-._]|$)")
+
+
 def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
     """The files of each split: of a file, a pattern, a folder of them, or what `save_to_disk`
     left."""
@@ -497,7 +504,7 @@ def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
     )
     if not found:
         raise ZipperError(f"There is nothing at {place}. Give a file, a folder or a pattern.")
-    files: dict[Path, None] = {}
+    root, files = at if at.is_dir() else at.parent, dict[Path, None]()
     for path in found:
         if not path.is_dir():
             files[path] = None
@@ -506,7 +513,20 @@ def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
             mine = [name for name in names if name.lower().endswith(f".{kind}")]
             files |= dict.fromkeys(folder / name for name in mine)
             _others(passed, {*names} - {*mine})
-    return {"train": [*files]}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file, root), []).append(file)
+    return splits
+
+
+def _split_of(file: Path, root: Path) -> str:
+    """The split that the name of a table says, or the folder nearest to it, as the hub names them
+    (test-00000-of-00001.parquet, test/0000.parquet); train where none does."""
+    below = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
+    for word in reversed(below):
+        if said := _SPLIT.match(word):
+            return "validation" if said[1] in ("valid", "dev") else said[1]
+    return "train"
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -678,10 +698,16 @@ def _answers(made: Path) -> dict[int, Mapping[str, Any]]:
 def _made(place: str, passed: Passed) -> Iterator[Sample]:
     answers = place_of(place)
     said = read_json(about(answers))
+    manifest = answers.parent / said["data"]
+    if said.get("manifest") not in (None, sha256(manifest)):
+        raise ZipperError(
+            f"{manifest} is another than {answers} was made of: its rows would get the answers of "
+            "others. Bring the old one back, or run zipper run-batch anew."
+        )
     task = Task.parse(said["task"])
     fixed = None if task.chosen else [lane.item for lane in task.segments_produced]
     lines_of = _answers(answers)
-    for number, sample in enumerate(data.samples(answers.parent / said["data"])):
+    for number, sample in enumerate(data.samples(manifest)):
         line = lines_of.get(number)
         if line is None or "made" not in line:
             _over(passed, "rows that are not done" if line is None else "rows without an answer")

@@ -287,6 +287,8 @@ def draws(
         )
     shares = np.array(weights, np.float64) / sum(weights) * _BLOCK
     counts = np.where(shares > 0, np.maximum(np.floor(shares), 1), 0).astype(np.int64)
+    if (many := np.count_nonzero(counts)) > _BLOCK:
+        raise ZipperError(f"{many} sources were to be mixed; {_BLOCK} are the most. Join some.")
     for source in np.argsort(np.floor(shares) - shares, kind="stable")[
         : max(0, _BLOCK - counts.sum())
     ]:

@@ -30,6 +30,7 @@ class Part:
     source: str
     rows: Sequence[Row]
     weight: float
+    numbers: Sequence[int] | None = None  # of these rows in the source, where some were left out
     lengths: Int64[np.ndarray, " rows"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,15 +50,16 @@ class Part:
             return self
         if not len(kept):
             raise ZipperError(
-                f"No row of {self.source} has {least} to {most} ids; they have "
-                f"{self.lengths.min()} and more."
+                f"No row of {self.source} has {least} ids at least"
+                + (f" and {most} at most" if most else "")
+                + f"; they have {self.lengths.min()} to {self.lengths.max()}."
             )
         rows = (
             self.rows.select(kept)
             if isinstance(self.rows, Rows)
             else [self.rows[i] for i in kept.tolist()]
         )
-        return Part(self.source, rows, self.weight)
+        return Part(self.source, rows, self.weight, kept.tolist())
 
 
 FIRST = 1000  # rows of each source that are looked at before the first step

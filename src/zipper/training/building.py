@@ -1,7 +1,7 @@
 """The model that a run starts from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
@@ -18,6 +18,7 @@ from zipper.model import Zipper
 from zipper.pipeline import PINS
 from zipper.saving import checkpoint, hub
 from zipper.saving.zips import LostTower
+from zipper.strand import Segment
 from zipper.tasks import Task, content, has, lanes, tower_of
 from zipper.tower import Tower
 from zipper.towers import mapping
@@ -64,7 +65,8 @@ build = BuildZip()
 
 
 def mean_tokens(config: TrainConfig, rows: Sequence[Row]) -> dict[str, float]:
-    """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe."""
+    """{tower: mean tokens of its segments, begin and end included}, by the tasks of a recipe; where
+    these name several fields of a tower, by the last of them that there are rows of."""
     tasks = map(Task.parse, config.tasks)
     found = chain.from_iterable(lanes(task.given + task.produced) for task in tasks)
     items = chain.from_iterable(lane.among or (lane.item,) for lane in found)
@@ -186,15 +188,23 @@ def check_pinned(name: str, source: Path, modality: Modality) -> None:
         )
 
 
-def served(source: str, rows: Sequence[Row], tasks: Mapping[str, Task], model: Any) -> list[str]:
+def served(
+    source: str,
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task],
+    check: Callable[[Sequence[Segment]], None],
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
     """The tasks that a source is for: those whose fields its first row has. Every row has what
-    these want, and the towers can read it; otherwise a ZipperError names file and line."""
+    these want, and bears `check`; otherwise a ZipperError names the source and the row, by its
+    place in `numbers` where some rows of the source were left out."""
     names = [name for name, task in tasks.items() if rows and task.fits(rows[0])]
     wanted = [tasks[name] for name in names] or [*tasks.values()]  # of none: say what is missing
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows):
         try:
             for task in wanted:
-                model.check(task.segments(row))
+                check(task.segments(row))
         except ZipperError as error:
-            raise ZipperError(f"{source}, line {number}: {error}") from error
+            number = 1 + int(place if numbers is None else numbers[place])
+            raise ZipperError(f"{source}, row {number}: {error}") from error
     return names

@@ -6,6 +6,7 @@ model. Rows of older runs lack some keys; what is not there is not shown.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class History:
             if dev := {key[4:]: row[key] for key in row if key.startswith("dev/")}:
                 evaluated[row["step"]] = dev
         means = {step: statistics.fmean(dev.values()) for step, dev in evaluated.items()}
+        means = {step: mean for step, mean in means.items() if math.isfinite(mean)}
         best = None
         if means:
             step = min(means, key=lambda step: means[step])

@@ -40,7 +40,7 @@ from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving import checkpoint
 from zipper.saving.files import held, saving
-from zipper.strand import Batch, collate
+from zipper.strand import Batch, Segment, collate
 from zipper.tasks import Task
 from zipper.tower import Tower
 from zipper.training import cost as plan
@@ -48,6 +48,7 @@ from zipper.training.batches import FIRST, Drawn, Part, Steps, corrupted, tokens
 from zipper.training.building import Build, served
 from zipper.training.building import build as build_zip
 from zipper.training.config import TrainConfig
+from zipper.training.packing import lengths
 from zipper.training.resume import (
     Progress,
     agreed,
@@ -172,6 +173,10 @@ def _train(
     parts = [part.within(config.least_ids, config.most_ids) for part in parts]
     rows = list(chain.from_iterable(part.rows[:FIRST] for part in parts))
     model = build(config, modalities, rows)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ZipperError(
+            "Nothing learns in this recipe. Name a tower in train, or leave freeze out."
+        )
     for_dev = judged(config, tasks, parts, dev, model)
     course = course_of(config, model, modalities, parts, dev) | dict(build.course)
     if config.frozen_dtype:
@@ -429,13 +434,29 @@ def judged(
     """The tasks by which dev judges. Looks at all rows: raises ZipperError for a task that no
     source of `data` is for, a source that is for none, and rows that lack what others of their
     source have."""
+
+    def check(sample: Sequence[Segment]) -> None:
+        model.check(sample)
+        read, room = lengths(sample), config.pack or {}
+        if long := [tower for tower, most in room.items() if read.get(tower, 0) > most]:
+            raise ZipperError(
+                f"it has {read[long[0]]} tokens of {long[0]!r}; a packed row has room for "
+                f"{room[long[0]]}. Give more (pack), or leave out what is so long."
+            )
+
     for_data = set[str]()
     for part in parts:
-        for_data.update(served(part.source, part.rows, tasks, model))
+        names = served(part.source, part.rows, tasks, check, part.numbers)
+        if names and not any(config.tasks[name] for name in names):
+            raise ZipperError(
+                f"{part.source} is for {names[0]!r} alone, whose share is 0: nothing could be "
+                "drawn of it. Leave it out of data, or raise the share."
+            )
+        for_data.update(names)
     for name, task in tasks.items():
         if name not in for_data and config.tasks[name]:
-            served(parts[0].source, parts[0].rows[:1], {name: task}, model)
-    names = served(config.dev, dev, tasks, model)
+            served(parts[0].source, parts[0].rows[:1], {name: task}, check)
+    names = served(config.dev, dev, tasks, model.check)
     if left := [name for name in tasks if name not in names]:
         warnings.warn(
             f"{config.dev} lacks what {', '.join(map(repr, left))} wants: what counts is the loss "
@@ -448,7 +469,7 @@ def judged(
 def drawn(steps: Steps, begin: int) -> Generator[Drawn, None, None]:
     """What is read from step `begin` on, made by the recipe's workers, which end when this is
     closed."""
-    yield from DataLoader(
+    loader = DataLoader(
         steps,
         batch_size=None,
         sampler=range(begin, len(steps)),
@@ -457,6 +478,12 @@ def drawn(steps: Steps, begin: int) -> Generator[Drawn, None, None]:
         worker_init_fn=_undisturbed,
         generator=torch.Generator(),  # its seeds for workers, which draw nothing, are of no step
     )
+    coming = iter(loader)
+    try:
+        yield from coming
+    finally:
+        # A traceback keeps the iterator, and a process that ends would wait for its workers.
+        getattr(coming, "_shutdown_workers", lambda: None)()
 
 
 def _as_it_is(read: Any) -> Any:

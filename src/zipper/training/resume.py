@@ -121,7 +121,9 @@ def course_of(
         "towers": towers,
         "modalities": {name: modality.fingerprint for name, modality in modalities.items()},
         "start": checkpoint.sha256(start) if config.start and start.is_file() else config.start,
-        "data": {_content(part.rows): part.weight for part in parts},
+        # In their order, by which they are drawn.
+        "tasks": [*config.tasks.items()],
+        "data": [[_content(part.rows), part.weight] for part in parts],
         "dev": _content(dev),
         "learns": sorted(name for name, p in model.named_parameters() if p.requires_grad),
     }
@@ -160,6 +162,9 @@ def restore(
     tensors = load_file(path / "training.safetensors")
     state = checkpoint.read_json(path / checkpoint.CONFIG)
     before = state.pop("course", course)  # zipper 0.1 did not say
+    for name in ("tasks", "data"):  # an older zipper kept no order of what is drawn from
+        if isinstance(before.get(name), dict):
+            before[name] = [list(item) for item in before[name].items()]
     # What a recipe did not know of in an older zipper, or does not any more, was at its default:
     # nothing.
     if other := sorted(
