@@ -22,8 +22,9 @@ setup: .venv/installed  ## .venv with everything; runs again only when pyproject
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	@# What is imported is compiled then; all there is, in one process, takes a minute more.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e ".[dev,speech,image,train,lora,data,serve]" -c constraints.txt
+	@# pip compiles in one process. Files of others that are no Python of this version are theirs.
+	$(BIN)/python -m compileall -qq -j $(WORKERS) .venv/lib || true
 	touch $@
 
 demo: setup  ## align a new zip on the built-in corpus and report to runs/demo
