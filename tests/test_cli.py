@@ -28,6 +28,7 @@ from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
 from zipper.strand import Segment
 from zipper.verify import Check
+from zipper_lab.commands import _page
 
 #: How each command that loads a saved model is told where a frozen tower lies; the others load
 #: none.
@@ -617,6 +618,11 @@ def test_a_recipe_may_build_its_own_model(zipper: Zipper, recipe: Path, tmp_path
     assert "has to be an object of zipper.training.building.Build" in refused(
         zipper("train", recipe)
     )
+
+
+def test_results_whose_names_differ_have_pages_of_their_own() -> None:
+    pages = [_page(Path("there") / name).name for name in ("v1.1", "v1.2", "found.json", "a.JSON")]
+    assert pages == ["v1.1.html", "v1.2.html", "found.html", "a.html"]
 
 
 def test_json_is_of_a_plan(zipper: Zipper, recipe: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_tower_may_run_ahead_of_one_that_waits() -> None:
     assert all(check.held for check in verify(model))
 
 
-@pytest.mark.parametrize("link", [("text", 2, "speech"), "text>speech", ()])
+@pytest.mark.parametrize("link", [("text", 2, "speech"), "text>speech", (), 3])
 def test_what_is_no_link_is_refused(link: Any) -> None:
     with unchecked(), pytest.raises(ZipperError, match=r"A link is .*; four were wanted"):
         zipped(TWO, links=[link])

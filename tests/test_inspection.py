@@ -1,6 +1,8 @@
 """Inspection: what `show` says is what is there; an attention map is what the links do."""
 
+import copy
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,15 @@ def test_parts_hold_every_parameter_that_trains_once(pipe: Pipeline) -> None:
     assert len(listed) == len({*map(id, listed)})
     assert {*map(id, listed)} == {id(p) for p in pipe.zip.parameters() if p.requires_grad}
     assert sum(p.numel() for p in found["gates"]) == 4  # two links, attention and feed-forward
+
+
+def test_what_chooses_is_a_part(pipe: Pipeline) -> None:
+    model = copy.deepcopy(pipe.zip)
+    before = parts(model)
+    model.choose(["speech", "text"])
+    added = {name: some for name, some in parts(model).items() if name not in before}
+    assert set(added) == {"chooser speech", "chooser text"}
+    assert {*map(id, chain(*added.values()))} == {*map(id, model.choosers.parameters())}
 
 
 def test_an_adapter_is_a_part() -> None:

@@ -499,13 +499,27 @@ def test_a_corpus_in_another_sound_format_is_read_and_a_second_sound_of_a_name_i
 
 @pytest.mark.parametrize(
     "voiced",
-    [[[0, 1e308]], [[0, 10**400]], [[float("nan"), 1]], [[0, 1e6]] * 99, [[0, True]], {}, [1]],
+    [
+        [[0, 1e308]],
+        [[0, 10**400]],
+        [[float("nan"), 1]],
+        [[0, 1e6]] * 99,
+        [[0, True]],
+        {},
+        [1],
+        [[50, 55], [0, 5]],
+    ],
 )
 def test_stretches_of_speech_that_cannot_be_are_refused(tmp_path: Path, voiced: Any) -> None:
     sound(tmp_path / "1" / "b" / "a.flac")
     (tmp_path / "1" / "b" / "a.json").write_text(json.dumps({"voice_activity": voiced}))
     (sample,) = layouts.samples(f"librilight:{tmp_path}")
     assert sample.problem.startswith("cannot be cut: ")
+
+
+def test_no_file_at_all_is_one_sentence() -> None:
+    with pytest.raises(ZipperError, match="No file was given"):
+        list(layouts.samples([]))
 
 
 def test_sound_in_which_nobody_speaks_is_counted(tmp_path: Path) -> None:
@@ -560,6 +574,8 @@ def test_tables_have_the_split_of_their_name_or_folder(tmp_path: Path) -> None:
     wanted = ["train", "test", "validation", "train", "validation"]
     assert found == dict(zip(names, wanted, strict=True))
     assert [one.row["mark"] for one in layouts.samples(source, "test")] == [names[1]]
+    (one,) = layouts.samples(f"{source}/*/0000.parquet")
+    assert (one.row["mark"], one.row["split"]) == ("dev/0000", "validation")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -243,6 +243,9 @@ def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path:
         for kind in (Pipeline, Zipper):
             with pytest.raises(ZipperError, match=r"dtype is .*; torch\.float32, torch"):
                 kind.from_pretrained(tmp_path / "again", dtype=odd)
+        with pytest.raises(ZipperError, match=r"dtype is .*; torch\.float32, torch"):
+            Tower.load(pipe.zip.tower("text"), odd)
+    assert Tower.load(pipe.zip.tower("text"), "float32").dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ["text", "speech"])

@@ -134,6 +134,14 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone() -> None:
     assert found != draws(range(3_000), 6, sizes, weights)
 
 
+def test_more_sources_than_a_thousand_draws_can_hold_are_refused() -> None:
+    assert {source for source, _ in draws(range(1_000), 0, [5] * 1_000, [1.0] * 1_000)} == {
+        *range(1_000)
+    }
+    with pytest.raises(ZipperError, match="1001 sources were to be mixed; 1000 are the most"):
+        draws(range(3), 0, [5] * 1_001, [1.0] * 1_001)
+
+
 def test_one_source_is_read_in_the_order_that_runs_have_always_had() -> None:
     wanted = [
         np.random.default_rng(

@@ -180,11 +180,13 @@ def test_links_of_towers_that_stay_keep_their_bits() -> None:
 
 def test_the_old_zip_is_not_changed_and_shares_only_what_is_frozen() -> None:
     old = zipped(TWO, train=["speech"])
+    old.attention = "flex"
     before, learns = bits(old), {name: p.requires_grad for name, p in old.named_parameters()}
     config = copy.deepcopy(old.config)
     swapped, _ = swap(old, {"text": tiny_tower("opt", 3, width=24, layers=6)}, train=["text"])
     pruned = prune(old, ["0:text>speech"])
     for new in (swapped, pruned):
+        assert new.attention == "flex"
         assert new.towers["speech"] is not old.towers["speech"]
         with torch.no_grad():
             for parameter in new.parameters():

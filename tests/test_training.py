@@ -403,17 +403,21 @@ def one_step(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
-    world: World, one_step: Path, tmp_path: Path
-) -> None:
-    """So were they written before."""
-    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "checkpoints" / "step-0000001"
+def told_otherwise(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Its checkpoint as an older zipper would have written it."""
+    folder = run / "checkpoints" / "step-0000001"
     said = json.loads((folder / "zipper.json").read_text())
-    assert said.pop("course")["steps"] == 2
+    change(said)
     checkpoint.write_json(folder / "zipper.json", said)
     (folder / "manifest.json").unlink()
     checkpoint.seal(folder)
+
+
+def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    told_otherwise(tmp_path, lambda said: said.pop("course"))
     train(world.config(tmp_path, steps=3), resume=True)
     assert metrics(tmp_path)[-1]["step"] == 3
 
@@ -421,14 +425,13 @@ def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
 def test_a_checkpoint_of_before_tasks_had_an_order_goes_on(
     world: World, one_step: Path, tmp_path: Path
 ) -> None:
+    def without_order(said: dict[str, Any]) -> None:
+        said["course"] |= {name: dict(said["course"][name]) for name in ("tasks", "data")}
+
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "checkpoints" / "step-0000001"
-    said = json.loads((folder / "zipper.json").read_text())
-    for name in ("tasks", "data"):
-        said["course"][name] = dict(said["course"][name])
-    checkpoint.write_json(folder / "zipper.json", said)
-    (folder / "manifest.json").unlink()
-    checkpoint.seal(folder)
+    told_otherwise(tmp_path, without_order)
+    with pytest.raises(ZipperError, match="another recipe: other tasks "):
+        train(world.config(tmp_path, steps=2, tasks=TURNED), resume=True)
     train(world.config(tmp_path, steps=2), resume=True)
     assert metrics(tmp_path)[-1]["step"] == 2
 
@@ -443,7 +446,10 @@ def test_an_error_in_a_worker_ends_the_workers(world: World, tmp_path: Path) -> 
     coming = drawn(Broken((), {}, world.config(tmp_path, workers=2), {}), 0)
     with pytest.raises(ZipperError, match="cannot be read") as kept:
         next(coming)
-    assert not multiprocessing.active_children(), kept.traceback
+    left = multiprocessing.active_children()
+    for child in left:  # else this process would not end either
+        child.kill()
+    assert not left, kept.traceback
 
 
 def test_what_no_packed_row_has_room_for_is_said_before_the_first_step(
@@ -469,6 +475,15 @@ class Still:
 def test_a_recipe_in_which_nothing_learns_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ZipperError, match="Nothing learns in this recipe"):
         train(world.config(tmp_path / "run"), build=Still())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_by_which_nothing_would_learn_is_refused_where_a_run_goes_on(
+    world: World, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path / "run", start=str(world.zip), tasks={"-> text": 1.0}, train=())
+    with pytest.raises(ZipperError, match="for 'text' alone, which is frozen"):
+        train(dataclasses.replace(config, every=None, corrupt={}, loss_weight={}))
     assert not (tmp_path / "run").exists()
 
 
@@ -1341,6 +1356,24 @@ def test_data_that_do_not_fit_are_refused_before_the_first_step(
         with pytest.raises(ZipperError, match=message):
             train(world.config(tmp_path / "run", **{place: str(tmp_path / "rows.jsonl")}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_has_the_number_it_has_in_its_source(world: World, tmp_path: Path) -> None:
+    short, bad = {"text": "call", "speech": [1]}, {"text": "call anna", "speech": [1] * 200}
+    data.write(tmp_path / "rows.jsonl", [short, *tiny.pairs(2), bad])
+    config = world.config(tmp_path / "run", data=str(tmp_path / "rows.jsonl"), least_ids=4)
+    with pytest.raises(ZipperError, match=r"rows.jsonl, row 4: 'speech' would read 202 tokens"):
+        train(config)
+    with pytest.raises(ZipperError, match="has 999 ids at least; they have 3 to 206"):
+        train(dataclasses.replace(config, least_ids=999))
+
+
+def test_a_source_of_which_nothing_is_drawn_is_refused(world: World, tmp_path: Path) -> None:
+    data.write(tmp_path / "texts.jsonl", [{"text": "call anna"}])
+    sources = {str(world.folder / "pairs.jsonl"): 1.0, str(tmp_path / "texts.jsonl"): 1.0}
+    config = world.config(tmp_path / "run", data=sources, tasks=tiny.BOTH | {"-> text": 0.0})
+    with pytest.raises(ZipperError, match=r"texts.jsonl, row 1: .*wants a field 'speech'"):
+        train(config)
 
 
 def test_more_micro_batches_than_samples_are_refused(world: World, tmp_path: Path) -> None:

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from zipper.data import manifests
 from zipper.data.layouts import about
 from zipper.data.manifests import Sample
 from zipper.errors import ZipperError
 from zipper.generation import Answer, Limits, Request
 from zipper.modality import is_ids, whole
+from zipper.modality.pinned import content_hash
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -246,11 +245,9 @@ def _added(model: Any) -> str:
     if not isinstance(model, Zipper):
         return ""
     shape = model.config
-    found = hashlib.sha256(repr((shape.junctions, shape.shows, shape.link, shape.shapes)).encode())
-    for name, tensor in sorted(model.new_parameters().items()):
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        found.update(name.encode() + plain.numpy().tobytes())
-    return found.hexdigest()
+    where = repr((shape.junctions, shape.shows, shape.link, shape.shapes))
+    added = {name: p.detach().cpu() for name, p in model.new_parameters().items()}
+    return content_hash({"where": where}, added)
 
 
 def _same(

@@ -40,7 +40,7 @@ def shape(
         if shows:
             raise ZipperError("links=... says where towers are shown; leave shows=... out.")
         for link in links:
-            if isinstance(link, str) or len(link) != 4:
+            if isinstance(link, str) or not isinstance(link, Sequence) or len(link) != 4:
                 raise ZipperError(
                     f"A link is {link!r}; four were wanted: who is shown, behind how many of its "
                     "blocks, who is fused, behind how many of its own."

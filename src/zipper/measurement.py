@@ -151,9 +151,14 @@ def judge(name: str) -> Judge:
             "entry point group zipper.judges."
         )
     found: Judge = known[name].load()
-    for module in getattr(found, "needs", ()):
-        extra(module)
+    check_needs(found)
     return found
+
+
+def check_needs(judge: Any) -> None:
+    """Raises MissingExtra where a module that a judge names in `needs` is not installed."""
+    for module in getattr(judge, "needs", ()):
+        extra(module)
 
 
 def _samples(data: str | Path | Sequence[Sample], limit: int | None) -> list[Sample]:

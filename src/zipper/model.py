@@ -31,7 +31,7 @@ from zipper.saving import checkpoint, hub, zips
 from zipper.saving.card import card
 from zipper.saving.zips import TowerSource
 from zipper.strand import Ends, Produced, Segment, Strand
-from zipper.tower import PreTrainedModel, Tower
+from zipper.tower import PreTrainedModel, Tower, precision
 
 Preset = Literal["default", "paper"]
 
@@ -429,7 +429,7 @@ class Zipper(nn.Module):
         Raises ZipperError when a file is damaged or a base is not the one that the zip was trained
         on (hashes are compared); allow_mismatch makes the second a warning.
         """
-        wanted = zips.precision(dtype)
+        wanted = precision(dtype)
         opened = zips.open_zip(source, towers or {}, allow_mismatch, revision)
         return cls.assemble(opened.folder, opened.towers, opened.config, wanted, opened.shared)
 

@@ -27,9 +27,10 @@ from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint, hub
 from zipper.saving.card import Told, card
-from zipper.saving.zips import TowerSource, precision
+from zipper.saving.zips import TowerSource
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, among
+from zipper.tower import precision
 
 PINS = "modalities.json"
 FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for

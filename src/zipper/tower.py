@@ -30,6 +30,18 @@ from zipper.towers.proof import ROWS as ROWS
 from zipper.towers.proof import Proof, Rows, evaluating
 
 
+def precision(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name, as transformers takes it; None = as saved. Raises a
+    ZipperError for what is no dtype of parameters."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ZipperError(
+        f"dtype is {dtype!r}; torch.float32, torch.bfloat16 or another of numbers with a point was "
+        "wanted, itself or its name, or None, which is as saved."
+    )
+
+
 @final
 class Past:
     """The keys and values of what a tower has read, one slot (column) per token, padding included.
@@ -145,7 +157,7 @@ class Tower(nn.Module):
     def load(
         cls,
         source: str | Path | PreTrainedModel,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
     ) -> "Tower":
         """A tower from a local folder, a hub id or a loaded model; dtype None keeps the
@@ -155,6 +167,7 @@ class Tower(nn.Module):
         Runs no remote code and reads no pickle. Raises ZipperError where there is no such model,
         UnsupportedTower where there is one that the driver cannot run.
         """
+        dtype = precision(dtype)
         if in_memory(source):
             if dtype not in (None, source.dtype):
                 raise ZipperError(

@@ -15,7 +15,6 @@ from typing import Any
 
 from zipper import measurement, modality
 from zipper.data import fitting, manifests
-from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.junctions import Directed
 from zipper.link import LinkConfig
@@ -351,8 +350,7 @@ def scored(name: str, folder: Path) -> dict[str, dict[str, real_judges.Scored]]:
         for tower, some in judges(name, folder).items()
     }
     for judge in chain.from_iterable(some.values() for some in found.values()):
-        for module in judge.needs:
-            extra(module)
+        measurement.check_needs(judge)
     return found
 
 
@@ -360,16 +358,15 @@ def measured(
     name: str,
     folder: Path,
     pipeline: Pipeline,
+    by: Mapping[str, Mapping[str, real_judges.Scored]],
     limit: int | None = 300,
-    by: Mapping[str, Mapping[str, real_judges.Scored]] | None = None,
 ) -> dict[str, list[Measured]]:
     """What a zip of a set can do, by the set's judges, on each of its tests: model, oracle (what
     the modality keeps of real data) and floor (the answer to another row).
 
-    limit: rows of each test, spread over all of it. by: the `scored` of the set, if they are there.
+    by: see `scored`. limit: rows of each test, spread over all of it.
     """
     chosen = named(name)
-    by = by or scored(name, folder)
     found = {}
     for test in chosen.tests:
         samples = [*manifests.samples(folder / f"{test}.jsonl")]
@@ -408,7 +405,7 @@ def run(
         if part not in which:
             continue
         pipeline = Pipeline.from_pretrained(output / part / "model")
-        for test, some in measured(name, output / "data", pipeline, limit, by).items():
+        for test, some in measured(name, output / "data", pipeline, by, limit).items():
             told.setdefault(part, {})[test] = [one.to_json() for one in some]
             page = output / f"{test}.html" if part == ZIP else output / f"{part}_{test}.html"
             measurement.write(page, some, f"{name}: {part}, {test}")

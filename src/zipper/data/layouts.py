@@ -12,7 +12,8 @@ KIND:PLACE.
     librilight:FOLDER    <subset>/<speaker>/<book>/<file>.flac and .json (arXiv:1912.07875), cut
                          where nobody speaks; no text
     sounds:FOLDER        any sound files; no text
-    parquet:PLACE        files, patterns or folders of them
+    parquet:PLACE        files, patterns or folders of them; the split by the name of the file or
+                         its folder (test-00000-of-00001.parquet, test/0000.parquet), else train
     arrow:PLACE          the same, or a folder of save_to_disk
     audiofolder:FOLDER   what Hugging Face datasets reads by that name
     made:FILE            rows of a manifest with what `zipper run-batch` made of them
@@ -429,6 +430,8 @@ def _sounds(place: str | Sequence[Path], passed: Passed) -> Iterator[Sample]:
     places = [
         Path(os.path.abspath(place_of(p))) for p in ([place] if isinstance(place, str) else place)
     ]
+    if not places:
+        raise ZipperError("No file was given. Give sound files, or folders of them.")
     single: dict[Path, list[str]] = {}
     folders = [path for path in dict.fromkeys(places) if path.is_dir() or isinstance(place, str)]
     for path in sorted({*places} - {*folders}):
@@ -504,7 +507,7 @@ def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
     )
     if not found:
         raise ZipperError(f"There is nothing at {place}. Give a file, a folder or a pattern.")
-    root, files = at if at.is_dir() else at.parent, dict[Path, None]()
+    files: dict[Path, None] = {}
     for path in found:
         if not path.is_dir():
             files[path] = None
@@ -513,17 +516,17 @@ def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
             mine = [name for name in names if name.lower().endswith(f".{kind}")]
             files |= dict.fromkeys(folder / name for name in mine)
             _others(passed, {*names} - {*mine})
+    root = next(folder for folder in (at, *at.parents) if folder.is_dir())
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(_split_of(file, root), []).append(file)
+        splits.setdefault(_split_of(file.relative_to(root)), []).append(file)
     return splits
 
 
-def _split_of(file: Path, root: Path) -> str:
+def _split_of(table: Path) -> str:
     """The split that the name of a table says, or the folder nearest to it, as the hub names them
     (test-00000-of-00001.parquet, test/0000.parquet); train where none does."""
-    below = file.relative_to(root).parts if file.is_relative_to(root) else (file.name,)
-    for word in reversed(below):
+    for word in reversed(table.parts):
         if said := _SPLIT.match(word):
             return "validation" if said[1] in ("valid", "dev") else said[1]
     return "train"

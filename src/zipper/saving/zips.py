@@ -28,18 +28,6 @@ from zipper.tower import PreTrainedModel, Tower, UnsupportedTower, in_memory
 TowerSource = str | Path | PreTrainedModel | Tower
 
 
-def precision(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by itself or by its name, as transformers takes it; None = as saved. Raises a
-    ZipperError for what is no dtype of parameters."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise ZipperError(
-        f"dtype is {dtype!r}; torch.float32, torch.bfloat16 or another of numbers with a point was "
-        "wanted, itself or its name, or None, which is as saved."
-    )
-
-
 @dataclass(frozen=True)
 class Opened:
     """A saved zip: its configuration, its towers as they lie now, and which of these are somebody

@@ -243,10 +243,7 @@ class TrainConfig:
         learns = {*self.train, *self.lora}
         for task in tasks if len(self.towers) > 1 and not self.start else ():
             if len(task.towers) == 1 and not learns & {*task.towers}:
-                raise ZipperError(
-                    f"The task {str(task)!r} is for {task.towers[0]!r} alone, which is frozen: "
-                    "nothing would learn by it. Leave it out, or name the tower in train."
-                )
+                raise frozen_alone(task)
         for option in ("every", "junctions", "shows", "links", "calibrate"):
             if len(self.towers) == 1 and (said := getattr(self, option)) and said != "kind":
                 raise ZipperError(f"{option} is {said}, but one tower has no links: leave it out.")
@@ -284,3 +281,11 @@ FREE = (
     "workers",
     "attention",
 )
+
+
+def frozen_alone(task: Task) -> ZipperError:
+    """What to say of a task of one tower that does not learn."""
+    return ZipperError(
+        f"The task {str(task)!r} is for {task.towers[0]!r} alone, which is frozen: nothing would "
+        "learn by it. Leave it out, or name the tower in train."
+    )

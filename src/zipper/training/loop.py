@@ -47,7 +47,7 @@ from zipper.training import cost as plan
 from zipper.training.batches import FIRST, Drawn, Part, Steps, corrupted, tokens_read
 from zipper.training.building import Build, served
 from zipper.training.building import build as build_zip
-from zipper.training.config import TrainConfig
+from zipper.training.config import TrainConfig, frozen_alone
 from zipper.training.packing import lengths
 from zipper.training.resume import (
     Progress,
@@ -173,10 +173,7 @@ def _train(
     parts = [part.within(config.least_ids, config.most_ids) for part in parts]
     rows = list(chain.from_iterable(part.rows[:FIRST] for part in parts))
     model = build(config, modalities, rows)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ZipperError(
-            "Nothing learns in this recipe. Name a tower in train, or leave freeze out."
-        )
+    _check_learning(config, tasks, model)
     for_dev = judged(config, tasks, parts, dev, model)
     course = course_of(config, model, modalities, parts, dev) | dict(build.course)
     if config.frozen_dtype:
@@ -424,6 +421,18 @@ def weights(config: TrainConfig) -> dict[str, float]:
     return {config.data: 1.0} if isinstance(config.data, str) else dict(config.data)
 
 
+def _check_learning(config: TrainConfig, tasks: Mapping[str, Task], model: Any) -> None:
+    """Raises a ZipperError where nothing learns, at all or by one of the tasks."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ZipperError(
+            "Nothing learns in this recipe. Name a tower in train, or leave freeze out."
+        )
+    alone = [t for name, t in tasks.items() if config.tasks[name] and len(t.towers) == 1]
+    for task in alone if isinstance(model, Zipper) else ():
+        if not model.config.towers[task.towers[0]].learns:
+            raise frozen_alone(task)
+
+
 def judged(
     config: TrainConfig,
     tasks: Mapping[str, Task],
@@ -444,17 +453,11 @@ def judged(
                 f"{room[long[0]]}. Give more (pack), or leave out what is so long."
             )
 
-    for_data = set[str]()
+    learnt, for_data = {name: tasks[name] for name in tasks if config.tasks[name]}, set[str]()
     for part in parts:
-        names = served(part.source, part.rows, tasks, check, part.numbers)
-        if names and not any(config.tasks[name] for name in names):
-            raise ZipperError(
-                f"{part.source} is for {names[0]!r} alone, whose share is 0: nothing could be "
-                "drawn of it. Leave it out of data, or raise the share."
-            )
-        for_data.update(names)
-    for name, task in tasks.items():
-        if name not in for_data and config.tasks[name]:
+        for_data.update(served(part.source, part.rows, learnt, check, part.numbers))
+    for name, task in learnt.items():
+        if name not in for_data:
             served(parts[0].source, parts[0].rows[:1], {name: task}, check)
     names = served(config.dev, dev, tasks, model.check)
     if left := [name for name in tasks if name not in names]:
