@@ -274,7 +274,7 @@ def _same(
         "task": str(task),
         "part": list(part),
         "model": {name: towers[name].digest for name in sorted(towers)},
-        "added": _added(pipeline.model),
+        "zip": _added(pipeline.model),
         "modalities": {name: one.fingerprint for name, one in pipeline.modalities.items()},
         "sampling": repr(sampling),
         "limits": dict(limits or {}),
@@ -282,7 +282,7 @@ def _same(
     if output.exists():
         before = read_json(beside) if beside.exists() else {}
         # Of versions that had none of these.
-        before = {"ids": False, "least": 0.0, "added": own["added"]} | before
+        before = {"ids": False, "least": 0.0, "zip": own["zip"]} | before
         differ = [name for name in own if before.get(name) != own[name]]
         if differ:
             raise ZipperError(
