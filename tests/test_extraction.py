@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from zipper.data import extraction, rows
 from zipper.data import manifests as data
 from zipper.data.extraction import Job, Policy, Record, extract, processes
 from zipper.errors import MissingExtra, ZipperError
+from zipper.saving.files import held
 
 MODALITIES = {"text": tiny.text(), "speech": tiny.units()}
 HERE = processes(1)
@@ -380,6 +382,36 @@ def test_a_script_without_a_guard_extracts_too(tmp_path: Path) -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (0, "3\n") and "one process does all" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_second_pass_over_one_cold_cache_waits_and_finds_all_made(tmp_path: Path) -> None:
+    data.write(tmp_path / "rows.jsonl", many(6))
+    source, policy, cache = str(tmp_path / "rows.jsonl"), Policy("skip"), tmp_path / "cache"
+
+    def loaded() -> list[rows.Row]:
+        return list(extraction.load(source, MODALITIES, policy=policy, cache=cache))
+
+    first = loaded()
+    (folder,) = cache.iterdir()
+    whole = content(folder)
+    with ThreadPoolExecutor(1) as pool, pytest.warns(UserWarning, match="waits for it") as told:
+        with held(folder):
+            (folder / "provenance.json").unlink()
+            second = pool.submit(loaded)
+            while not told and not second.done():
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert not second.done() and not (folder / "provenance.json").exists()
+        assert second.result() == first
+    assert content(folder) == whole
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    data.write(tmp_path / "rows.jsonl", many(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(ZipperError, match=r"made could not be saved: Not a directory"):
+        extract(str(tmp_path / "rows.jsonl"), tmp_path / "file" / "made", MODALITIES)
 
 
 def test_training_loads_manifests_into_memory_and_all_else_from_disk(tmp_path: Path) -> None:

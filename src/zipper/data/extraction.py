@@ -37,7 +37,7 @@ from zipper.modality import Modality
 from zipper.modality import load as load_modality
 from zipper.modality import save as save_modality
 from zipper.modality.text import Text
-from zipper.saving.files import place, sha256, write_json
+from zipper.saving.files import held, place, sha256, write_json
 
 FORMAT = 3
 SHARD = 256  # samples; some 50 minutes of speech: what a kill costs each process
@@ -104,8 +104,9 @@ def extract(
     called after every shard made with {"samples", "bad", "seconds" of sound, "real_time": seconds
     of sound a second}. The files are the same bytes whoever works and however often the pass was
     killed. bad.jsonl lists what was refused, provenance.json counts what was used and, by name,
-    what was passed over. Raises ZipperError for a source that is not there or empty, bad samples
-    that the policy does not bear, and a folder that holds units of something else.
+    what was passed over. Another process that writes the same folder is waited for. Raises
+    ZipperError for a source that is not there or empty, bad samples that the policy does not bear,
+    and a folder that holds units of something else or cannot be written.
     """
     folder = place(folder)
     policy, spread = policy or Policy(), spread or processes()
@@ -117,47 +118,47 @@ def extract(
         "modalities": dict(pins),
         "takes": takes or None,
     }
-    if (folder / PROVENANCE).is_file() and any(
-        provenance(folder).get(key) != value for key, value in origin.items()
-    ):
-        raise ZipperError(
-            f"{folder} holds the units of another source, part, tokenizer or codebook. Choose "
-            "another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, modality in modalities.items():
-        save_modality(modality, folder / "modalities" / name)
-    paths, passed = list[Path](), Counter[str]()
+    with held(folder, wait=True):  # two processes with one cache; the second finds all there
+        if (folder / PROVENANCE).is_file() and any(
+            provenance(folder).get(key) != value for key, value in origin.items()
+        ):
+            raise ZipperError(
+                f"{folder} holds the units of another source, part, tokenizer or codebook. Choose "
+                "another folder."
+            )
+        for name, modality in modalities.items():
+            save_modality(modality, folder / "modalities" / name)
+        paths, passed = list[Path](), Counter[str]()
 
-    def missing() -> Iterator[Job]:
-        found = (
-            _hashed(sample, modalities)
-            for sample in islice(layouts.samples(source, split, passed), limit)
-        )
-        while chunk := list(islice(found, shard)):
-            made_of = [FORMAT, pins, takes, [content for _, content in chunk]]
-            name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
-            paths.append(folder / f"units-{name}.safetensors")
-            if read_record(paths[-1]) is None:
-                yield Job(paths[-1], [sample for sample, _ in chunk], pins, takes)
+        def missing() -> Iterator[Job]:
+            found = (
+                _hashed(sample, modalities)
+                for sample in islice(layouts.samples(source, split, passed), limit)
+            )
+            while chunk := list(islice(found, shard)):
+                made_of = [FORMAT, pins, takes, [content for _, content in chunk]]
+                name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+                paths.append(folder / f"units-{name}.safetensors")
+                if read_record(paths[-1]) is None:
+                    yield Job(paths[-1], [sample for sample, _ in chunk], pins, takes)
 
-    since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
-    with (
-        tqdm(desc=f"units of {origin['source']}", unit="sample", disable=None) as bar,
-        closing(spread(_make, missing())) as records,
-    ):
-        for record in records:
-            made["samples"] += record["samples"]
-            made["bad"] += len(record["bad"])
-            made["seconds"] += record["seconds"]
-            made["real_time"] = made["seconds"] / (time.monotonic() - since)
-            bar.update(record["samples"])
-            bar.set_postfix(bad=made["bad"], real_time=f"{made['real_time']:.0f}x")
-            if report:
-                report(made)
-            if policy.bad == "error":
-                _bear(record, policy, folder)
-    return _finish(folder, paths, origin, policy, passed)
+        since, made = time.monotonic(), {"samples": 0, "bad": 0, "seconds": 0.0, "real_time": 0.0}
+        with (
+            tqdm(desc=f"units of {origin['source']}", unit="sample", disable=None) as bar,
+            closing(spread(_make, missing())) as records,
+        ):
+            for record in records:
+                made["samples"] += record["samples"]
+                made["bad"] += len(record["bad"])
+                made["seconds"] += record["seconds"]
+                made["real_time"] = made["seconds"] / (time.monotonic() - since)
+                bar.update(record["samples"])
+                bar.set_postfix(bad=made["bad"], real_time=f"{made['real_time']:.0f}x")
+                if report:
+                    report(made)
+                if policy.bad == "error":
+                    _bear(record, policy, folder)
+        return _finish(folder, paths, origin, policy, passed)
 
 
 def load(

@@ -18,6 +18,7 @@ import re
 import socket
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -190,10 +191,10 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder that this process writes, made if it is not there: a ZipperError says who holds
-    it, if another process that lives does. The system lets go when the process ends, however it
-    ends; of an empty folder nothing stays.
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder that this process writes, made if it is not there. If another process that
+    lives holds it, a ZipperError says who; with `wait` a warning does, and this one waits for it.
+    The system lets go when a process ends, however it ends; of an empty folder nothing stays.
 
     On a network file system it holds as far as that has locks (NFS from version 4 on, Lustre with
     -o flock); where there are none, and on Windows, nobody is kept out.
@@ -205,7 +206,7 @@ def held(folder: Path) -> Iterator[None]:
         return
     with saving(folder, "Nothing was written."):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _hold(folder, fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = _hold(folder, fcntl, wait)
     try:
         yield
     finally:
@@ -216,20 +217,22 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _hold(folder: Path, lock: Callable[[int, int], None], how: int) -> int:
-    """A descriptor of the file in a folder that says who holds it, locked. Raises a ZipperError if
-    somebody else has it."""
+def _hold(folder: Path, fcntl: Any, wait: bool) -> int:
+    """A descriptor of the file in a folder that says who holds it, locked (see `held`)."""
     while True:
         descriptor = os.open(folder / HELD, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
-                lock(descriptor, how)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-                raise ZipperError(
-                    f"{folder} is in use: {who} writes it. Wait for it, end it or choose another "
-                    "folder."
-                ) from None
+                said = f"{folder} is in use: {who} writes it."
+                if not wait:
+                    raise ZipperError(
+                        f"{said} Wait for it, end it or choose another folder."
+                    ) from None
+                warnings.warn(f"{said} This process waits for it.", stacklevel=4)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
