@@ -239,6 +239,22 @@ def test_an_output_of_something_else_is_not_gone_on_with(
         batch._there(tmp_path / "strange.jsonl")
 
 
+def test_where_it_cannot_write_it_says_so_and_what_is_safe(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ZipperError, match=r"out.jsonl could not be written: File exists"):
+        run_batch(pipe, rows, TASK, tmp_path / "file" / "out.jsonl")
+    out = tmp_path / "out.jsonl"
+
+    def lose(_: Counts) -> None:
+        out.unlink()
+        out.mkdir()
+
+    with pytest.raises(ZipperError, match=r"written: Is a directory.* Rows that are in it stay"):
+        run_batch(pipe, rows, TASK, out, limits=LIMITS, told=lose)
+
+
 def test_the_command_reads_files_beside_the_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ from zipper.training import Stopped, TrainConfig, batches, build, loop, train
 from zipper.training.batches import Drawn, Steps
 from zipper.training.config import FREE
 from zipper.training.loop import drawn
+from zipper.training.resume import checkpoints, named
 
 ASR, TTS = tiny.BOTH
 
@@ -342,6 +343,15 @@ def test_sigterm_in_the_last_step_changes_nothing(world: World, tmp_path: Path) 
 
     assert train(world.config(tmp_path, steps=3, log_every=3), report=report).model
     assert (tmp_path / "checkpoints" / "step-0000003").exists()
+
+
+def test_checkpoints_are_in_order_beyond_seven_digits(tmp_path: Path) -> None:
+    for step in (9_999_998, 9_999_999, 10_000_000, 10_000_002):
+        named(tmp_path, step).mkdir(parents=True)
+    assert checkpoints(tmp_path)[-2:] == [
+        named(tmp_path, 10_000_000),
+        named(tmp_path, 10_000_002),
+    ]
 
 
 def test_a_run_outside_the_main_thread_works_without_signals(world: World, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from zipper.data import manifests
 from zipper.data.layouts import about
@@ -25,7 +26,7 @@ from zipper.modality.pinned import content_hash
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.saving.files import as_json, read_json, write_json
+from zipper.saving.files import as_json, read_json, saving, write_json
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, content, fields_of, lanes
 
@@ -65,7 +66,7 @@ def run_batch(
     learns from (back-translation, Sennrich et al. 2016). least: what was made less surely has no
     answer: the geometric mean of the probabilities of its tokens, over all that was made; above 0 a
     segment must have ended by itself too. Raises a ZipperError for a manifest that cannot be read,
-    and where `output` is of another task, model or manifest.
+    and where `output` is of another task, model or manifest, or cannot be written.
     """
     task = Task.parse(task) if isinstance(task, str) else task
     first, parts = part
@@ -90,17 +91,18 @@ def run_batch(
     before = {number for number, _ in mine} & there.keys()
     refused = sum(there[number] for number in before)
     counts = Counts(len(mine), len(before) - refused, refused, len(before))
-    with output.open("a", encoding="utf-8") as file:
-        left = ((number, sample) for number, sample in mine if number not in before)
-        for number, sample, found in _answers(pipeline, left, task, rows, sampling, limits):
-            if least and not isinstance(found, ZipperError):
-                found = _sure(found, least)
+    left = ((number, sample) for number, sample in mine if number not in before)
+    for number, sample, found in _answers(pipeline, left, task, rows, sampling, limits):
+        if least and not isinstance(found, ZipperError):
+            found = _sure(found, least)
+        with _writing(output):
             line = _line(pipeline, number, sample, found, None if ids else output)
-            _write(file, line)
-            wrong = "error" in line
-            counts = replace(counts, done=counts.done + (not wrong), refused=counts.refused + wrong)
-            if told is not None:
-                told(counts)
+            with output.open("a", encoding="utf-8") as file:
+                file.write(as_json(line) + "\n")
+        wrong = "error" in line
+        counts = replace(counts, done=counts.done + (not wrong), refused=counts.refused + wrong)
+        if told is not None:
+            told(counts)
     return counts
 
 
@@ -213,9 +215,8 @@ def _line(
     return {**line, "made": made}
 
 
-def _write(file: TextIO, line: Mapping[str, Any]) -> None:
-    file.write(as_json(line) + "\n")
-    file.flush()
+def _writing(output: Path) -> AbstractContextManager[None]:
+    return saving(output, "Rows that are in it stay.", "written")
 
 
 def _there(output: Path) -> dict[int, bool]:
@@ -290,5 +291,7 @@ def _same(
                 f"{beside.name} to begin anew."
             )
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside, own | {"data": os.path.relpath(data, output.parent)})
+        with _writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(beside, own | {"data": os.path.relpath(data, output.parent)})
+            output.touch()

@@ -21,7 +21,7 @@ from zipper.junctions import Directed
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving.files import read_json, write_json
-from zipper.training import TrainConfig, train
+from zipper.training import TrainConfig
 from zipper.training.building import build
 from zipper_lab import real, real_judges
 from zipper_lab.people import few
@@ -130,19 +130,16 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
     for seed in SEEDS:
         plans = recipes(folder, output, seed, share)
         for name, plan in plans.items():
-            if not (Path(plan.output) / "model").exists():
-                print(f"-- {Path(plan.output).name}, {plan.steps} steps", flush=True)
-                train(plan, resume=True, build=_build(name, plans))
+            real.trained(plan, _build(name, plans))
         for arm, triples in product(ARMS, (None, *TRIPLES)):
             if arm == DEEP and triples is not None:
                 continue
             after = plans[arm]
             if triples is not None:
                 after = met(after, folder, output, triples, share)
-                train(after, resume=True, build=_build(arm, plans))
             if (name := Path(after.output).name) in told:
                 continue
-            pipeline = Pipeline.from_pretrained(Path(after.output) / "model")
+            pipeline = Pipeline.from_pretrained(real.trained(after, _build(arm, plans)))
             if triples is None and arm != EXPANDED:
                 closed(pipeline.zip)
             tasks = AT_ONCE if triples is not None else AT_ONCE + WRITTEN + SILENT

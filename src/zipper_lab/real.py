@@ -26,7 +26,8 @@ from zipper.pipeline import Pipeline
 from zipper.saving.files import read_json, write_json
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
-from zipper.training.building import build
+from zipper.training.building import Build, build
+from zipper.training.resume import finished
 from zipper_lab import real_judges
 from zipper_lab.baseline import Extend
 from zipper_lab.corpora import (
@@ -299,6 +300,16 @@ def expansion(zipped: TrainConfig) -> Extend:
     return Extend(TEXT, others, sum(p.numel() for p in model.parameters()))
 
 
+def trained(config: TrainConfig, build: Build = build) -> Path:
+    """The model of a run: of one at its end as it lies there, else after training, which goes on
+    where it was killed. A model alone says nothing: the best so far is saved all along."""
+    folder = Path(config.output)
+    if not finished(config) or not (folder / "model").exists():
+        print(f"-- {folder.name}, {config.steps} steps", flush=True)
+        train(config, resume=True, build=build)
+    return folder / "model"
+
+
 def links(niches: Sequence[str]) -> list[Directed]:
     """Text and every other modality, in both directions, where the demo has them: text shows its
     embeddings, the others a block further than they are fused. No link lies between two others:
@@ -399,12 +410,10 @@ def run(
     recipes |= {arm: config for arm, config in arms(zipped).items() if arm in which}
     told: dict[str, dict[str, Any]] = {}
     for part, config in recipes.items():
-        if not (output / part / "model").exists():
-            print(f"-- {name}: {part}, {config.steps} steps", flush=True)
-            train(config, resume=True, build=expansion(zipped) if part == EXPANDED else build)
+        model = trained(config, expansion(zipped) if part == EXPANDED else build)
         if part not in which:
             continue
-        pipeline = Pipeline.from_pretrained(output / part / "model")
+        pipeline = Pipeline.from_pretrained(model)
         for test, some in measured(name, output / "data", pipeline, by, limit).items():
             told.setdefault(part, {})[test] = [one.to_json() for one in some]
             page = output / f"{test}.html" if part == ZIP else output / f"{part}_{test}.html"

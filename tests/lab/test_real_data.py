@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from zipper import measurement
 from zipper.audio import sound
@@ -27,7 +28,8 @@ from zipper.errors import ZipperError
 from zipper.modality import whole
 from zipper.modality.signal import Signal
 from zipper.modality.symbols import Symbols
-from zipper.training import TrainConfig
+from zipper.training import TrainConfig, train
+from zipper.training.resume import finished
 from zipper_lab import real, real_judges
 from zipper_lab.corpora import babyai, digits, emoji, molecules, motion, proteins
 from zipper_lab.corpora.originals import contents, original, part, writable
@@ -707,6 +709,23 @@ def test_the_recipes_of_a_set_fit_together(tmp_path: Path, name: str) -> None:
     assert not [*tmp_path.iterdir()]
     short = real.runs(name, tmp_path / "data", tmp_path / "runs", share=0.01)
     assert all(short[part].steps < config.steps for part, config in found.items())
+
+
+def test_a_part_that_was_killed_is_trained_to_its_end_and_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.world(tmp_path / "world").config(tmp_path / "part")
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=kill)
+    assert (tmp_path / "part" / "model").exists() and not finished(config)
+    assert real.trained(config) == tmp_path / "part" / "model" and finished(config)
+    monkeypatch.setattr(real, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    real.trained(config)
 
 
 def test_an_unknown_set_is_refused() -> None:

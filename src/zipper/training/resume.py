@@ -90,7 +90,7 @@ def save(
             tensors[f"optimizer/{key}/{names[p]}"] = whole(value)
     if not write:
         return
-    with checkpoint.whole(folder / "checkpoints" / f"step-{progress.step:07d}") as temporary:
+    with checkpoint.whole(named(folder, progress.step)) as temporary:
         save_file(tensors, temporary / "training.safetensors")
         state = dataclasses.asdict(progress) | {
             "best": None if math.isinf(progress.best) else progress.best,
@@ -141,9 +141,28 @@ def _content(rows: Sequence[Row]) -> str:
     return content.hexdigest()
 
 
+def named(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step of a run lies."""
+    return folder / "checkpoints" / f"step-{step:07d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    return sorted((folder / "checkpoints").glob("step-*"), key=_age)
+
+
+def _age(path: Path) -> tuple[int, str]:
+    """For order: beyond seven digits a step's name is longer."""
+    return len(path.name), path.name
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether a run is at its end, by its newest whole checkpoint; nothing is built for it."""
+    path = checkpoint.newest(checkpoints(Path(config.output)))
+    if path is None:
+        return False
+    state = checkpoint.read_json(path / checkpoint.CONFIG)
+    return bool(state["stopped"]) or int(state["step"]) >= config.steps
 
 
 def restore(
@@ -245,7 +264,7 @@ def forget(folder: Path, step: int) -> None:
     if metrics.exists():
         files.write(metrics, "".join(kept).encode())
     for path in checkpoints(folder):
-        if path.name > f"step-{step:07d}":
+        if _age(path) > _age(named(folder, step)):
             checkpoint.remove(path)
     for place in (folder, folder / "checkpoints"):
         checkpoint.clean(place)
