@@ -18,6 +18,7 @@ from torch import nn
 
 from zipper.config import LinkKey, TowerConfig, ZipperConfig, usual_rate
 from zipper.errors import Mismatch, ZipperError
+from zipper.growth import copied
 from zipper.junctions import known
 from zipper.model import Zipper, check_name
 from zipper.pipeline import Pipeline
@@ -61,11 +62,11 @@ def compose(first: Zipper, second: Zipper, names: Mapping[str, str] | None = Non
     new.attention = first.attention
     made = {str(key): first.links[str(key)] for key in a.links}
     made |= {str(_moved(key, a, named)): second.links[str(key)] for key in b.links}
-    _copy(made, new.links)
+    copied(new.links, made)
     parts = dict[str, nn.Module]()
     for name, entrances in config.inputs.items():
         parts |= dict(zip(entrances, inputs[name].values(), strict=True))
-    _copy(parts, new.inputs)
+    copied(new.inputs, parts)
     new._join_towers()
     return new
 
@@ -284,9 +285,3 @@ def _called(junction: Mapping[str, int], named: Names) -> dict[str, int]:
 def _moved(key: LinkKey, a: ZipperConfig, named: Names) -> LinkKey:
     """What a link of the second zip is called in the composed one."""
     return LinkKey(len(a.junctions) + key.junction, named[key.source], named[key.target])
-
-
-def _copy(made: Mapping[str, nn.Module], new: nn.ModuleDict) -> None:
-    for name, module in made.items():
-        tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-        new[name].load_state_dict(tensors, assign=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from zipper.config import LinkKey, TowerConfig, ZipperConfig
 from zipper.errors import ZipperError
@@ -20,9 +21,9 @@ from zipper.link import InputKind, LinkConfig
 from zipper.modality import Modality
 from zipper.modality.kind import shown_by_kind
 from zipper.model import Zipper
-from zipper.pipeline import PINS, Pipeline
+from zipper.pipeline import Pipeline, check_pinned
 from zipper.sampling import check_seed
-from zipper.saving import checkpoint, hub
+from zipper.saving import hub
 from zipper.saving.zips import TowerSource
 from zipper.tower import Tower
 
@@ -77,22 +78,10 @@ def add(
     born = dataclasses.replace(alone, source=place)
     wanted = _new_links(old, name, born.layers, partners, every, shows, links)
     config = _grown(old, name, born, wanted, link, freeze)
-    towers: dict[str, Tower] = {}
-    for other, held in model.towers.items():
-        assert isinstance(held, Tower)
-        towers[other] = copy.deepcopy(held) if old.towers[other].learns else held
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        new = Zipper(towers | {name: tower}, config)
-    new.attention = model.attention
-    kept = ((model.inputs, new.inputs), (model.links, new.links), (model.choosers, new.choosers))
-    for parts, made in kept:
-        for part, module in parts.items():
-            tensors = {key: tensor.clone() for key, tensor in module.state_dict().items()}
-            made[part].load_state_dict(tensors, assign=True)
+    new = rebuilt(model, config, {name: tower}, seed)
+    inherit(new, model)
     new._join_towers()
-    new.train(model.training)
-    return new
+    return new.train(model.training)
 
 
 def add_pipeline(
@@ -105,20 +94,48 @@ def add_pipeline(
     that was trained with another tokenizer or codebook.
     """
     if isinstance(source, str | Path):
-        inside = Path(source)
-        pins = inside.parent.parent / PINS
-        if pins.is_file():
-            pinned = checkpoint.read_json(pins).get(inside.name, modality.fingerprint)
-            if pinned != modality.fingerprint:
-                raise ZipperError(
-                    f"{source} was trained with another tokenizer or codebook than the one given "
-                    f"for {name!r}. Give {pins.parent / 'modalities' / inside.name}."
-                )
+        check_pinned(name, source, modality)
     modalities = pipeline.modalities | {name: modality}
     if options.get("shows") is None and options.get("links") is None:
         options["shows"] = shown_by_kind(modalities)
     model = add(pipeline.zip, name, source, ends=(modality.begin, modality.end), **options)
     return Pipeline(model, modalities)
+
+
+def rebuilt(
+    model: Zipper, config: ZipperConfig, others: Mapping[str, Tower], seed: int = 0
+) -> Zipper:
+    """A zip of another configuration on the towers of this one, but `others`: those that learn are
+    copied, frozen ones are the same objects. What lies between towers is newborn."""
+    towers: dict[str, Tower] = {}
+    for name, held in model.towers.items():
+        assert isinstance(held, Tower)
+        if name not in others:
+            towers[name] = copy.deepcopy(held) if model.config.towers[name].learns else held
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Zipper({**towers, **others}, config)
+    new.attention = model.attention
+    return new
+
+
+def inherit(new: Zipper, model: Zipper) -> None:
+    """Give a zip what it shares with another: links, input projections and heads of the same name,
+    to the bit."""
+    for made, parts in zip(between(new), between(model), strict=True):
+        copied(made, {name: part for name, part in parts.items() if name in made})
+
+
+def between(model: Zipper) -> tuple[nn.ModuleDict, ...]:
+    """All that a zip has beside its towers."""
+    return model.inputs, model.links, model.choosers
+
+
+def copied(made: nn.ModuleDict, parts: Mapping[str, nn.Module]) -> None:
+    """Modules become copies of those of the same name."""
+    for name, part in parts.items():
+        tensors = {key: tensor.clone() for key, tensor in part.state_dict().items()}
+        made[name].load_state_dict(tensors, assign=True)
 
 
 def _new_links(

@@ -1,7 +1,7 @@
 """-log p(target) over a large vocabulary, a few logits at a time. Nothing here knows what
 towers are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,17 @@ def batch_losses(model: Any, batch: Batch) -> dict[str, Tensor]:
         each = model.nll(name, states[where][None], targets[where][None])[0]
         losses[name] = (each * weights[where].clamp(min=0)).sum()
     return losses
+
+
+def per_token(losses: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch]) -> float:
+    """Nats a token of all that is produced in these batches, choices among it. losses: of a batch,
+    summed, as from `batch_losses`."""
+    total, count = 0.0, 0.0
+    for batch in batches:
+        total += sum(float(loss) for loss in losses(batch).values())
+        count += sum(float(weight.sum()) for weight in batch.weights.values())
+        count += sum(int((came >= 0).sum()) for came in batch.choices.values())
+    return total / count
 
 
 def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

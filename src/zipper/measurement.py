@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import entry_points
 from itertools import chain, permutations
 from pathlib import Path
@@ -24,7 +25,7 @@ from zipper.data.manifests import Sample
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.generation import Request
-from zipper.loss import batch_losses
+from zipper.loss import batch_losses, per_token
 from zipper.modality import Kind, Scores, is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -322,15 +323,15 @@ def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -
     found = []
     # By their lengths in this task: what else a row holds must not change how batches are padded.
     samples = sorted(map(task.segments, rows), key=lambda some: sum(len(s.content) for s in some))
+    device = next(model.parameters()).device
     for number in range(-len(task.segments_produced), 0):
-        total, count = 0.0, 0.0
+        some = [_only(number, sample) for sample in samples]
+        batches = (
+            collate(some[start : start + BATCH], model.ends()).to(device)
+            for start in range(0, len(some), BATCH)
+        )
         with torch.inference_mode():
-            for start in range(0, len(samples), BATCH):
-                parts = [_only(number, sample) for sample in samples[start : start + BATCH]]
-                batch = collate(parts, model.ends()).to(next(model.parameters()).device)
-                total += sum(float(each) for each in batch_losses(model, batch).values())
-                count += sum(float(weight.sum()) for weight in batch.weights.values())
-        found.append(total / count)
+            found.append(per_token(partial(batch_losses, model), batches))
     return found
 
 

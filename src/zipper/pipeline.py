@@ -32,7 +32,7 @@ from zipper.strand import Produced, Segment
 from zipper.tasks import Task, among
 from zipper.tower import precision
 
-PINS = "modalities.json"
+PINS = checkpoint.PINS
 FAST_BYTES = 4 << 30  # of weights, up to which they are laid out for speed without being asked for
 ROWS = 16  # requests that run at once: as many as a compiled step takes
 
@@ -448,6 +448,19 @@ class Pipeline:
             replace(part, content=self._modality(part.tower).decode(part.content))
             for part in produced
         ]
+
+
+def check_pinned(name: str, source: str | Path, modality: Modality) -> None:
+    """A tower inside a saved pipeline was trained with one modality; another would give its ids
+    other meanings: a ZipperError."""
+    place = Path(source)
+    pipeline, own = place.parent.parent, modality.fingerprint
+    pins = pipeline / PINS
+    if pins.is_file() and checkpoint.read_json(pins).get(place.name, own) != own:
+        raise ZipperError(
+            f"The tower {name!r} from {source} was trained with another tokenizer or codebook than "
+            f"the one given. Give {pipeline / 'modalities' / place.name}."
+        )
 
 
 def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modality]:

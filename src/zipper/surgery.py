@@ -10,12 +10,12 @@ import copy
 import dataclasses
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from zipper.config import LinkKey, TowerConfig, ZipperConfig
@@ -23,15 +23,17 @@ from zipper.data.manifests import Row
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.growth import add as add
+from zipper.growth import inherit, rebuilt
 from zipper.inspection import Activity as Activity
 from zipper.inspection import activity as activity
 from zipper.junctions import Junction
+from zipper.loss import batch_losses, per_token
 from zipper.modality import Modality
 from zipper.modality.speech import SpeechUnits
 from zipper.model import Zipper
-from zipper.pipeline import PINS, Pipeline
+from zipper.pipeline import Pipeline, check_pinned
 from zipper.sampling import check_seed
-from zipper.saving import checkpoint, hub
+from zipper.saving import hub
 from zipper.saving.zips import TowerSource
 from zipper.strand import Batch, collate
 from zipper.tasks import Task
@@ -171,8 +173,7 @@ def swap(
         own, mean = (ends or {}).get(name), (tokens or {}).get(name)
         alone[name], changes[name] = _changed(model, name, source, name in train, own, mean)
     move = _move(model.config, changes)
-    new = _born(_towers(model, without=alone) | alone, move.config, seed)
-    new.attention = model.attention
+    new = rebuilt(model, move.config, alone, seed)
     fates = tuple(_grafted(model, new, changes, move.names, gate))
     new.train(model.training)
     return new, SwapReport(changes, move.junctions, fates)
@@ -208,19 +209,7 @@ def swap_pipeline(
                 f"{change.before.vocabulary}: the old modality would give them other meanings. "
                 f"Give the new tower's own tokenizer or codebook (--modality {name}=FOLDER)."
             )
-        source = Path(change.after.source)
-        # A tower inside a saved pipeline was trained with the modality that is pinned there.
-        pins = source.parent.parent / PINS
-        if (
-            pins.is_file()
-            and checkpoint.read_json(pins).get(source.name, new[name].fingerprint)
-            != new[name].fingerprint
-        ):
-            raise ZipperError(
-                f"{source} was trained with another tokenizer or codebook than the one it would "
-                "have here. "
-                f"Give {pins.parent / 'modalities' / source.name} (--modality {name}=FOLDER)."
-            )
+        check_pinned(name, change.after.source, new[name])
     return Pipeline(model, new), report
 
 
@@ -279,19 +268,8 @@ def idle(found: Mapping[str, Activity], below: float) -> list[str]:
 @torch.inference_mode()
 def losses(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
     """Nats per produced token of each task of `batches`, given what is true."""
-    found = {}
-    for task, some in samples.items():
-        total = count = 0.0
-        for batch in some:
-            (name,) = (name for name, weight in batch.weights.items() if weight.any())
-            where = batch.weights[name] > 0
-            logits = model(batch.strands, outputs=[name])[name][where]
-            total += float(
-                F.cross_entropy(logits.float(), batch.targets[name][where], reduction="sum")
-            )
-            count += int(where.sum())
-        found[task] = total / count
-    return found
+    each = partial(batch_losses, model)
+    return {task: per_token(each, some) for task, some in samples.items()}
 
 
 def costs(model: Zipper, samples: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
@@ -333,12 +311,8 @@ def prune(model: Zipper, links: Sequence[str]) -> Zipper:
     config = dataclasses.replace(
         model.config, dropped=tuple(sorted({*model.config.dropped, *links}))
     )
-    new = _born(_towers(model), config)
-    new.attention = model.attention
-    kept = ((model.inputs, new.inputs), (model.links, new.links), (model.choosers, new.choosers))
-    for parts, made in kept:
-        for name, part in made.items():
-            _graft(parts[name], part, {}, 0.0)
+    new = rebuilt(model, config, {})
+    inherit(new, model)
     return new.train(model.training)
 
 
@@ -454,22 +428,6 @@ def _grafted(
         reborn = _graft(link, new.links[name], meaningless, gate) if name else {}
         if {key.source, key.target} & changes.keys():
             yield _fate(was, name, link, reborn) if name else Fate(was, "")
-
-
-def _born(towers: Mapping[str, Tower], config: ZipperConfig, seed: int = 0) -> Zipper:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Zipper(towers, config)
-
-
-def _towers(model: Zipper, without: Container[str] = ()) -> dict[str, Tower]:
-    """The towers for another zip: those that learn are copied, frozen ones are the same objects."""
-    found = {}
-    for name, tower in model.towers.items():
-        assert isinstance(tower, Tower)
-        if name not in without:
-            found[name] = copy.deepcopy(tower) if model.config.towers[name].learns else tower
-    return found
 
 
 def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction]:

@@ -25,13 +25,14 @@ from zipper.data.rows import Row
 from zipper.errors import ZipperError
 from zipper.generation import Limits, generate
 from zipper.modality import Modality
+from zipper.pipeline import check_pinned
 from zipper.sampling import Sampling, check_seed
 from zipper.saving import checkpoint, hub
 from zipper.saving.zips import TowerSource
 from zipper.strand import Ends, Produced, Segment, read_ids
 from zipper.tower import Past, PreTrainedModel, Strand, Tower
 from zipper.training import TrainConfig
-from zipper.training.building import check_pinned, mean_tokens
+from zipper.training.building import mean_tokens
 
 KIND = "baseline"  # tells its saved configuration from that of a zip
 # What configurations call it; the first that is there counts.
@@ -517,7 +518,7 @@ class Extend:
                 "and frozen_dtype."
             )
         for name in named:
-            check_pinned(name, Path(config.towers[name]), modalities[name])
+            check_pinned(name, config.towers[name], modalities[name])
 
         if config.start:
             return _continued(config.start, modalities, self.base)

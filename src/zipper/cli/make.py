@@ -713,13 +713,13 @@ def push(
     import tempfile
 
     from zipper.model import Zipper
-    from zipper.pipeline import PINS, Pipeline
+    from zipper.pipeline import Pipeline
     from zipper.saving import checkpoint, hub
 
     with tempfile.TemporaryDirectory() as place:
         folder = model
         if include or towers:
-            kind = Pipeline if (model / PINS).is_file() else Zipper
+            kind = Pipeline if (model / checkpoint.PINS).is_file() else Zipper
             record = checkpoint.load(model)[1]
             loaded = kind.from_pretrained(model, named("--tower", towers), dtype=None)
             folder = Path(place) / "zip"

@@ -85,6 +85,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"
 
 
+def duration(seconds: float) -> str:
+    """How long, as people say it."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
 def cut(label: str, most: int = 16) -> str:
     """A label so long that it would leave no room for what it labels is cut."""
     return label if len(label) <= most else label[: most - 1] + "…"

@@ -15,8 +15,8 @@ from zipper.errors import ZipperError
 from zipper.modality import Modality
 from zipper.modality.kind import shown_by_kind
 from zipper.model import Zipper
-from zipper.pipeline import PINS
-from zipper.saving import checkpoint, hub
+from zipper.pipeline import check_pinned
+from zipper.saving import hub
 from zipper.saving.zips import LostTower
 from zipper.strand import Segment
 from zipper.tasks import Task, content, has, lanes, tower_of
@@ -149,7 +149,7 @@ def _tower(config: TrainConfig, name: str, modality: Modality) -> Tower:
             fresh = AutoConfig.for_model(**{**source, **ids})
             tower = Tower(mapping.auto().from_config(fresh))
     else:
-        check_pinned(name, Path(source), modality)
+        check_pinned(name, source, modality)
         tower = Tower.load(source, dtype=torch.float32)
     if tower.vocabulary < modality.vocabulary:
         raise ZipperError(
@@ -171,21 +171,6 @@ def _started(source: str, towers: Mapping[str, Any]) -> Zipper:
             if not isinstance(towers.get(lost.name), str | Path):
                 raise
             found[lost.name] = towers[lost.name]
-
-
-def check_pinned(name: str, source: Path, modality: Modality) -> None:
-    """A tower inside a saved pipeline was trained with one modality; another would give its ids
-    other meanings."""
-    pins = source.parent.parent / PINS
-    if (
-        pins.is_file()
-        and checkpoint.read_json(pins).get(source.name, modality.fingerprint)
-        != modality.fingerprint
-    ):
-        raise ZipperError(
-            f"The tower {name!r} from {source} was trained with another tokenizer or codebook than "
-            f"the one given. Give {source.parent.parent / 'modalities' / source.name}."
-        )
 
 
 def served(

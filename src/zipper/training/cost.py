@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zipper import loss
+from zipper import loss, pages
 from zipper.config import LinkKey, Stop
 from zipper.errors import ZipperError
 from zipper.inspection import parts
@@ -521,8 +521,8 @@ def text(found: Mapping[str, Any]) -> str:
         f"{step['flops'] / 1e9:,.1f} GFLOP",
         f"memory       {_bytes(found['memory']['total'])} in one process with the longest rows: "
         f"{held}",
-        f"time         {pace['seconds_per_step']:.3g} s a step, {_duration(pace['seconds'])} for "
-        f"{pace['steps']:,} steps, without evaluations:",
+        f"time         {pace['seconds_per_step']:.3g} s a step, "
+        f"{pages.duration(pace['seconds'])} for {pace['steps']:,} steps, without evaluations:",
         f"             {pace['efficiency']:.0%} of the {pace['matmul_rate'] / 1e9:,.1f} GFLOP/s "
         f"that products of {' x '.join(map(str, pace['matmul_shape']))} reach here",
     ]
@@ -531,11 +531,6 @@ def text(found: Mapping[str, Any]) -> str:
 
 def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
 def _tower(model: Model, name: str) -> Tower:

@@ -151,7 +151,7 @@ def text(found: Mapping[str, Any]) -> str:
             each = ", ".join(f"{key} {value:.4g}" for key, value in found[name].items())
             lines.append(f"{what:11} {each} at the end")
 
-    spent = "not recorded" if found["seconds"] is None else _duration(found["seconds"])
+    spent = "not recorded" if found["seconds"] is None else pages.duration(found["seconds"])
     lines.append(f"time        {spent}")
     if found["tokens_per_s"] is not None:
         share = ""
@@ -206,7 +206,7 @@ def _cards(found: Mapping[str, Any]) -> list[pages.Card]:
     if found["tokens_per_s"]:
         more = []
         if found["seconds"] is not None:
-            more.append(f"{_duration(found['seconds'])} in all")
+            more.append(f"{pages.duration(found['seconds'])} in all")
         if found["matmul_share"] is not None:
             more.append(f"{found['matmul_share']:.0%} of the machine's matmul rate")
         cards.append(
@@ -217,8 +217,3 @@ def _cards(found: Mapping[str, Any]) -> list[pages.Card]:
 
 def _rounded(held: Mapping[str, float]) -> dict[str, str]:
     return {key: f"{value:.3f}" for key, value in held.items()}
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -34,7 +34,7 @@ from zipper.data.extraction import Policy, load
 from zipper.data.rows import Row, mixed_seed
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.loss import batch_losses
+from zipper.loss import batch_losses, per_token
 from zipper.modality import load as load_modality
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
@@ -571,18 +571,16 @@ def mean_loss(
     objective: Objective, task: Task, rows: Sequence[Row], config: TrainConfig, device: torch.device
 ) -> float:
     """Nats per target token of a task on rows, over all its towers."""
-    total, count = 0.0, 0.0
     ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
-    for start in range(0, len(ranked), config.batch):
-        batch = collate(
+    batches = (
+        collate(
             [task.segments(row) for row in ranked[start : start + config.batch]],
             objective.model.ends(),
             company=task.company,
         ).to(device)
-        total += sum(float(loss) for loss in objective([batch]).values())
-        count += sum(float(weight.sum()) for weight in batch.weights.values())
-        count += sum(int((came >= 0).sum()) for came in batch.choices.values())
-    return total / count
+        for start in range(0, len(ranked), config.batch)
+    )
+    return per_token(lambda batch: objective([batch]), batches)
 
 
 def record_of(
