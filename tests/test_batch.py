@@ -289,3 +289,21 @@ def test_a_choice_is_the_pipeline_s(tmp_path: Path) -> None:
     assert run_batch(made, rows, "text -> text|speech", out, limits=LIMITS).done == 1
     alone = made.run([Segment("text", "call anna")], ["text|speech"], limits=LIMITS)
     assert [one["tower"] for one in read(out)[0]["made"]] == [one.tower for one in alone]
+
+
+def test_a_text_that_is_called_as_a_file_is_a_text(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run_batch(pipe, rows, "text -> made:text", out, limits=LIMITS)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    right = [line for line in lines if "made" in line]
+    for line, said in zip(right, ["seven", "x " * 200], strict=False):
+        line["made"][0]["content"] = said
+    out.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "seven").touch()
+    found = [sample.row["made:text"] for sample in layouts.samples(f"made:{out}")]
+    assert found[:2] == ["seven", "x " * 200]
+    layouts.about(out).write_text("{}")
+    with pytest.raises(ZipperError, match="does not say of which manifest and task"):
+        list(layouts.samples(f"made:{out}"))

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -831,3 +832,36 @@ def test_a_model_that_is_removed_is_gone_with_one_rename(
     checkpoint.remove(saved)
     checkpoint.remove(saved)  # there is none: nothing to do
     assert os.listdir(saved.parent) == []
+
+
+def test_a_save_that_another_takes_for_a_dead_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of the folder and its lock somebody else cleans up."""
+    made, calls = tempfile.mkdtemp, []
+
+    def lost(**where: Any) -> str:
+        place = made(**where)
+        calls.append(place)
+        if len(calls) == 1:
+            checkpoint.clean(tmp_path)
+            assert not os.path.exists(place)
+        return place
+
+    monkeypatch.setattr(tempfile, "mkdtemp", lost)
+    with checkpoint.whole(tmp_path / "model") as temporary:
+        checkpoint.write_json(temporary / checkpoint.CONFIG, {})
+    assert len(calls) == 2 and (tmp_path / "model" / checkpoint.CONFIG).is_file()
+
+
+@pytest.mark.parametrize("name", ["my vocabulary.txt", "a+b", "part/.hidden"])
+def test_a_file_that_no_load_would_bear_is_refused_when_it_is_saved(
+    tmp_path: Path, name: str
+) -> None:
+    with (
+        pytest.raises(ZipperError, match="cannot hold the file"),
+        checkpoint.whole(tmp_path / "model") as temporary,
+    ):
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).touch()
+    assert not (tmp_path / "model").exists()

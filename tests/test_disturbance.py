@@ -9,6 +9,7 @@ import pytest
 from zipper.audio import disturbance
 from zipper.audio.disturbance import NOTHINGS, TABLE, Disturbance, drawn, nothing, take
 from zipper.audio.sound import Audio
+from zipper.errors import ZipperError
 
 RATE_HZ = 16_000
 TIME = np.arange(RATE_HZ) / RATE_HZ
@@ -176,3 +177,10 @@ def test_some_takes_say_nothing_and_a_key_decides_all() -> None:
             take(TONE, f"a {number}")[0].samples, takes[number][0].samples
         )
     assert not np.array_equal(take(TONE, "b 0")[0].samples, takes[0][0].samples)
+
+
+def test_a_long_sound_passes_through_a_codec_and_a_rate_that_it_lacks_is_named() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 200 * 16_000).astype(np.float32)
+    assert Disturbance(codec="ogg").apply(Audio(noise, 16_000)).seconds == pytest.approx(200, 0.01)
+    with pytest.raises(ZipperError, match="96000 Hz cannot be written as mp3"):
+        Disturbance(codec="mp3").apply(Audio(noise[:1000], 96_000))

@@ -608,3 +608,10 @@ def test_a_sample_without_sound_cannot_be_taken_again(tmp_path: Path) -> None:
         r"takes out",
     ):
         extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=2)
+
+
+def test_takes_do_not_write_over_a_field_of_the_row(tmp_path: Path) -> None:
+    row = {"speech": tiny.sound(tmp_path / "a.wav").name, "text": "call", "said:text": "send"}
+    data.write(tmp_path / "pairs.jsonl", [row])
+    with pytest.raises(ZipperError, match="has a field 'said' of its own"):
+        extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=1)

@@ -236,6 +236,56 @@ def test_a_file_is_the_old_one_or_the_new_one(
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"newer")]
 
 
+def test_a_link_stays_one_and_a_name_may_be_as_long_as_can_be(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, there = tmp_path / "link.json", tmp_path / "real" / "file.json"
+    link.symlink_to(there)
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and json.loads(there.read_text()) == {"a": 1}
+    longest = tmp_path / f"{'a' * 250}.json"
+    write(longest, b"long")
+    assert longest.read_bytes() == b"long"
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link.json", longest.name}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from zipper.saving.files import write_json
+for n in range(300):
+    write_json(Path(sys.argv[1]), {"numbers": [int(sys.argv[2])] * 3000})
+"""
+
+
+def test_two_writers_of_one_file_never_show_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    write_json(path, {"numbers": [0] * 3000})
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, str(n)]) for n in (1, 2)]
+    reads = 0
+    while any(writer.poll() is None for writer in writers):
+        numbers = json.loads(path.read_text())["numbers"]
+        assert len(numbers) == 3000 and len({*numbers}) == 1
+        reads += 1
+    assert [writer.wait() for writer in writers] == [0, 0] and reads
+    assert [found.name for found in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_who_waits_for_a_folder_gets_it_though_the_other_leaves_it_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = tmp_path / "runs", Path.mkdir
+
+    def taken_away(self: Path, **options: Any) -> None:
+        made(self, **options)
+        monkeypatch.setattr(Path, "mkdir", made)
+        self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", taken_away)
+    with held(folder):
+        assert (folder / HELD).is_file()
+
+
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

@@ -22,7 +22,7 @@ from zipper import Pipeline, Segment, modality
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
-from zipper.modality.image import VQ, Image, ImageConfig
+from zipper.modality.image import VQ, Image, ImageConfig, _plain
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
 
@@ -466,3 +466,28 @@ def test_a_zip_with_pictures_is_saved_loaded_and_runs(colour: Image, tmp_path: P
     assert again.run(given, ["text"], limits={"text": 3}) == said
     (drawn,) = again.run([Segment("text", "anna")], ["image"], limits={"image": 16})
     assert drawn.content.size == (16, 16)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_deep_pictures_are_read_alike_by_any_pillow_and_stay_upright(mode: str) -> None:
+    def deep(values: Any) -> Pillow.Image:
+        picture = Pillow.fromarray(np.asarray(values, np.uint16))
+        return picture if mode == "I;16" else picture.convert("I")
+
+    shallow = deep(np.full((16, 16), 200))
+    assert np.unique(np.asarray(_plain(shallow, ImageConfig(16, 16)))).tolist() == [200]
+    whole = deep(np.linspace(0, 65_535, 256).reshape(16, 16))
+    assert np.asarray(_plain(whole, ImageConfig(16, 16))).max() == 255
+    tall = deep(np.zeros((16, 8)))
+    tall.getexif()[0x0112] = 6
+    assert _plain(tall, ImageConfig(16, 16)).size == (16, 8)
+
+
+def test_a_picture_that_breaks_off_is_refused_however_it_is_given(
+    colour: Image, tmp_path: Path
+) -> None:
+    Pillow.fromarray(noise(0, (64, 64, 3))).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ZipperError, match="The picture given cannot be read"):
+        colour.encode(Pillow.open(tmp_path / "cut.png"))

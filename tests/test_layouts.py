@@ -576,6 +576,9 @@ def test_tables_have_the_split_of_their_name_or_folder(tmp_path: Path) -> None:
     assert [one.row["mark"] for one in layouts.samples(source, "test")] == [names[1]]
     (one,) = layouts.samples(f"{source}/*/0000.parquet")
     assert (one.row["mark"], one.row["split"]) == ("dev/0000", "validation")
+    for place in ("dev", "dev/0000.parquet", "dev/*"):  # as far in as one may point
+        (one,) = layouts.samples(f"{source}/{place}", "validation")
+        assert one.row["mark"] == "dev/0000"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -176,3 +176,25 @@ def test_rows_that_cannot_be_measured_are_refused(pipe: Pipeline, tmp_path: Path
         measurement.measure(pipe, manifest(tmp_path, rows()), ["sound:level -> text"])
     with pytest.raises(ZipperError, match=r"There is no judge 'ear'; there are \["):
         measurement.judge("ear")
+
+
+def test_what_is_wanted_is_the_piece_that_a_row_names(tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(tiny.world(tmp_path / "world").zip)
+    tiny.sound(tmp_path / "long.wav", seconds=3)
+    row = {"audio_filepath": "long.wav", "offset": 1.0, "duration": 0.5, "text": "call"}
+    asked: list[tuple[list[Any], list[Any]]] = []
+
+    def judge(wanted: Sequence[Any], made: Sequence[Any], _: Sequence[Any]) -> measurement.Scores:
+        asked.append(([one.seconds for one in wanted], [one.seconds for one in made]))
+        return {"alike": [(0.0, 1.0)] * len(wanted)}
+
+    given = [Sample(f"row {n}", row, tmp_path) for n in range(2)]
+    measurement.measure(pipe, given, ["text -> speech"], judges={"speech": {"ear": judge}})
+    assert all(wanted == [0.5, 0.5] for wanted, _ in asked)
+    assert asked[1][1] == pytest.approx([0.5, 0.5], abs=0.1)  # the oracle: what the units say
+
+
+def test_a_resample_in_which_nothing_was_wanted_says_no_more_than_its_errors() -> None:
+    rates = [(1.0, 0.0), (0.0, 3.0)]  # a word too much in silence; three words right
+    number = measurement._number(rates, 0)
+    assert number.value == pytest.approx(1 / 3) and number.high <= 2

@@ -92,3 +92,8 @@ def test_normalisers_have_names() -> None:
     ):
         normalise("a", "english")
     assert all(normalise("", name) == "" for name in NORMALISERS)
+
+
+def test_an_apostrophe_inside_a_word_stays_behind_a_mark_too() -> None:
+    assert normalise("hashką́\u2019ą́ 'tis o' dogs'") == normalise("hashką́'ą́ tis o dogs")
+    assert len(words(normalise("hashką́'ą́"))) == 1

@@ -17,6 +17,7 @@ from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.fast.reader import Fused
+from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline, Transcript
 from zipper.reading import Stepwise
@@ -380,3 +381,31 @@ def test_a_tower_named_otherwise_has_no_voices(world: World) -> None:
         pipe.speak("call", voice="low")
     with pytest.raises(ZipperError, match=r"no tower 'text'"):
         pipe.run([Segment("letters", "call")], ["text"])
+
+
+@torch.no_grad()
+def test_weights_that_change_places_are_laid_out_anew(pipe: Pipeline) -> None:
+    own = copy.deepcopy(pipe.zip)
+    mine = Pipeline(own, pipe.modalities)
+    first = mine.engine().reader
+    weight = max(own.towers["speech"].parameters(), key=lambda p: p.numel())
+    weight.copy_(weight.flip(0).clone())
+    assert mine.engine().reader is not first is not mine.engine().reader
+
+
+@pytest.mark.parametrize("what", ["pipeline", "zip", "text", "speech"])
+def test_home_is_home_where_a_model_is_saved_too(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"pipeline": pipe, "zip": pipe.zip, **pipe.modalities}
+    save = given[what].save_pretrained if what in ("pipeline", "zip") else given[what].save
+    save("~/mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_name_too_long_for_any_file_is_an_error_like_another() -> None:
+    for load in (Pipeline.from_pretrained, Text.from_pretrained, audio.read):
+        with pytest.raises(ZipperError):
+            load(f"./{'x' * 300}.wav")

@@ -170,3 +170,10 @@ def test_a_rare_source_is_drawn_all_the_same() -> None:
 def test_a_mixture_of_nothing_is_refused(sizes: list[int], weights: list[float]) -> None:
     with pytest.raises(ZipperError, match="were to be mixed by"):
         draws(range(1), 0, sizes, weights)
+
+
+def test_many_sources_of_less_than_a_draw_take_from_the_largest_one_by_one() -> None:
+    weights = [1.0] * 20 + [1e-6] * 100
+    found = Counter(source for source, _ in draws(range(1000), 0, [10] * 120, weights))
+    assert {*found} == {*range(120)} and all(found[n] == 1 for n in range(20, 120))
+    assert {found[n] for n in range(20)} == {45}

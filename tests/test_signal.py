@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
 
 from zipper import Pipeline, Segment, modality
+from zipper.data import fitting
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality import series
@@ -734,3 +735,23 @@ def test_a_zip_with_a_signal_is_saved_loaded_and_runs(kind: Signal, tmp_path: Pa
     assert isinstance(loaded, Signal) and loaded.fingerprint == kind.fingerprint
     asked, limits = [Segment("motion", kind.encode(walk(0, 20)))], {"text": 4}
     assert again.run(asked, ["text"], limits=limits) == pipe.run(asked, ["text"], limits=limits)
+
+
+def test_nothing_wanted_is_no_step_of_dtw() -> None:
+    some, none = np.zeros((3, 2)), np.zeros((0, 2))
+    assert warped(none, some) == (0.0, 0.0) == warped(none, none)
+
+
+def test_a_setting_that_is_out_of_all_bounds_is_an_error(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.arange(100, dtype=np.float32).reshape(50, 2))
+    about = {"rate_hz": 50, "channels": ["x", "y"], "units": ["m", "m"]}
+    (tmp_path / "one.json").write_text(json.dumps(about))
+    with pytest.raises(ZipperError, match="cannot be made with"):
+        fitting.fit(Signal, [tmp_path / "one.npy"], settings={"codes": 2, "limit": "five"})
+
+
+def test_hidden_files_are_fitted_to_by_nobody(tmp_path: Path) -> None:
+    for name in ("a.csv", ".git/b.csv", ".c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert fitting.values_of(tmp_path, "signal") == [tmp_path / "a.csv"]

@@ -358,3 +358,11 @@ def test_a_zip_with_symbols_is_saved_loaded_and_runs(tmp_path: Path) -> None:
     assert made == pipe.run(asked, ["dna"], limits=limits)
     ids = made[0].content
     assert len(again.modalities["dna"].decode(ids)) <= 6
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_lines_may_end_as_any_machine_has_them(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "plain.txt").write_bytes(b"ACGT" + end + b"AC" + end)
+    (tmp_path / "one.fasta").write_bytes(b">name" + end + b"ACGT" + end)
+    for name in ("plain.txt", "one.fasta"):
+        assert {*Symbols.fitted([tmp_path / name]).symbols} == {*"ACGT"}

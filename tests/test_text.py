@@ -1,6 +1,8 @@
 """Text: nothing is lost between a string and its tokens, and what would be is named."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -331,3 +333,30 @@ def test_a_stream_begins_before_the_end() -> None:
     read: list[int] = []
     stream = TEXT.stream(read.append(token) or token for token in ids)  # type: ignore[func-returns-value]
     assert next(stream).startswith("s") and len(read) < len(ids)
+
+
+def test_a_word_of_known_letters_that_cannot_be_written_is_an_error() -> None:
+    pieces = {"[UNK]": 0, "a": 1, "b": 2, "##b": 3, "<s>": 4, "</s>": 5}
+    tokenizer = Tokenizer(models.WordPiece(vocab=pieces, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    text = Text(tokenizer.to_str(), "<s>", "</s>")
+    assert text.encode("ab") == [1, 3]
+    with pytest.raises(ZipperError, match=r"cannot write 'ab ba', though it knows all"):
+        text.encode("ab ba")
+
+
+def test_a_save_that_fails_leaves_the_tokenizer_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Text.train(["some words"], 10)
+    mine.save(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    other = Text.train(["other words"], 10)
+    with pytest.raises(OSError, match="No space"):
+        other.save(tmp_path)
+    assert Text.load(tmp_path).fingerprint == mine.fingerprint != other.fingerprint

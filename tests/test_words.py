@@ -7,10 +7,12 @@ import pytest
 import torch
 from laws import LLAMAS, zipped
 from tiny import text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from zipper.errors import ZipperError
 from zipper.fast import engine as Engine
 from zipper.generation import Request, Written
+from zipper.modality.text import Text
 from zipper.strand import Segment
 from zipper.words import Word, align, places, spans, words
 
@@ -87,3 +89,19 @@ def test_no_times_without_a_link_or_without_sound() -> None:
         spans(model, Segment("speech", []), Segment("text", [3]))
     with pytest.raises(ZipperError, match="No link leads"):
         spans(model, Segment("text", [3]), Segment("text", [3]))
+
+
+def test_a_character_of_several_tokens_is_whole() -> None:
+    letters = [*pre_tokenizers.ByteLevel.alphabet()]
+    models_ids = {letter: n for n, letter in enumerate(sorted(letters))} | {"<s>": 256, "</s>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=models_ids, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bytes_of = Text(tokenizer.to_str(), "<s>", "</s>")
+    ids = bytes_of.encode("où est né")
+    assert len(ids) == 11
+    found = words(bytes_of, Written("text", ids, 0, [-0.1] * (len(ids) + 1), "end"))
+    assert [word.text for word in found] == ["où", "est", "né"]
+    assert [word.confidence for word in found] == [
+        pytest.approx(math.exp(-0.1 * n)) for n in (3, 4, 4)
+    ]

@@ -129,6 +129,7 @@ def measure(
     samples = _samples(data, limit)
     modalities = pipeline.modalities
     rows = [manifests.encode(s.row, modalities, s.folder, s.where) for s in samples]
+    samples = [s._replace(row=manifests.settle(s.row, modalities)) for s in samples]
     if len(rows) < 2:
         raise ZipperError(f"{len(rows)} rows were given; a floor wants two at least. Give more.")
     wanted = [Task.parse(t) if isinstance(t, str) else t for t in tasks] or _pairs(modalities, rows)
@@ -379,7 +380,8 @@ def _ratio(
     above: Float[np.ndarray, "*resamples rows"], below: Float[np.ndarray, "*resamples rows"]
 ) -> Float[np.ndarray, "*resamples"]:
     """Like `statistics.share`, of what is no count."""
-    return np.asarray(above.sum(axis=-1) / np.maximum(below.sum(axis=-1), 1e-12))
+    whole = below.sum(axis=-1)
+    return np.asarray(above.sum(axis=-1) / np.where(whole > 0, whole, 1))
 
 
 def _given(

@@ -29,6 +29,7 @@ from zipper.lockstep import Parts, State, Tap, advance
 from zipper.sampling import Sampling, check_seed
 from zipper.saving import checkpoint, hub, zips
 from zipper.saving.card import card
+from zipper.saving.files import place
 from zipper.saving.zips import TowerSource
 from zipper.strand import Ends, Produced, Segment, Strand
 from zipper.tower import PreTrainedModel, Tower, precision
@@ -391,8 +392,8 @@ class Zipper(nn.Module):
         record: anything JSON to keep beside it (how it was trained). The folder appears whole and
         such as can be loaded, or not at all; an older zip in its place is replaced.
         """
-        with checkpoint.whole(Path(folder), self.prove) as temporary:
-            self.write(temporary, {*include, *self.inside(Path(folder))}, record)
+        with checkpoint.whole(place(folder), self.prove) as temporary:
+            self.write(temporary, {*include, *self.inside(place(folder))}, record)
             (temporary / checkpoint.CARD).write_text(
                 card(temporary, self.sizes()), encoding="utf-8"
             )

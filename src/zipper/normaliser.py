@@ -79,7 +79,11 @@ def _unicode_words(text: str) -> str:
     plain = unicodedata.normalize("NFKD", plain).casefold()
     plain = unicodedata.normalize("NFKD", plain).replace("i\u0307", "i")  # of the Turkish capital
     kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else _gap(c) for c in plain)
-    kept = re.sub(r"(?<![^\W_])'|'(?![^\W_])", " ", unicodedata.normalize("NFC", kept))
+    kept = f" {unicodedata.normalize('NFC', kept)} "
+    kept = "".join(
+        " " if c == "'" and not {before, behind}.isdisjoint(" '") else c
+        for before, c, behind in zip(kept, kept[1:], kept[2:], strict=False)
+    )
     joined = ""
     for word in words(kept):
         joined += word if not joined or spaceless(joined[-1]) or spaceless(word[0]) else f" {word}"

@@ -27,6 +27,7 @@ from zipper.reading import Reader, Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint, hub
 from zipper.saving.card import Told, card
+from zipper.saving.files import place
 from zipper.saving.zips import TowerSource
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, among
@@ -117,7 +118,7 @@ class Pipeline:
         self._lengths = {name: kind.length for name, kind in kinds.items() if kind.length}
         self._later: Later | None = None
         self._reader: Reader | None = None
-        self._weights: list[tuple[int, int]] = []
+        self._weights: list[tuple[int, int, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the reader, which points into this process's
@@ -203,14 +204,14 @@ class Pipeline:
     ) -> None:
         """Save model and modalities in one folder, such as can be loaded, whole or not at all; see
         `Zipper.save_pretrained`."""
-        with checkpoint.whole(Path(folder), self.prove) as temporary:
-            self._write(temporary, {*include, *self.model.inside(Path(folder))}, record)
+        with checkpoint.whole(place(folder), self.prove) as temporary:
+            self._write(temporary, {*include, *self.model.inside(place(folder))}, record)
 
     def rehearse(self, folder: str | Path, record: Mapping[str, Any] | None = None) -> None:
         """Raises what `save_pretrained` would, for a disk that is full or files that could not be
         loaded, and leaves nothing."""
-        with checkpoint.rehearsal(Path(folder), self.prove) as temporary:
-            self._write(temporary, self.model.inside(Path(folder)), record)
+        with checkpoint.rehearsal(place(folder), self.prove) as temporary:
+            self._write(temporary, self.model.inside(place(folder)), record)
 
     def prove(self, folder: Path) -> None:
         """Raises the ZipperError in which loading what was written would end; takes no memory for
@@ -396,7 +397,7 @@ class Pipeline:
         small = sum(p.nbytes for p in parameters) <= FAST_BYTES
         if not small or any(p.device.type != "cpu" or p.is_inference() for p in parameters):
             return Stepwise(self.model)
-        weights = [(p.data_ptr(), _sum_of_bits(p)) for p in parameters]
+        weights = [(p.data_ptr(), p._version, _sum_of_bits(p)) for p in parameters]
         if self._reader is None or weights != self._weights:
             self._reader, self._weights = fastest(self.model), weights
         return self._reader
@@ -453,13 +454,13 @@ class Pipeline:
 def check_pinned(name: str, source: str | Path, modality: Modality) -> None:
     """A tower inside a saved pipeline was trained with one modality; another would give its ids
     other meanings: a ZipperError."""
-    place = Path(source)
-    pipeline, own = place.parent.parent, modality.fingerprint
+    tower = Path(source)
+    pipeline, own = tower.parent.parent, modality.fingerprint
     pins = pipeline / PINS
-    if pins.is_file() and checkpoint.read_json(pins).get(place.name, own) != own:
+    if pins.is_file() and checkpoint.read_json(pins).get(tower.name, own) != own:
         raise ZipperError(
             f"The tower {name!r} from {source} was trained with another tokenizer or codebook than "
-            f"the one given. Give {pipeline / 'modalities' / place.name}."
+            f"the one given. Give {pipeline / 'modalities' / tower.name}."
         )
 
 
@@ -488,8 +489,8 @@ def _modalities(folder: Path, allow_mismatch: bool = False) -> dict[str, Modalit
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """Tells weights that were changed from those that were laid out, for no more than a token
-    costs."""
+    """Tells weights that were changed behind torch's back (`p.data`), which their version does not
+    know, for no more than a token costs; not those that only changed places there."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(whole).sum())
 

@@ -45,7 +45,7 @@ def wilcoxon(differences: Float[np.ndarray, " rows"]) -> float:
     return float(extra("scipy.stats").wilcoxon(rounded).pvalue) if rounded.any() else 1.0
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2)
 def _draws(rows: int, seed: int) -> Int32[np.ndarray, "resamples rows"]:
     """Which rows are drawn when as many are drawn with replacement, each resample in order."""
     chance = np.random.default_rng(seed)

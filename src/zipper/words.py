@@ -48,6 +48,8 @@ def words(
     before = ""
     for index in range(len(written.ids)):
         so_far = modality.decode(written.ids[: index + 1])
+        if index + 1 < len(written.ids):  # a character of several tokens stands where it is whole
+            so_far = so_far.rstrip("\ufffd")
         piece, before, behind = so_far[len(before) :], so_far, before[-1:]
         if not groups or (groups[-1][0].strip() and (piece[:1].isspace() or behind.isspace())):
             groups.append(("", []))

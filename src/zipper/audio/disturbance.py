@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32
 
-from zipper.audio.sound import Audio
+from zipper.audio.sound import Audio, poured
 from zipper.environment import extra
+from zipper.errors import ZipperError
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,12 @@ def _noise(count: int, colour: float, chance: np.random.Generator) -> Float32[np
 def _coded(audio: Audio, codec: str) -> Audio:
     """Through a lossy file in memory; what a codec adds at the ends stays."""
     soundfile, file = extra("soundfile"), io.BytesIO()
-    soundfile.write(file, audio.samples, audio.rate_hz, format=codec.upper())
+    try:
+        poured(file, audio, codec)
+    except soundfile.LibsndfileError as error:
+        raise ZipperError(
+            f"Sound of {audio.rate_hz} Hz cannot be written as {codec} ({error}). Give another "
+            "rate, such as 16000."
+        ) from error
     file.seek(0)
     return Audio(soundfile.read(file, dtype="float32")[0], audio.rate_hz)

@@ -279,6 +279,11 @@ def _takes(
             f"{where} has no sound and text, so it cannot be taken again. Give both, or leave "
             "takes out."
         )
+    if own := sorted({"heard", "said"} & taken.row.keys()):
+        raise ZipperError(
+            f"{where} has a field {own[0]!r} of its own, where takes are to stand. Name it "
+            "otherwise, or leave takes out."
+        )
     key, sound = sounds[0]
     again = [disturbance.take(taken.heard[key], f"{name} {number}") for number in range(takes)]
     return [

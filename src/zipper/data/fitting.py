@@ -1,11 +1,13 @@
 """Fitting: people's files to the values that a kind of modality is fitted to."""
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from zipper.data.layouts import walk
 from zipper.data.manifests import manifest
 from zipper.errors import ZipperError
 from zipper.modality import Kind, Modality, is_ids
@@ -50,8 +52,8 @@ def values_of(path: Path, field: str, named: bool = True) -> list[Any]:
     if (path / f"manifest{MANIFEST}").is_file():
         path /= f"manifest{MANIFEST}"
     if path.is_dir():
-        below = sorted(file for file in path.rglob("*") if file.is_file())
-        return [file for file in below if not file.name.startswith(".")]
+        below = (folder / name for folder, names in walk(path, Counter()) for name in names)
+        return sorted(file for file in below if file.is_file())
     if path.suffix.lower() in (".json", ".ndjson"):
         raise ZipperError(
             f"{path} would be read as a file of its kind. Let the name of a manifest, an object a "
@@ -80,7 +82,10 @@ def _made(kind: Any, make: Any, given: Any, settings: Mapping[str, Any]) -> Moda
         )
     try:
         made: Modality = make(given, **settings)
-    except TypeError as error:  # a setting of another type than the kind wants
+    except ZipperError:
+        raise
+    # A setting of another type than the kind wants, or out of all bounds.
+    except (TypeError, ValueError, OverflowError) as error:
         raise ZipperError(
             f"{kind.name!r} cannot be made with {dict(settings)}: {error}."
         ) from error

@@ -110,7 +110,7 @@ def samples(
 def names(source: str) -> bool:
     """Whether a string is written like a source, right or wrong, and not like a path."""
     return source.partition("#")[0].lower().endswith(MANIFESTS) or (
-        ":" in source and not place_of(source).exists()
+        ":" in source and not os.path.exists(place_of(source))
     )
 
 
@@ -141,7 +141,7 @@ def _parse(source: str) -> tuple[str, str, dict[str, str]]:
         return "jsonl", source, {}
     place, _, named = (
         (rest, "", "")
-        if place_of(rest).exists()
+        if os.path.exists(place_of(rest))
         else rest.rpartition("#")
         if "#" in rest
         else (rest, "", "")
@@ -517,9 +517,11 @@ def _splits(kind: str, place: str, passed: Passed) -> dict[str, list[Path]]:
             files |= dict.fromkeys(folder / name for name in mine)
             _others(passed, {*names} - {*mine})
     root = next(folder for folder in (at, *at.parents) if folder.is_dir())
+    own = Path(os.path.abspath(root)).name
+    above = Path(own if _SPLIT.fullmatch(own) else "")  # test/, but not test-corpus/
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(_split_of(file.relative_to(root)), []).append(file)
+        splits.setdefault(_split_of(above / file.relative_to(root)), []).append(file)
     return splits
 
 
@@ -701,6 +703,11 @@ def _answers(made: Path) -> dict[int, Mapping[str, Any]]:
 def _made(place: str, passed: Passed) -> Iterator[Sample]:
     answers = place_of(place)
     said = read_json(about(answers))
+    if not all(isinstance(said.get(name), str) for name in ("data", "task")):
+        raise ZipperError(
+            f"{about(answers)} does not say of which manifest and task {answers.name} is. Run "
+            "zipper run-batch anew."
+        )
     manifest = answers.parent / said["data"]
     if said.get("manifest") not in (None, sha256(manifest)):
         raise ZipperError(
@@ -724,8 +731,11 @@ def _made(place: str, passed: Passed) -> Iterator[Sample]:
                     f"{sample.where} has a field {field!r}, and {answers} holds one that was made. "
                     f"Name it in the task, such as 'made:{one['tower']}', and do that anew."
                 )
-            filed = isinstance(one["content"], str) and (answers.parent / one["content"]).is_file()
-            row[field] = str(answers.parent.resolve() / one["content"]) if filed else one["content"]
+            content = one["content"]
+            # Where run-batch writes files; whatever else is a text, also one that a file is called.
+            if isinstance(content, str) and content.startswith(f"{answers.name}.files/"):
+                content = str(answers.parent.resolve() / content)
+            row[field] = content
         yield sample._replace(row=row)
 
 

@@ -293,8 +293,8 @@ def draws(
         : max(0, _BLOCK - counts.sum())
     ]:
         counts[source] += 1
-    # What sources of less than one draw were given.
-    counts[counts.argmax()] -= counts.sum() - _BLOCK
+    while counts.sum() > _BLOCK:  # what sources of less than one draw were given
+        counts[counts.argmax()] -= 1
     found = []
     for k in which:
         block, within = divmod(k, _BLOCK)

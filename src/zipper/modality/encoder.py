@@ -185,7 +185,7 @@ class EncoderUnits(Sound):
         chance, share = np.random.default_rng(seed), max(1, MOST_POINTS // max(1, len(values)))
         points = [np.zeros((0, blank.shape[1]), np.float32)]
         for value in tqdm(values, desc="frames", unit="sound", disable=None):
-            points.append(chance.permutation(made.frames(value))[:share])
+            points.append(chance.permutation(made.frames(value))[:share].copy())
         centroids = kmeans(
             np.concatenate(points)[:MOST_POINTS],
             codes,
@@ -634,7 +634,12 @@ def _below(voice: Any) -> Sequence[Any]:
     """Sounds: those that are given, or all files below a folder."""
     if not isinstance(voice, str | Path):
         return voice
-    found = sorted(file for file in place(voice).rglob("[!.]*") if file.is_file())
+    root = place(voice)
+    found = sorted(
+        file
+        for file in root.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
     if not found:
         raise ZipperError(f"There are no sounds below {voice}. Give a folder of a voice's sounds.")
     return found

@@ -187,18 +187,19 @@ class Image(Kind):
         fewer different patches than codes.
         """
         height, width = _sides(size)
-        patch = patch or (1 if method == "colours" else 4)
+        if patch is None:
+            patch = 1 if method == "colours" else 4
         config = ImageConfig(height, width, channels, method, patch, fit, first_frame=first_frame)
         chance = np.random.default_rng(seed)
         share = max(1, MOST_POINTS // max(1, len(values)))
         found = [
-            chance.permutation(_patches(_pixels(_picture(value, Path(), config), config), config))
+            chance.permutation(_patches(_pixels(_picture(value, Path(), config), config), config))[
+                :share
+            ].copy()  # a view would keep them all
             for value in values
         ]
         width_of_one = patch**2 * channels
-        points = np.concatenate(
-            [np.zeros((0, width_of_one), np.uint8), *(f[:share] for f in found)]
-        )
+        points = np.concatenate([np.zeros((0, width_of_one), np.uint8), *found])
         different = np.unique(points, axis=0)
         if not 0 < codes <= len(different):
             raise ZipperError(
@@ -506,6 +507,11 @@ def _is_imagegpt(source: str | Path) -> bool:
 def _picture(value: Any, folder: Path, config: ImageConfig) -> Pillow.Image:
     """See `Image.read`."""
     if isinstance(value, Pillow.Image):
+        try:
+            _check(value, "The picture given", config)
+            value.load()
+        except OSError as error:  # of a file that is opened, and read only now
+            raise ZipperError(f"The picture given cannot be read: {error}.") from error
         return _plain(value, config)
     if isinstance(value, np.ndarray | list | tuple):
         return _plain(_from_pixels(value), config)
@@ -581,9 +587,8 @@ def _plain(picture: Pillow.Image, config: ImageConfig) -> Pillow.Image:
     """In the mode of the modality, upright and on white; shrunk, if it is very large."""
     _check(picture, "The picture given", config)
     clear = "transparency" in picture.info or picture.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if picture.mode.startswith("I;16"):
-        picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("I", "F"):  # 16 bits in PNG and TIFF, as older Pillows read them
+    shown = picture
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):  # 16 bits, by any Pillow
         values = np.nan_to_num(np.asarray(picture)).clip(0, 65_535)
         if picture.mode == "F" and 0 < values.max() <= 1:
             raise ZipperError(
@@ -591,9 +596,9 @@ def _plain(picture: Pillow.Image, config: ImageConfig) -> Pillow.Image:
                 "Save 255 times as much."
             )
         deep = values.max() > 255
-        picture = Pillow.fromarray((values / (257 if deep else 1)).round().astype(np.uint8))
+        shown = Pillow.fromarray((values / (257 if deep else 1)).round().astype(np.uint8))
     mode = "RGBA" if clear else MODES[config.channels]
-    shown = picture if picture.mode == mode else _converted(picture, mode)
+    shown = shown if shown.mode == mode else _converted(shown, mode)
     width, height = shown.size
     # Turned by EXIF or not, the shorter side stays at twice what the longer one is wanted to be.
     times = min(width, height) // (2 * max(config.width, config.height))

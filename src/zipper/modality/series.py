@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -330,8 +331,9 @@ def _file(path: Path, rate_hz: Any) -> Series:
     ending = path.suffix.lower()
     if ending not in (".npy", *readers):
         raise ZipperError(f"{path} is no series by its ending. Give .csv, .npy or .parquet.")
-    if not path.is_file():
-        raise ZipperError(f"{path} {'is no plain file' if path.exists() else 'does not exist'}.")
+    if not os.path.isfile(path):
+        there = os.path.exists(path)
+        raise ZipperError(f"{path} {'is no plain file' if there else 'does not exist'}.")
     try:
         if ending == ".npy":
             return _array(path, rate_hz)
@@ -369,7 +371,7 @@ def _timed(table: _Table, given: Any) -> Series:
             f"even steps: {{'path': ..., 'rate_hz': {rate:.4g}}}."
         )
     if at is not None:
-        places = np.arange(int((times[-1] - times[0]) * given) + 1) / given
+        places = np.arange(int((times[-1] - times[0]) * given + 1e-6) + 1) / given
         check_size(len(places), values.shape[1], "At even steps it")
         check_finite(values, table.channels)
         lines = [np.interp(places, times - times[0], channel) for channel in values.T]

@@ -43,6 +43,7 @@ from zipper.saving.files import (
     parse,
     place,
     read_json,
+    replacing,
     settle,
     write,
     write_json,
@@ -338,9 +339,10 @@ class Signal(Kind):
 
     def save(self, folder: str | Path) -> None:
         """Writes codebook.safetensors and signal.json; the second pins both by a hash."""
-        folder = Path(folder)
+        folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"codebook": self.codebook}, folder / self.CODEBOOK)
+        with replacing(folder / self.CODEBOOK) as beside:
+            save_file({"codebook": self.codebook}, beside)
         write_json(folder / self.CONFIG, {**asdict(self.config), "sha256": self.fingerprint})
 
     @classmethod
@@ -398,8 +400,11 @@ def patched(
 def warped(
     wanted: Float64[np.ndarray, "time channels"], made: Float64[np.ndarray, "other_time channels"]
 ) -> tuple[float, float]:
-    """Dynamic time warping: the distance along the best way, and steps wanted. Neither may be
-    empty; of more than 1,000 steps, both are averaged over as many steps as bring them below."""
+    """Dynamic time warping: the distance along the best way, and steps wanted; none of either where
+    none is wanted. Of more than 1,000 steps, both are averaged over as many steps as bring them
+    below."""
+    if not len(wanted):
+        return 0.0, 0.0
     by = -(-max(len(wanted), len(made)) // DTW_STEPS)
     wanted, made = _averaged(wanted, by), _averaged(made, by)
     row = np.full(len(made), np.inf)

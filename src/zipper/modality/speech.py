@@ -24,7 +24,7 @@ from zipper.errors import ZipperError
 from zipper.modality.codebook import kmeans as means
 from zipper.modality.codebook import nearest as nearest
 from zipper.modality.sound import SWING_DB, Sound
-from zipper.saving.files import header, parse, read_json
+from zipper.saving.files import header, parse, place, read_json, replacing, write_json
 
 #: What a file may ask for: (least, most).
 LIMITS = {
@@ -285,21 +285,22 @@ class SpeechUnits(Sound):
 
     def save(self, folder: str | Path) -> None:
         """Writes codebook.safetensors and units.json; the second pins the first by its hash."""
-        folder = Path(folder)
+        folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"codebook": self.codebook}, folder / self.CODEBOOK)
+        with replacing(folder / self.CODEBOOK) as beside:
+            save_file({"codebook": self.codebook}, beside)
         described = {
             **asdict(self.config),
             "codes": self.codes,
             "codebook_sha256": _sha256(self.codebook),
         }
-        (folder / self.CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+        write_json(folder / self.CONFIG, described)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SpeechUnits":
         """Reads what `save` wrote. Raises ZipperError for anything else, and for a codebook that
         the description does not pin."""
-        folder = Path(folder)
+        folder = place(folder)
         try:
             described = read_json(folder / cls.CONFIG)
             codes, pinned = described.pop("codes", None), described.pop("codebook_sha256", None)

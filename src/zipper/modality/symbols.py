@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -246,7 +247,7 @@ class Symbols(Kind):
 
     def save(self, folder: str | Path) -> None:
         """Writes symbols.json."""
-        folder = Path(folder)
+        folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
         described = _Definition(self.symbols, self.split, self.unknown, self.fingerprint)
         write_json(folder / self.FILE, asdict(described))
@@ -345,7 +346,8 @@ def _lines(path: Path, split: str) -> Iterator[str]:
         raise ZipperError(f"{path} is FASTA, which is cut into characters; not into {split}.")
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
-            for number, line in enumerate(_bounded(file, path), start=1):
+            every = chain.from_iterable(part.splitlines() for part in _bounded(file, path))
+            for number, line in enumerate(every, start=1):
                 line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if fasta and line.startswith((b">", b";")):
                     continue
@@ -355,7 +357,7 @@ def _lines(path: Path, split: str) -> Iterator[str]:
                     raise ZipperError(
                         f"{path}, line {number} is no text in UTF-8: {error}. Give a text file."
                     ) from error
-                yield _plain(text.rstrip("\r\n"), split, f"{path}, line {number}: ")
+                yield _plain(text, split, f"{path}, line {number}: ")
     except (OSError, EOFError, zlib.error) as error:
         raise ZipperError(
             f"{path} cannot be read: {error}. Give a text file, or a .gz of one."

@@ -7,6 +7,7 @@ ours and this reads theirs. Nothing here knows of towers or speech.
 
 import hashlib
 import json
+import os
 import re
 import string
 import unicodedata
@@ -21,7 +22,7 @@ from zipper.errors import ZipperError
 from zipper.modality.kind import Kind, Scores, short
 from zipper.normaliser import NORMALISER
 from zipper.saving.files import lines as lines_of
-from zipper.saving.files import place, read_json
+from zipper.saving.files import place, read_json, write, write_json
 
 BEGIN, END = "<s>", "</s>"
 TOKENS = ("bos_token", "eos_token")  # as transformers calls what begins and ends a text
@@ -122,7 +123,7 @@ class Text(Kind):
     def from_pretrained(cls, source: str | Path) -> "Text":
         """The tokenizer of a folder or a hub id. Raises ZipperError if there is none, or only a
         slow one."""
-        if (place(source) / cls.DEFINITION).is_file():
+        if os.path.isfile(place(source) / cls.DEFINITION):
             return cls.load(source)
         loaded = _loaded(source)
         return cls(loaded.backend_tokenizer.to_str(), loaded.bos_token, loaded.eos_token)
@@ -162,9 +163,14 @@ class Text(Kind):
             return ids, raw
         lost = {
             character
-            for character in raw
+            for character in {*raw}
             if not character.isspace() and not self._writes(character)
         }
+        if not lost and self._unknown in ids:  # each letter can be written, but not in its place
+            raise ZipperError(
+                f"this tokenizer cannot write {short(raw)!r}, though it knows all its characters. "
+                "Spell it otherwise or leave it out."
+            )
         if not lost:  # capitals, white space
             return ids, raw
         if self._writes("'"):
@@ -234,15 +240,15 @@ class Text(Kind):
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
-        folder = Path(folder)
+        folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.DEFINITION).write_text(self.definition, encoding="utf-8")
+        write(folder / self.DEFINITION, self.definition.encode())
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.tokens[0],
             "eos_token": self.tokens[1],
         }
-        (folder / self.CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / self.CONFIG, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Text":

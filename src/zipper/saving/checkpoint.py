@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,8 @@ _FOREIGN = re.compile(rf"{_CODE.pattern}|quantization_config|compression_config"
 # before), the one before where there is no exchange, the one being removed; then eight random
 # letters. Nobody's own backup is called that.
 _LEFT = re.compile(r"\.(?P<name>.+)\.zipper-(?P<kind>new|old|gone)\.\w{8}")
+#: Of a file in a saved folder: nothing that leads out of it.
+_LISTED = re.compile(r"(\w[\w.-]*/)*\w[\w.-]*")
 _DEPTH = re.compile(r"layer|block|depth")  # of such things a model has at most MOST_LAYERS
 MOST_COMPUTED_BYTES = 160 << 20  # of buffers that no file holds; GPT-Neo 2.7B has 128 MiB of masks
 
@@ -177,14 +179,17 @@ def seal(folder: Path) -> None:
     """Write the manifest of a folder: the hash of every file in it, but not of README.md and of
     hidden ones (the hub's)."""
     found = ((path, path.relative_to(folder)) for path in sorted(inside(folder)) if path.is_file())
-    own = (
-        (path, name)
+    own = {
+        name.as_posix(): path
         for path, name in found
         if name.parts[0][0] != "." and str(name) not in (MANIFEST, CARD)
-    )
-    (folder / MANIFEST).write_bytes(
-        _manifest({name.as_posix(): sha256(path) for path, name in own})
-    )
+    }
+    if strange := [name for name in own if not _LISTED.fullmatch(name)]:
+        raise ZipperError(
+            f"A model cannot hold the file {strange[0]!r}: names are of letters, digits, '_', '-' "
+            "and '.', and do not begin with '.' or '-'. Have it written under another name."
+        )
+    (folder / MANIFEST).write_bytes(_manifest({name: sha256(path) for name, path in own.items()}))
 
 
 def remove(folder: Path) -> None:
@@ -269,15 +274,22 @@ def _make(folder: Path) -> None:
 @contextmanager
 def _beside(folder: Path, kind: str) -> Iterator[Path]:
     """A new folder beside another, which `clean` leaves alone for as long as this process lives."""
-    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.zipper-{kind}.", dir=folder.parent))
-    with _locked(place, alone=False):
+    with ExitStack() as stack:
+        while True:
+            place = Path(
+                tempfile.mkdtemp(prefix=f".{folder.name}.zipper-{kind}.", dir=folder.parent)
+            )
+            with suppress(FileNotFoundError):  # another's `clean` came before the lock: once more
+                stack.enter_context(_locked(place, alone=False))
+                if place.exists():
+                    break
         yield place
 
 
 @contextmanager
 def _locked(folder: Path, alone: bool) -> Iterator[bool]:
-    """Hold a folder, with others or alone; whether that could be had. The system lets go when the
-    process dies."""
+    """Hold a folder, with others or alone; whether that could be had. Whoever holds it alone is
+    waited for. The system lets go when the process dies."""
     import fcntl  # not on Windows, where a model can be read but not saved
 
     try:
@@ -289,7 +301,7 @@ def _locked(folder: Path, alone: bool) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
             held = True
         except OSError:  # somebody holds it; or the file system has no locks, and nobody can know
             held = False
@@ -351,10 +363,10 @@ def check(folder: Path, root: Path | None = None) -> tuple[Headers, dict[str, st
     tensor that holds NaN or infinity, "" for none: a file is read once. A ZipperError names the
     file that is damaged, missing, foreign or elsewhere.
     """
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         what = (
             "has no manifest.json, so it is not a saved model or was only half copied"
-            if folder.is_dir()
+            if os.path.isdir(folder)
             else "does not exist"
         )
         raise ZipperError(
@@ -373,7 +385,7 @@ def check(folder: Path, root: Path | None = None) -> tuple[Headers, dict[str, st
             "again."
         )
     for name in files:
-        if not re.fullmatch(r"(\w[\w.-]*/)*\w[\w.-]*", name):
+        if not _LISTED.fullmatch(name):
             raise ZipperError(
                 f"{folder / MANIFEST} names {name!a}, which lies outside its folder. Do not use "
                 "this file."

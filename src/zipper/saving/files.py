@@ -20,7 +20,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -167,14 +167,55 @@ def write(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """`write` for who writes a file by other means: a place beside it, which takes its place at the
     end, and is not there any more after an error."""
-    # One that a killed writer left is written over.
-    beside = path.with_name(f".{path.name}.zipper-new")
+    path = Path(os.path.realpath(path))  # a link stays one
+    # One that a killed writer left is written over; one that lives is waited for.
+    beside = path.with_name(f".{_named(path.name)}.zipper-new")
+    with _locked(beside, wait=True):
+        try:
+            yield beside
+            flush(beside)
+            os.replace(beside, path)
+        except BaseException:  # not behind the end: the next one may have made its own there
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _named(name: str) -> str:
+    """A name that bears an ending more; of one that is as long as can be, its hash."""
+    content = os.fsencode(name)
+    return name if len(content) <= 240 else hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[int]:
+    """Hold a file, made if it is not there, as no other process does: its descriptor. Raises
+    BlockingIOError where another holds it, unless it is waited for. Where the system has no locks
+    nobody is kept out."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, wait)
+            # Or the one before took it away: then the next one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    yield descriptor
+                    return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> None:
     try:
-        yield beside
-        flush(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def flush(path: Path) -> None:
@@ -199,56 +240,37 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
     On a network file system it holds as far as that has locks (NFS from version 4 on, Lustre with
     -o flock); where there are none, and on Windows, nobody is kept out.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with saving(folder, "Nothing was written."):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _hold(folder, fcntl, wait)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            # While it is held: whoever opened it before will see that it is not there any more.
-            os.unlink(folder / HELD)
-            os.rmdir(folder)
-        os.close(descriptor)
-
-
-def _hold(folder: Path, fcntl: Any, wait: bool) -> int:
-    """A descriptor of the file in a folder that says who holds it, locked (see `held`)."""
-    while True:
-        descriptor = os.open(folder / HELD, os.O_RDWR | os.O_CREAT, 0o644)
+    with ExitStack() as stack:
+        with saving(folder, "Nothing was written."):
+            _hold(stack, folder, wait)
         try:
+            yield
+        finally:
+            with suppress(OSError):
+                # While it is held: whoever opened it before will see that it is not there any more.
+                os.unlink(folder / HELD)
+                os.rmdir(folder)
+
+
+def _hold(stack: ExitStack, folder: Path, wait: bool) -> None:
+    """Lock the file in a folder that says who holds it (see `held`)."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # who held the folder took it away, empty: once more
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = stack.enter_context(_locked(folder / HELD, wait=False))
             except BlockingIOError:
-                who = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                who = (folder / HELD).read_text(errors="replace").strip() or "another process"
                 said = f"{folder} is in use: {who} writes it."
                 if not wait:
                     raise ZipperError(
                         f"{said} Wait for it, end it or choose another folder."
                     ) from None
-                warnings.warn(f"{said} This process waits for it.", stacklevel=4)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-            with suppress(FileNotFoundError):  # the one before took it away: try the next one
-                mine, there = os.fstat(descriptor), os.stat(folder / HELD)
-                if os.path.samestat(mine, there):
-                    os.pwrite(
-                        descriptor,
-                        f"process {os.getpid()} on {socket.gethostname()}\n".encode().ljust(200),
-                        0,
-                    )
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+                warnings.warn(f"{said} This process waits for it.", stacklevel=5)
+                descriptor = stack.enter_context(_locked(folder / HELD, wait=True))
+            me = f"process {os.getpid()} on {socket.gethostname()}\n"
+            os.pwrite(descriptor, me.encode().ljust(200), 0)
+            return
 
 
 @contextmanager

@@ -49,14 +49,14 @@ def names_a_path(source: str) -> bool:
     return (
         source.startswith((".", "~", "/"))
         or source.count("/") > 1
-        or (parent != Path() and parent.is_dir())
+        or (parent != Path() and os.path.isdir(parent))
     )
 
 
 def as_folder(source: str | Path) -> Path | None:
     """The folder that a source means, absolute; None where it is a hub id."""
     place = files.place(source)
-    local = place.is_dir() or isinstance(source, Path) or names_a_path(source)
+    local = os.path.isdir(place) or isinstance(source, Path) or names_a_path(source)
     return Path(os.path.abspath(place)) if local else None
 
 
