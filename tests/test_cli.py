@@ -1256,3 +1256,16 @@ def test_a_number_that_cannot_be_worked_with_is_wrong_usage(
 )
 def test_options_are_refused_where_they_mean_nothing(zipper: Zipper, words: list[str]) -> None:
     assert zipper(*words).code == 2
+
+
+def test_run_knows_what_a_plan_makes_before_it_is_made(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
+    asked = ("run", "--given", "text=call anna", "--model", world.zip, "--outputs")
+    for plan in ("text + speech", "speech@2", "*", "text|speech"):
+        answer = zipper(*asked, plan)
+        assert answer.code == 2 and "This plan produces speech. Pass -o FOLDER" in answer.err
+    answer = zipper(*asked, "text + speech", "--guidance", "2", "-o", "made")
+    assert answer.code == 0
+    answer = zipper(*asked, "text@2", "--guidance", "2")
+    assert answer.code == 2 and "this plan names no other" in answer.err

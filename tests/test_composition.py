@@ -313,3 +313,13 @@ def test_another_tokenizer_is_refused(saved: tuple[World, Path]) -> None:
     two.modalities["text"] = tiny.text(11)
     with pytest.raises(Mismatch, match="tokenizers or codebooks differ"):
         compose_pipelines(one, two)
+
+
+def test_a_parent_goes_on_learning_and_what_it_learns_is_its_own() -> None:
+    first, second = pair(TEXT, 1, train=["speech"]), pair(PICTURES, 2)
+    first.train()
+    made = compose(first, second)
+    speech = first.towers["speech"]
+    assert speech.training and all(p.requires_grad for p in speech.parameters())
+    assert made.towers["speech"] is not speech and made.towers["text"] is first.towers["text"]
+    assert not any(p.requires_grad for p in made.towers["speech"].parameters())

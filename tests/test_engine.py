@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -822,3 +823,57 @@ def test_logits_of_a_gpu_come_to_the_cpu_and_rows_without_any_stay_so() -> None:
         ((5,), "cpu"),
     ]
     assert engines._here([None]) == [None]
+
+
+def test_a_beginning_beyond_a_towers_room_is_its_own_requests_error() -> None:
+    towers = {"text": tiny_tower("gpt2", positions=64), "speech": tiny_tower("gpt2", positions=64)}
+    model = Zipper.from_towers(towers, link=SMALL)
+    plan: list[str | Segment] = ["text", Segment("text", [5] * 55)]
+    long = Request([Segment("speech", [3, 4])], plan, limits={"text": 20}, least=0)
+    other = Request([Segment("speech", [3, 4])], ["text"], limits={"text": 20})
+    alone, beside = Engine(model, rows=2).run([other])[0], Engine(model, rows=2).run([long, other])
+    assert isinstance(beside[0].error, engines.NoRoom)
+    assert_same(beside[1].segments(), alone.segments())
+
+
+def test_an_engine_goes_on_after_a_read_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zipped(LLAMAS)
+    engine = Engine(model, rows=2)
+    asked = [Segment("speech", [3, 4])]
+    wanted = engine.generate([asked], ["text"], Sampling(), LIMITS)
+
+    def fail(*_: object) -> None:
+        raise IndexError("a row too far")
+
+    lost = engine.submit(Request(asked, ["text"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.reader), "read", fail)
+        with pytest.raises(IndexError, match="a row too far"):
+            engine.step()
+    assert lost.done and isinstance(lost.error, IndexError) and engine.load == (0, 0)
+    assert engine.generate([asked], ["text"], Sampling(), LIMITS) == wanted
+
+
+def test_engines_of_several_threads_share_one_reader() -> None:
+    model = zipped(LLAMAS)
+    shared = fastest(model)
+    prompts = [[Segment("speech", [n, n + 1, n + 2])] for n in range(2, 10)]
+    plan: list[str | Segment] = ["text", "speech"]
+    wanted = engines.Engine(model, shared).generate(prompts, plan, Sampling(), LIMITS)
+
+    def work(_: int) -> list[bool]:
+        return [
+            engines.Engine(model, shared, 2).generate(prompts, plan, Sampling(), LIMITS) == wanted
+            for _ in range(8)
+        ]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(itertools.chain.from_iterable(pool.map(work, range(3))))
+
+
+def test_an_id_that_is_allowed_and_unknown_is_named() -> None:
+    model = zipped(LLAMAS)
+    for strange in (-1, 99):
+        rules = {"text": Rules(allowed=lambda _, strange=strange: [strange])}
+        (answer,) = Engine(model).run([Request([Segment("speech", [3])], ["text"], rules=rules)])
+        assert f"names the id {strange}" in str(answer.error)

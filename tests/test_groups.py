@@ -14,7 +14,7 @@ import torch
 
 from zipper.errors import ZipperError
 from zipper.fast import fastest
-from zipper.generation import Engine, Request
+from zipper.generation import Engine, Request, generate
 from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.reading import Stepwise
@@ -22,6 +22,7 @@ from zipper.sampling import Rules, Sampling, Search
 from zipper.strand import Ends, Segment, Target, collate, groups
 from zipper.tasks import Task, lanes
 from zipper.testing import tiny_tower
+from zipper.writing import Lane
 
 IDS = 24
 NAMES = ("text", "speech", "image")
@@ -306,3 +307,22 @@ def test_lanes_are_guided_away_from_what_their_tower_says_alone(model: Zipper) -
     assert found[0][0] != found[0][1]
     first = model.generate(given, ["speech"], sampling=guided, limits=limits)[0].content[:1]
     assert found[0][0][0][:1] == first  # in the first step there is nothing else to see
+
+
+def test_a_slow_lane_makes_no_step_of_its_own(
+    model: Zipper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the tokens of lanes that read seldom nothing is done."""
+    asked, due = [], Lane.due
+
+    def counted(lane: Lane, step: int) -> int:
+        asked.append(step)
+        return due(lane, step)
+
+    monkeypatch.setattr(Lane, "due", counted)
+    plan = "text@9999/9999 + speech@9999"
+    (made,) = generate(
+        model, [[Segment("text", [3])]], [plan], Sampling(), {"text": 3, "speech": 3}
+    )
+    assert [segment.tower for segment in made] == ["text", "speech"]
+    assert len(asked) < 100

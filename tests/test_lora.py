@@ -226,3 +226,16 @@ def test_a_tower_that_cannot_be_adapted_stays_as_it_is() -> None:
         Tower(bare).adapt({"target_modules": ["nothing"]})
     assert not any(".lora_" in name or ".base_layer" in name for name, _ in bare.named_parameters())
     assert getattr(bare, "peft_config", None) is None
+
+
+def test_one_adapter_that_fails_changes_no_tower(tmp_path: Path) -> None:
+    towers = {"text": tiny_tower("llama"), "speech": tiny_tower("gpt2")}
+    wrong = {"text": RANK, "speech": {"target_modules": ["nothing"]}}
+    with pytest.raises(ZipperError, match="cannot be adapted"):
+        Zipper.from_towers(towers, lora=wrong)
+    model = Zipper.from_towers(towers)
+    with pytest.raises(ZipperError, match="cannot be adapted"):
+        model.learn(lora=wrong)
+    model.learn(train=["speech"])
+    model.save_pretrained(tmp_path / "zip", include=["text", "speech"])
+    assert Zipper.from_pretrained(tmp_path / "zip").config.towers["text"].lora is None

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +33,10 @@ from laws import (
 )
 from torch import Tensor, nn
 
+from zipper.composition import compose
 from zipper.config import ZipperConfig
 from zipper.errors import ZipperError
+from zipper.growth import add
 from zipper.link import PAPER_LINK, LinkConfig
 from zipper.model import Zipper
 from zipper.strand import Ends, Segment, collate, visible
@@ -667,3 +670,62 @@ def test_the_state_before_the_head_and_the_head_give_the_logits() -> None:
     assert by_token(strands, logits).keys() == {
         (0, 0, time) for time in range(sum(s.ids.shape[1] for s in strands.values()))
     }
+
+
+def learnt(folder: Path) -> Zipper:
+    """A zip on folders whose speech tower learnt since it was loaded."""
+    for name in ("text", "speech"):
+        tiny_tower("llama").save_pretrained(folder / name)
+    towers = {name: folder / name for name in ("text", "speech")}
+    model = Zipper.from_towers(towers, train=["speech"], link=SMALL)
+    with torch.no_grad():
+        for parameter in model.towers["speech"].parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize("way", ["learn", "add", "compose"])
+def test_a_tower_that_learnt_is_not_lost_when_it_learns_no_more(tmp_path: Path, way: str) -> None:
+    model = learnt(tmp_path)
+    if way == "learn":
+        still = model.learn()
+    elif way == "add":
+        still = add(model, "image", tiny_tower("llama", seed=3))
+    else:
+        towers = {"text": tmp_path / "text", "image": tiny_tower("llama", seed=3)}
+        still = compose(model, Zipper.from_towers(towers, link=SMALL))
+    pin = still.config.towers["speech"]
+    assert not pin.train and not pin.source and pin.digest == still.pin("speech", torch.float32)
+    with pytest.raises(
+        ZipperError, match=r"'speech' was given as an object, or has learnt.*includ"
+    ):
+        still.save_pretrained(tmp_path / "lost", include={*still.towers} - {"speech", "text"})
+    still.save_pretrained(tmp_path / "kept", include={*still.towers} - {"text"})
+    again = Zipper.from_pretrained(tmp_path / "kept")
+    held = again.towers["speech"].state_dict()
+    for name, tensor in model.towers["speech"].state_dict().items():
+        assert torch.equal(tensor, held[name])
+
+
+def test_a_tower_that_learnt_nothing_still_lies_where_it_lay(tmp_path: Path) -> None:
+    for name in ("text", "speech"):
+        tiny_tower("llama").save_pretrained(tmp_path / name)
+    towers = {name: tmp_path / name for name in ("text", "speech")}
+    model = Zipper.from_towers(towers, train=["speech"], link=SMALL)
+    assert model.learn().config.towers["speech"].source == str(tmp_path / "speech")
+
+
+def test_one_model_as_two_towers_cannot_learn_as_one_of_them() -> None:
+    both = tiny_tower("llama")
+    Zipper.from_towers({"text": both, "speech": both})
+    with pytest.raises(ZipperError, match="is another tower too, and would learn there"):
+        Zipper.from_towers({"text": both, "speech": both}, train=["speech"])
+
+
+def test_links_that_no_sample_shows_are_named_and_nothing_is_whitened() -> None:
+    model = zipped({"text": "llama", "speech": "llama", "image": "llama"})
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    batch = collate([[Segment("text", [3, 4]), Segment("speech", [5])]], model.ends())
+    with pytest.raises(ZipperError, match=r"without tokens of \['image'\]"):
+        model.calibrate(batch.strands)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

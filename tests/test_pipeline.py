@@ -409,3 +409,10 @@ def test_a_name_too_long_for_any_file_is_an_error_like_another() -> None:
     for load in (Pipeline.from_pretrained, Text.from_pretrained, audio.read):
         with pytest.raises(ZipperError):
             load(f"./{'x' * 300}.wav")
+
+
+def test_what_a_row_draws_does_not_hang_on_silence_before_it(pipe: Pipeline) -> None:
+    speech, silence = [Segment("text", "call anna")], [Segment("text", " ")]
+    how = Sampling(2.0, seed=5)
+    behind = pipe.run_batch([speech, speech], ["text"], how, {"text": 12})[1]
+    assert pipe.run_batch([silence, speech], ["text"], how, {"text": 12})[1] == behind

@@ -448,3 +448,16 @@ def test_a_signal_ends_what_runs_and_then_the_process(spoken: bytes, way: signal
         assert server.wait(30) in (0, -way)
     finally:
         server.kill()
+
+
+def test_a_response_that_was_refused_for_its_options_can_be_asked_for_again(
+    served: Served,
+) -> None:
+    said = {"type": "message", "content": [{"type": "input_text", "text": SENTENCE}]}
+    with Line(served) as line:
+        line.say("conversation.item.create", item=said)
+        for wrong in ({"max_output_tokens": 9999}, {"audio": {"output": {"voice": "x"}}}):
+            line.say("response.create", response={"output_modalities": ["audio"], **wrong})
+            assert line.until("response.done")[-1]["response"]["status"] == "failed"
+        line.say("response.create", response={"output_modalities": ["audio"]})
+        assert line.until("response.done")[-1]["response"]["status"] == "completed"

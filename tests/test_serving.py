@@ -29,6 +29,7 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("websockets", reason="the extra `serve` is not installed")
 
 import many
+import tiny
 from PIL import Image
 from tiny import sound
 
@@ -36,6 +37,8 @@ from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.generation import Engine, Request, Token
 from zipper.inspection import attention
+from zipper.link import LinkConfig
+from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.serving import app, page, process, sounds, transcription
@@ -412,6 +415,8 @@ def test_a_chat_gives_what_has_no_place_in_a_message_as_segments(
     deltas = [chunk["choices"][0]["delta"].get("segments", []) for chunk in chunks]
     text = [one["content"] for (one,) in filter(None, deltas) if one["tower"] == "text"]
     assert "".join(text) == produced[0]["content"]
+    twice = served.post("/v1/chat/completions", json=sent | {"modalities": ["text", "text"]}).json()
+    assert len(twice["choices"][0]["message"]["segments"]) == 2
     is_refused(served.post("/v1/chat/completions", json=sent | {"modalities": ["smell"]}), 422)
     for url in ("https://example.org/a.png", "file:///etc/passwd", "data:text/html;base64,AAAA"):
         part = {"type": "image_url", "image_url": {"url": url}}
@@ -1207,3 +1212,13 @@ def test_a_modality_of_sound_takes_no_path(pipe: Pipeline, tmp_path: Path) -> No
             asyncio.run(guard.service.begin([Segment("speech", content)], ["text"]))
     guard.service.worker.stop()
     assert guard.service.worker.join(5.0)
+
+
+def test_a_model_without_a_tower_called_text_says_so(tmp_path: Path) -> None:
+    modalities = {"words": tiny.text(), "speech": tiny.units()}
+    towers = {name: tiny.tower(modality) for name, modality in modalities.items()}
+    model = Zipper.from_towers(towers, link=LinkConfig(head_width=16))
+    with serving(Pipeline(model, modalities)) as found:
+        told = found.said("call", "wav")
+        assert told.status_code == 422
+        assert told.json()["error"]["code"] == "no_such_modality"

@@ -7,6 +7,7 @@ changed, and none of its towers is copied: they are frozen in the composed zip, 
 those that its parents hold.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -35,13 +36,13 @@ def compose(first: Zipper, second: Zipper, names: Mapping[str, str] | None = Non
     names: {tower of the second: its name in the composed zip}; a tower that both have keeps its
     name in the first. Usual lengths (`tokens`) are those of the first, those of the second's other
     towers in proportion to them. Towers are shared with the parents, all of them frozen; links,
-    input projections and adapters are copies.
+    input projections and towers that learnt are copies.
 
     Raises a ZipperError with the reason: no tower in common, one name for two contents, other begin
     and end, an adapter that the other has not, links of both between the same two towers. A
     Mismatch where a tower holds another content than its parent pinned.
     """
-    a, b = first.config, second.config
+    a, b = _now(first), _now(second)
     shared, named = _named(a, b, names or {})
     for mine, theirs in shared.items():
         _check_shared(first, second, mine, theirs)
@@ -55,8 +56,7 @@ def compose(first: Zipper, second: Zipper, names: Mapping[str, str] | None = Non
             )
     inputs = _company(first, second, shared, named)
     config = _joined(a, b, shared, named, {name: [*parts] for name, parts in inputs.items()})
-    towers = {named[name]: held for name, held in second.towers.items()}
-    towers |= dict(first.towers.items())
+    towers = {named[name]: held for name, held in _still(second).items()} | _still(first)
     with torch.device("meta"):
         new = Zipper(towers, config)
     new.attention = first.attention
@@ -76,7 +76,7 @@ def compose_pipelines(
 ) -> Pipeline:
     """`compose` with modalities. Raises a ZipperError where a shared tower was trained with two
     tokenizers or codebooks."""
-    shared, named = _named(first.zip.config, second.zip.config, names or {})
+    shared, named = _named(_now(first.zip), _now(second.zip), names or {})
     for mine, theirs in shared.items():
         if first.modalities[mine].fingerprint != second.modalities[theirs].fingerprint:
             raise Mismatch(
@@ -189,6 +189,21 @@ def _check_shared(first: Zipper, second: Zipper, mine: str, theirs: str) -> None
                 f"The shared tower {name!r} is no longer what its zip pinned "
                 f"({pin.digest[:12]}): it was changed since it was loaded. Load the zip anew."
             )
+
+
+def _now(model: Zipper) -> ZipperConfig:
+    """A parent's configuration, with towers that learn as they are now."""
+    pins = {
+        name: dataclasses.replace(model.frozen(name), train=pin.train)
+        for name, pin in model.config.towers.items()
+    }
+    return dataclasses.replace(model.config, towers=pins)
+
+
+def _still(model: Zipper) -> dict[str, nn.Module]:
+    """The towers of a parent, which goes on learning: those that learn as copies."""
+    pins = model.config.towers
+    return {n: copy.deepcopy(held) if pins[n].train else held for n, held in model.towers.items()}
 
 
 def _adapter(model: Zipper, tower: str) -> dict[str, Any]:

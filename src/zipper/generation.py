@@ -231,7 +231,14 @@ class Engine:
             self._waiting.remove(row)
             self._running.append(row)
             row.go_on()
-        something = self._read()
+        try:
+            something = self._read()
+        except BaseException as error:  # what they have read is in doubt, and nobody else's affair
+            for row in self._running:
+                row.answer.done = True
+                row.answer.error = error if isinstance(error, Exception) else None
+            self._running = []
+            raise
         for row in self._running:
             if not row.answer.done:
                 row.go_on()
@@ -255,13 +262,14 @@ class Engine:
         outputs: Sequence[str | Segment],
         sampling: Sampling,
         limits: Limits | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Produced]]:
         """Produce one segment per item of `outputs` for every prompt.
 
         prompts: given segments, contents are ids without begin and end. outputs: tower names in
         order; a Segment instead of a name forces its ids as the beginning of what is produced.
-        sampling: prompt i draws from its seed + i. limits: most tokens per segment, default
-        `model.limit`.
+        sampling: prompt i draws from its seed + i, or + numbers[i]. limits: most tokens per
+        segment, default `model.limit`.
 
         A segment that hits its limit is closed and returned with ended=False. A prompt behind which
         a tower has no room for a segment gets it and those after it empty, with ended=False; a
@@ -275,7 +283,7 @@ class Engine:
             )
         requests = [
             Request(prompt, outputs, sampling.of_row(row), limits)
-            for row, prompt in enumerate(prompts)
+            for row, prompt in zip(numbers or range(len(prompts)), prompts, strict=True)
         ]
         answers = self.run(requests)
         crowded = all(answer.error for answer in answers)
@@ -526,8 +534,14 @@ def _begun(model: Model, answer: Answer, forced: Segment, seen: Mapping[str, int
     request, tower = answer.request, forced.tower
     try:
         cap = model.limit(tower, seen, (request.limits or {}).get(tower))
+        room = model.limit(tower, seen, len(forced.content) or 1)
     except ZipperError as error:
         raise NoRoom(str(error)) from error
+    if room < len(forced.content):
+        raise NoRoom(
+            f"The tower {tower!r} has room for {room} ids behind what was written, and a beginning "
+            f"of {len(forced.content)} was given. Give less."
+        )
     cap = min(cap, request.ceiling or cap)
     written = Written(
         tower,

@@ -77,7 +77,8 @@ def add(
     place = hub.absolute(source) if isinstance(source, str | Path) else ""
     born = dataclasses.replace(alone, source=place)
     wanted = _new_links(old, name, born.layers, partners, every, shows, links)
-    config = _grown(old, name, born, wanted, link, freeze)
+    was = {other: model.frozen(other) if freeze else tower for other, tower in old.towers.items()}
+    config = _grown(old, was | {name: born}, wanted, link, freeze)
     new = rebuilt(model, config, {name: tower}, seed)
     inherit(new, model)
     new._join_towers()
@@ -197,17 +198,12 @@ def _depths(
 
 def _grown(
     old: ZipperConfig,
-    name: str,
-    born: TowerConfig,
+    towers: dict[str, TowerConfig],
     wanted: Sequence[Directed],
     link: LinkConfig | None,
     freeze: bool,
 ) -> ZipperConfig:
     """The configuration of the new zip: old links keep their names, new junctions come behind."""
-    towers = {
-        other: dataclasses.replace(tower, train=tower.train and not freeze)
-        for other, tower in old.towers.items()
-    } | {name: born}
     fused, shown = shape({n: t.layers for n, t in towers.items()}, links=wanted)
     first = len(old.junctions)
     names = [

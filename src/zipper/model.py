@@ -8,6 +8,7 @@ lies on disk in `saving.zips`.
 import dataclasses
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -111,6 +112,13 @@ class Zipper(nn.Module):
         _check_adapters(train, lora or {})
         kinds = _input_kinds(input_projection, preset, towers)
         loaded = {name: _loaded(name, source, name in train) for name, source in towers.items()}
+        one = Counter(id(tower.model) for tower in loaded.values())
+        learn = [*train, *(lora or {})]
+        if twice := [name for name in learn if one[id(loaded[name].model)] > 1]:
+            raise ZipperError(
+                f"The model given as {twice[0]!r}, which is to learn, is another tower too, and "
+                "would learn there. Give each its own (copy.deepcopy)."
+            )
         configs = {}
         for name, tower in loaded.items():
             source = towers[name]
@@ -144,7 +152,8 @@ class Zipper(nn.Module):
         lora: name -> settings of adapters for frozen towers that have none yet, as in
         `from_towers`; those that are there stay, and learn. Links learn as before
         (`ZipperConfig.frozen_links`). Raises a ZipperError for unknown towers, and for one that
-        would learn beside its adapter.
+        would learn beside its adapter. A frozen tower that another zip shares (`surgery.prune`,
+        `compose`, `add`) learns there too.
         """
         lora = lora or {}
         known("train", train, self.config.towers)
@@ -155,11 +164,28 @@ class Zipper(nn.Module):
         for name in train:
             self._tower(name).check_saving()
         towers = {
-            name: dataclasses.replace(tower, train=name in train, lora=adapters.get(name))
+            name: dataclasses.replace(
+                tower if name in train else self.frozen(name),
+                train=name in train,
+                lora=adapters.get(name),
+            )
             for name, tower in self.config.towers.items()
         }
         self.config = self._settled(dataclasses.replace(self.config, towers=towers))
         return self.train(self.training)
+
+    def frozen(self, name: str) -> TowerConfig:
+        """What is to be known of a tower that learns no more: one that has learnt is pinned as it
+        is now, and lies nowhere until it is saved."""
+        pin = self.config.towers[name]
+        if not pin.train:
+            return pin
+        tower, still = self._tower(name), dataclasses.replace(pin, train=False)
+        if tower.pin(precision(pin.dtype)) == pin.digest:
+            return still
+        return dataclasses.replace(
+            still, source="", relative="", revision="", digest=tower.pin(), dtype=tower.dtype
+        )
 
     def train(self, mode: bool = True) -> "Zipper":
         """Training mode for links, projections and towers that learn; frozen towers stay in eval
@@ -211,7 +237,14 @@ class Zipper(nn.Module):
     def calibrate(self, strands: Mapping[str, Strand]) -> None:
         """Give every link typical states of its source to whiten (`Link.calibrate`); the model's
         function does not change."""
-        taps = self.taps(strands)
+        taps, keys = self.taps(strands), self.config.links
+        if absent := sorted({key.source for key in keys if key not in taps} - strands.keys()):
+            raise ZipperError(
+                f"Links were to be calibrated without tokens of {absent}, which they read. Give "
+                "samples of all towers at once."
+            )
+        if unseen := [str(key) for key in keys if key not in taps]:
+            raise ZipperError(f"These samples take no way through {', '.join(unseen)}.")
         shapes = {}
         for key in self.config.links:
             if str(key) not in self.config.frozen_links:  # one that is stays what it is, to the bit
@@ -516,6 +549,9 @@ class Zipper(nn.Module):
         its adapters by name. Towers first, then links, input projections and adapters that no
         longer learn."""
         towers = dict(config.towers)
+        for name, tower in config.towers.items():  # all that may fail, before anything is changed
+            if tower.lora is not None:
+                self._tower(name).adapter(tower.lora)
         for name, tower in config.towers.items():
             if tower.lora is not None:
                 adapted = self._tower(name).adapt(tower.lora)

@@ -263,11 +263,11 @@ class Pipeline:
         twice more.
         """
         prompts = [self._prompt(segments) for segments in batch]
-        plan = self._plan(outputs)
-        spoken = [prompt for prompt in prompts if prompt is not None]
-        produced = iter(
-            self.generate(spoken, plan, sampling or Sampling(), limits) if spoken else ()
-        )
+        plan, how = self._plan(outputs), sampling or Sampling()
+        spoken = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
+        engine, limits = self.engine(ROWS), self._limits(limits)
+        found = engine.generate([*spoken.values()], plan, how, limits, [*spoken]) if spoken else ()
+        produced = iter(found)
         fixed = [segment.tower for segment in planned(plan) if not among(segment.tower)]
         nothing = [Produced(tower, []) for tower in fixed]
         return [self._decoded(nothing if prompt is None else next(produced)) for prompt in prompts]

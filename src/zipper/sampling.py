@@ -114,6 +114,11 @@ class Rules:
             logprobs = logprobs.index_copy(0, held, logprobs[held] * self.repetition)
         if self.allowed is not None and (few := self.allowed(tuple(ids))) is not None:
             kept = torch.full_like(logprobs, -torch.inf)
+            if strange := [id for id in few if not 0 <= id < len(logprobs)]:
+                raise ZipperError(
+                    f"`allowed` names the id {strange[0]}; this tower knows those from 0 to "
+                    f"{len(logprobs) - 1}."
+                )
             few = torch.tensor(sorted({*few}), dtype=torch.long, device=logprobs.device)
             logprobs = kept.index_copy(0, few, logprobs[few])
             if bool((logprobs == -torch.inf).all()):

@@ -358,6 +358,18 @@ class Tower(nn.Module):
         other than that one's are a ZipperError, as unknown ones. Returns the settings, with a word
         such as "all-linear" as the modules that it stands for here.
         """
+        peft, config = extra("peft"), self.adapter(settings)
+        if getattr(self.model, "peft_config", None) is None:
+            peft.inject_adapter_in_model(peft.LoraConfig(**settings), self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        modules = config.target_modules
+        named = {"target_modules": sorted(modules) if isinstance(modules, set) else modules}
+        return {key: named.get(key, value) for key, value in settings.items()}
+
+    def adapter(self, settings: Mapping[str, Any]) -> Any:
+        """What `adapt` would add, as peft's LoraConfig; nothing is changed. Raises a ZipperError as
+        `adapt` does."""
         peft = extra("peft")
         adapted = getattr(self.model, "peft_config", None)
         try:
@@ -367,8 +379,6 @@ class Tower(nn.Module):
                 warnings.catch_warnings(action="ignore"),
             ):  # a bare twin without memory shows what it comes to
                 peft.inject_adapter_in_model(config, type(self.model)(self.model.config))
-            if adapted is None:
-                peft.inject_adapter_in_model(peft.LoraConfig(**settings), self.model)
         except (TypeError, ValueError) as error:
             raise ZipperError(
                 f"{self.name} cannot be adapted by lora={dict(settings)}: {error}"
@@ -380,11 +390,7 @@ class Tower(nn.Module):
                 f"{self.name} has an adapter with other settings than lora={dict(settings)}. Load "
                 "its base anew."
             )
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-        modules = config.target_modules
-        named = {"target_modules": sorted(modules) if isinstance(modules, set) else modules}
-        return {key: named.get(key, value) for key, value in settings.items()}
+        return config
 
     def save(self, folder: Path) -> None:
         """Writes the model, without its adapter, as transformers does, and such that it can be

@@ -7,7 +7,7 @@ here knows who asked, nor how a model reads.
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -144,10 +144,10 @@ class Lane:
             self.unread.append(self.end)
         self.over = False
 
-    def due(self, step: int) -> bool:
-        """Whether it reads a token in a step of its group."""
-        since = step - self.segment.delay
-        return not self.over and since >= 0 and since % self.segment.stride == 0
+    def due(self, step: int) -> int:
+        """The next step of its group, from this one on, in which it reads a token."""
+        since = max(0, step - self.segment.delay)
+        return self.segment.delay + since + -since % self.segment.stride
 
     def wants(self, alone: bool) -> list[Wanted]:
         """What it reads now: alone all that is unread, else a token."""
@@ -183,15 +183,16 @@ def sampled(
     lane alone waits for nobody, and reads at once what it holds."""
     alone = len(lanes) == 1
     ordered = sorted(lanes, key=lambda lane: lane.segment.tower)
-    for step in count():
-        due = ordered if alone else [lane for lane in ordered if lane.due(step)]
-        if due:
-            logits = iter((yield [*chain.from_iterable(lane.wants(alone) for lane in due)]))
-            for lane in due:
-                lane.go_on([next(logits) for _ in lane.sessions], sampling, generator, alone)
-        stopped = all(lane.writing is not None and lane.writing.written.stop for lane in lanes)
-        if all(lane.over for lane in lanes) or (last and stopped):
+    step = 0
+    while live := [lane for lane in ordered if not lane.over]:
+        step = 0 if alone else min(lane.due(step) for lane in live)
+        due = live if alone else [lane for lane in live if lane.due(step) == step]
+        logits = iter((yield [*chain.from_iterable(lane.wants(alone) for lane in due)]))
+        for lane in due:
+            lane.go_on([next(logits) for _ in lane.sessions], sampling, generator, alone)
+        if last and all(lane.writing is not None and lane.writing.written.stop for lane in lanes):
             return
+        step += 1
 
 
 class _Beam(NamedTuple):

@@ -135,19 +135,23 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per segment")] = False,
 ) -> None:
     """Any order of modalities in and out."""
+    from zipper.generation import planned
     from zipper.modality import whole
     from zipper.tasks import among
 
     segments = _segments(given or ())
     names = [name.strip() for name in outputs.split(",") if name.strip()]
-    if guidance != 1 and len({*names, *(segment.tower for segment in segments)}) < 2:
+    produced = [segment.tower for segment in planned(names)]
+    chosen = any(among(name) for name in produced)
+    if guidance != 1 and not chosen and len({*produced, *(s.tower for s in segments)}) < 2:
         raise ZipperError(
             "--guidance leads away from what a tower would say alone, and this plan names no "
             "other. Leave it out."
         )
     pipe = pipeline(model, towers, allow_mismatch)
     kinds = {name: whole(modality) for name, modality in pipe.modalities.items()}
-    each = chain.from_iterable(among(name) or (name,) for name in names)
+    each = chain.from_iterable(among(name) or (name,) for name in produced)
+    each = chain.from_iterable(kinds if name == "*" else (name,) for name in each)
     if filed := [name for name in each if name in kinds and kinds[name].suffix]:
         if output is None:
             raise ZipperError(

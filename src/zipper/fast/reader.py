@@ -10,6 +10,7 @@ a compiler; on CUDA single tokens go through graphs (`graphs`). Nothing here kno
 plans.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_int32
@@ -67,6 +68,8 @@ class Fused:
         self._stops = {name: model.config.route.stops(name) for name in self._towers}
         self._between = _between(self._stops)
         self._ends = {name: model.config.route.last_shown(name, towers) for name in towers}
+        # What is laid out is shared by all engines, and they may be of several threads.
+        self._reading = threading.Lock()
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._chooses = bool(model.config.chooses)
         self._far = 0
@@ -124,7 +127,8 @@ class Fused:
                         f"from 0 to {known - 1}."
                     )
         shown: list[tuple[Session, tuple[str, str], Shown]] = []
-        found = {tower: self._read(tower, given, shown) for tower, given in pieces.items()}
+        with self._reading:
+            found = {tower: self._read(tower, given, shown) for tower, given in pieces.items()}
         for session, pair, states in shown:
             unread = session.unread.setdefault(pair, [])
             unread.append(states)

@@ -150,8 +150,9 @@ def write(
             )
         else:
             raise ZipperError(
-                f"The frozen tower {name!r} was given as an object, so the zip has no place to "
-                f"name for it. Pass include=[{name!r}], or build the zip from a folder or hub id."
+                f"The frozen tower {name!r} was given as an object, or has learnt, so the zip has "
+                f"no place to name for it. Pass include=[{name!r}], or build the zip from a folder "
+                "or hub id."
             )
     checkpoint.save(
         folder, dataclasses.replace(config, towers=pins).to_dict(), tensors, dict(record or {})

@@ -242,13 +242,14 @@ def _segment(service: Service, part: Part) -> Segment:
 def _outputs(service: Service, wanted: Chat) -> list[str | Segment]:
     """In their order; of text and sound alone the text first, as the paper has it."""
     names = wanted.modalities
-    names = sorted(names, key="audio".__eq__) if {*names} <= {"text", "audio"} else names
+    names = sorted(names, key="audio".__eq__) if _plain(wanted) else names
     return [voice(service, wanted.audio.voice) if name == "audio" else name for name in names]
 
 
 def _plain(wanted: Chat) -> bool:
     """Whether all that is wanted has a place of its own in a message."""
-    return {*wanted.modalities} <= {"text", "audio"}
+    names = wanted.modalities
+    return {*names} <= {"text", "audio"} and len({*names}) == len(names)
 
 
 def _answer(service: Service, wanted: Chat, written: list[Written]) -> dict[str, Any]:

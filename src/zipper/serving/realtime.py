@@ -24,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from zipper.audio.sound import Audio
 from zipper.environment import extra
 from zipper.serving import bodies, sounds
-from zipper.serving.refusals import Busy, Refused, refusal
+from zipper.serving.refusals import Refused, refusal
 from zipper.serving.saying import voice
 from zipper.serving.service import Service
 from zipper.strand import Segment
@@ -194,7 +194,8 @@ class _Talk:
     async def _update(self, event: Event) -> None:
         wanted = _merged(self._session.model_dump(), event.get("session"))
         session = Session.model_validate(wanted)
-        voice(self._service, session.audio.output.voice)  # one that is not there is refused now
+        if "audio" in session.output_modalities:  # a voice that is not there is refused now
+            voice(self._service, session.audio.output.voice)
         self._session = session
         await self._send("session.updated", session=self._told())
 
@@ -334,7 +335,7 @@ class _Talk:
                 raise
             told |= {"status": "cancelled", "status_details": {"type": "cancelled"}}
         except Exception as error:
-            if isinstance(error, Busy):  # it may be asked for again
+            if ticket is None:  # nothing was made of it: it may be asked for again
                 self._items = [*given, *self._items]
             details = {"type": "failed", "error": refusal(error).shape["error"]}
             told |= {"status": "failed", "status_details": details}

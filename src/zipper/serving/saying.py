@@ -37,7 +37,7 @@ def add(app: FastAPI, service: Service) -> None:
     async def speak(request: Request) -> Response:
         wanted = await bodies.sent(request, Speech, service.caps)
         sounds.check_format(wanted.response_format)
-        if service.kinds["text"].says_nothing(wanted.input):
+        if service.kind("text").says_nothing(wanted.input):
             raise Refused(422, "empty", "The input is empty. Send a text to say.")
         for name, plain in ("speed", 1.0), ("instructions", ""), ("stream_format", "audio"):
             if getattr(wanted, name) != plain:

@@ -21,6 +21,7 @@ import torch
 from zipper.audio.sound import Audio
 from zipper.generation import Limits, Request, Token, Written, planned
 from zipper.modality import is_ids, whole
+from zipper.modality.kind import Kind
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
@@ -103,13 +104,17 @@ class Service:
         """How tokens are drawn; at temperature 0 none are, and the rest says nothing."""
         return Sampling(temperature, 0, top_p, seed) if temperature else Sampling()
 
+    def kind(self, tower: str) -> Kind:
+        """The modality of a tower. Raises Refused where there is none."""
+        if tower not in self.kinds:
+            raise self._unknown(tower)
+        return self.kinds[tower]
+
     def segment(self, tower: str, content: Any, where: str) -> Segment:
         """A segment that came in JSON: a string is the content of a file in base64 where its
         modality is made of files; bytes are one that came beside it. Raises Refused for what names
         a place: none is opened."""
-        kind = self.kinds.get(tower)
-        if kind is None:
-            raise self._unknown(tower)
+        kind = self.kind(tower)
         if isinstance(content, bytes) and not kind.suffix:
             raise Refused(
                 422, "bad_request", f"{where} is a file, and {tower} is not made of files."
