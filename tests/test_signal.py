@@ -23,8 +23,9 @@ from zipper.data import fitting
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.modality import series
+from zipper.modality.codebook import stacked
 from zipper.modality.kind import Kind, Modality
-from zipper.modality.signal import Series, Signal, SignalConfig, patched, warped
+from zipper.modality.signal import Series, Signal, SignalConfig, warped
 from zipper.model import Zipper
 from zipper.testing import tiny_tower
 
@@ -77,7 +78,7 @@ def test_the_last_patch_is_filled_up_by_its_last_step(steps: int, ids: int) -> N
     assert len(codes) == ids and len(PATCHES.decode(codes).values) == 4 * ids
     held = np.concatenate([series.values, np.repeat(series.values[-1:], -steps % 4, axis=0)])
     assert PATCHES.encode(Series(held, 50, CHANNELS, UNITS)) == codes
-    assert patched(np.zeros((0, 2), np.float32), 4).shape == (0, 8)
+    assert stacked(np.zeros((0, 2), np.float32), 4).shape == (0, 8)
 
 
 numbers = st.floats(-5, 5, width=32)

@@ -112,13 +112,7 @@ class Zipper(nn.Module):
         _check_adapters(train, lora or {})
         kinds = _input_kinds(input_projection, preset, towers)
         loaded = {name: _loaded(name, source, name in train) for name, source in towers.items()}
-        one = Counter(id(tower.model) for tower in loaded.values())
-        learn = [*train, *(lora or {})]
-        if twice := [name for name in learn if one[id(loaded[name].model)] > 1]:
-            raise ZipperError(
-                f"The model given as {twice[0]!r}, which is to learn, is another tower too, and "
-                "would learn there. Give each its own (copy.deepcopy)."
-            )
+        _check_shared(loaded, [*train, *(lora or {})])
         configs = {}
         for name, tower in loaded.items():
             source = towers[name]
@@ -621,6 +615,16 @@ def _loaded(name: str, source: TowerSource, train: bool) -> Tower:
     if train:
         tower.check_saving()
     return tower
+
+
+def _check_shared(towers: Mapping[str, Tower], learn: Sequence[str]) -> None:
+    """Raises a ZipperError where a model that is several towers is to learn as one of them."""
+    one = Counter(id(tower.model) for tower in towers.values())
+    if twice := [name for name in learn if one[id(towers[name].model)] > 1]:
+        raise ZipperError(
+            f"The model given as {twice[0]!r}, which is to learn, is another tower too, and would "
+            "learn there. Give each its own (copy.deepcopy)."
+        )
 
 
 def check_name(name: str) -> None:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -137,7 +137,6 @@ class _Group:
             self.add(walk)
 
 
-@final
 class Stepwise:
     """Reads by the model's own `step`: for every model, and what faster readers are compared with.
 

@@ -25,10 +25,10 @@ from zipper.errors import ZipperError
 from zipper.generation import Engine, generate
 from zipper.link import Chooser, InputProjection, Link, Memory, project
 from zipper.model import Zipper
-from zipper.reading import Logits, Model, Piece, Stepwise
+from zipper.reading import Model, Stepwise, Walk
 from zipper.sampling import Sampling
 from zipper.saving.zips import TowerSource
-from zipper.strand import PADDING, Ends, Segment, Strand, collate
+from zipper.strand import PADDING, Segment, Strand, collate
 from zipper.tower import ROWS, Tower
 from zipper.towers.proof import Rows
 
@@ -304,7 +304,7 @@ def _writes(trial: _Trial, name: str) -> Found:
     and its own cache."""
     prompt = trial.ids(name, trial.length)
     most = min(ALONE, _room(trial.model, name) - len(prompt) - 4)
-    recorder = _Recorder(trial.model)
+    recorder: Any = _Recorder(trial.model)
     ((found,),) = generate(recorder, [[Segment(name, prompt)]], [name], Sampling(), {name: most})
 
     begin, end = trial.model.ends()[name]
@@ -605,7 +605,7 @@ def _closed(trial: _Trial, order: Sequence[str]) -> Found:
         [Segment(order[-1], trial.ids(order[-1], trial.length - row % 2))] for row in range(rows)
     ]
     plan: list[str | Segment] = [Segment(order[0], trial.ids(order[0], 1)), *order[1:], *order]
-    recorder = _Recorder(trial.model, trial.random)
+    recorder: Any = _Recorder(trial.model, trial.random)
     limits = dict.fromkeys(order, trial.length)
     produced = Engine(recorder, _Held(recorder), rows).generate(
         prompts, plan, Sampling(temperature=1.0), limits
@@ -635,25 +635,16 @@ def _closed(trial: _Trial, order: Sequence[str]) -> Found:
 
 
 @final
-class _Held:
+class _Held(Stepwise):
     """A reader by steps whose sequences stay the rows that they were, also when they are done."""
 
     def __init__(self, model: Model) -> None:
-        self._reader = Stepwise(model)
-        self._opened: list[Any] = []
+        super().__init__(model)
+        self._opened: list[Walk] = []
 
-    def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Any:
-        self._opened.append(self._reader.open(towers, outputs))
+    def open(self, towers: Sequence[str], outputs: Sequence[str]) -> Walk:
+        self._opened.append(super().open(towers, outputs))
         return self._opened[-1]
-
-    def fork(self, session: Any) -> Any:
-        return self._reader.fork(session)
-
-    def read(self, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Logits]:
-        return self._reader.read(pieces)
-
-    def state(self, session: Any, tower: str) -> Tensor:
-        return self._reader.state(session, tower)
 
 
 @final
@@ -669,8 +660,8 @@ class _Recorder:
         self.read: list[tuple[str, Strand]] = []
         self.said: list[Float[Tensor, "batch 1 vocabulary"]] = []
 
-    def start(self, towers: Sequence[str], outputs: Sequence[str]) -> Any:
-        return self.model.start(towers, outputs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def step(self, strands: Mapping[str, Strand], state: Any) -> tuple[dict[str, Tensor], Any]:
         self.read += strands.items()
@@ -683,24 +674,6 @@ class _Recorder:
             wants = (torch.rand(len(logits), generator=self.random) < 0.3).to(logits)
             logits[:, -1, end] += 1000 * wants
         return logits
-
-    def ends(self) -> Mapping[str, Ends]:
-        return self.model.ends()
-
-    def limit(self, tower: str, given: Mapping[str, int], wanted: int | None = None) -> int:
-        return self.model.limit(tower, given, wanted)
-
-    def check(self, segments: Sequence[Segment]) -> None:
-        self.model.check(segments)
-
-    def pads(self, tower: str) -> bool:
-        return self.model.pads(tower)
-
-    def choices(self, among: Sequence[str]) -> tuple[str, ...]:
-        return self.model.choices(among)
-
-    def choice(self, tower: str, state: Tensor) -> Tensor:
-        return self.model.choice(tower, state)
 
     def heard(self, row: int) -> list[tuple[int, str, int, int]]:
         """What a row has read so far: (time, tower, position, id), in order of time."""

@@ -52,8 +52,10 @@ def values_of(path: Path, field: str, named: bool = True) -> list[Any]:
     if (path / f"manifest{MANIFEST}").is_file():
         path /= f"manifest{MANIFEST}"
     if path.is_dir():
-        below = (folder / name for folder, names in walk(path, Counter()) for name in names)
-        return sorted(file for file in below if file.is_file())
+        below = list[Path]()
+        for folder, names in walk(path, Counter()):
+            below += [file for name in names if (file := folder / name).is_file()]
+        return sorted(below)
     if path.suffix.lower() in (".json", ".ndjson"):
         raise ZipperError(
             f"{path} would be read as a file of its kind. Let the name of a manifest, an object a "

@@ -223,7 +223,7 @@ class Fused:
         for place in places:
             positions += range(place.cache.length, place.cache.length + place.stop - place.start)
         ids = list(chain.from_iterable(ids for _, ids in pieces))
-        spoken, kept = step(name, ids, positions, places, entry, speaks)
+        spoken, kept = step(Turn(name, ids, positions, places, entry, speaks))
         for session, cache, start, stop in places:
             cache.length += stop - start
             if speaks and self._chooses:
@@ -267,16 +267,9 @@ class Fused:
             native.read(later)
 
     @any_lengths()
-    def _run(
-        self,
-        name: str,
-        ids: Sequence[int],
-        positions: Sequence[int],
-        places: Sequence[Place],
-        entry: Entry,
-        speaks: bool,
-    ) -> "_Read":
+    def _run(self, turn: "Turn") -> "_Read":
         """One kernel after another, for any number of tokens."""
+        name, ids, positions, places, entry, speaks = turn
         tower = self._towers[name]
         self._reach(1 + max(positions))
         position = torch.tensor(positions, device=tower.device)
@@ -336,16 +329,9 @@ class Fused:
             kept.append(h)
         return tower.unembed(h[spoken]), kept
 
-    def _replay(
-        self,
-        name: str,
-        ids: Sequence[int],
-        positions: Sequence[int],
-        places: Sequence[Place],
-        entry: Entry,
-        speaks: bool,
-    ) -> "_Read":
+    def _replay(self, turn: "Turn") -> "_Read":
         """One token of each session, in a shape that has perhaps been there before."""
+        name, ids, positions, places, entry, speaks = turn
         assert self._pool is not None
         rows, seen = [place.session.row for place in places], dict[LinkKey, list[int]]()
         for link in self._heard(name) if entry is not None else ():
@@ -403,16 +389,9 @@ class Fused:
         shapes.update((key, link.shape) for key, link in self._links.items())
         return Pool(shapes, lambda: self._replays.clear())
 
-    def _step(
-        self,
-        name: str,
-        ids: Sequence[int],
-        positions: Sequence[int],
-        places: Sequence[Place],
-        entry: Entry,
-        speaks: bool,
-    ) -> "_Read":
+    def _step(self, turn: "Turn") -> "_Read":
         """The same by one call of compiled code."""
+        name, ids, positions, places, entry, speaks = turn
         tower = self._towers[name]
         self._reach(1 + max(positions))
         seen = tuple(
@@ -621,6 +600,18 @@ class Fixed:
         return (torch.arange(of, device=slots.device) < slots[:, None])[:, None, None]
 
 
+class Turn(NamedTuple):
+    """What is read at once of one tower: ids and their positions, end to end in `places`, through
+    the input projections of `entry`. speaks: whether logits are wanted."""
+
+    name: str
+    ids: Sequence[int]
+    positions: Sequence[int]
+    places: Sequence[Place]
+    entry: Entry
+    speaks: bool
+
+
 class Prepared(NamedTuple):
     """A compiled step of so many tokens of so many sessions. keeps: the stages that keep states."""
 
@@ -649,8 +640,6 @@ def _between(
     return found
 
 
-#: A way to read places: tower, ids, positions, places, input projections, whether logits are
-#: wanted.
-_Way = Callable[[str, Sequence[int], Sequence[int], Sequence[Place], Entry, bool], "_Read"]
+_Way = Callable[[Turn], "_Read"]  # to read them
 #: Logits of the places, and states at the tower's halts.
 _Read = tuple[Float[Tensor, "sessions vocabulary"] | None, Sequence[Tensor] | Tensor]

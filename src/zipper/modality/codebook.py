@@ -17,6 +17,16 @@ def nearest(
     return (np.square(centroids).sum(axis=1) / 2 - points @ centroids.T).argmin(axis=1)
 
 
+def stacked(
+    points: Float32[np.ndarray, "points dim"], times: int
+) -> Float32[np.ndarray, "stacks stacked_dim"]:
+    """So many points side by side; the last stack is filled up by repeating the last point."""
+    dim = times * points.shape[1]
+    if not len(points):
+        return np.zeros((0, dim), np.float32)
+    return np.pad(points, ((0, -len(points) % times), (0, 0)), mode="edge").reshape(-1, dim)
+
+
 def kmeans(
     points: Float32[np.ndarray, "points dim"],
     codes: int,

@@ -24,9 +24,9 @@ from safetensors.numpy import load_file, save_file
 
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.modality.codebook import kmeans
 from zipper.modality.kind import Kind, Scores
 from zipper.modality.pinned import Pinned
-from zipper.modality.speech import kmeans
 from zipper.saving import hub
 from zipper.saving.files import (
     header,
@@ -207,7 +207,7 @@ class Image(Kind):
                 f"{patch}x{patch} pixels were given, and {codes} codes asked for. "
                 "Give more pictures, or ask for fewer codes."
             )
-        centroids = kmeans(points.astype(np.float32), codes, seed, STEPS)
+        centroids = kmeans(points.astype(np.float32), codes, seed, STEPS, points_of="patches")
         return cls(config, _distinct(centroids, different, codes))
 
     @classmethod

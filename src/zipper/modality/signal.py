@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from zipper.errors import ZipperError
-from zipper.modality.codebook import kmeans, nearest
+from zipper.modality.codebook import kmeans, nearest, stacked
 from zipper.modality.kind import Kind, Scores
 from zipper.modality.series import (
     HIGHEST_RATE_HZ,
@@ -202,7 +202,7 @@ class Signal(Kind):
                 raise ZipperError(f"limit={limit:g} was given; give scales, e.g. 5.")
             centres = (np.arange(codes) + 0.5) * (2 * limit / codes) - limit
             return cls(centres.astype(np.float32)[:, None], config)
-        points = [patched(_normal(one.values, mean, scale), patch) for one in alike]
+        points = [stacked(_normal(one.values, mean, scale), patch) for one in alike]
         found = kmeans(
             np.concatenate(points), codes, seed, STEPS, points_of=f"patches of {patch} steps"
         )
@@ -219,7 +219,7 @@ class Signal(Kind):
         step. Raises ZipperError for other channels or units, naming them, and for no steps."""
         points = self._points(self.read(raw))
         if self.config.method == "patches":
-            points = patched(points, self.config.patch)
+            points = stacked(points, self.config.patch)
             parts = [points[at : at + POINTS] for at in range(0, len(points), POINTS)]
             codes: list[int] = np.concatenate(
                 [nearest(one, self.codebook) for one in parts]
@@ -385,16 +385,6 @@ class Signal(Kind):
         config = self.config
         alike = conformed(raw, config.rate_hz, config.channels, config.units)
         return _normal(alike.values, config.mean, config.scale)
-
-
-def patched(
-    points: Float32[np.ndarray, "time channels"], patch: int
-) -> Float32[np.ndarray, "patches width"]:
-    """`patch` steps side by side; the last one is filled up by repeating the last step."""
-    width = patch * points.shape[1]
-    if not len(points):
-        return np.zeros((0, width), np.float32)
-    return np.pad(points, ((0, -len(points) % patch), (0, 0)), mode="edge").reshape(-1, width)
 
 
 def warped(

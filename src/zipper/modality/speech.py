@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LONGEST_S, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
-from zipper.modality.codebook import kmeans as means
-from zipper.modality.codebook import nearest as nearest
+from zipper.modality.codebook import BATCH as BATCH
+from zipper.modality.codebook import kmeans, nearest, stacked
 from zipper.modality.sound import SWING_DB, Sound
 from zipper.saving.files import header, parse, place, read_json, replacing, write_json
 
@@ -50,7 +50,6 @@ LIMITS = {
     "floor_share": (0.0, 1.0),
     "empty_nats": (0.0, 100.0),
 }
-BATCH = 8_192  # points per step of the k-means
 # units that must be known behind those that are made into sound, or heard behind those that are
 # told
 AHEAD = 2
@@ -120,7 +119,8 @@ class SpeechUnits(Sound):
             if len(pictures)
             else np.zeros((0, 1), np.float32)
         )
-        return cls(kmeans(points, codes, seed, steps), config)
+        made = kmeans(points, codes, seed, steps, points_of="units of sound", more="sound")
+        return cls(made, config)
 
     @classmethod
     def fitted(
@@ -395,28 +395,6 @@ class SpeechUnits(Sound):
             stacked(picture, self.config.stack), self.heard_in(picture)
         ).tolist()
         return codes
-
-
-def stacked(
-    picture: Float32[np.ndarray, "frames bins"], stack: int
-) -> Float32[np.ndarray, "units stacked_bins"]:
-    """`stack` frames side by side; the last unit is filled up by repeating the last frame."""
-    if not len(picture):
-        return np.zeros((0, stack * picture.shape[1]), np.float32)
-    return np.pad(picture, ((0, -len(picture) % stack), (0, 0)), mode="edge").reshape(
-        -1, stack * picture.shape[1]
-    )
-
-
-def kmeans(
-    points: Float32[np.ndarray, "points dim"], codes: int, seed: int, steps: int
-) -> Float32[np.ndarray, "codes dim"]:
-    """Centroids of units of sound, as `zipper.modality.codebook.kmeans` finds them.
-
-    The same for the same arguments. Raises ZipperError if there are fewer different points than
-    codes.
-    """
-    return means(points, codes, seed, steps, BATCH, points_of="units of sound", more="sound")
 
 
 def _sha256(codebook: Float32[np.ndarray, "codes stacked_bins"]) -> str:
