@@ -445,6 +445,14 @@ def test_uneven_times_are_made_even_where_the_row_says_the_rate(tmp_path: Path) 
     np.testing.assert_allclose(found.values[:, 0], 10 * np.arange(9) / 8.889, rtol=1e-5)
 
 
+def test_the_last_step_is_kept_where_time_is_made_even(tmp_path: Path) -> None:
+    """58 steps at 100 Hz, of which one is late: .57 * 100 is 56.99999999999999."""
+    times = [round(n / 100 + 0.004 * (n == 20), 3) for n in range(58)]
+    (tmp_path / "a.csv").write_text("time,ax\n" + "".join(f"{t},{t}\n" for t in times))
+    found = PATCHES.read({"path": "a.csv", "rate_hz": 100}, tmp_path)
+    assert len(found.values) == 58 and found.values[-1, 0] == pytest.approx(0.57)
+
+
 @pytest.mark.parametrize("ending", ["csv", "npy", "parquet"])
 def test_garbage_is_refused(ending: str, tmp_path: Path) -> None:
     chance, path = random.Random(0), tmp_path / f"a.{ending}"

@@ -1,11 +1,16 @@
 """Codebooks: the centroids of points, and which of them is nearest. It knows nothing of what the
 points are made of."""
 
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Float32, Int64
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from zipper.environment import extra
 from zipper.errors import ZipperError
+from zipper.saving.files import check_finite, header, replacing
 
 BATCH = 8_192  # points per step of the k-means
 
@@ -58,3 +63,25 @@ def kmeans(
     )
     centroids: np.ndarray = fitted.fit(points).cluster_centers_
     return centroids
+
+
+def save_codebook(codebook: Float32[np.ndarray, "codes dim"], path: Path) -> None:
+    """Writes a file of it, whole or not at all."""
+    with replacing(path) as beside:
+        save_file({"codebook": codebook}, beside)
+
+
+def load_codebook(path: Path, codes: int | None, dim: int) -> Float32[np.ndarray, "codes dim"]:
+    """What `save_codebook` wrote. Raises a ZipperError for anything else, before memory is taken
+    for it."""
+    entries = header(path)
+    held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if held != {"codebook": ("F32", (codes, dim))}:
+        raise ZipperError(
+            f"{path} holds {held!s:.100}; a codebook of {codes} codes of {dim} numbers was wanted."
+        )
+    check_finite(path, entries)
+    try:
+        return load_file(path)["codebook"]
+    except (OSError, SafetensorError) as error:
+        raise ZipperError(f"{path} cannot be read: {error}.") from error

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Audio
 from zipper.errors import ZipperError
-from zipper.modality.codebook import kmeans, nearest
+from zipper.modality.codebook import kmeans, load_codebook, nearest, save_codebook
 from zipper.modality.pinned import Pinned
 from zipper.modality.renderer import (
     HIFIGAN,
@@ -40,12 +39,9 @@ from zipper.modality.renderer import fitted as fitted_renderer
 from zipper.modality.sound import Sound
 from zipper.saving import hub
 from zipper.saving.files import (
-    check_finite,
-    header,
     parse,
     place,
     read_json,
-    replacing,
     settle,
     write_json,
 )
@@ -376,8 +372,7 @@ class EncoderUnits(Sound):
         self.encoder.save(folder, self.ENCODER)
         if self.vocoder is not None:
             self.vocoder.save(folder, self.VOCODER)
-        with replacing(folder / self.CODEBOOK) as beside:
-            save_file({"codebook": self.codebook}, beside)
+        save_codebook(self.codebook, folder / self.CODEBOOK)
         write_json(folder / self.CONFIG, self._described)
 
     @classmethod
@@ -389,17 +384,10 @@ class EncoderUnits(Sound):
             own: dict[str, Any] = {key: described.get(key) for key in _OWN}
             made_of = {key: value for key, value in described.items() if key not in _OWN}
             config = parse(EncoderUnitsConfig, made_of, str(folder / cls.CONFIG), LIMITS)
-            entries = header(folder / cls.CODEBOOK)
-            held = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
             encoder = Pinned.load(folder, cls.ENCODER, ENCODERS)
             wide = encoder.model.config.hidden_size
-            if held != {"codebook": ("F32", (own["codes"], wide))}:
-                raise ZipperError(
-                    f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
-                    f"{cls.CONFIG} describes."
-                )
-            check_finite(folder / cls.CODEBOOK, entries)
-            loaded = cls(encoder, load_file(folder / cls.CODEBOOK)["codebook"], config)
+            found = load_codebook(folder / cls.CODEBOOK, own["codes"], wide)
+            loaded = cls(encoder, found, config)
             if own["vocoder"] == MELS_VOICE:
                 loaded.vocoder = voice = Voice.load(folder, cls.VOCODER)
                 if (known := voice.renderer.config.codes) != loaded.codes:

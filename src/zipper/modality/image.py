@@ -20,20 +20,17 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, UInt8
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from zipper.environment import extra
 from zipper.errors import ZipperError
-from zipper.modality.codebook import kmeans
+from zipper.modality.codebook import kmeans, load_codebook, save_codebook
 from zipper.modality.kind import Kind, Scores
 from zipper.modality.pinned import Pinned
 from zipper.saving import hub
 from zipper.saving.files import (
-    header,
     parse,
     place,
     read_json,
-    replacing,
     settle,
     write,
     write_json,
@@ -390,8 +387,7 @@ class Image(Kind):
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {**asdict(self.config), "codes": self.codes}
         if self.model is None:
-            with replacing(folder / self.CODEBOOK) as beside:
-                save_file({"codebook": self.codebook}, beside)
+            save_codebook(self.codebook, folder / self.CODEBOOK)
         else:
             self.model.save(folder, self.MODEL)
         write_json(folder / self.CONFIG, {**described, "sha256": self.fingerprint})
@@ -412,17 +408,8 @@ class Image(Kind):
                 if (patch, model.model.config.in_channels) != (config.patch, config.channels):
                     raise ZipperError(f"{folder / cls.CONFIG} does not fit the model beside it.")
             else:
-                held = {
-                    name: (entry.dtype, entry.shape)
-                    for name, entry in header(folder / cls.CODEBOOK).items()
-                }
                 wide = config.patch**2 * config.channels
-                if held != {"codebook": ("F32", (codes, wide))}:
-                    raise ZipperError(
-                        f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
-                        f"{cls.CONFIG} describes."
-                    )
-                loaded = cls(config, load_file(folder / cls.CODEBOOK)["codebook"])
+                loaded = cls(config, load_codebook(folder / cls.CODEBOOK, codes, wide))
         except (OSError, SafetensorError, ZipperError) as error:
             raise ZipperError(
                 f"{folder} holds no modality of pictures: {error} It needs {cls.CONFIG} and what "

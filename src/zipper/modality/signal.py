@@ -18,11 +18,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from zipper.errors import ZipperError
-from zipper.modality.codebook import kmeans, nearest, stacked
+from zipper.modality.codebook import kmeans, load_codebook, nearest, save_codebook, stacked
 from zipper.modality.kind import Kind, Scores
 from zipper.modality.series import (
     HIGHEST_RATE_HZ,
@@ -39,11 +37,9 @@ from zipper.modality.series import (
 from zipper.modality.series import Series as Series
 from zipper.saving.files import (
     as_json,
-    header,
     parse,
     place,
     read_json,
-    replacing,
     settle,
     write,
     write_json,
@@ -341,8 +337,7 @@ class Signal(Kind):
         """Writes codebook.safetensors and signal.json; the second pins both by a hash."""
         folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / self.CODEBOOK) as beside:
-            save_file({"codebook": self.codebook}, beside)
+        save_codebook(self.codebook, folder / self.CODEBOOK)
         write_json(folder / self.CONFIG, {**asdict(self.config), "sha256": self.fingerprint})
 
     @classmethod
@@ -354,15 +349,9 @@ class Signal(Kind):
             described = read_json(folder / cls.CONFIG)
             pinned = described.pop("sha256", None)
             config = parse(SignalConfig, described, str(folder / cls.CONFIG), LIMITS)
-            entries = header(folder / cls.CODEBOOK).items()
-            held = {name: (entry.dtype, entry.shape) for name, entry in entries}
-            if held != {"codebook": ("F32", (config.codes, config.width))}:
-                raise ZipperError(
-                    f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
-                    f"{cls.CONFIG} describes"
-                )
-            loaded = cls(load_file(folder / cls.CODEBOOK)["codebook"], config)
-        except (OSError, SafetensorError, ZipperError) as error:
+            found = load_codebook(folder / cls.CODEBOOK, config.codes, config.width)
+            loaded = cls(found, config)
+        except ZipperError as error:
             raise ZipperError(
                 f"{folder} holds no signal: {error} It needs {cls.CONFIG} and {cls.CODEBOOK}, "
                 "written by save."

@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from zipper.audio.sound import HIGHEST_RATE_HZ, LONGEST_S, LOWEST_RATE_HZ, Audio, Front, Mel, read
 from zipper.errors import ZipperError
 from zipper.modality.codebook import BATCH as BATCH
-from zipper.modality.codebook import kmeans, nearest, stacked
+from zipper.modality.codebook import kmeans, load_codebook, nearest, save_codebook, stacked
 from zipper.modality.sound import SWING_DB, Sound
-from zipper.saving.files import header, parse, place, read_json, replacing, write_json
+from zipper.saving.files import parse, place, read_json, write_json
 
 #: What a file may ask for: (least, most).
 LIMITS = {
@@ -287,8 +285,7 @@ class SpeechUnits(Sound):
         """Writes codebook.safetensors and units.json; the second pins the first by its hash."""
         folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / self.CODEBOOK) as beside:
-            save_file({"codebook": self.codebook}, beside)
+        save_codebook(self.codebook, folder / self.CODEBOOK)
         described = {
             **asdict(self.config),
             "codes": self.codes,
@@ -307,15 +304,7 @@ class SpeechUnits(Sound):
             config = parse(
                 UnitsConfig, {"front": None, **described}, str(folder / cls.CONFIG), LIMITS
             )
-            held = {
-                name: (entry.dtype, entry.shape)
-                for name, entry in header(folder / cls.CODEBOOK).items()
-            }
-            if held != {"codebook": ("F32", (codes, config.stack * config.mel.bins))}:
-                raise ZipperError(
-                    f"{folder / cls.CODEBOOK} holds {held!s:.100}, not the codebook that "
-                    f"{cls.CONFIG} describes"
-                )
+            found = load_codebook(folder / cls.CODEBOOK, codes, config.stack * config.mel.bins)
             if (
                 not config.mel.low_hz < config.mel.high_hz <= config.mel.rate_hz / 2
                 or config.mel.fft < config.mel.window
@@ -326,19 +315,18 @@ class SpeechUnits(Sound):
                     f"{folder / cls.CONFIG} lays the grid in {config.front.places} places a hop "
                     f"of {config.mel.hop}"
                 )
-            codebook = load_file(folder / cls.CODEBOOK)["codebook"]
-        except (OSError, SafetensorError, ZipperError) as error:
+        except ZipperError as error:
             raise ZipperError(
                 f"{folder} holds no speech units: {error} It needs {cls.CONFIG} and "
                 f"{cls.CODEBOOK}, written by save."
             ) from error
-        if _sha256(codebook) != pinned:
+        if _sha256(found) != pinned:
             raise ZipperError(
                 f"{folder} holds a foreign codebook, not the one that its {cls.CONFIG} describes: "
                 "codes would mean other sounds. "
                 "Restore both files from the run that made them, or fit the units anew."
             )
-        return cls(codebook, config)
+        return cls(found, config)
 
     @functools.cached_property
     def _spectra(self) -> Float32[np.ndarray, "codes stack frequencies"]:
