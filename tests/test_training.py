@@ -566,6 +566,11 @@ def test_a_run_may_go_on_from_a_saved_zip(world: World, tmp_path: Path) -> None:
         ZipperError, match=r"'speech' from .* trained with another tokenizer or codebook"
     ):
         train(world.config(tmp_path / "foreign", start=str(world.zip), modalities=foreign))
+    own = {"links": [("text", 0, "speech", 1)], "junctions": [{"text": 1, "speech": 1}]}
+    with pytest.raises(ZipperError, match=r"links of its own, and this recipe asks .* by links"):
+        train(world.config(tmp_path / "links", start=str(world.zip), links=own["links"]))
+    asked = {"junctions": own["junctions"], "shows": None}  # those that it has
+    assert train(world.config(tmp_path / "asked", start=str(world.zip), steps=1, **asked)).zip
 
 
 # --- its numbers are what their names say

@@ -143,6 +143,7 @@ def swapped(plans: Mapping[str, TrainConfig], other: str, part: float) -> Pipeli
         output=str(output / f"{part:g}"),
         start=str(output / "start"),
         towers={**before.towers, real.TEXT: tower},
+        links=None,
         steps=steps,
         eval_every=max(1, steps // 4),
         warmup=min(before.warmup, steps // 5),

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from zipper.data.rows import Row
 from zipper.errors import ZipperError
+from zipper.junctions import shape
 from zipper.modality import Modality
 from zipper.modality.kind import shown_by_kind
 from zipper.model import Zipper
@@ -89,6 +90,15 @@ def _continued(config: TrainConfig, modalities: Mapping[str, Modality]) -> Zippe
         )
     for name, modality in modalities.items():
         check_pinned(name, Path(config.start) / "towers" / name, modality)
+    if asked := [name for name in ("every", "junctions", "links") if getattr(config, name)]:
+        layers = {name: tower.layers for name, tower in started.config.towers.items()}
+        shows = _shows(config, modalities)
+        wanted = shape(layers, config.every, config.junctions, shows, config.links)
+        if wanted != (started.config.junctions, started.config.shows):
+            raise ZipperError(
+                f"start={config.start!r} has links of its own, and this recipe asks for others by "
+                f"{asked[0]}. Leave it out, or begin without start."
+            )
     if config.train or config.lora or config.freeze:
         learned = {name for name, tower in started.config.towers.items() if tower.train}
         learns = {*config.train} if config.train else learned - {*config.lora}
