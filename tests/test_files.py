@@ -248,6 +248,15 @@ def test_a_link_stays_one_and_a_name_may_be_as_long_as_can_be(tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link.json", longest.name}
 
 
+def test_what_goes_wrong_while_a_file_is_written_is_told_as_it_is(tmp_path: Path) -> None:
+    for error in (FileNotFoundError, BlockingIOError, KeyboardInterrupt):
+        with pytest.raises(error, match="mine"), files.replacing(tmp_path / "file"):
+            raise error("mine")
+        with pytest.raises(error, match="mine"), held(tmp_path / "folder"):
+            raise error("mine")
+    assert not [*tmp_path.iterdir()]
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -195,11 +195,13 @@ def _locked(path: Path, wait: bool) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, wait)
-            # Or the one before took it away: then the next one.
+            mine, there = os.fstat(descriptor), None
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    yield descriptor
-                    return
+                there = os.stat(path)
+            if there is not None and os.path.samestat(mine, there):
+                yield descriptor
+                return
+            # The one before took it away: the next one.
         finally:
             os.close(descriptor)
 
