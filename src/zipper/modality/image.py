@@ -494,11 +494,11 @@ def _is_imagegpt(source: str | Path) -> bool:
 def _picture(value: Any, folder: Path, config: ImageConfig) -> Pillow.Image:
     """See `Image.read`."""
     if isinstance(value, Pillow.Image):
+        _check(value, "The picture given", config)
         try:
-            _check(value, "The picture given", config)
-            value.load()
-        except OSError as error:  # of a file that is opened, and read only now
-            raise ZipperError(f"The picture given cannot be read: {error}.") from error
+            value.load()  # of a file that was opened, and is read only now
+        except Exception as error:  # whatever a stranger's file leads Pillow to
+            raise ZipperError(f"The picture given cannot be read: {error!s:.200}.") from error
         return _plain(value, config)
     if isinstance(value, np.ndarray | list | tuple):
         return _plain(_from_pixels(value), config)
