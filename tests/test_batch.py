@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import sound, world
+from tiny import sound, units, world
 
 from zipper import batch
 from zipper.batch import Counts, run_batch
@@ -307,3 +307,31 @@ def test_a_text_that_is_called_as_a_file_is_a_text(
     layouts.about(out).write_text("{}")
     with pytest.raises(ZipperError, match="does not say of which manifest and task"):
         list(layouts.samples(f"made:{out}"))
+
+
+def test_a_part_is_every_so_many_rows_from_its_number_on(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    for number, wanted in ((1, {0, 3, 6, 9}), (2, {1, 4, 7}), (3, {2, 5, 8})):
+        out = tmp_path / f"{number}.jsonl"
+        run_batch(pipe, rows, "text -> text", out, part=(number, 3), limits=LIMITS)
+        assert {*read(out)} == wanted
+
+
+def test_an_output_of_another_part_limit_codebook_or_tower_is_not_gone_on_with(
+    pipe: Pipeline, rows: Path, tmp_path: Path
+) -> None:
+    out, task = tmp_path / "out.jsonl", "text -> text"
+    run_batch(pipe, rows, task, out, part=(1, 2), limits=LIMITS)
+    with pytest.raises(ZipperError, match="another part"):
+        run_batch(pipe, rows, task, out, part=(2, 2), limits=LIMITS)
+    with pytest.raises(ZipperError, match="another limits"):
+        run_batch(pipe, rows, task, out, part=(1, 2), limits=LIMITS | {"text": 7})
+    coded, other = Pipeline(pipe.zip, {**pipe.modalities}), copy.deepcopy(pipe)
+    coded.modalities["speech"] = units(seed=1)
+    with pytest.raises(ZipperError, match="another modalities"):
+        run_batch(coded, rows, task, out, part=(1, 2), limits=LIMITS)
+    text = replace(other.zip.config.towers["text"], digest="0" * 64)
+    other.zip.config = replace(other.zip.config, towers=other.zip.config.towers | {"text": text})
+    with pytest.raises(ZipperError, match="another model"):
+        run_batch(other, rows, task, out, part=(1, 2), limits=LIMITS)

@@ -22,7 +22,7 @@ from zipper.fast.reader import Fused
 from zipper.generation import Engine, Request
 from zipper.growth import add
 from zipper.loss import CHOICE, batch_losses
-from zipper.measurement import measure
+from zipper.measurement import _choices, measure
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.reading import Reader, Stepwise
@@ -31,6 +31,7 @@ from zipper.strand import Segment, Target, collate
 from zipper.tasks import Task, among, lanes
 from zipper.testing import tiny_tower
 from zipper.training import train
+from zipper.training.batches import Part, Steps, silent
 from zipper.verify import verify
 
 BOTH = ("speech", "text")
@@ -346,3 +347,61 @@ def test_requests_for_a_spoken_or_a_written_answer_are_told_apart(tmp_path: Path
     forced = engine.run([Request(one, [name]) for one, name in zip(given, wanted, strict=True)])
     same = [a.written[0].ids == b.written[0].ids for a, b in zip(free, forced, strict=True)]
     assert all(equal for equal, hit in zip(same, right, strict=True) if hit)
+
+
+def test_what_is_told_of_a_choice_is_its_share_among_all_choices() -> None:
+    zip_, told = chooser(3), torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1).tolist()
+    with torch.no_grad():
+        for head in zip_.choosers.values():
+            head.out.weight.zero_()
+            head.out.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))  # speech, text, over
+    request = Request([Segment("text", [3])], ["*"], limits=dict.fromkeys(BOTH, 3), least=1)
+    (answer,) = Engine(zip_, Stepwise(zip_)).run([request])
+    assert [one.tower for one in answer.chosen] == ["text", ""]  # the first could not be over
+    assert [one.logprob for one in answer.chosen] == pytest.approx([told[1], told[2]], abs=1e-5)
+
+
+def test_a_tower_that_a_task_does_not_choose_among_is_never_taken() -> None:
+    zip_ = chooser(3, LLAMAS | {"image": "llama"})
+    with torch.no_grad():
+        for head in zip_.choosers.values():
+            head.out.weight.zero_()
+            head.out.bias.copy_(torch.tensor([9.0, 0.0, 1.0, 0.5]))  # image, speech, text, over
+    rows = [{"text": [3], "speech": [5]}, {"text": [4, 6], "speech": [7]}]
+    found = _choices(zip_, Task.parse("text -> speech|text"), rows, 0)
+    assert {taken for row in found.confusion.values() for taken in row} == {"text"}
+    assert found.nats < 2  # of the three that were open
+
+
+def test_every_choice_of_a_step_counts_and_stands_in_its_own_company(tmp_path: Path) -> None:
+    chosen, plain = "question:text -> answer:text|speech", "speech -> answer:text"
+    rows = [{"question": [3], "answer": [5], "speech": [n % 9 + 2]} for n in range(20)]
+    config = tiny.world(tmp_path).config(
+        tmp_path / "run", tasks={chosen: 0.5, plain: 0.5}, batch=16, together=True
+    )
+    tasks = {name: Task.parse(name) for name in config.tasks}
+    steps = Steps([Part("", rows, 1.0)], tasks, config, zipped(LLAMAS).ends())
+    (drawn,), counts = steps[0]
+    assert {batch.company for batch in drawn} == {(), ("text", "speech")}
+    (one,) = [batch for batch in drawn if batch.company]
+    (other,) = [batch for batch in drawn if not batch.company]
+    made = len(one.strands["text"].ids)
+    assert counts[CHOICE] == 3 * made and made + len(other.strands["text"].ids) == 16
+    assert one.choices and not other.choices
+
+
+@torch.no_grad()
+def test_a_silent_batch_is_looked_at_and_counts_nothing() -> None:
+    zip_, task = chooser(1), Task.parse("text -> answer:text|speech")
+    rows = [{"text": [3, 4], "speech": [5]}, {"text": [6], "answer": [7, 8, 9]}]
+    samples = [task.segments(row) for row in rows]
+    batch = collate(samples, zip_.ends(), company=task.company)
+    loud, quiet = batch_losses(zip_, batch), batch_losses(zip_, silent(batch))
+    assert loud.keys() == quiet.keys() == {"text", "speech", CHOICE}
+    assert all(loud.values()) and not any(quiet.values())
+
+
+def test_all_and_one_by_name_is_no_choice() -> None:
+    for wrong in "text|*", "*|speech":
+        with pytest.raises(ZipperError, match="is no choice"):
+            lanes([wrong])

@@ -1,6 +1,7 @@
 """Composition: each pair answers as before to the bit, parts lie once, and what cannot be joined is
 refused with the reason."""
 
+import dataclasses
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ from zipper.pipeline import Pipeline
 from zipper.reading import Stepwise
 from zipper.sampling import Sampling
 from zipper.strand import Segment
+from zipper.surgery import prune
 from zipper.testing import tiny_tower
 from zipper.verify import verify
 
@@ -323,3 +325,57 @@ def test_a_parent_goes_on_learning_and_what_it_learns_is_its_own() -> None:
     assert speech.training and all(p.requires_grad for p in speech.parameters())
     assert made.towers["speech"] is not speech and made.towers["text"] is first.towers["text"]
     assert not any(p.requires_grad for p in made.towers["speech"].parameters())
+
+
+def test_links_that_a_parent_lacks_stay_away() -> None:
+    first = prune(pair(TEXT, 0), ["0:text>speech"])
+    second = prune(pair(PICTURES, 1), ["0:image>text"])
+    new, behind = compose(first, second), len(first.config.junctions)
+    assert new.config.dropped == ("0:text>speech", f"{behind}:image>text")
+    for old in first, second:
+        keeps_answers(old, new, 0)
+
+
+def test_what_no_longer_learned_in_a_parent_does_not_learn_in_the_composed_zip() -> None:
+    first, old = pair(TEXT, 0), pair(PICTURES, 1)
+    second = add(old, "motion", tiny_tower("llama", 9, 16, 3, 20), ends=(0, 1))
+    new, behind = compose(first, second), len(first.config.junctions)
+    kept = [f"{behind + key.junction}:{key.source}>{key.target}" for key in old.config.links]
+    assert {*new.config.frozen_links} == {*kept} and {*new.config.kept} == {"text", "image"}
+    learns = {name for name, link in new.links.items() if link.gate.requires_grad}
+    assert learns == {*new.links} - {*kept}
+
+
+def test_two_towers_of_the_second_with_one_name_are_refused() -> None:
+    second = compose(pair(TEXT, 0), pair(PICTURES, 1))
+    with pytest.raises(ZipperError, match="gives two towers of the second zip one name"):
+        compose(apart("text", "motion"), second, {"speech": "other", "image": "other"})
+
+
+def test_an_adapter_of_other_numbers_is_refused_and_the_same_one_is_shared() -> None:
+    lora = {"text": {"r": 2, "target_modules": ["q_proj"]}}
+    first, second = pair(TEXT, 0, lora=lora), pair(PICTURES, 1, lora=lora)
+    with pytest.raises(ZipperError, match="has an adapter that is not the same in both"):
+        compose(first, second)
+    held = composition._adapter(first, "text")
+    with torch.no_grad():
+        for name, parameter in composition._adapter(second, "text").items():
+            parameter.copy_(held[name])
+    strands = lay([number([("text", 5), ("image", 6), ("text", 7)])])
+    said, new = second(strands), compose(first, second)(strands)
+    assert all(torch.equal(said[name], new[name]) for name in said)
+
+
+def test_a_composed_zip_attends_as_the_first() -> None:
+    first = pair(TEXT, 0)
+    first.attention = "flex"
+    assert compose(first, pair(PICTURES, 1)).attention == "flex"
+
+
+@pytest.mark.parametrize(
+    "parts", [(("speech",), ("speech",)), (("speech", "speech"),), ((),), (("text",),)]
+)
+def test_company_that_is_none_is_refused(parts: tuple[tuple[str, ...], ...]) -> None:
+    config = pair(TEXT, 0).config
+    with pytest.raises(ZipperError, match=r"company of 'text' is .*named once"):
+        dataclasses.replace(config, company={"text": parts})

@@ -369,3 +369,9 @@ def test_a_law_breaks_for_the_mutant(fault: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Exception) as broken:
         all_laws()
     assert not isinstance(broken.value, NameError), "the fault is no code"
+
+
+def test_as_many_are_shown_as_are_fused() -> None:
+    whole = zipped(TWO).config
+    with pytest.raises(ZipperError, match="There are 3 junctions, but 2 are shown"):
+        dataclasses.replace(whole, shows=whole.junctions[:2])

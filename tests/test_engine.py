@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.reading import Reader, Stepwise
 from zipper.sampling import Rules, Sampling, Search, one_of
-from zipper.strand import Segment
+from zipper.strand import Segment, collate
 from zipper.testing import tiny_tower
 from zipper.tower import Tower
 from zipper.towers import families
@@ -877,3 +878,47 @@ def test_an_id_that_is_allowed_and_unknown_is_named() -> None:
         rules = {"text": Rules(allowed=lambda _, strange=strange: [strange])}
         (answer,) = Engine(model).run([Request([Segment("speech", [3])], ["text"], rules=rules)])
         assert f"names the id {strange}" in str(answer.error)
+
+
+@torch.inference_mode()
+def test_logprobs_are_the_models_own_whatever_was_chosen_by() -> None:
+    model, given = zipped(LLAMAS, {"text": 2}), [Segment("speech", [5, 6])]
+    rarer = {"text": Rules(lambda _: [3], repetition=3.0)}
+    ways: list[dict[str, Any]] = [
+        {"sampling": Sampling(guidance=3.0)},
+        {"rules": rarer},
+        {"rules": rarer, "search": Search(2)},
+    ]
+    begin, end = model.ends()["text"]
+    for options in ways:
+        request = Request(given, [Segment("text", [3, 3])], limits={"text": 8}, **options)
+        (written,) = Engine(model, 1).run([request])[0].written
+        logits = model(collate([[*given, Segment("text", written.ids)]], model.ends()).strands)
+        logits["text"][..., begin] = -torch.inf
+        wanted = logits["text"][0].log_softmax(-1)
+        said = [*enumerate([*written.ids, end])][2 : 2 + len(written.logprobs)]
+        assert len(said) > 2
+        assert written.logprobs == pytest.approx([float(wanted[n, i]) for n, i in said], abs=1e-4)
+
+
+def test_what_is_fed_is_measured_with_all_that_was_given_before_it() -> None:
+    given = [Segment("speech", [3] * 200), Segment("text", [4]), Segment("speech", [3])]
+    answer = Engine(zipped(LLAMAS), 1).submit(Request(given, ["text"], more=True))
+    with pytest.raises(ZipperError, match=r"'speech' would read 257 tokens, .* at most 256"):
+        answer.feed([3] * 52)
+    answer.feed([3] * 51)
+
+
+def test_begin_and_end_of_what_was_written_take_room() -> None:
+    towers = {"text": tiny_tower("llama", positions=16), "speech": tiny_tower("llama", 1)}
+    model, endless = Zipper.from_towers(towers, link=SMALL), {"text": Rules(lambda _: [3])}
+    request = Request([], ["text", "text"], limits={"text": 7}, rules=endless)
+    (answer,) = Engine(model, 1).run([request])
+    assert [len(written.ids) for written in answer.written] == [7, 16 - 9 - 2]
+
+
+def test_of_several_requests_all_are_taken_or_none() -> None:
+    engine = Engine(zipped(LLAMAS), 2)
+    with pytest.raises(ZipperError, match="no tower 'txt'"):
+        engine.run([Request(TALK, ["text"]), Request(TALK, ["txt"])])
+    assert engine.load == (0, 0)

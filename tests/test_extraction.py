@@ -615,3 +615,36 @@ def test_takes_do_not_write_over_a_field_of_the_row(tmp_path: Path) -> None:
     data.write(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(ZipperError, match="has a field 'said' of its own"):
         extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=1)
+
+
+def test_every_part_of_a_source_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    told = [{"speech": [n], "split": ("train", "dev")[n % 2]} for n in range(6)]
+    data.write(tmp_path / "rows.jsonl", told)
+    source, cache = str(tmp_path / "rows.jsonl"), tmp_path / "cache"
+    for split, limit, wanted in (
+        (None, None, [0, 1, 2, 3, 4, 5]),
+        ("dev", None, [1, 3, 5]),
+        ("train", None, [0, 2, 4]),
+        ("dev", 2, [1, 3]),
+        (None, 2, [0, 1]),
+    ):
+        found = extraction.load(source, MODALITIES, limit, Policy("skip"), split, cache)
+        assert [row["speech"] for row in found] == [[n] for n in wanted]
+    assert len([*cache.iterdir()]) == 5
+
+
+def test_a_folder_of_so_many_samples_is_not_one_of_more(tmp_path: Path) -> None:
+    data.write(tmp_path / "rows.jsonl", many(4))
+    source, folder = str(tmp_path / "rows.jsonl"), tmp_path / "units"
+    assert len(extract(source, folder, MODALITIES, limit=2, spread=HERE)) == 2
+    with pytest.raises(ZipperError, match="holds the units of another source, part"):
+        extract(source, folder, MODALITIES, limit=3, spread=HERE)
+
+
+def test_a_split_of_a_manifest_is_not_the_whole_manifest(tmp_path: Path) -> None:
+    told = [{"speech": [n], "split": ("train", "dev")[n % 2]} for n in range(6)]
+    data.write(tmp_path / "rows.jsonl", told)
+    found = extraction.load(
+        str(tmp_path / "rows.jsonl"), MODALITIES, split="dev", cache=tmp_path / "cache"
+    )
+    assert [row["speech"] for row in found] == [[1], [3], [5]]

@@ -326,3 +326,11 @@ def test_a_slow_lane_makes_no_step_of_its_own(
     )
     assert [segment.tower for segment in made] == ["text", "speech"]
     assert len(asked) < 100
+
+
+def test_a_given_group_takes_room_like_any_other_segment(model: Zipper) -> None:
+    given = [Segment("text", [3] * 250), Segment("speech", [5], beside=True)]
+    endless = {"text": Rules(lambda _: [3])}
+    request = Request(given, ["text"], limits={"text": 50}, rules=endless)
+    (answer,) = Engine(model, Stepwise(model)).run([request])
+    assert answer.written[0].ids == [3] * (256 - 252 - 2)

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -199,3 +200,63 @@ def test_a_grown_zip_is_trained_by_the_loop_and_only_what_is_new_learns(
     assert moved
     assert all("second" in name for name in moved), moved
     assert trained.config.frozen_links == saved.config.frozen_links
+
+
+def test_new_links_are_born_closed_whatever_their_config_says() -> None:
+    old = zipped(OLD)
+    open_gates = LinkConfig(head_width=4, gate_init=0.7)
+    new = add(old, "image", image(), ends=ENDS["image"], link=open_gates)
+    fresh = {*map(str, new.config.links)} - {*map(str, old.config.links)}
+    assert fresh
+    for name in fresh:
+        assert not new.links[name].gate.any() and not new.links[name].feedforward_gate.any()
+
+
+def test_new_parameters_are_drawn_from_the_seed_alone() -> None:
+    old, made = zipped(OLD), []
+    for seed, before in ((3, 0), (3, 1), (4, 1)):
+        torch.manual_seed(before)
+        made.append(add(old, "image", image(), ends=ENDS["image"], seed=seed))
+    name = str(made[0].config.links[-1])
+    one, again, other = (model.links[name].query.weight for model in made)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_where_nothing_is_frozen_all_that_learned_goes_on_learning() -> None:
+    old = zipped(OLD, train=["speech"])
+    new = add(old, "image", image(), ends=ENDS["image"], freeze=False)
+    learns = {name: p.requires_grad for name, p in new.named_parameters()}
+    was = {name: p.requires_grad for name, p in old.named_parameters()}
+    assert {name: learns[name] for name in was} == was
+    assert new.config.frozen_links == new.config.kept == ()
+    assert new.config.towers["speech"].train
+
+
+def test_partners_and_the_interval_say_where_the_new_tower_exchanges() -> None:
+    old = zipped(OLD)
+
+    def depths(**options: Any) -> set[tuple[str, int, str, int]]:
+        config = add(old, "image", image(), ends=ENDS["image"], **options).config
+        new = [key for key in config.links if "image" in (key.source, key.target)]
+        return {(k.source, config.shown(k), k.target, config.fused(k)) for k in new}
+
+    there = {("image", 2, "text", 1), ("text", 1, "image", 2)}
+    assert depths(partners=["text"], every=2) == there
+    assert depths(partners=["text"]) > {("image", 1, "text", 1), ("image", 2, "text", 2)}
+    both = depths(every=2)
+    assert both == there | {("image", 2, "speech", 1), ("speech", 1, "image", 2)}
+
+
+def test_a_grown_zip_is_in_the_mode_of_the_old_one() -> None:
+    for mode in True, False:
+        old = zipped(OLD).train(mode)
+        assert add(old, "image", image(), ends=ENDS["image"]).training is mode
+
+
+def test_the_new_tower_has_the_usual_length_and_the_projection_that_were_given() -> None:
+    options = {"tokens": 7.5, "input_projection": "none"}
+    new = add(zipped(OLD), "image", image(), ends=ENDS["image"], **options)
+    assert new.config.towers["image"].tokens == 7.5
+    assert new.config.inputs["image"] == {} and {*new.inputs} == {"text", "speech"}
+    key = next(key for key in new.config.links if key[1:] == ("image", "text"))
+    assert new.link(*key).position_scale == 7.5 / new.config.towers["text"].tokens

@@ -375,3 +375,26 @@ def test_attention_of_any_lengths_asks_no_planner(monkeypatch: pytest.MonkeyPatc
         assert len(asked) > 8 and set(asked) == {not on_gpu}
         assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
         asked.clear()
+
+
+@pytest.mark.parametrize("closed", ["gate", "feedforward_gate"])
+def test_dropout_acts_on_both_branches(closed: str) -> None:
+    module = link(replace(SMALL, dropout=0.5)).train()
+    with torch.no_grad():
+        getattr(module, closed).zero_()  # the other branch alone
+    x, source = states(3, 4, WIDTH), states(3, 4, SOURCE_WIDTH, seed=1)
+    assert not torch.equal(added(module, x, source), added(module, x, source))
+
+
+def test_a_link_that_was_calibrated_before_is_whitened_anew_and_computes_the_same() -> None:
+    module = link()
+    first = states(500, SOURCE_WIDTH, seed=2) * torch.tensor([1, 1, 1, 0.1, 0.1, 3]) + 5
+    second = states(500, SOURCE_WIDTH, seed=3) * torch.tensor([0.1, 2, 1, 1, 1, 0.3]) - 1
+    x, source = states(3, 4, WIDTH), second[:12].reshape(3, 4, SOURCE_WIDTH)
+    before = added(module, x, source)
+    module.calibrate(first)
+    module.calibrate(second)
+    torch.testing.assert_close(added(module, x, source), before, atol=1e-4, rtol=0)
+    white = module.whiten(module.source_norm(second))
+    variance = torch.linalg.eigvalsh(torch.cov(white.T))
+    assert (variance[1:] > 0.8).all() and variance.max() < 1.01

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from many import pictures
 from test_modality import Levels
 
 from zipper import Pipeline, measurement
 from zipper.data.manifests import Sample
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
+from zipper.modality.image import Image
 from zipper.model import Zipper
+from zipper.sampling import Sampling
 from zipper.strand import Segment, Target, collate
 from zipper.tasks import Task
 from zipper.testing import tiny_tower
@@ -198,3 +201,42 @@ def test_a_resample_in_which_nothing_was_wanted_says_no_more_than_its_errors() -
     rates = [(1.0, 0.0), (0.0, 3.0)]  # a word too much in silence; three words right
     number = measurement._number(rates, 0)
     assert number.value == pytest.approx(1 / 3) and number.high <= 2
+
+
+def test_row_n_draws_from_the_seed_and_n(pipe: Pipeline) -> None:
+    task, alike = Task.parse("text -> level"), _encoded(pipe, rows(1)) * 4
+    drawn = measurement._answers(pipe, task, alike, Sampling(2.0, seed=3))
+    for n, (made,) in enumerate(drawn):
+        (alone,) = pipe.generate([task.prompt(alike[n])], ["level"], Sampling(2.0, seed=3 + n))
+        assert made.content == alone[0].content
+    assert len({tuple(made.content) for (made,) in drawn}) > 1
+
+
+def test_a_voice_that_is_wanted_is_asked_for(tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(tiny.world(tmp_path / "world").zip)
+    high, task = pipe.units.voice_id("high"), Task.parse("text -> voice~speech")
+    row = {"text": pipe.modalities["text"].encode("call"), "voice": [high], "speech": [5, 6]}
+    ((made,),) = measurement._answers(pipe, task, [row], Sampling())
+    assert made.content[:1] == [high]
+
+
+def test_nats_are_of_one_segment_of_several(pipe: Pipeline) -> None:
+    some = _encoded(pipe, rows(3))
+    (alone,) = measurement._nats(pipe.zip, Task.parse("level -> text"), some)
+    first, _ = measurement._nats(pipe.zip, Task.parse("level -> text, level"), some)
+    assert first == pytest.approx(alone, rel=1e-4)
+
+
+def test_no_row_is_its_own_floor_though_all_are_told_alike() -> None:
+    drawn = pictures(5)
+    kind = Image.fitted(drawn, codes=12, patch=4, size=(16, 16), channels=1)
+    for seed in range(10):
+        others = measurement._others(kind, drawn, seed)
+        assert all(other is not one for one, other in zip(drawn, others, strict=True))
+
+
+def test_only_the_first_rows_are_measured_where_a_limit_says_so(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    path = manifest(tmp_path, rows(6))
+    assert [one.rows for one in measurement.measure(pipe, path, limit=4)] == [4, 4]

@@ -209,3 +209,15 @@ def test_what_is_no_content_is_refused_in_a_sentence(content: Any, message: str)
 def test_one_token_may_begin_and_end_segments_and_is_refused_inside_all_the_same() -> None:
     with pytest.raises(ZipperError, match="the id 7, with which its segments begin"):
         read_ids([3, 7], "text", Ends(7, 7), 10)
+
+
+def test_a_batch_that_is_moved_keeps_its_choices_and_its_company() -> None:
+    sample = [Segment("text", [5]), Target("speech", [50], chosen=True)]
+    batch = collate([sample], ENDS, company=("text", "speech"))
+    moved = batch.to("cpu")
+    assert moved.company == batch.company == ("text", "speech")
+    assert {name: came.tolist() for name, came in moved.choices.items()} == {
+        "text": [[-1, -1, 0]],  # speech comes, of speech, text and the end
+        "speech": [[-1, -1, 2]],
+    }
+    assert table(moved, "speech") == table(batch, "speech")

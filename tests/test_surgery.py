@@ -18,6 +18,7 @@ from zipper import cli
 from zipper.config import LinkKey
 from zipper.data import manifests as data
 from zipper.errors import ZipperError
+from zipper.growth import add
 from zipper.link import LinkConfig
 from zipper.modality.text import Text
 from zipper.model import Zipper
@@ -667,3 +668,21 @@ def test_frozen_towers_inside_the_old_folder_go_with_the_new_one(
     assert inside(pipe.model, tmp_path / "one") == ["text"]
     assert inside(pipe.model, world.zip) == []
     assert inside(Pipeline.from_pretrained(world.zip).model, world.zip) == []
+
+
+def test_what_is_born_again_beside_a_new_tower_learns_though_it_was_frozen() -> None:
+    grown = add(zipped(TWO), "image", tiny_tower("llama", 8, 16, 3, 20), ends=(0, 1))
+    frozen = {str(key) for key in grown.config.links if "image" not in key[1:]}
+    assert {*grown.config.frozen_links} == frozen and grown.config.kept == ("speech", "text")
+    new, _ = swap(grown, {"text": tiny_tower("llama", 7, width=24, layers=LAYERS["text"])})
+    assert new.config.frozen_links == () and new.config.kept == ("speech",)
+    assert all(link.gate.requires_grad for link in new.links.values())
+    learns = {name for name, part in new.inputs.items() if part.mlp[0].weight.requires_grad}
+    assert learns == {"text", "image"}
+
+
+def test_what_is_born_again_is_drawn_from_the_seed() -> None:
+    old = zipped(TWO)
+    made = [swap(old, {"text": tiny_tower("llama", 7, width=24)}, seed=n)[0] for n in (3, 3, 4)]
+    one, again, other = (model.link(0, "speech", "text").query.weight for model in made)
+    assert torch.equal(one, again) and not torch.equal(one, other)

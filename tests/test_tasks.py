@@ -66,3 +66,25 @@ def test_a_row_without_the_field_is_refused() -> None:
         ZipperError, match=r"wants a field 'answer', the row has \['question', 'speech', 'text'\]"
     ):
         Task.parse("speech -> answer:text").segments(ROW)
+
+
+def test_the_pace_of_a_lane_reaches_what_is_learnt_and_what_is_asked_for() -> None:
+    task = Task.parse("question:speech -> text@2/3 + speech, text@1/4")
+    assert task.outputs == ("text@2/3 + speech", "text@1/4")
+    _, text, speech, late = task.segments(ROW)
+    assert text == Target("text", [5, 6, 7], stride=2, delay=3)
+    assert speech == Target("speech", [50, 51], beside=True)
+    assert late == Target("text", [5, 6, 7], delay=4)
+
+
+def test_a_given_group_that_counts_keeps_its_pace() -> None:
+    task = Task(("text@2/3 + speech",), ("question:speech",), train_given=0.5)
+    assert task.segments(ROW)[:2] == [
+        Target("text", [5, 6, 7], 0.5, stride=2, delay=3),
+        Target("speech", [50, 51], 0.5, beside=True),
+    ]
+
+
+def test_the_company_of_a_choice_is_all_towers_of_the_task() -> None:
+    assert Task.parse("speech -> text|image").company == ("speech", "text", "image")
+    assert Task.parse("speech -> text").company == ()

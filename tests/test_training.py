@@ -42,7 +42,7 @@ from zipper.training import Stopped, TrainConfig, batches, build, loop, train
 from zipper.training.batches import Drawn, Steps
 from zipper.training.config import FREE
 from zipper.training.loop import drawn
-from zipper.training.resume import checkpoints, named
+from zipper.training.resume import checkpoints, course_of, named
 
 ASR, TTS = tiny.BOTH
 
@@ -1423,3 +1423,31 @@ def test_a_tower_of_another_codebook_or_tokenizer_is_refused(world: World, tmp_p
     )
     with pytest.raises(ZipperError, match=r"'text' knows 42 ids, its modality in .* makes 70"):
         train(more)
+
+
+def test_the_weights_of_sources_decide_a_run(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path)
+    model, rows = zip_of(world, config)
+
+    def course(*weights: float) -> dict[str, Any]:
+        parts = [batches.Part(str(n), rows[n : n + 9], w) for n, w in enumerate(weights)]
+        return course_of(config, model, {}, parts, rows[:4])
+
+    assert course(1.0, 2.0) == course(1.0, 2.0) != course(2.0, 1.0)
+
+
+def test_the_tokenizer_decides_a_run(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path)
+    model, rows = zip_of(world, config)
+    parts = [batches.Part("", rows, 1.0)]
+    texts = tiny.text(), tiny.text(11)
+    one, other = (course_of(config, model, {"text": text}, parts, rows) for text in texts)
+    assert one != other
+
+
+def test_rows_of_just_the_least_and_just_the_most_ids_are_kept() -> None:
+    whole = batches.Part("", [{"text": [0] * n} for n in range(1, 7)], 1.0)
+    for least, most, wanted in ((2, 4, [2, 3, 4]), (4, None, [4, 5, 6]), (0, 1, [1])):
+        part = whole.within(least, most)
+        assert part.lengths.tolist() == wanted
+        assert [whole.lengths[n] for n in part.numbers or ()] == wanted

@@ -105,3 +105,14 @@ def test_a_character_of_several_tokens_is_whole() -> None:
     assert [word.confidence for word in found] == [
         pytest.approx(math.exp(-0.1 * n)) for n in (3, 4, 4)
     ]
+
+
+def test_a_source_that_is_looked_at_little_says_as_much_as_another() -> None:
+    looks = torch.tensor([[0.02, 0.1, 0.02, 0.02], [0.01, 0.9, 0.01, 0.01]])
+    assert align(looks)[0] == (0, 4)  # three of four sources are rather the first one's
+
+
+def test_an_id_is_read_from_where_the_token_before_it_looked() -> None:
+    model, given = zipped(LLAMAS), Segment("speech", [3, 4, 5, 6, 7, 8])
+    found = [spans(model, given, Segment("text", [5, 6, last])) for last in range(2, 19)]
+    assert all(one == found[0] for one in found)  # where the last id itself looks says nothing
