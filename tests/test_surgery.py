@@ -686,3 +686,18 @@ def test_what_is_born_again_is_drawn_from_the_seed() -> None:
     made = [swap(old, {"text": tiny_tower("llama", 7, width=24)}, seed=n)[0] for n in (3, 3, 4)]
     one, again, other = (model.link(0, "speech", "text").query.weight for model in made)
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_junctions_of_a_grown_zip_move_with_the_depths_at_which_they_stand() -> None:
+    """They are listed behind those of the old zip, so their depths do not rise along the list."""
+    grown = add(zipped(TWO), "image", tiny_tower("llama", 8, 16, 3, 20), ends=(0, 1))
+    old = grown.config
+    for layers in (6, 12, 24):
+        tower = tiny_tower("llama", 7, width=24, layers=layers)
+        new = swap(grown, {"text": tower})[0].config
+        assert [str(key) for key in new.links] == [str(key) for key in old.links]
+        for key, was in zip(new.links, old.links, strict=True):
+            if key.target == "text":
+                assert new.fused(key) == round(old.fused(was) / LAYERS["text"] * layers)
+            if key.source == "text":
+                assert new.shown(key) == round(old.shown(was) / LAYERS["text"] * layers)

@@ -87,7 +87,7 @@ def per_token(losses: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Ba
     total, count = 0.0, 0.0
     for batch in batches:
         total += sum(float(loss) for loss in losses(batch).values())
-        count += sum(float(weight.sum()) for weight in batch.weights.values())
+        count += sum(float(weight.clamp(min=0).sum()) for weight in batch.weights.values())
         count += sum(int((came >= 0).sum()) for came in batch.choices.values())
     return total / count
 

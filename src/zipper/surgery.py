@@ -431,25 +431,24 @@ def _grafted(
 
 
 def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction]:
-    """Junctions at the same share of each new depth: rising, distinct, never after the last block.
-    Where a tower has too few blocks it leaves some junctions, evenly.
+    """Junctions at the same share of each new depth: depths that differ still do, in their order,
+    and none is behind the last block. Where a tower has too few blocks it leaves some, evenly.
     """
     moved = [dict(junction) for junction in junctions]
     for name, change in changes.items():
-        mine = [junction for junction in moved if name in junction]
+        depths = sorted({junction[name] for junction in junctions if name in junction})
         room = change.after.layers - 1
-        fits = min(len(mine), room)
-        staying = {round(i * (len(mine) - 1) / max(1, fits - 1)) for i in range(fits)}
-        block, left = 0, fits
-        for i, junction in enumerate(mine):
-            if i not in staying:
-                del junction[name]
-                continue
-            left -= 1
-            share = junction[name] / change.before.layers
-            junction[name] = block = min(
-                max(round(share * change.after.layers), block + 1), room - left
-            )
+        fits = min(len(depths), room)
+        staying = {round(i * (len(depths) - 1) / max(1, fits - 1)) for i in range(fits)}
+        places: dict[int, int] = {}
+        for left, i in zip(reversed(range(fits)), sorted(staying), strict=True):
+            share = round(depths[i] / change.before.layers * change.after.layers)
+            places[depths[i]] = min(max(share, max(places.values(), default=0) + 1), room - left)
+        for junction in moved:
+            if name in junction and junction[name] in places:
+                junction[name] = places[junction[name]]
+            else:
+                junction.pop(name, None)
     return moved
 
 
