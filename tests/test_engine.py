@@ -878,6 +878,23 @@ def test_an_id_that_is_allowed_and_unknown_is_named() -> None:
         rules = {"text": Rules(allowed=lambda _, strange=strange: [strange])}
         (answer,) = Engine(model).run([Request([Segment("speech", [3])], ["text"], rules=rules)])
         assert f"names the id {strange}" in str(answer.error)
+    once = {"text": Rules(allowed=lambda _: iter([5]))}  # what is allowed is looked at once
+    request = Request([Segment("speech", [3])], ["text"], rules=once, limits={"text": 3})
+    assert Engine(model).run([request])[0].segments()[0].content == [5, 5, 5]
+
+
+def test_what_was_interrupted_is_not_taken_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(zipped(LLAMAS), rows=2)
+    answer = engine.submit(Request([Segment("speech", [3, 4])], ["text"]))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(engine.reader), "read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(ZipperError, match="interrupted"):
+        answer.segments()
 
 
 @torch.inference_mode()

@@ -729,3 +729,15 @@ def test_links_that_no_sample_shows_are_named_and_nothing_is_whitened() -> None:
     with pytest.raises(ZipperError, match=r"without tokens of \['image'\]"):
         model.calibrate(batch.strands)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_links_that_are_frozen_need_no_samples_to_be_calibrated() -> None:
+    grown = add(zipped(LLAMAS), "image", tiny_tower("llama", seed=3), partners=["text"])
+    frozen = {
+        name: p.clone() for name, p in grown.links.state_dict().items() if "image" not in name
+    }
+    samples = [[Segment("text", [3 + n, 4]), Segment("image", [5, n])] for n in range(2, 9)]
+    grown.calibrate(collate(samples, grown.ends()).strands)
+    assert all(grown.config.link_of(k).whiten for k in grown.config.links if "image" in k[1:])
+    after = grown.links.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in frozen.items())

@@ -42,7 +42,7 @@ from zipper.training import Stopped, TrainConfig, batches, build, loop, train
 from zipper.training.batches import Drawn, Steps
 from zipper.training.config import FREE
 from zipper.training.loop import drawn
-from zipper.training.resume import checkpoints, course_of, named
+from zipper.training.resume import checkpoints, course_of, step_folder
 
 ASR, TTS = tiny.BOTH
 
@@ -347,10 +347,10 @@ def test_sigterm_in_the_last_step_changes_nothing(world: World, tmp_path: Path) 
 
 def test_checkpoints_are_in_order_beyond_seven_digits(tmp_path: Path) -> None:
     for step in (9_999_998, 9_999_999, 10_000_000, 10_000_002):
-        named(tmp_path, step).mkdir(parents=True)
+        step_folder(tmp_path, step).mkdir(parents=True)
     assert checkpoints(tmp_path)[-2:] == [
-        named(tmp_path, 10_000_000),
-        named(tmp_path, 10_000_002),
+        step_folder(tmp_path, 10_000_000),
+        step_folder(tmp_path, 10_000_002),
     ]
 
 

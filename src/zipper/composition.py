@@ -3,8 +3,8 @@
 Towers are the same where their content hash is. What stands between a shared tower and its
 partners is kept for each of them: links by pair, and input projections by company
 (`ZipperConfig.company`). What chooses among towers is not kept: it is learnt anew. No parent is
-changed, and none of its towers is copied: they are frozen in the composed zip, which names and pins
-those that its parents hold.
+changed, and of its towers those alone are copied that learn in it: all are frozen in the composed
+zip, which names and pins those that its parents hold.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch import nn
 
 from zipper.config import LinkKey, TowerConfig, ZipperConfig, usual_rate
 from zipper.errors import Mismatch, ZipperError
-from zipper.growth import copied
+from zipper.growth import copy_into
 from zipper.junctions import known
 from zipper.model import Zipper, check_name
 from zipper.pipeline import Pipeline
@@ -62,11 +62,11 @@ def compose(first: Zipper, second: Zipper, names: Mapping[str, str] | None = Non
     new.attention = first.attention
     made = {str(key): first.links[str(key)] for key in a.links}
     made |= {str(_moved(key, a, named)): second.links[str(key)] for key in b.links}
-    copied(new.links, made)
+    copy_into(new.links, made)
     parts = dict[str, nn.Module]()
     for name, entrances in config.inputs.items():
         parts |= dict(zip(entrances, inputs[name].values(), strict=True))
-    copied(new.inputs, parts)
+    copy_into(new.inputs, parts)
     new._join_towers()
     return new
 
@@ -76,7 +76,7 @@ def compose_pipelines(
 ) -> Pipeline:
     """`compose` with modalities. Raises a ZipperError where a shared tower was trained with two
     tokenizers or codebooks."""
-    shared, named = _named(_now(first.zip), _now(second.zip), names or {})
+    shared, named = _named(first.zip.config, second.zip.config, names or {})
     for mine, theirs in shared.items():
         if first.modalities[mine].fingerprint != second.modalities[theirs].fingerprint:
             raise Mismatch(
@@ -194,7 +194,7 @@ def _check_shared(first: Zipper, second: Zipper, mine: str, theirs: str) -> None
 def _now(model: Zipper) -> ZipperConfig:
     """A parent's configuration, with towers that learn as they are now."""
     pins = {
-        name: dataclasses.replace(model.frozen(name), train=pin.train)
+        name: dataclasses.replace(model.frozen_config(name), train=pin.train)
         for name, pin in model.config.towers.items()
     }
     return dataclasses.replace(model.config, towers=pins)

@@ -236,7 +236,9 @@ class Engine:
         except BaseException as error:  # what they have read is in doubt, and nobody else's affair
             for row in self._running:
                 row.answer.done = True
-                row.answer.error = error if isinstance(error, Exception) else None
+                row.answer.error = (
+                    error if isinstance(error, Exception) else ZipperError("It was interrupted.")
+                )
             self._running = []
             raise
         for row in self._running:

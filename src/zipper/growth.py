@@ -77,8 +77,10 @@ def add(
     place = hub.absolute(source) if isinstance(source, str | Path) else ""
     born = dataclasses.replace(alone, source=place)
     wanted = _new_links(old, name, born.layers, partners, every, shows, links)
-    was = {other: model.frozen(other) if freeze else tower for other, tower in old.towers.items()}
-    config = _grown(old, was | {name: born}, wanted, link, freeze)
+    pins = dict(old.towers)
+    if freeze:
+        pins = {other: model.frozen_config(other) for other in pins}
+    config = _grown(old, pins | {name: born}, wanted, link, freeze)
     new = rebuilt(model, config, {name: tower}, seed)
     inherit(new, model)
     new._join_towers()
@@ -107,7 +109,7 @@ def rebuilt(
     model: Zipper, config: ZipperConfig, others: Mapping[str, Tower], seed: int = 0
 ) -> Zipper:
     """A zip of another configuration on the towers of this one, but `others`: those that learn are
-    copied, frozen ones are the same objects. What lies between towers is newborn."""
+    copy_into, frozen ones are the same objects. What lies between towers is newborn."""
     towers: dict[str, Tower] = {}
     for name, held in model.towers.items():
         assert isinstance(held, Tower)
@@ -123,16 +125,12 @@ def rebuilt(
 def inherit(new: Zipper, model: Zipper) -> None:
     """Give a zip what it shares with another: links, input projections and heads of the same name,
     to the bit."""
-    for made, parts in zip(between(new), between(model), strict=True):
-        copied(made, {name: part for name, part in parts.items() if name in made})
+    kinds = ((new.inputs, model.inputs), (new.links, model.links), (new.choosers, model.choosers))
+    for made, parts in kinds:
+        copy_into(made, {name: part for name, part in parts.items() if name in made})
 
 
-def between(model: Zipper) -> tuple[nn.ModuleDict, ...]:
-    """All that a zip has beside its towers."""
-    return model.inputs, model.links, model.choosers
-
-
-def copied(made: nn.ModuleDict, parts: Mapping[str, nn.Module]) -> None:
+def copy_into(made: nn.ModuleDict, parts: Mapping[str, nn.Module]) -> None:
     """Modules become copies of those of the same name."""
     for name, part in parts.items():
         tensors = {key: tensor.clone() for key, tensor in part.state_dict().items()}

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -159,7 +160,7 @@ class Zipper(nn.Module):
             self._tower(name).check_saving()
         towers = {
             name: dataclasses.replace(
-                tower if name in train else self.frozen(name),
+                tower if name in train else self.frozen_config(name),
                 train=name in train,
                 lora=adapters.get(name),
             )
@@ -168,7 +169,7 @@ class Zipper(nn.Module):
         self.config = self._settled(dataclasses.replace(self.config, towers=towers))
         return self.train(self.training)
 
-    def frozen(self, name: str) -> TowerConfig:
+    def frozen_config(self, name: str) -> TowerConfig:
         """What is to be known of a tower that learns no more: one that has learnt is pinned as it
         is now, and lies nowhere until it is saved."""
         pin = self.config.towers[name]
@@ -231,14 +232,14 @@ class Zipper(nn.Module):
     def calibrate(self, strands: Mapping[str, Strand]) -> None:
         """Give every link typical states of its source to whiten (`Link.calibrate`); the model's
         function does not change."""
-        taps, keys = self.taps(strands), self.config.links
-        if absent := sorted({key.source for key in keys if key not in taps} - strands.keys()):
+        learn = [key for key in self.config.links if str(key) not in self.config.frozen_links]
+        linked = chain.from_iterable((key.source, key.target) for key in learn)
+        if absent := sorted({*linked} - strands.keys()):
             raise ZipperError(
-                f"Links were to be calibrated without tokens of {absent}, which they read. Give "
-                "samples of all towers at once."
+                f"Links were to be calibrated without tokens of {absent}, which they join. Give "
+                "samples of all these towers at once."
             )
-        if unseen := [str(key) for key in keys if key not in taps]:
-            raise ZipperError(f"These samples take no way through {', '.join(unseen)}.")
+        taps = self.taps(strands)
         shapes = {}
         for key in self.config.links:
             if str(key) not in self.config.frozen_links:  # one that is stays what it is, to the bit

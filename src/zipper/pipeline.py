@@ -265,9 +265,8 @@ class Pipeline:
         prompts = [self._prompt(segments) for segments in batch]
         plan, how = self._plan(outputs), sampling or Sampling()
         spoken = {row: prompt for row, prompt in enumerate(prompts) if prompt is not None}
-        engine, limits = self.engine(ROWS), self._limits(limits)
-        found = engine.generate([*spoken.values()], plan, how, limits, [*spoken]) if spoken else ()
-        produced = iter(found)
+        made = self.generate([*spoken.values()], plan, how, limits, [*spoken]) if spoken else ()
+        produced = iter(made)
         fixed = [segment.tower for segment in planned(plan) if not among(segment.tower)]
         nothing = [Produced(tower, []) for tower in fixed]
         return [self._decoded(nothing if prompt is None else next(produced)) for prompt in prompts]
@@ -278,10 +277,12 @@ class Pipeline:
         outputs: Sequence[str | Segment],
         sampling: Sampling,
         limits: Limits | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Produced]]:
         """`Engine.generate` with this model, ids in and ids out, by the fastest way that knows
         it."""
-        return self.engine(ROWS).generate(prompts, outputs, sampling, self._limits(limits))
+        limits = self._limits(limits)
+        return self.engine(ROWS).generate(prompts, outputs, sampling, limits, numbers)
 
     def asked(
         self,

@@ -114,13 +114,15 @@ class Rules:
             logprobs = logprobs.index_copy(0, held, logprobs[held] * self.repetition)
         if self.allowed is not None and (few := self.allowed(tuple(ids))) is not None:
             kept = torch.full_like(logprobs, -torch.inf)
-            if strange := [id for id in few if not 0 <= id < len(logprobs)]:
+            ids_of = sorted({*few})
+            if ids_of and not 0 <= ids_of[0] <= ids_of[-1] < len(logprobs):
+                strange = ids_of[0] if ids_of[0] < 0 else ids_of[-1]
                 raise ZipperError(
-                    f"`allowed` names the id {strange[0]}; this tower knows those from 0 to "
+                    f"`allowed` names the id {strange}; this tower knows those from 0 to "
                     f"{len(logprobs) - 1}."
                 )
-            few = torch.tensor(sorted({*few}), dtype=torch.long, device=logprobs.device)
-            logprobs = kept.index_copy(0, few, logprobs[few])
+            where = torch.tensor(ids_of, dtype=torch.long, device=logprobs.device)
+            logprobs = kept.index_copy(0, where, logprobs[where])
             if bool((logprobs == -torch.inf).all()):
                 raise ZipperError(
                     f"Behind {list(ids)[-8:]} no id is allowed, not even the end. Let `allowed` "

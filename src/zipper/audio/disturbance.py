@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32
 
-from zipper.audio.sound import Audio, poured
+from zipper.audio.sound import Audio, pour
 from zipper.environment import extra
 from zipper.errors import ZipperError
 
@@ -195,7 +195,7 @@ def _coded(audio: Audio, codec: str) -> Audio:
     """Through a lossy file in memory; what a codec adds at the ends stays."""
     soundfile, file = extra("soundfile"), io.BytesIO()
     try:
-        poured(file, audio, codec)
+        pour(file, audio, codec)
     except soundfile.LibsndfileError as error:
         raise ZipperError(
             f"Sound of {audio.rate_hz} Hz cannot be written as {codec} ({error}). Give another "

@@ -31,7 +31,6 @@ MOST_DECODED_BYTES = 256 << 20  # of all channels as float32; 600 s of stereo at
 FRAMES = 4_096  # that are transformed at once, 17 MB of them
 MOST_BYTES = 25_000_000  # of a file that is given as bytes, and so lies in memory
 BLOCK = 65_536  # samples of all channels that are decoded at once
-_ONE = np.float32(1)
 SLACK_S = 0.5  # that the end of a piece may lie behind the end of its file: manifests are rounded
 # of the power that the sum of channels with nothing in common has; two of one power: a correlation
 # below -0.9
@@ -268,23 +267,23 @@ def write(path: str | Path, audio: Audio) -> None:
     check_writable(path)
     if not len(audio.samples):
         raise ZipperError(f"There is no sound to write to {path} (0 samples).")
-    scale = np.float32(max(1.0, np.abs(audio.samples).max()))
+    scale = max(1.0, float(np.abs(audio.samples).max()))
     try:
         with replacing(path) as beside:
-            poured(beside, audio, path.suffix[1:], scale)
+            pour(beside, audio, path.suffix[1:], scale)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
         raise ZipperError(
             f"{path} cannot be written ({error}). Try another place, or .wav, which takes any rate."
         ) from error
 
 
-def poured(file: Any, audio: Audio, kind: str, scale: np.float32 = _ONE) -> None:
+def pour(file: Any, audio: Audio, kind: str, scale: float = 1.0) -> None:
     """Sound, divided by `scale`, into a file of a kind ("wav", "flac", "ogg", "mp3"), a block at a
     time: libsndfile lays a whole Vorbis file on its stack, and dies of it."""
     made = extra("soundfile").SoundFile(file, "w", audio.rate_hz, 1, format=kind.upper())
     with made as into:
         for at in range(0, len(audio.samples), BLOCK):
-            into.write(audio.samples[at : at + BLOCK] / scale)
+            into.write(audio.samples[at : at + BLOCK] / np.float32(scale))
 
 
 def check_writable(path: str | Path) -> None:

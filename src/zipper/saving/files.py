@@ -169,7 +169,7 @@ def replacing(path: Path) -> Iterator[Path]:
     end, and is not there any more after an error."""
     path = Path(os.path.realpath(path))  # a link stays one
     # One that a killed writer left is written over; one that lives is waited for.
-    beside = path.with_name(f".{_named(path.name)}.zipper-new")
+    beside = path.with_name(f".{_fitting_name(path.name)}.zipper-new")
     with _locked(beside, wait=True):
         try:
             yield beside
@@ -180,7 +180,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def _named(name: str) -> str:
+def _fitting_name(name: str) -> str:
     """A name that bears an ending more; of one that is as long as can be, its hash."""
     content = os.fsencode(name)
     return name if len(content) <= 240 else hashlib.sha256(content).hexdigest()

@@ -90,7 +90,7 @@ def save(
             tensors[f"optimizer/{key}/{names[p]}"] = whole(value)
     if not write:
         return
-    with checkpoint.whole(named(folder, progress.step)) as temporary:
+    with checkpoint.whole(step_folder(folder, progress.step)) as temporary:
         save_file(tensors, temporary / "training.safetensors")
         state = dataclasses.asdict(progress) | {
             "best": None if math.isinf(progress.best) else progress.best,
@@ -141,7 +141,7 @@ def _content(rows: Sequence[Row]) -> str:
     return content.hexdigest()
 
 
-def named(folder: Path, step: int) -> Path:
+def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step of a run lies."""
     return folder / "checkpoints" / f"step-{step:07d}"
 
@@ -264,7 +264,7 @@ def forget(folder: Path, step: int) -> None:
     if metrics.exists():
         files.write(metrics, "".join(kept).encode())
     for path in checkpoints(folder):
-        if _age(path) > _age(named(folder, step)):
+        if _age(path) > _age(step_folder(folder, step)):
             checkpoint.remove(path)
     for place in (folder, folder / "checkpoints"):
         checkpoint.clean(place)
