@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import World
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zipper.config import TowerConfig
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
@@ -201,6 +202,15 @@ def test_a_zip_finds_its_base_whoever_of_them_moved(world: World, tmp_path: Path
         torch.equal(p, again.state_dict()[name])
         for name, p in Zipper.from_pretrained(world.zip).state_dict().items()
     )
+
+
+def test_a_folder_in_which_no_model_lies_any_more_is_passed_over(tmp_path: Path) -> None:
+    for name in ("near", "far", "zip"):
+        (tmp_path / name).mkdir()
+    pin = TowerConfig(str(tmp_path / "far"), 8, 1, 9, 0, 1, relative="../near")
+    for name in ("far", "near"):  # where it was, and what came with the zip, which goes first
+        (tmp_path / name / "config.json").touch()
+        assert zips.base(tmp_path / "zip", "text", pin) == tmp_path / name
 
 
 def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from zipper.errors import ZipperError
 from zipper.fast.reader import Fused
 from zipper.generation import Engine, Request
 from zipper.growth import add
-from zipper.loss import CHOICE, batch_losses
+from zipper.loss import CHOICE, batch_losses, per_token
 from zipper.measurement import _choices, measure
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
@@ -399,6 +399,18 @@ def test_a_silent_batch_is_looked_at_and_counts_nothing() -> None:
     loud, quiet = batch_losses(zip_, batch), batch_losses(zip_, silent(batch))
     assert loud.keys() == quiet.keys() == {"text", "speech", CHOICE}
     assert all(loud.values()) and not any(quiet.values())
+
+
+@torch.no_grad()
+def test_a_choice_counts_as_a_token_where_nats_are_told_of_each() -> None:
+    zip_, task = chooser(1), Task.parse("text -> answer:text|speech")
+    rows = [{"text": [3, 4], "speech": [5]}, {"text": [6], "answer": [7, 8, 9]}]
+    samples = [task.segments(row) for row in rows]
+    batch = collate(samples, zip_.ends(), company=task.company)
+    total = sum(float(loss) for loss in batch_losses(zip_, batch).values())
+    each = per_token(lambda batch: batch_losses(zip_, batch), [batch])
+    # One token and its end, three and theirs; twice what comes and that it is over.
+    assert each == pytest.approx(total / (2 + 4 + 2 * 2))
 
 
 def test_all_and_one_by_name_is_no_choice() -> None:

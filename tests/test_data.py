@@ -248,6 +248,12 @@ def test_a_line_that_is_no_utf_8_is_that_lines_fault(tmp_path: Path) -> None:
     assert all(sample.problem.startswith("is not JSON") for sample in data.samples(path))
 
 
+def test_a_byte_order_mark_belongs_to_a_file_and_not_to_a_line(tmp_path: Path) -> None:
+    path, line = tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"text": "call"}\n'
+    path.write_bytes(line * 2)
+    assert [sample.problem[:11] for sample in data.samples(path)] == ["", "is not JSON"]
+
+
 def test_nemos_offsets_and_durations_are_pieces(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32)
     soundfile.write(tmp_path / "all.flac", noise, 16_000, subtype="PCM_24")

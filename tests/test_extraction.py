@@ -2,12 +2,15 @@
 however often it was killed."""
 
 import json
+import math
+import os
 import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +25,7 @@ from zipper.audio import disturbance
 from zipper.audio import sound as audio
 from zipper.data import extraction, rows
 from zipper.data import manifests as data
-from zipper.data.extraction import Job, Policy, Record, extract, processes
+from zipper.data.extraction import Job, Policy, Record, _bear, extract, processes
 from zipper.errors import MissingExtra, ZipperError
 from zipper.saving.files import held
 
@@ -263,6 +266,75 @@ def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
         data.read(folder, {"speech": tiny.units(seed=1)})
 
 
+def test_a_sound_is_another_by_its_size_or_by_its_time(tmp_path: Path) -> None:
+    sound, made = tmp_path / "a.wav", list[float]()
+    data.write(tmp_path / "rows.jsonl", [{"speech": "a.wav"}])
+
+    def run() -> int:
+        made.clear()
+        found = extract(
+            str(tmp_path / "rows.jsonl"),
+            tmp_path / "units",
+            MODALITIES,
+            spread=HERE,
+            report=lambda seen: made.append(seen["samples"]),
+        )
+        return len(found[0]["speech"])
+
+    for seconds, time_ns, wanted in ((0.1, 1, [1]), (0.1, 1, []), (0.1, 2, [1]), (0.3, 2, [1])):
+        tiny.sound(sound, seconds=seconds)
+        os.utime(sound, ns=(time_ns, time_ns))
+        length = run()
+        assert made == wanted
+    assert length == 9
+
+
+def test_what_a_killed_pass_left_serves_no_other_takes_or_units(tmp_path: Path) -> None:
+    row = {"id": "a", "text": "call", "speech": tiny.sound(tmp_path / "a.wav").name}
+    data.write(tmp_path / "rows.jsonl", [row])
+    source, folder = str(tmp_path / "rows.jsonl"), tmp_path / "units"
+    other = MODALITIES | {"speech": tiny.units(seed=1)}
+    assert len(extract(source, folder, MODALITIES, spread=HERE)) == 1
+    (folder / "provenance.json").unlink()
+    assert len(extract(source, folder, MODALITIES, spread=HERE, takes=2)) == 2
+    (folder / "provenance.json").unlink()
+    found = extract(source, folder, other, spread=HERE, takes=2)
+    wanted = extract(source, tmp_path / "new", other, spread=HERE, takes=2)
+    assert list(found) == list(wanted)
+
+
+def test_why_a_line_is_bad_is_told_as_it_is_now(tmp_path: Path) -> None:
+    path, folder = tmp_path / "rows.jsonl", tmp_path / "units"
+    for line, why in (("[]", "holds a list"), ("{", "is not JSON")):
+        path.write_text(f'{{"text": "call"}}\n{line}\n')
+        extract(str(path), folder, MODALITIES, Policy("skip", 0.5), spread=HERE)
+        (told,) = data.manifest(folder / "bad.jsonl")
+        assert why in told["why"]
+
+
+def test_what_is_not_installed_makes_no_sample_bad_and_all_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data.write(tmp_path / "rows.jsonl", [{"id": "a", "text": "call"}, {"text": "send"}])
+    source, folder, take = str(tmp_path / "rows.jsonl"), tmp_path / "units", data.take
+
+    def fails(error: Exception) -> None:
+        def taken(row: Any, *given: Any) -> Any:
+            if "id" in row and row["id"] == "a":
+                raise error
+            return take(row, *given)
+
+        monkeypatch.setattr(data, "take", taken)
+
+    fails(MissingExtra("this needs soundfile"))
+    with pytest.raises(MissingExtra, match="this needs soundfile"):
+        extract(source, folder, MODALITIES, Policy("skip", 0.5), spread=HERE)
+    fails(KeyError("x"))
+    assert len(extract(source, folder, MODALITIES, Policy("skip", 0.5), spread=HERE)) == 1
+    (told,) = data.manifest(folder / "bad.jsonl")
+    assert told["why"] == f"{told['where']}: KeyError: 'x'"
+
+
 def test_split_and_limit_take_a_part(tmp_path: Path) -> None:
     source = str(tmp_path / "rows.jsonl")
     data.write(
@@ -431,7 +503,39 @@ def test_training_loads_manifests_into_memory_and_all_else_from_disk(tmp_path: P
     assert list(extraction.load(str(folder), MODALITIES)) == list(skipped)
 
 
-@pytest.mark.parametrize("wrong", [{"bad": "ignore"}, {"most_bad": 1.5}, {"most_bad": -0.1}])
+def test_just_the_share_that_was_allowed_may_be_bad(tmp_path: Path) -> None:
+    """What is refused is listed, and the folder is not one of finished units."""
+    data.write(tmp_path / "rows.jsonl", [*many(3), {"text": "€"}])
+    source, folder = str(tmp_path / "rows.jsonl"), tmp_path / "units"
+    with pytest.raises(ZipperError, match=r"1 of 4 samples are bad, .* the share of 0\.24 that"):
+        extract(source, folder, MODALITIES, Policy("skip", 0.24), spread=HERE)
+    assert [line["id"] for line in data.manifest(folder / "bad.jsonl")] == ["4"]
+    assert not (folder / "provenance.json").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(extract(source, folder, MODALITIES, Policy("skip", 0.25), spread=HERE)) == 3
+    with pytest.warns(UserWarning, match=r"1 of 4 samples are bad, e\.g\. .*, line 4"):
+        extract(source, folder, MODALITIES, Policy("warn", 0.25), spread=HERE)
+
+
+def test_a_report_says_after_every_file_what_was_done_so_far(tmp_path: Path) -> None:
+    data.write(tmp_path / "rows.jsonl", [*many(2), {"text": "€"}, {"text": "€"}, *many(1)])
+    source, seen = str(tmp_path / "rows.jsonl"), list[tuple[float, float]]()
+
+    def report(made: dict[str, float]) -> None:
+        seen.append((made["samples"], made["bad"]))
+
+    extract(source, tmp_path / "a", MODALITIES, Policy("skip", 1), None, None, 2, HERE, report)
+    assert seen == [(2, 0), (4, 2), (5, 2)]
+    seen.clear()
+    with pytest.raises(ZipperError, match="line 3"):  # at the first; none is made behind it
+        extract(source, tmp_path / "b", MODALITIES, None, None, None, 1, HERE, report)
+    assert seen == [(1, 0), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bad": "ignore"}, {"most_bad": 1.5}, {"most_bad": -0.1}, {"most_bad": math.nan}]
+)
 def test_a_policy_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ZipperError, match=f"{next(iter(wrong))} is"):
         Policy(**wrong)
@@ -610,11 +714,29 @@ def test_a_sample_without_sound_cannot_be_taken_again(tmp_path: Path) -> None:
         extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=2)
 
 
-def test_takes_do_not_write_over_a_field_of_the_row(tmp_path: Path) -> None:
-    row = {"speech": tiny.sound(tmp_path / "a.wav").name, "text": "call", "said:text": "send"}
+@pytest.mark.parametrize("field", ["heard", "said"])
+def test_takes_do_not_write_over_a_field_of_the_row(tmp_path: Path, field: str) -> None:
+    row = {"speech": tiny.sound(tmp_path / "a.wav").name, "text": "call", f"{field}:text": "send"}
     data.write(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(ZipperError, match="has a field 'said' of its own"):
+    with pytest.raises(ZipperError, match=f"has a field '{field}' of its own"):
         extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=1)
+
+
+@pytest.mark.parametrize("other", [{}, {"text": "call", "speech": [1]}], ids=["text", "sound"])
+def test_what_is_taken_again_has_sound_and_text(tmp_path: Path, other: dict[str, Any]) -> None:
+    row = {"speech": tiny.sound(tmp_path / "a.wav").name} | other
+    data.write(tmp_path / "pairs.jsonl", [row])
+    with pytest.raises(ZipperError, match="line 1 has no sound and text"):
+        extract(str(tmp_path / "pairs.jsonl"), tmp_path / "units", MODALITIES, spread=HERE, takes=1)
+
+
+def test_other_units_of_a_source_have_a_cache_of_their_own(tmp_path: Path) -> None:
+    tiny.sound(tmp_path / "a.wav")
+    for n in range(2):
+        units = {"speech": tiny.units(seed=n)}
+        (row,) = extraction.load(f"sounds:{tmp_path}", units, cache=tmp_path / "cache")
+        assert row["speech"] == units["speech"].encode(tmp_path / "a.wav")
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
 
 
 def test_every_part_of_a_source_has_a_cache_of_its_own(tmp_path: Path) -> None:
@@ -648,3 +770,10 @@ def test_a_split_of_a_manifest_is_not_the_whole_manifest(tmp_path: Path) -> None
         str(tmp_path / "rows.jsonl"), MODALITIES, split="dev", cache=tmp_path / "cache"
     )
     assert [row["speech"] for row in found] == [[1], [3], [5]]
+
+
+def test_as_large_a_share_of_bad_samples_as_is_allowed_is_allowed() -> None:
+    bad = [{"why": "It is bad."}] * 29
+    _bear({"bad": bad, "samples": 100}, Policy("skip", 0.29), Path("units"))  # 0.29 * 100 < 29
+    with pytest.raises(ZipperError, match="29 of 99 samples are bad"):
+        _bear({"bad": bad, "samples": 99}, Policy("skip", 0.29), Path("units"))

@@ -38,6 +38,9 @@ from zipper.saving.files import (
     write_json,
 )
 
+#: Of floating-point numbers.
+KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
 
 @dataclass(frozen=True)
 class Wheel:
@@ -171,7 +174,29 @@ def test_json_that_pythons_parser_lets_through_or_chokes_on_is_refused(
         read_json(tmp_path / "x.json", 1_000 if "more than" in message else 1_000_000)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_json_has_as_many_bytes_as_it_may_and_is_an_object(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'{"a": 1}')
+    assert read_json(tmp_path / "x.json", 8) == {"a": 1}
+    with pytest.raises(ZipperError, match="it has more than 7 bytes"):
+        read_json(tmp_path / "x.json", 7)
+    (tmp_path / "x.json").write_bytes(b"[1]")
+    with pytest.raises(ZipperError, match=r"x.json should hold a JSON object; it holds a list"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_file_whose_disk_fails_while_its_lines_are_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ZipperError, match=r"rows.jsonl cannot be read: Input/output error"):
+        next(files.lines(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 299_999, 599_999])
 def test_one_number_that_is_not_finite_is_found_wherever_it_is(
@@ -212,6 +237,59 @@ def test_a_header_says_of_every_tensor_where_it_lies(tmp_path: Path) -> None:
             np.frombuffer(content[entry.start : entry.stop], tensor.numpy().dtype),
             tensor.numpy().ravel(),
         )
+
+
+def test_a_file_without_tensors_is_read_through_all_the_same(tmp_path: Path) -> None:
+    path, seen = tmp_path / "x.safetensors", hashlib.sha256()
+    save_file({}, path, metadata={"format": "pt"})
+    assert header(path) == {} and read_through(path, {}, seen.update) == ""
+    assert seen.hexdigest() == sha256(path)
+
+
+def described(entries: Any, payload: int = 0, length: int | None = None, blanks: int = 0) -> bytes:
+    """A safetensors file of this header."""
+    text = json.dumps(entries).encode() + b" " * blanks
+    size = len(text) if length is None else length
+    return size.to_bytes(8, "little") + text + bytes(payload)
+
+
+def entry(start: int, stop: int, shape: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a header says of a tensor of bytes."""
+    return {
+        "dtype": "U8",
+        "shape": [stop - start] if shape is None else shape,
+        "data_offsets": [start, stop],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes(7), "it has 7 bytes, fewer than its header asks for"),
+        (described({}, length=3), "it has 10 bytes, fewer than its header asks for"),
+        (described({}, blanks=files.MOST_HEADER_BYTES), r"its header has \d+ bytes; at most"),
+        (described([]), "its header is no object"),
+        (described({"a": entry(0, 2), "b": entry(3, 4)}, 4), "'b' does not begin where"),
+        (described({"a": entry(0, 2), "b": entry(1, 3)}, 3), "'b' does not begin where"),
+        (described({"a": entry(1, 2)}, 2), "'a' does not begin where"),
+        (described({"a": entry(0, 2)}, 3), r"it has \d+ bytes, its header accounts for \d+"),
+        (described({"a": entry(0, 2)}, 1), r"it has \d+ bytes, its header accounts for \d+"),
+        (described({"a": entry(0, 2, [3])}, 2), r"'a' of shape \[3\] does not fill"),
+        (described({"a": entry(0, 1, [1] * 9)}, 1), "'a' has the shape"),
+        (described({"a": entry(0, 1, [True])}, 1), "'a' has the shape"),
+        (described({"a": entry(0, 0, [0, 1 << 53])}), "'a' has the shape"),
+    ],
+    ids="short cut long list gap overlap late more less unfilled deep bool huge".split(),
+)
+def test_a_header_by_which_not_every_byte_has_its_place_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ZipperError, match=rf"x.safetensors is damaged or not .*: {message}"):
+        header(path)
+    path.write_bytes(described({"b": entry(2, 3), "a": entry(0, 2, [1] * 7 + [2])}, 3))
+    assert [*header(path)] == ["a", "b"]  # in the order of their bytes
 
 
 # --- writing
@@ -395,6 +473,12 @@ def test_what_a_program_gives_becomes_plain_and_the_configurations_own() -> None
     assert load.places == [{"axle": 2}] and load.shares == {"a": 1.0, "b": 0.5}
 
 
+def test_a_truth_of_numpy_becomes_a_plain_one_and_is_no_number() -> None:
+    assert parse(Cart, FULL | {"open": np.bool_(False)}, "x.json", LIMITS).open is False
+    with pytest.raises(ZipperError, match=r"load: it is .*; it must be of type float"):
+        parse(Cart, FULL | {"load": np.bool_(True)}, "x.json", LIMITS)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -470,6 +554,24 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
     with held(folder):
         pass
     assert not folder.exists() and folder.parent.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_who_holds_a_folder_is_told_whatever_stood_there_before(tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "kept").touch()
+    (tmp_path / HELD).write_text(f"process 123456789 on {'x' * 150}")  # who was killed
+    with (
+        held(tmp_path),
+        pytest.raises(ZipperError, match=rf"in use: process {os.getpid()} on \S+ writes it"),
+        held(tmp_path),
+    ):
+        pass
+    with (tmp_path / HELD).open("x") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # who has not said yet who it is
+        with pytest.raises(ZipperError, match="in use: another process writes it"), held(tmp_path):
+            pass
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")

@@ -393,3 +393,18 @@ def test_a_step_of_a_tower_outside_the_plan_is_refused() -> None:
     model = zipped(THREE)
     with pytest.raises(ZipperError, match=r"\['image'\] are not in this plan"):
         model.step(lay([number([("image", 3)])]), model.start(["text"], ["text"]))
+
+
+@torch.no_grad()
+def test_a_step_keeps_what_links_of_the_plan_will_read_and_leaves_the_state_before_its_own() -> (
+    None
+):
+    model = zipped(THREE)
+    _, before = model.step(
+        lay([number([("speech", 2), ("speech", 3)])]), model.start(["speech", "text"], ["text"])
+    )
+    waits = {*before.unread}
+    assert waits and {key.target for key in waits} == {"text"}  # no link into 'image'
+    _, after = model.step(lay([number([("speech", 2), ("speech", 3), ("text", 5)])[2:]]), before)
+    assert after.memory and not before.memory
+    assert {*before.unread} == waits and not waits & after.unread.keys()

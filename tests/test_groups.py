@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import unchecked
 
 from zipper.errors import ZipperError
 from zipper.fast import fastest
@@ -243,8 +244,8 @@ def test_what_is_no_group_is_refused(model: Zipper) -> None:
     for said in ("text + text", "text@0", "text@2/x", "+ text", "text + ", "a b", "@2"):
         with pytest.raises(ZipperError):
             lanes([said])
-    for pace in ({"stride": 0}, {"stride": -1}, {"delay": -1}):
-        with pytest.raises(ZipperError, match="a stride is at least 1"):
+    for pace in ({"stride": 0}, {"stride": -1}, {"delay": -1}, {"stride": 1.5}, {"delay": "1"}):
+        with unchecked(), pytest.raises(ZipperError, match="a stride at least 1"):
             model.generate([Segment("text", [3], **pace)], ["speech"])
     with pytest.raises(ZipperError, match="runs beside nothing"):
         model.generate([Segment("text", [3])], [Segment("speech", [], beside=True)])

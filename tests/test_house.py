@@ -66,11 +66,11 @@ ORDER = """
     zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
     zipper_lab.corpora.molecules zipper_lab.corpora.proteins zipper_lab.corpora.digits
-    zipper_lab.corpora.words
+    zipper_lab.corpora.words zipper_lab.corpora.requests
     zipper_lab.corpora
     zipper_lab.real_judges
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments zipper_lab.real
-    zipper_lab.people zipper_lab.pairwise zipper_lab.reuse
+    zipper_lab.people zipper_lab.pairwise zipper_lab.reuse zipper_lab.choices
     zipper_lab.bench zipper_lab.bench.decode zipper_lab.bench.train zipper_lab.bench.speech
     zipper_lab.bench.start zipper_lab.bench.serving zipper_lab.bench.summary zipper_lab.commands zipper_lab.__main__
 """.split()

@@ -3,7 +3,8 @@ differences, rotary positions turn."""
 
 import math
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zipper.errors import ZipperError
 from zipper.fast.reader import Fused
-from zipper.link import PAPER_LINK, InputProjection, Link, LinkConfig, Memory, mlp, rotate
+from zipper.link import PAPER_LINK, InputProjection, Link, LinkConfig, Memory, mlp, project, rotate
 from zipper.model import Zipper
 from zipper.strand import Strand
 from zipper.testing import tiny_tower
@@ -324,6 +325,26 @@ def test_the_papers_input_projection_replaces_the_embeddings_by_three_layers_and
     torch.testing.assert_close(projection(h), wanted)
 
 
+@pytest.mark.parametrize("kind", ["residual", "paper"])
+def test_where_several_input_projections_say_something_they_add_up_or_are_averaged(
+    kind: Literal["residual", "paper"],
+) -> None:
+    h, projections = states(2, 2, WIDTH), [InputProjection(WIDTH, kind) for _ in range(2)]
+    for n, projection in enumerate(projections):
+        with torch.no_grad():
+            for parameter in projection.parameters():  # the last layers are of zeros
+                parameter.copy_(states(*parameter.shape, seed=n))
+    masks = torch.tensor([[[True, True], [False, False]], [[True, False], [True, False]]])
+    found = project(h, [*zip(projections, masks, strict=True)])
+    for row, slot in product(range(2), repeat=2):
+        here = h[row, slot]
+        said = [p.mlp(here) for p, mask in zip(projections, masks, strict=True) if mask[row, slot]]
+        wanted = here + sum(said) if kind == "residual" else torch.stack(said or [here]).mean(0)
+        if kind == "paper" and said:
+            wanted = wanted.clamp(min=0)
+        torch.testing.assert_close(found[row, slot], wanted)
+
+
 def test_an_input_projection_returns_the_precision_it_was_given() -> None:
     assert (
         InputProjection(WIDTH, "residual")(states(2, 3, WIDTH, dtype=torch.bfloat16)).dtype
@@ -344,6 +365,27 @@ def test_heads_that_do_not_fit_are_refused_in_one_sentence(config: LinkConfig) -
         ZipperError, match=r"cannot be cut into heads of .* Set LinkConfig\(head_width=...\)"
     ):
         Link(WIDTH, SOURCE_WIDTH, config)
+
+
+def test_heads_of_an_odd_width_and_a_part_of_a_neuron() -> None:
+    """Heads that nobody turns may be of an odd width; of neurons there is at least half a one."""
+    assert Link(9, SOURCE_WIDTH, LinkConfig(head_width=3, rotary=False)).heads == 3
+    made = Link(WIDTH, SOURCE_WIDTH, replace(SMALL, feedforward=0.45))
+    assert made.feedforward is not None and made.feedforward[1].out_features == 4
+    with pytest.raises(ZipperError, match=r"feedforward is 0\.05: of a width of 8 that leaves no"):
+        Link(WIDTH, SOURCE_WIDTH, replace(SMALL, feedforward=0.05))
+
+
+def test_numbers_of_few_bits_are_turned_by_exact_angles_and_looked_at_like_others() -> None:
+    half = states(3, 2, 4, 4, dtype=torch.bfloat16)
+    far = ranks(3, 4) + 10_001.0
+    torch.testing.assert_close(
+        rotate(half, far).float(), rotate(half.float(), far), atol=0.05, rtol=0
+    )
+    module, x = link(), states(3, 4, WIDTH, dtype=torch.bfloat16)
+    memory = module.read(states(3, 4, SOURCE_WIDTH, seed=1), ranks(3, 4))
+    found = [module.attention(given, memory, MASK, ranks(3, 4)) for given in (x, x.float())]
+    assert torch.equal(*found)
 
 
 def test_an_unknown_input_projection_is_refused() -> None:

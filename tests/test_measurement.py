@@ -193,6 +193,8 @@ def test_what_is_wanted_is_the_piece_that_a_row_names(tmp_path: Path) -> None:
 
     given = [Sample(f"row {n}", row, tmp_path) for n in range(2)]
     measurement.measure(pipe, given, ["text -> speech"], judges={"speech": {"ear": judge}})
+    with pytest.raises(ZipperError, match="judges names the tower 'sound'"):
+        measurement.measure(pipe, given, ["text -> speech"], judges={"sound": {"ear": judge}})
     assert all(wanted == [0.5, 0.5] for wanted, _ in asked)
     assert asked[1][1] == pytest.approx([0.5, 0.5], abs=0.1)  # the oracle: what the units say
 

@@ -566,6 +566,23 @@ def test_a_damaged_configuration_is_refused(spoil: object) -> None:
         ({"input_projection": "gated"}, "'residual', 'paper' or 'none'"),
         ({"preset": "pepper"}, "preset='pepper' is unknown"),
         ({"link": LinkConfig(head_width=5)}, "cannot be cut into heads of 5"),
+        ({"every": "text"}, r"every is 'text'; \{name of a tower: ...\} was wanted"),
+        ({"every": 2}, "every is 2; "),
+        ({"every": {"text": 1.5}}, r"every\['text'\] is 1.5; a whole number of blocks"),
+        ({"junctions": 3}, "junctions is 3; a list was wanted"),
+        ({"junctions": [3]}, "junctions is 3; "),
+        ({"junctions": [{"text": 1.0, "speech": 1}]}, "A depth of 'text' is 1.0; a whole number"),
+        ({"links": 3}, "links is 3; a list was wanted"),
+        ({"links": [("text", 0.5, "speech", 1)]}, "A depth of 'text' is 0.5"),
+        ({"shows": "before"}, "shows is 'before'; "),
+        ({"shows": {"text": 1.5}}, r"shows\['text'\] is 1.5; it must be 'same', 'before'"),
+        ({"train": "text"}, "train is 'text'; names of towers were wanted"),
+        ({"train": 3}, "train is 3; "),
+        ({"lora": {"text": "r"}}, r"lora\['text'\] is 'r'; \{name of a setting"),
+        ({"ends": {"text": 3}}, r"ends\['text'\] is 3; \(begin id, end id\) was wanted"),
+        ({"ends": {"text": (1, 2, 3)}}, r"\(begin id, end id\) was wanted"),
+        ({"ends": {"text": ("a", "b")}}, "The token 'a' that begins or ends 'text'"),
+        ({"tokens": 3}, "tokens is 3; "),
     ],
     ids=str,
 )
@@ -583,6 +600,10 @@ def test_what_cannot_be_zipped_is_refused_in_one_sentence(
 def test_no_tower_and_a_word_for_a_list_are_refused() -> None:
     with pytest.raises(ZipperError, match="No tower was given"):
         Zipper.from_towers({})
+    with unchecked(), pytest.raises(ZipperError, match=r"towers is 'text'; \{name of a tower"):
+        Zipper.from_towers("text")
+    with unchecked(), pytest.raises(ZipperError, match="3 cannot name a tower"):
+        Zipper.from_towers({3: tiny_tower("llama", width=16)})
     with unchecked(), pytest.raises(ZipperError, match=r"Write \['text'\]"):
         zipped(LLAMAS).generate([], "text")
 
@@ -627,6 +648,12 @@ def test_unknown_towers_are_refused_wherever_they_are_named() -> None:
 def test_logits_of_a_tower_that_reads_nothing_cannot_be_had() -> None:
     with pytest.raises(ZipperError, match="'speech'"):
         zipped(LLAMAS)({"text": Strand.alone(torch.tensor([[2, 3]]))}, outputs=["speech"])
+
+
+def test_towers_of_unlike_numbers_of_rows_are_refused() -> None:
+    two, one = (Strand.alone(torch.tensor([[2, 3]] * rows)) for rows in (2, 1))
+    with unchecked(), pytest.raises(ZipperError, match=r"\{'text': 2, 'speech': 1\} rows"):
+        zipped(LLAMAS)({"text": two, "speech": one})
 
 
 def test_tower_gives_the_model_of_transformers_itself() -> None:

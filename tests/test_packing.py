@@ -4,12 +4,16 @@ one."""
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from laws import ENDS, LLAMAS, SMALL, VOCABULARY, draw, zipped
+from laws import ENDS, LLAMAS, SMALL, VOCABULARY, draw, lay, number, zipped
 from torch import Tensor
 
+from zipper import lockstep
 from zipper.errors import ZipperError
 from zipper.link import LinkConfig
 from zipper.model import Zipper
@@ -71,6 +75,41 @@ def test_rows_are_as_few_as_can_be_and_the_same_whatever_the_order_of_the_towers
     turned = [dict(reversed(sample.items())) for sample in mixed]
     room = {"speech": 2048, "text": 250}
     assert pack(mixed, room) == pack(turned, dict(reversed(room.items())))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "room"),
+    [
+        # By their order alone they would fill four rows.
+        ([(8, 1), (2, 1), (2, 3), (8, 6)], 9),
+        # Of two rows that would be as full, the one with less in both towers.
+        ([(7, 2), (3, 9), (4, 6), (6, 7), (9, 9)], 10),
+        # One moves, in exchange for nothing.
+        ([(1, 3), (5, 2), (8, 9), (9, 4)], 15),
+    ],
+)
+def test_a_few_samples_lie_as_well_as_the_best_of_all_ways(
+    tokens: list[tuple[int, int]], room: int
+) -> None:
+    samples = [{"speech": speech, "text": text} for speech, text in tokens]
+    counts = np.array(tokens)
+
+    def shares(place: Sequence[int], rows: int) -> Any:
+        """Of every row and tower, in shares of all."""
+        return np.eye(rows)[list(place)].T @ counts / counts.sum(0)
+
+    rows = pack(samples, {"speech": room})
+    assert len(rows) == -(-counts[:, 0].sum() // room)  # there cannot be fewer
+    ways = product(range(len(rows)), repeat=len(samples))
+    fullest = [shares(way, len(rows)).max() for way in ways]
+    found = max((counts[row].sum(0) / counts.sum(0)).max() for row in rows)
+    assert found == pytest.approx(min(fullest))
+
+
+def test_a_tower_of_which_nothing_is_read_takes_no_room() -> None:
+    room = {"speech": 5, "text": 1}
+    assert pack([{"speech": 5, "text": 0}] * 2, room) == [[0], [1]]
+    assert pack([{"speech": 5}, {"text": 1}], room) == [[0, 1]]
 
 
 def test_a_tower_with_little_room_makes_more_rows() -> None:
@@ -204,6 +243,20 @@ def test_flexattention_says_what_the_dense_mask_says() -> None:
             assert (logits[valid] - dense[name][valid]).abs().max() < 2e-6 * dense[name][
                 valid
             ].abs().max()
+
+
+@torch.no_grad()
+def test_flexattention_is_not_asked_where_something_is_cached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = zipped(LLAMAS)
+    model.attention = "flex"
+    monkeypatch.setattr(lockstep, "block_mask", lambda mask: pytest.fail("a mask of blocks"))
+    strands = lay([number([("speech", 3), ("speech", 4), ("text", 5)])])
+    state = model.start(["speech", "text"], ["text"])
+    for name in ("speech", "text"):
+        said, state = model.step({name: strands[name]}, state)
+    assert said["text"].isfinite().all()
 
 
 @pytest.mark.slow  # `make gpu` runs it, on a real one

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zipper.errors import ZipperError
-from zipper.sampling import MOST_SEED, Rules, Sampling, choose, keep
+from zipper.sampling import MOST_SEED, Rules, Sampling, check_seed, choose, keep, one_of
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
 LOGITS = torch.tensor([[log(0.2), log(0.4), log(0.1), log(0.3)]])
@@ -133,6 +133,45 @@ def test_behind_the_largest_seed_comes_the_smallest() -> None:
     assert [last.of_row(row).seed for row in range(3)] == [MOST_SEED, -MOST_SEED, 1 - MOST_SEED]
     assert last.generators(2)[1].initial_seed() == 2**64 - MOST_SEED
     assert Sampling(seed=-MOST_SEED).of_row(2).seed == 2 - MOST_SEED
+
+
+def test_seeds_go_up_to_the_largest_and_no_further() -> None:
+    for seed in (MOST_SEED, -MOST_SEED):
+        check_seed(seed)
+        with pytest.raises(ZipperError, match="it must be a whole number of at most"):
+            check_seed(seed + (1 if seed > 0 else -1))
+
+
+def test_logits_of_half_the_bytes_are_drawn_from_in_full_precision() -> None:
+    half = torch.zeros(2, 5000).bfloat16()
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    assert torch.equal(draws(half, sampling, 50), draws(half.float(), sampling, 50))
+
+
+def test_a_temperature_so_low_that_it_could_only_mean_greedy_is_refused() -> None:
+    for well in (0.0, 1e-6):
+        assert Sampling(temperature=well).temperature == well
+    with pytest.raises(ZipperError, match=r"temperature is 1e-07; it must be 0, which is greedy"):
+        Sampling(temperature=1e-7)
+
+
+def test_what_is_not_allowed_is_told_by_its_id_and_by_what_came_last() -> None:
+    flat = torch.zeros(5)
+    with pytest.raises(ZipperError, match=r"names the id -1; this tower knows those from 0 to 4"):
+        Rules(lambda _: [-1, 3]).weigh(flat, [])
+    with pytest.raises(ZipperError, match=r"Behind \[2, 3, 4, 5, 6, 7, 8, 9\] no id is allowed"):
+        Rules(lambda _: []).weigh(flat, range(10))
+    with pytest.raises(ZipperError, match="not even the end"):  # what guidance had ruled out
+        Rules(lambda _: [1]).weigh(torch.tensor([0.0, -inf]), [])
+
+
+def test_of_some_sequences_each_may_go_on_as_one_of_them_and_nothing_else_may() -> None:
+    allowed = one_of([[1], [1, 2], [3]], 9)
+    found = [set(allowed(ids) or ()) for ids in ((), (1,), (1, 2), (3,))]
+    assert found == [{1, 3}, {2, 9}, {9}, {9}]
+    for ids in ((2,), (1, 2, 9), (3, 1)):  # None would let anything follow
+        few = allowed(ids)
+        assert few is not None and not {*few}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zipper.errors import ZipperError
-from zipper.strand import Batch, Ends, Segment, Target, collate, read_ids
+from zipper.strand import Batch, Ends, Segment, Strand, Target, collate, decisions, read_ids
 
 ENDS = {"text": Ends(0, 1), "speech": Ends(90, 91)}
 ASR = [Segment("speech", [50, 51]), Target("text", [5, 6, 7], 1.0)]
@@ -209,6 +209,23 @@ def test_what_is_no_content_is_refused_in_a_sentence(content: Any, message: str)
 def test_one_token_may_begin_and_end_segments_and_is_refused_inside_all_the_same() -> None:
     with pytest.raises(ZipperError, match="the id 7, with which its segments begin"):
         read_ids([3, 7], "text", Ends(7, 7), 10)
+
+
+def test_a_strand_alone_counts_every_document_from_0_and_padding_not_at_all() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6]])
+    strand = Strand.alone(ids, torch.tensor([[-1, 0, 0, 1, 1, -1, -1]]))
+    assert strand.position.tolist() == strand.time.tolist() == [[0, 0, 1, 0, 1, 0, 0]]
+    whole = Strand.alone(ids)
+    assert whole.time.tolist() == [[*range(7)]] and not whole.document.any()
+
+
+def test_a_choice_is_learnt_behind_the_segment_before_it_and_there_is_one() -> None:
+    given, chosen = Segment("text", [5]), Target("speech", [50], chosen=True)
+    assert decisions([given, Target("speech", [50])]) == {}
+    assert decisions([given, given, chosen]) == {1: "speech", 2: ""}
+    assert decisions([given, chosen, chosen]) == {0: "speech", 1: "speech", 2: ""}
+    with pytest.raises(ZipperError, match=r"A choice has nothing before it\. Give a segment first"):
+        decisions([chosen, given])
 
 
 def test_a_batch_that_is_moved_keeps_its_choices_and_its_company() -> None:

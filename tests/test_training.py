@@ -42,7 +42,7 @@ from zipper.training import Stopped, TrainConfig, batches, build, loop, train
 from zipper.training.batches import Drawn, Steps
 from zipper.training.config import FREE
 from zipper.training.loop import drawn
-from zipper.training.resume import checkpoints, course_of, step_folder
+from zipper.training.resume import checkpoints, course_of, finished, forget, step_folder
 
 ASR, TTS = tiny.BOTH
 
@@ -430,6 +430,62 @@ def test_a_checkpoint_that_does_not_say_its_recipe_is_taken_at_its_shapes(
     told_otherwise(tmp_path, lambda said: said.pop("course"))
     train(world.config(tmp_path, steps=3), resume=True)
     assert metrics(tmp_path)[-1]["step"] == 3
+
+
+def test_what_an_older_recipe_did_not_know_of_was_nothing(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
+    def older(said: dict[str, Any]) -> None:
+        assert said["course"].pop("start") is None
+        said["course"]["gone"] = None
+
+    shutil.copytree(one_step, tmp_path / "a")
+    shutil.copytree(one_step, tmp_path / "b")
+    told_otherwise(tmp_path / "a", older)
+    train(world.config(tmp_path / "a", steps=2), resume=True)
+    assert metrics(tmp_path / "a")[-1]["step"] == 2
+    told_otherwise(tmp_path / "b", lambda said: said["course"].pop("lr_new"))
+    with pytest.raises(ZipperError, match=r"other lr_new \(lr_new was None, is"):
+        train(world.config(tmp_path / "b", steps=2), resume=True)
+
+
+def test_what_a_run_will_do_again_is_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        step_folder(tmp_path, step).mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "checkpoints"):
+        (place / ".model.zipper-new.abcdefgh").mkdir()  # half written
+    rows = ['{"step": 1}\n', '{"step": 2}\n', '{"step": 3}\n', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    forget(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl"}
+    left = sorted((tmp_path / "checkpoints").iterdir())
+    assert left == [step_folder(tmp_path, 1), step_folder(tmp_path, 2)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"link": LinkConfig(head_width=16, feedforward=2.0)}, {"train": ("text", "speech")}],
+    ids=["of another shape", "not there"],
+)
+def test_parameters_that_a_checkpoint_does_not_have_like_this_are_named(
+    world: World, one_step: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    told_otherwise(tmp_path, lambda said: said.pop("course"))
+    with pytest.raises(ZipperError, match=r"another recipe: (links|towers)\..* differs"):
+        train(world.config(tmp_path, steps=2, **changes), resume=True)
+
+
+def test_a_run_is_finished_at_its_last_step_and_where_it_stopped(
+    world: World, one_step: Path, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path, steps=2)
+    assert not finished(config)  # nothing is there
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    assert not finished(config) and finished(dataclasses.replace(config, steps=1))
+    told_otherwise(tmp_path, lambda said: said.update(stopped=True))
+    assert finished(config)
 
 
 def test_a_checkpoint_of_before_tasks_had_an_order_goes_on(
@@ -1443,6 +1499,37 @@ def test_the_tokenizer_decides_a_run(world: World, tmp_path: Path) -> None:
     texts = tiny.text(), tiny.text(11)
     one, other = (course_of(config, model, {"text": text}, parts, rows) for text in texts)
     assert one != other
+
+
+def test_where_it_started_decides_a_run_by_what_lies_there(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path)
+    model, rows = zip_of(world, config)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / checkpoint.MANIFEST).write_text("{}")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+
+    def course(name: str) -> dict[str, Any]:
+        started = dataclasses.replace(config, start=str(tmp_path / name))
+        return course_of(started, model, {}, [], rows)
+
+    assert course("one") == course("other")
+    (tmp_path / "other" / checkpoint.MANIFEST).write_text("{ }")
+    assert course("one") != course("other")
+
+
+def test_the_names_of_fields_and_the_ends_of_rows_decide_a_run(
+    world: World, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path)
+    model, _ = zip_of(world, config)
+
+    def dev(*rows: data.Row) -> Any:
+        return course_of(config, model, {}, [], rows)["dev"]
+
+    both = {"speech": [2], "text": [1]}
+    assert dev(both) == dev(dict(reversed(both.items())))
+    assert dev(both) != dev({"speech": [2]}, {"text": [1]})
+    assert dev({"text": [1]}) != dev({"speech": [1]})
 
 
 def test_rows_of_just_the_least_and_just_the_most_ids_are_kept() -> None:

@@ -203,6 +203,28 @@ def test_a_loss_in_pieces_is_the_loss_and_never_has_more_logits_than_a_piece(
             assert (model.nll("text", hidden, targets) - wanted).abs().max() < 1e-6
 
 
+def test_of_a_vocabulary_beyond_a_piece_one_token_is_made_at_a_time() -> None:
+    hidden, targets = torch.randn(2, 3, 16), torch.randint(23, (2, 3))
+    wanted, true, _ = pieces(zip_of(), "text", hidden, targets, loss.MOST)
+    found, gradients, rows = pieces(zip_of(), "text", hidden, targets, 5)
+    assert rows == 1
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients["hidden"], true["hidden"])
+
+
+@torch.no_grad()
+def test_a_weight_below_0_counts_as_0_and_its_loss_is_looked_at() -> None:
+    batch = collate([ASR, [*TTS[:1], Target("text", [9], -2.0)]], IDS)
+    model = zip_of()
+    with Largest(VOCABULARY["text"]) as seen:
+        both = loss.batch_losses(model, batch)
+    assert seen.rows == 4 + 2
+    alone = loss.batch_losses(model, collate([ASR], IDS))
+    assert both.keys() == {"text"} and float(both["text"]) == pytest.approx(float(alone["text"]))
+    each = loss.per_token(lambda batch: loss.batch_losses(model, batch), [batch])
+    assert each == pytest.approx(float(alone["text"]) / 4)
+
+
 def test_of_a_large_vocabulary_nothing_is_kept_for_the_backward() -> None:
     kept: list[weakref.ref[Tensor]] = []
 

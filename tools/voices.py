@@ -24,6 +24,7 @@ from zipper import modality
 from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.data import manifests
+from zipper.errors import ZipperError
 from zipper.evaluation import error_rate, floor_random
 from zipper.modality.renderer import Voice, log_mels
 from zipper_lab import recognisers
@@ -101,7 +102,9 @@ def measure(
     texts = [row["text"] for row in lines]
     sounds = [audio.read(rows.parent / row["speech"]) for row in lines]
     kept: dict[str, Any] = json.loads(found.read_text()) if found.is_file() else {}
-    ears = [recognisers.named(judge) for judge in judges]
+    ears = recognisers.all_named(judges)
+    if other := [n for n, told in kept.items() if {*told["by"]} < {ear.name for ear in ears}]:
+        raise ZipperError(f"{found} has {other[0]!r} by fewer judges. Give another file.")
     for name, make in systems(given, sounds):
         if name in kept:
             continue

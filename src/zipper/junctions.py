@@ -5,7 +5,8 @@ Knows towers by their names and numbers of blocks only.
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 from zipper.errors import ZipperError
@@ -36,10 +37,11 @@ def shape(
     """
     if [every is not None, junctions is not None, links is not None].count(True) > 1:
         raise ZipperError("Give one of every=..., junctions=... and links=..., not several.")
+    by_name("every", every or {}, layers)
     if links is not None:
         if shows:
             raise ZipperError("links=... says where towers are shown; leave shows=... out.")
-        for link in links:
+        for link in _listed("links", links):
             if isinstance(link, str) or not isinstance(link, Sequence) or len(link) != 4:
                 raise ZipperError(
                     f"A link is {link!r}; four were wanted: who is shown, behind how many of its "
@@ -49,11 +51,13 @@ def shape(
         shown = tuple({source: depth} for source, depth, _, _ in links)
         check_junctions(layers, fused, shown)
         return fused, shown
+    for junction in _listed("junctions", junctions or ()):
+        by_name("junctions", junction, layers)
     fused = tuple(dict(junction) for junction in junctions or _paired(layers, every or {}))
     check_junctions(layers, fused, None)
     if not shows:
         return fused, None
-    known("shows", shows, layers)
+    by_name("shows", shows, layers)
     shown = tuple(dict(junction) for junction in fused)
     for name, where in shows.items():
         mine = [junction for junction in shown if name in junction]
@@ -71,7 +75,7 @@ def _depths(name: str, where: Shows, junctions: Sequence[Junction]) -> list[int]
     if where == "before":
         return [0, *fused[:-1]]
     depths: Any = [where] * len(fused) if isinstance(where, int) else where
-    if isinstance(depths, str) or len(depths) != len(fused):
+    if isinstance(depths, str) or not isinstance(depths, Sequence) or len(depths) != len(fused):
         raise ZipperError(
             f"shows[{name!r}] is {where!r}; it must be 'same', 'before', one depth, or a list of "
             f"{len(fused)}, one for each junction."
@@ -89,6 +93,8 @@ def check_junctions(
     Without `shown`, each has at least two towers and they rise; a tower is never fused behind its
     last block. It may be shown there.
     """
+    for name, depth in chain.from_iterable(each.items() for each in (*fused, *(shown or ()))):
+        _check_whole(f"A depth of {name!r}", depth)
     if shown is not None:
         _check_directed(layers, fused, shown)
         return
@@ -143,11 +149,23 @@ def _check_directed(
         seen.update(pairs)
 
 
+def _check_whole(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ZipperError(f"{what} is {value!r}; a whole number of blocks was wanted.")
+
+
+def _listed(option: str, given: Sequence[T]) -> Sequence[T]:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ZipperError(f"{option} is {given!r:.80}; a list was wanted.")
+    return given
+
+
 def _paired(layers: Mapping[str, int], every: Mapping[str, int]) -> list[Junction]:
     """The n-th junction after block n * i of each tower (paper, sec. 3: k = n i_A, l = n i_B),
     never after the last."""
     intervals = {name: every.get(name, 1) for name in layers}
     for name, interval in intervals.items():
+        _check_whole(f"every[{name!r}]", interval)
         if interval < 1:
             raise ZipperError(
                 f"every[{name!r}] is {interval}; an interval is a number of blocks, at least 1."
@@ -173,9 +191,18 @@ def named(name: str, towers: Mapping[str, T]) -> T:
 
 
 def known(option: str, given: Collection[str], towers: Mapping[str, Any]) -> None:
-    """Raises a ZipperError where an option names a tower that is not there."""
+    """Raises a ZipperError where an option names a tower that is not there, or no tower."""
+    if isinstance(given, str) or not isinstance(given, Collection):
+        raise ZipperError(f"{option} is {given!r:.80}; names of towers were wanted.")
     for name in given:
         if name not in towers:
             raise ZipperError(
                 f"{option} names the tower {name!r}; this model has {sorted(towers)}."
             )
+
+
+def by_name(option: str, given: Mapping[str, Any], towers: Mapping[str, Any]) -> None:
+    """The same for an option that says something of towers, by their names."""
+    if not isinstance(given, Mapping):
+        raise ZipperError(f"{option} is {given!r:.80}; {{name of a tower: ...}} was wanted.")
+    known(option, given, towers)

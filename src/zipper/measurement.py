@@ -25,6 +25,7 @@ from zipper.data.manifests import Sample
 from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.generation import Request
+from zipper.junctions import known
 from zipper.loss import batch_losses, per_token
 from zipper.modality import Kind, Scores, is_ids, whole
 from zipper.pipeline import Pipeline
@@ -128,6 +129,7 @@ def measure(
     """
     samples = _samples(data, limit)
     modalities = pipeline.modalities
+    known("judges", judges or (), modalities)
     rows = [manifests.encode(s.row, modalities, s.folder, s.where) for s in samples]
     samples = [s._replace(row=manifests.settle(s.row, modalities)) for s in samples]
     if len(rows) < 2:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, SupportsIndex, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from zipper.environment import MissingExtra
 from zipper.errors import ZipperError
 from zipper.former import names_of
 from zipper.generation import Limits, generate
-from zipper.junctions import Directed, Shows, known, named, shape
+from zipper.junctions import Directed, Shows, by_name, known, named, shape
 from zipper.link import PAPER_LINK, Chooser, InputKind, InputProjection, Link, LinkConfig
 from zipper.lockstep import Parts, State, Tap, advance
 from zipper.sampling import Sampling, check_seed
@@ -100,16 +100,12 @@ class Zipper(nn.Module):
         if preset not in ("default", "paper"):
             raise ZipperError(f"preset={preset!r} is unknown; it must be 'default' or 'paper'.")
         check_seed(seed)
+        by_name("towers", towers, towers)
         if not towers:
             raise ZipperError("No tower was given. Give at least one, {name: model}.")
-        for option, given in {
-            "every": every,
-            "ends": ends,
-            "tokens": tokens,
-            "train": train,
-            "lora": lora,
-        }.items():
-            known(option, given or (), towers)
+        known("train", train, towers)
+        for option, given in {"every": every, "ends": ends, "tokens": tokens, "lora": lora}.items():
+            by_name(option, given or {}, towers)
         _check_adapters(train, lora or {})
         kinds = _input_kinds(input_projection, preset, towers)
         loaded = {name: _loaded(name, source, name in train) for name, source in towers.items()}
@@ -216,6 +212,11 @@ class Zipper(nn.Module):
             raise ZipperError(
                 f"The outputs {absent} read nothing here; the input has tokens for "
                 f"{sorted(names)} only."
+            )
+        if len({strand.ids.shape[0] for strand in strands.values()}) > 1:
+            rows = {name: strand.ids.shape[0] for name, strand in strands.items()}
+            raise ZipperError(
+                f"The towers have {rows} rows; each row is one sample of all of them."
             )
         plan = tuple(dict.fromkeys([*names, *company]))
         state = State(plan, wanted)
@@ -630,7 +631,7 @@ def _check_shared(towers: Mapping[str, Tower], learn: Sequence[str]) -> None:
 
 def check_name(name: str) -> None:
     """Raises a ZipperError for what cannot name a tower."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ZipperError(
             f"{name!r} cannot name a tower; use lower-case letters, digits and _, e.g. 'speech'."
         )
@@ -650,6 +651,10 @@ def _check_adapters(train: Sequence[str], lora: Mapping[str, Mapping[str, Any]])
         )
     kept = [field.name for field in dataclasses.fields(Adapter)]
     for name, settings in lora.items():
+        if not isinstance(settings, Mapping):
+            raise ZipperError(
+                f"lora[{name!r}] is {settings!r}; {{name of a setting: ...}} was wanted."
+            )
         if unknown := sorted({*settings} - {*kept}):
             raise ZipperError(f"lora[{name!r}] sets {unknown}; a zip can keep {', '.join(kept)}.")
 
@@ -670,11 +675,11 @@ def _input_kinds(
     return kinds
 
 
-def _tower_config(
-    name: str, tower: Tower, ends: tuple[int | None, int | None], **settings: Any
-) -> TowerConfig:
+def _tower_config(name: str, tower: Tower, ends: Sequence[Any], **settings: Any) -> TowerConfig:
     """What a zip knows of a tower at birth. settings: fields of TowerConfig that the tower itself
     does not tell."""
+    if not isinstance(ends, Sequence) or len(ends) != 2:
+        raise ZipperError(f"ends[{name!r}] is {ends!r}; (begin id, end id) was wanted.")
     begin, end = ends
     if begin is None or end is None:
         raise ZipperError(
@@ -682,9 +687,9 @@ def _tower_config(
             f"ends={{{name!r}: (begin, end)}}."
         )
     for token in (begin, end):
-        if not 0 <= token < tower.vocabulary:
+        if not isinstance(token, SupportsIndex) or not 0 <= int(token) < tower.vocabulary:
             raise ZipperError(
-                f"The token {token} that begins or ends {name!r} is outside its vocabulary of "
+                f"The token {token!r} that begins or ends {name!r} is outside its vocabulary of "
                 f"{tower.vocabulary}."
             )
     try:

@@ -76,7 +76,7 @@ def _unicode_words(text: str) -> str:
     """
     # Caseless by compatibility, as Unicode defines it (section 3.13, D146).
     plain = unicodedata.normalize("NFD", text.translate(_APOSTROPHES)).casefold()
-    plain = unicodedata.normalize("NFKD", plain).casefold()
+    plain = unicodedata.normalize("NFKD", plain).translate(_APOSTROPHES).casefold()
     plain = unicodedata.normalize("NFKD", plain).replace("i\u0307", "i")  # of the Turkish capital
     kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else _gap(c) for c in plain)
     kept = f" {unicodedata.normalize('NFC', kept)} "

@@ -81,10 +81,11 @@ def groups(segments: Iterable[S]) -> list[list[S]]:
     for a tower that is twice in one, a first segment beside nothing, and a pace that is none."""
     found: list[list[S]] = []
     for segment in segments:
-        if segment.stride < 1 or segment.delay < 0:
+        pace = (segment.stride, segment.delay)
+        if not all(isinstance(n, int) for n in pace) or pace[0] < 1 or pace[1] < 0:
             raise ZipperError(
-                f"A segment of {segment.tower!r} has a stride of {segment.stride} and a delay of "
-                f"{segment.delay}; a stride is at least 1, a delay at least 0."
+                f"A segment of {segment.tower!r} has a stride of {pace[0]!r} and a delay of "
+                f"{pace[1]!r}; both are whole numbers, a stride at least 1, a delay at least 0."
             )
         if not segment.beside:
             found.append([segment])

@@ -61,6 +61,8 @@ def adapt(said: Sequence[tuple[str, Audio]], folder: str | Path) -> int:
     for text, (_, audio) in tqdm(
         zip(texts, said, strict=True), "adapt the judge", len(said), unit="utterance", disable=None
     ):
+        if not text or not len(audio.samples):
+            continue
         aligned, features = _listen(text, audio, dictionary)
         shown += bool(aligned)
         for name, start, frames in aligned:

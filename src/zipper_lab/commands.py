@@ -56,14 +56,16 @@ def _judges(sources: Sequence[str] | None) -> tuple[Any, list[Any]]:
     from zipper.saving import checkpoint, hub
     from zipper_lab import recognisers
 
-    second, others = None, []
+    second, others = None, list[str]()
     for source in sources or ():
         folder = hub.as_folder(source)
         if folder is not None and (folder / checkpoint.CONFIG).is_file():
+            if second is not None:
+                raise ZipperError("Two pipelines were given as judges by units. Leave one out.")
             second = Pipeline.from_pretrained(folder)
         else:
-            others.append(recognisers.named(source))
-    return second, others
+            others.append(source)
+    return second, recognisers.all_named(others)
 
 
 @command(commands, LABORATORY, "zipper demo")
@@ -100,6 +102,14 @@ def demo(
     from zipper.saving.files import held
     from zipper_lab.demo import demo as run_demo
 
+    others_given = from_scratch or as_json or judge or (pairs, steps, test) != (8000, 900, 200)
+    if modality and others_given:
+        raise ZipperError(
+            "--from-scratch, --pairs, --steps, --test, --judge and --json are for spoken commands, "
+            f"and --modality {modality} was given. Leave them out."
+        )
+    if data and not modality:
+        raise ZipperError("--data is for --modality, and none was given. Name one.")
     if modality:
         _real(modality, data, output if output != DEMO else DEMO.with_name(f"demo-{modality}"))
         return
@@ -212,7 +222,12 @@ def evaluate(
         for written in output, _page(output):
             writable(written, [data] if data else [])
     named_model = model or source
-    _check_options(data, tasks, limit, by, robust)
+    _check_options(data, tasks, limit, by, seed)
+    if data and (robust or test != 300 or task != "both"):
+        raise ZipperError(
+            "--robust, --test and --task are for the built-in corpus, and DATA was given. Leave "
+            "them out."
+        )
     if data:
         pipe = pipeline(named_model, towers, allow_mismatch)
         _measure(pipe, data, tasks, limit, by, judge, seed, output, as_json)
@@ -235,14 +250,12 @@ def _check_options(
     tasks: Sequence[str] | None,
     limit: int | None,
     by: Sequence[str] | None,
-    robust: bool,
+    seed: int,
 ) -> None:
     """Raises a ZipperError for options that would say nothing."""
-    if data and robust:
-        raise ZipperError("--robust is for the built-in corpus, and DATA was given. Leave one out.")
-    if data is None and (tasks or by or limit is not None):
+    if data is None and (tasks or by or limit is not None or seed):
         raise ZipperError(
-            "--of, --by and --limit are for rows of DATA. Give some, or leave them out."
+            "--of, --by, --limit and --seed are for rows of DATA. Give some, or leave them out."
         )
 
 
@@ -301,7 +314,10 @@ def _measure(
         raise ZipperError(
             "A pipeline was given as judge of DATA, whose units it need not know. Give an ASR."
         )
-    for name in [name for name, each in pipe.modalities.items() if isinstance(each, Sound)]:
+    sounds = [name for name, each in pipe.modalities.items() if isinstance(each, Sound)]
+    if others and not sounds:
+        raise ZipperError(f"{others[0].name} hears sound, and this model makes none.")
+    for name in sounds:
         judges[name] = judges.get(name, {}) | {other.name: other for other in others}
     found = measurement.measure(pipe, data, tasks or (), limit, judges=judges, seed=seed)
     told = [one.to_json() for one in found]
@@ -730,7 +746,8 @@ def _benchmark(
     from zipper_lab import bench as benches
 
     if output:
-        writable(output.with_suffix(".json"))
+        for place in benches.written(output):
+            writable(place)
     found = measure()
     lines = markdown(found)
     benches.write(output, found, lines)

@@ -22,6 +22,7 @@ from zipper.audio import disturbance
 from zipper.audio.sound import Audio
 from zipper.data import manifests as data
 from zipper.environment import need
+from zipper.errors import ZipperError
 from zipper.evaluation import error_rate, floor_template
 from zipper.inspection import attention
 from zipper.link import LinkConfig
@@ -99,8 +100,10 @@ def demo(
     said, see `evaluate`. Returns the content of report.json.
     """
     need("speech", "train")  # what is needed at the end should not be missed there
-    if (output / "run").exists():
-        shutil.rmtree(output / "run")
+    for rows in (output / "pairs.jsonl", output / "dev.jsonl"):
+        if rows.exists() and "template" not in data.manifest(rows, 1)[0]:
+            raise ZipperError(f"{rows} is of no demo. Choose another --output, or move it.")
+    _clear(output / "run")
 
     clock = Clock()
     with clock.phase("towers"):
@@ -384,6 +387,15 @@ def _map(pipeline: Pipeline, row: Row, given: str, produced: str) -> AttentionMa
     return AttentionMap(produced, given, weights, labels[produced], labels[given])
 
 
+def _clear(run: Path) -> None:
+    """Takes away the run of an earlier demo. Raises a ZipperError for what is no run."""
+    if not run.exists():
+        return
+    if not (run / "config.json").is_file() and any(run.iterdir()):
+        raise ZipperError(f"{run} is there and is no run. Choose another --output, or move it.")
+    shutil.rmtree(run)
+
+
 def _label(pipeline: Pipeline, name: str, token: int) -> str:
     begin, end = pipeline.model.ends()[name]
     text = pipeline.modalities[name].decode([token]) if name == "text" else str(token)
@@ -414,8 +426,7 @@ def _pretrain(output: Path) -> tuple[dict[str, str], dict[str, str]]:
         ("speech", SPEECH_TOWER, {"-> speech": 0.5, "-> voice~speech": 0.5}, 1000),
     ):
         run = output / f"{name}-tower"
-        if run.exists():
-            shutil.rmtree(run)
+        _clear(run)
         config = TrainConfig(
             output=str(run),
             towers={name: shape},

@@ -42,10 +42,9 @@ def recipes(folder: Path, output: Path, seed: int, share: float = 1.0) -> dict[s
     embeddings, DEEP what the tower made of them, so that it can be read without a word."""
     *towers, zipped = real.runs("digits", folder, output, share).values()
     found = {Path(config.output).name: config for config in towers}
-    across = _across()
     plans = {
-        ZIP: replace(zipped, links=[*(zipped.links or ()), *across]),
-        DEEP: replace(zipped, links=[*_deep(), *across]),
+        ZIP: replace(zipped, links=[*(zipped.links or ()), *across()]),
+        DEEP: replace(zipped, links=[*_deep(), *across()]),
         EXPANDED: real.arms(zipped)[real.EXPANDED],
     }
     for arm, plan in plans.items():
@@ -53,7 +52,7 @@ def recipes(folder: Path, output: Path, seed: int, share: float = 1.0) -> dict[s
     return found
 
 
-def _across() -> list[Directed]:
+def across() -> list[Directed]:
     """Links between speech and pictures, each shown where it is fused: further on would close a
     circle. No pair lets them learn or act; in a triple they do."""
     found = list[Directed]()
@@ -107,10 +106,9 @@ def tested(
     by = {tower: {"digit": real_judges.Scored(judge)} for tower in (SPEECH, IMAGE, real.TEXT)}
     found: dict[str, dict[str, Any]] = {}
     for test in ("test", "known"):
-        samples = [*manifests.samples(folder / f"{test}.jsonl")]
-        every = max(1, len(samples) // limit)
-        some = [s._replace(row={**s.row, "silent:text": ""}) for s in samples[::every]]
-        for one in measurement.measure(pipeline, some, tasks, limit, judges=by):
+        samples = real.spread([*manifests.samples(folder / f"{test}.jsonl")], limit)
+        some = [s._replace(row={**s.row, "silent:text": ""}) for s in samples]
+        for one in measurement.measure(pipeline, some, tasks, judges=by):
             if one.tower != real.TEXT:
                 rates = {name: vars(rate) for name, rate in one.metrics["digit: digit"].items()}
                 found.setdefault(test, {})[one.task] = rates | {"nats": one.nats}

@@ -263,7 +263,7 @@ def spread(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, A
     found: list[Mapping[str, Any]] = []
     for source in (words.DIGITS, words.WORDS):
         some = [row for row in rows if row["source"] == source]
-        found += some[:: max(1, len(some) // limit)][:limit]
+        found += real.spread(some, limit)
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zipper import measurement, modality
 from zipper.data import fitting, manifests
@@ -42,7 +42,10 @@ from zipper_lab.corpora import (
 )
 from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
 
+T = TypeVar("T")
+
 TEXT = "text"
+LAST = "texts.jsonl"  # what every corpus writes behind all else
 ZIP, TRAINED, EXPANDED = ARMS = "zip", "trained", "expanded"
 #: 0.8 M and 1.8 M parameters beside the embeddings.
 SMALL = TEXT_TOWER
@@ -218,7 +221,7 @@ def prepare(name: str, data: Path, folder: Path, seed: int = 0) -> None:
     data: the folder with the originals. Raises ZipperError if one of them is missing.
     """
     chosen = named(name)
-    if not (folder / "test.jsonl").is_file():
+    if not (folder / LAST).is_file():
         chosen.write(data, folder, seed)
     if chosen.beside and not (folder / f"{chosen.beside}.jsonl").is_file():
         texts = _beside(chosen.beside)
@@ -380,11 +383,16 @@ def measured(
     chosen = named(name)
     found = {}
     for test in chosen.tests:
-        samples = [*manifests.samples(folder / f"{test}.jsonl")]
-        every = max(1, len(samples) // limit) if limit else 1
+        samples = spread([*manifests.samples(folder / f"{test}.jsonl")], limit)
         tasks = [*chosen.tasks, *chosen.also]
-        found[test] = measurement.measure(pipeline, samples[::every], tasks, limit, judges=by)
+        found[test] = measurement.measure(pipeline, samples, tasks, judges=by)
     return found
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """At most so many rows, evenly over all: manifests are in the order of classes and people."""
+    most = len(rows) if limit is None else min(limit, len(rows))
+    return [rows[number * len(rows) // most] for number in range(most)]
 
 
 def run(
@@ -408,7 +416,8 @@ def run(
     *towers, zipped = runs(name, output / "data", output, share).values()
     recipes = {Path(config.output).name: config for config in towers}
     recipes |= {arm: config for arm, config in arms(zipped).items() if arm in which}
-    told: dict[str, dict[str, Any]] = {}
+    place = output / "measured.json"
+    told: dict[str, dict[str, Any]] = read_json(place) if place.is_file() else {}
     for part, config in recipes.items():
         model = trained(config, expansion(zipped) if part == EXPANDED else build)
         if part not in which:
@@ -419,7 +428,7 @@ def run(
             page = output / f"{test}.html" if part == ZIP else output / f"{part}_{test}.html"
             measurement.write(page, some, f"{name}: {part}, {test}")
             print(f"-- {name}: {part}, {test}\n{measurement.text(some)}", flush=True)
-        write_json(output / "measured.json", told)
+        write_json(place, told)
     return told
 
 
@@ -435,7 +444,7 @@ def demo(name: str, data: Path | None, output: Path) -> dict[str, dict[str, Any]
             "Give it, or try digits, which come with zipper."
         )
     named(name)
-    if data is None and not (output / "data" / "test.jsonl").is_file():
+    if data is None and not (output / "data" / LAST).is_file():
         digits.say(output / "said")
     return run(name, data or output / "said", output, SHARES[name], DEMO_ROWS)
 

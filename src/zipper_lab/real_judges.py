@@ -221,12 +221,13 @@ class Names:
         said = [text.partition(":") for text in made]
         names = Words("name").judge(wanted, [name for _, _, name in said])
         same = zip(wanted, said, strict=True)
-        return names | {"category": [float(row["category"] == kind) for row, (kind, _, _) in same]}
+        hits = [float(bool(colon) and row["category"] == kind) for row, (kind, colon, _) in same]
+        return names | {"category": hits}
 
     def labels(self, made: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, str]]:
         """Of each name the category that is right, and that which it begins with."""
         known = {row["category"] for row in rows}
-        said = [text.partition(":")[0] for text in made]
+        said = [text.partition(":")[0] if ":" in text else "" for text in made]
         pairs = zip(rows, said, strict=True)
         return [(row["category"], one if one in known else "none") for row, one in pairs]
 

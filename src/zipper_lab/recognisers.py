@@ -7,7 +7,7 @@ shipped: they come by hub id or folder. Nothing here knows our models, units or 
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -137,6 +137,18 @@ def named(source: str | Path) -> Recogniser | Opinion:
     if (folder / "model.bin").is_file():
         return Recogniser(f"faster-whisper {folder.name}", _faster_whisper(folder))
     return Recogniser(folder.name, _transformers(str(folder)))
+
+
+def all_named(sources: Iterable[str | Path]) -> list[Recogniser | Opinion]:
+    """`named` of each. Raises ZipperError for two judges of one name, of which a table would have
+    one column."""
+    found = [named(source) for source in sources]
+    names = [judge.name for judge in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ZipperError(
+            f"Two judges have the name {twice[0]!r}, that of their folders. Rename one of them."
+        )
+    return found
 
 
 def _transformers(source: str) -> Callable[[Samples], str]:

@@ -164,6 +164,9 @@ def _read(found: Mapping[str, Any]) -> list[Group]:
             f"These results lack {', '.join(sorted(missing))}. Give the results.json that `zipper "
             "reproduce` writes."
         )
+    for number, result in enumerate(found["results"]):
+        if not isinstance(result, Mapping) or {"cell", "scores"} - result.keys():
+            raise ZipperError(f"Result {number} is {result!r:.80}; it has no cell and scores.")
 
     def same(cell: Mapping[str, Any]) -> str:
         own = {key: cell[key] for key in cell.keys() - {"name", "seed", "tables"}}

@@ -60,7 +60,7 @@ def prepare(data: Path, folder: Path) -> None:
     the built-in synthesiser says, its sounds under "machine" too. data: the originals."""
     real.prepare("digits", data, folder)
     place = folder / MACHINE
-    if not (place / "test.jsonl").is_file():
+    if not (folder / EVERY_DEV).is_file():  # written last
         digits.say(place / "said")
         digits.write(place / "said", place)
         for file in place.glob("*.jsonl"):
@@ -175,8 +175,7 @@ def tested(pipeline: Pipeline, folder: Path, judges: Mapping[str, Any], limit: i
         if others[niche] in niches:
             tasks.append(f"{niche} -> {real.TEXT}, {others[niche]}")
         by = {tower: {"digit": real_judges.Scored(judges[tower])} for tower in (*niches, real.TEXT)}
-        some = samples[:: max(1, len(samples) // limit)]
-        for one in measurement.measure(pipeline, some, tasks, limit, judges=by):
+        for one in measurement.measure(pipeline, real.spread(samples, limit), tasks, judges=by):
             if one.tower == one.task.split()[-1]:  # what is made last
                 rates = {name: vars(rate) for name, rate in one.metrics["digit: digit"].items()}
                 found[one.task] = rates | {"nats": one.nats}

@@ -232,3 +232,12 @@ def test_the_command_measures_every_arm(tmp_path: Path, capsys: pytest.CaptureFi
     assert {*ARMS} - {*found["arms"]} == {"flex"} and len(found["ratios"]) == len(RATIOS) - 1
     for arm in found["arms"].values():
         assert len(arm["seconds"]) == 2 and min(arm["seconds"]) > 0 and arm["peak_memory"] > 1e6
+
+
+def test_a_dot_in_a_results_name_is_its_own(tmp_path: Path) -> None:
+    for name in ("train_0.5b", "train_0.75b", "decode.json", "speech.md"):
+        write(tmp_path / name, {"name": name}, f"# {name}\n")
+    stems = ("train_0.5b", "train_0.75b", "decode", "speech")
+    every = {f"{stem}{ending}" for stem in stems for ending in (".json", ".md")}
+    assert {path.name for path in tmp_path.iterdir()} == every
+    assert json.loads((tmp_path / "train_0.5b.json").read_text()) == {"name": "train_0.5b"}

@@ -3,6 +3,7 @@ speech as it was cut."""
 
 import zlib
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from zipper.audio.disturbance import TABLE, Disturbance
 from zipper.audio.sound import Audio
+from zipper.errors import ZipperError
 from zipper.evaluation import error_rate
 from zipper.pipeline import Pipeline
 from zipper_lab import demo, report
@@ -150,3 +152,26 @@ def test_what_is_learnt_is_heard_disturbed_and_said_clean(
     assert "heard:speech" in given and "speech" not in given
     assert "voice~speech" in produced and not {"heard:speech"} & produced
     assert np.isclose(sum(configs[0].tasks.values()), 1)
+
+
+def test_a_demo_takes_away_its_own_run_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_shipped", reached)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ZipperError, match="run is there and is no run"):
+        demo.demo(tmp_path)
+    assert (tmp_path / "run" / "thesis.txt").is_file()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "dev.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(ZipperError, match=r"dev\.jsonl is of no demo"):
+        demo.demo(tmp_path)
+    assert (tmp_path / "run").exists()
+    (tmp_path / "dev.jsonl").write_text('{"text": "ours", "template": "call"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo(tmp_path)
+    assert not (tmp_path / "run").exists()

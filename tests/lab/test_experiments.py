@@ -113,6 +113,8 @@ def test_a_quick_run_is_the_same_plan_in_small() -> None:
         assert {table for cell in quick for table in cell.tables} == {*TABLES}
         assert {cell.corpus for cell in quick} == {cell.corpus for cell in experiments.plan(preset)}
         assert max(cell.changes["steps"] for cell in quick) <= 60 and len(quick) <= 28
+        told = [(c.arm, c.size, c.corpus, c.pairs, str(c.changes)) for c in quick]
+        assert len({*told}) == len(told)  # each is a row of its own
 
 
 def test_an_unknown_preset_or_table_is_refused(tmp_path: Path) -> None:
@@ -223,10 +225,22 @@ def test_a_job_that_fails_is_named_and_the_others_go_on(
     failed = experiments.execute(
         queue(), tmp_path, 2, lambda job: seen.append(job.name), worker(program)
     )
-    assert failed == {"cell 1": "no such luck", "late": "cell 1 has no result"}
+    assert failed == {"cell 1": "no such luck", "late": "cell cell 1 has no result"}
     assert {*seen} == {"c", "cell 0", "cell 2"}
     said = capsys.readouterr()
     assert "FAILED cell cell 1: no such luck" in said.err and "minutes left" in said.out
+
+
+def test_cells_go_on_where_only_the_bounds_of_their_corpus_failed(tmp_path: Path) -> None:
+    corpus, *cells = queue()
+    bounds = Job("reference", corpus.name, {"number": 1}, (corpus,))
+    program = "sys.exit('no such luck') if told['kind'] == 'reference' else write()"
+    seen: list[str] = []
+    failed = experiments.execute(
+        [corpus, bounds, *cells], tmp_path, 1, lambda job: seen.append(job.name), worker(program)
+    )
+    assert failed == {"c": "no such luck"}
+    assert {*seen} == {job.name for job in queue()}
 
 
 def test_a_run_that_is_stopped_stops_its_workers(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +348,8 @@ def episodes(n: int = 600) -> list[dict[str, Any]]:
                 "size": [8, 8],
             }
         )
-    return found
+    # Starts with a second mission, which may belong to another part.
+    return found + [e | {"seed": n + e["seed"], "mission": f"find {e['seed']}"} for e in found[::3]]
 
 
 @pytest.fixture(scope="module")
@@ -726,6 +728,44 @@ def test_a_part_that_was_killed_is_trained_to_its_end_and_not_again(
     assert real.trained(config) == tmp_path / "part" / "model" and finished(config)
     monkeypatch.setattr(real, "train", lambda *_, **__: pytest.fail("it was trained again"))
     real.trained(config)
+    for other in (replace(config, steps=3), replace(config, seed=7), replace(config, batch=3)):
+        with pytest.raises(ZipperError, match="was made by another recipe: other"):
+            real.trained(other)
+    moved = {name: tmp_path / name for name in config.towers}
+    assert finished(replace(config, log_every=1, modalities=moved))  # files go by what they hold
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit"), [(500, 300), (460, 300), (764, 300), (150, 300), (7, 3)]
+)
+def test_a_limit_takes_rows_from_all_over_a_test(rows: int, limit: int) -> None:
+    some = real.spread(range(rows), limit)
+    assert len(some) == len({*some}) == min(rows, limit) and some == sorted(some)
+    gaps = [behind - before for before, behind in pairwise([*some, rows])]
+    assert some[0] == 0 and max(gaps) - min(gaps) <= 1
+    assert real.spread(range(rows), None) == [*range(rows)]
+
+
+def test_what_was_written_in_part_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of manifests the last is the one that says so."""
+    digits.say(tmp_path / "said")
+    written = digits.manifests.write
+
+    def kill(path: Path, rows: Any) -> None:
+        if path.name == "unpaired_image.jsonl":
+            raise KeyboardInterrupt
+        written(path, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(digits.manifests, "write", kill)
+        digits.write(tmp_path / "said", tmp_path / "out")
+    assert (tmp_path / "out" / "test.jsonl").is_file()
+    monkeypatch.setattr(real, "_fitted", lambda *_: pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        real.prepare("digits", tmp_path / "said", tmp_path / "out")
+    assert (tmp_path / "out" / real.LAST).is_file()
 
 
 def test_an_unknown_set_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Judges that nobody here trained hear what their own models say, whatever form they come in."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -197,6 +198,9 @@ def test_a_folder_of_ctranslate2_is_heard_by_faster_whisper(
     assert (kind, count) == (np.float32, 16_000) and settings["language"] == "en"
     with pytest.raises(ZipperError, match="binary version"):
         recognisers.named(tmp_path / "broken")
+    again = shutil.copytree(tmp_path / "base", tmp_path / "other" / "base")
+    with pytest.raises(ZipperError, match="Two judges have the name 'faster-whisper base'"):
+        recognisers.all_named([tmp_path / "base", again])
 
 
 def test_an_opinion_has_an_interval_and_a_floor(installed: list[Any]) -> None:

@@ -333,7 +333,7 @@ def _bear(record: Mapping[str, Any], policy: Policy, folder: Path) -> None:
         if bad
         else ""
     )
-    if len(bad) > policy.most_bad * read:
+    if read and len(bad) / read > policy.most_bad:
         raise ZipperError(
             f"{told} That is more than the share of {policy.most_bad:g} that was allowed."
         )

@@ -264,6 +264,8 @@ class TrainConfig:
             )
 
 
+#: Fields that name files: a run is made of what lies there, wherever that is.
+PATHS = ("towers", "modalities", "start", "data", "dev")
 #: Fields that say where a run lies and how it is computed, not what: a resumed run may change them.
 FREE = (
     "freeze",  # which parameters learn is compared itself

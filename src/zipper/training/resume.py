@@ -26,7 +26,7 @@ from zipper.saving import checkpoint, files
 from zipper.saving.files import saving
 from zipper.saving.zips import LostTower, base, repin
 from zipper.training.batches import Part
-from zipper.training.config import FREE, TrainConfig
+from zipper.training.config import FREE, PATHS, TrainConfig
 from zipper.training.sharding import like, whole
 
 
@@ -117,18 +117,28 @@ def course_of(
     }
     start = Path(config.start or "") / checkpoint.MANIFEST
     found = {
-        **{name: value for name, value in dataclasses.asdict(config).items() if name not in FREE},
+        **_options(config),
         "towers": towers,
         "modalities": {name: modality.fingerprint for name, modality in modalities.items()},
         "start": checkpoint.sha256(start) if config.start and start.is_file() else config.start,
-        # In their order, by which they are drawn.
-        "tasks": [*config.tasks.items()],
         "data": [[_content(part.rows), part.weight] for part in parts],
         "dev": _content(dev),
         "learns": sorted(name for name, p in model.named_parameters() if p.requires_grad),
     }
-    course: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return course
+    return _plain(found)
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """What a recipe itself says of the course of a run; of files it knows the paths alone."""
+    said = dataclasses.asdict(config)
+    found = {name: value for name, value in said.items() if name not in (*FREE, *PATHS)}
+    return found | {"tasks": [*config.tasks.items()]}  # in their order, by which they are drawn
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def _content(rows: Sequence[Row]) -> str:
@@ -157,12 +167,35 @@ def _age(path: Path) -> tuple[int, str]:
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether a run is at its end, by its newest whole checkpoint; nothing is built for it."""
+    """Whether a run is at its end, by its newest whole checkpoint; nothing is built for it. Raises
+    ZipperError for one of another recipe, as far as this can be said without its data."""
     path = checkpoint.newest(checkpoints(Path(config.output)))
     if path is None:
         return False
     state = checkpoint.read_json(path / checkpoint.CONFIG)
+    wanted = _plain(_options(config))
+    before = state.get("course", wanted)
+    _check_course(path, {name: before.get(name) for name in wanted}, wanted)
     return bool(state["stopped"]) or int(state["step"]) >= config.steps
+
+
+def _check_course(path: Path, before: dict[str, Any], course: Mapping[str, Any]) -> None:
+    """Raises ZipperError for the checkpoint of a run that goes another way."""
+    for name in ("tasks", "data"):  # an older zipper kept no order of what is drawn from
+        if isinstance(before.get(name), dict):
+            before[name] = [list(item) for item in before[name].items()]
+    # What a recipe did not know of in an older zipper, or does not any more, was at its default:
+    # nothing.
+    if other := sorted(
+        name for name in before.keys() | course.keys() if before.get(name) != course.get(name)
+    ):
+        first = other[0]
+        raise ZipperError(
+            f"{path} was made by another recipe: other {', '.join(other)} ({first} was "
+            f"{before.get(first)!s:.80}, is {course.get(first)!s:.80}). Resume with the old "
+            "recipe, or choose another output folder, perhaps with "
+            f"start={str(path.parents[1] / 'model')!r}."
+        )
 
 
 def restore(
@@ -180,22 +213,7 @@ def restore(
         return Progress()
     tensors = load_file(path / "training.safetensors")
     state = checkpoint.read_json(path / checkpoint.CONFIG)
-    before = state.pop("course", course)  # zipper 0.1 did not say
-    for name in ("tasks", "data"):  # an older zipper kept no order of what is drawn from
-        if isinstance(before.get(name), dict):
-            before[name] = [list(item) for item in before[name].items()]
-    # What a recipe did not know of in an older zipper, or does not any more, was at its default:
-    # nothing.
-    if other := sorted(
-        name for name in before.keys() | course.keys() if before.get(name) != course.get(name)
-    ):
-        first = other[0]
-        raise ZipperError(
-            f"{path} was made by another recipe: other {', '.join(other)} ({first} was "
-            f"{before.get(first)!s:.80}, is {course.get(first)!s:.80}). Resume with the old "
-            "recipe, or choose another output folder, perhaps with "
-            f"start={str(folder / 'model')!r}."
-        )
+    _check_course(path, state.pop("course", course), course)  # zipper 0.1 did not say
     for p, name in names.items():
         if p.requires_grad or name in tensors:
             if name not in tensors or tensors[name].shape != p.shape:

@@ -293,5 +293,13 @@ def write(output: Path | None, found: Mapping[str, Any], lines: str) -> None:
     """OUTPUT.json and OUTPUT.md, where an output was asked for."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(lines, encoding="utf-8")
+        results, page = written(output)
+        results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        page.write_text(lines, encoding="utf-8")
+
+
+def written(output: Path) -> tuple[Path, Path]:
+    """OUTPUT.json and OUTPUT.md of an output that may end in either: other dots are its own
+    ("train_0.5b")."""
+    name = output.stem if output.suffix in (".json", ".md") else output.name
+    return output.with_name(f"{name}.json"), output.with_name(f"{name}.md")

@@ -52,18 +52,22 @@ def write(data: Path, folder: Path, seed: int = 0, more: int = 0) -> None:
     FILE. Raises ZipperError if it is missing.
     """
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
-    known = set[str]()
-    for episode in _recorded(original(data, (FILE,), HOME)):
-        row = _row(episode)
-        owner = _owner(row, episode, seed)
-        rows[owner].append(row)
-        known |= {row["text"]} if owner == "train" else set()
+    recorded = [*_recorded(original(data, (FILE,), HOME))]
+    owners = [_owner(episode, seed) for episode in recorded]
+    every = [*zip(recorded, owners, strict=True)]
+    # A start with two missions, of which one is held back.
+    held = {owner: {_start(e) for e, other in every if other == owner} for owner in rows}
+    taken = {"train": held["test"] | held["dev"], "dev": held["test"], "test": set[str]()}
+    for episode, owner in every:
+        if _start(episode) not in taken[owner]:
+            rows[owner].append(_row(episode))
+    known = {row["text"] for row in rows["train"]}
     alone = [{"id": row["id"], **_shown(row)} for row in rows["train"]]
     said = {row["text"] for row in rows["train"]}
     for level, share in LEVELS.items():
         for episode in solve(level, range(FRESH, FRESH + round(more * share))):
             row = _row(episode)
-            if _owner(row, episode, seed) == "train":
+            if _owner(episode, seed) == "train" and _start(episode) not in taken["train"]:
                 alone.append({"id": row["id"], **_shown(row)})
                 said.add(row["text"])
     for owner, some in rows.items():
@@ -196,11 +200,14 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("seen:actions", "actions")}
 
 
-def _owner(row: Mapping[str, Any], episode: Mapping[str, Any], seed: int) -> str:
-    """By mission, then by start: two episodes of one start are in one part."""
-    held = part(f"{seed} {row['text']}", UNSEEN)
-    start = f"{seed} {episode['grid0']} {episode['pose0']}"
-    return part(start, SHARES) if held == "train" else held
+def _owner(episode: Mapping[str, Any], seed: int) -> str:
+    """By mission, then by start."""
+    held = part(f"{seed} {episode['mission']}", UNSEEN)
+    return part(f"{seed} {_start(episode)}", SHARES) if held == "train" else held
+
+
+def _start(episode: Mapping[str, Any]) -> str:
+    return f"{episode['grid0']} {episode['pose0']}"
 
 
 def _steps(ahead: int) -> str:

@@ -72,9 +72,9 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     longer = [row for row in read if len(row["protein"]) > MOST and row["text"]]
     told = dict.fromkeys(row["text"] for row in named["train"] + longer)
     texts = [text for text in told if text not in held]
-    manifests.write(folder / "texts.jsonl", [{"text": text} for text in texts])
     for owner, some in named.items():
         manifests.write(folder / f"{owner}.jsonl", writable(some, texts))
+    manifests.write(folder / "texts.jsonl", [{"text": text} for text in texts])
 
 
 def clusters(proteins: Sequence[str]) -> list[int]:
