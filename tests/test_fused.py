@@ -150,6 +150,10 @@ ZIPS = {
         "families": LLAMAS,
         "link": LinkConfig(head_width=8, projection_depth=3, projection_relu=True, whiten=True),
     },
+    "bent": {  # nothing stands before the ReLU
+        "families": LLAMAS,
+        "link": LinkConfig(head_width=8, projection_depth=0, projection_relu=True),
+    },
     "plain": {
         "families": LLAMAS,
         "input_projection": "none",

@@ -2,10 +2,12 @@
 it is built for."""
 
 import _ctypes
+import ctypes
 import os
 import platform
 import random
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -253,7 +255,15 @@ def test_what_is_damaged_or_could_be_somebody_elses_is_built_anew(small: Path) -
     loaded = native.library()
     (built,) = small.iterdir()
     whole = built.read_bytes()
-    for content, mode in ((b"", 0o700), (whole[:100], 0o700), (whole, 0o770)):
+    page, most = 4096, len(whole)
+    for content, mode in (
+        (b"", 0o700),
+        (whole[:100], 0o700),
+        (whole[:page], 0o700),  # of these the system would map more than there is
+        (whole[: most * 6 // 10], 0o700),
+        (whole[:page] + bytes(most - page), 0o700),
+        (whole, 0o770),
+    ):
         _ctypes.dlclose(loaded._handle)  # else the system has it still
         built.write_bytes(content)
         built.chmod(mode)
@@ -262,6 +272,85 @@ def test_what_is_damaged_or_could_be_somebody_elses_is_built_anew(small: Path) -
         loaded = native.library()
         assert loaded is not None and [*small.iterdir()] == [built]
         assert built.stat().st_mtime > 1 and len(built.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_where_programs_may_not_be_run_from_the_cache_it_is_run_from_another_place(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    load = ctypes.CDLL
+
+    def forbidden(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith(str(small)):
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(ctypes, "CDLL", forbidden)
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    assert native.library() is not None and not recwarn.list
+    (built,) = other.glob("zipper-*/step-*.so")
+    written = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None and built.stat().st_mtime_ns == written
+    monkeypatch.setattr(tempfile, "tempdir", str(native.SOURCE))
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match=r"it was built, and cannot be loaded: .*\(noexec\)"):
+        assert native.library() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("environment", "loads"),
+    [
+        ({"CXX": ""}, True),
+        ({"CXXFLAGS": "-DNAMED='a b'"}, True),
+        ({"CXXFLAGS": "-DNAMED='a"}, False),
+        ({"CXX": "'c++"}, False),
+        ({"CXXFLAGS": "-c"}, False),
+    ],
+    ids=str,
+)
+def test_whatever_the_compilers_environment_is_decoding_goes_on(
+    small: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], loads: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if loads:
+        assert native.library() is not None
+        return
+    with pytest.warns(UserWarning, match="decoding goes by torch"):
+        assert native.library() is None
+
+
+HIDDEN = """
+import os, resource, torch
+from zipper.fast import native
+from zipper.fast.weights import Form, Matrix
+matrix, most = Matrix([torch.nn.Linear(4096, 64)], Form(False, True)), 40_000
+x = torch.zeros(most, 4096)
+matrix(x[:1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+for _ in range(2):
+    try:
+        matrix(x)
+    except MemoryError as error:
+        print(error)
+print(matrix(x[:1]).shape)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_without_memory_a_step_is_an_error_and_the_process_lives(tmp_path: Path) -> None:
+    hidden = {"XDG_CACHE_HOME": str(tmp_path), "CXXFLAGS": "-fvisibility=hidden -O1"}
+    asked = [sys.executable, "-W", "error", "-c", HIDDEN]
+    done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | hidden)
+    assert not done.returncode, done.stderr
+    said = "There is no memory left for a step of decoding.\n"
+    assert done.stdout == f"{said}{said}torch.Size([1, 64])\n"
 
 
 @needs_compiler

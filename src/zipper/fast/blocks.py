@@ -354,7 +354,10 @@ def _reads(link: Link) -> list[Held]:
             runs[-1].append(Held(part.weight.detach(), part.bias.detach()))
         elif part is not None:
             runs.append([])
-    runs[-1].append(Held(torch.cat([link.key.weight, link.value.weight]).detach(), None))
+    last = torch.cat([link.key.weight, link.value.weight]).detach()
+    runs[-1].append(Held(last, None))
+    if not runs[0]:  # nothing stands before a ReLU
+        runs[0].append(Held(torch.eye(last.shape[1], dtype=last.dtype, device=last.device), None))
     return [reduce(_joined, run) for run in runs]
 
 

@@ -310,10 +310,15 @@ def sha256(path: Path) -> str:
 
 
 def cached(name: str) -> Path | None:
-    """A file of the user's cache, if it is there and nobody but the user and root could have
-    written it: code is among what lies there, and what is said to be proved."""
+    """A file of the user's cache, if it is there; see `every_cached`."""
+    return next(every_cached(name), None)
+
+
+def every_cached(name: str) -> Iterator[Path]:
+    """The files of a name in the user's caches that nobody but the user and root could have
+    written: code is among what lies there, and what is said to be proved."""
     there = (place / name for place in _places() if _own(place))
-    return next((path for path in there if path.is_file() and _own(path)), None)
+    return (path for path in there if path.is_file() and _own(path))
 
 
 def cache_folder() -> Path:
@@ -322,6 +327,13 @@ def cache_folder() -> Path:
     It is zipper in XDG_CACHE_HOME or ~/.cache; where that cannot be written, one among the system's
     temporary files. Raises OSError where there is neither.
     """
+    for place in cache_folders():
+        return place
+    raise OSError(errno.EACCES, "no folder for a cache can be written (XDG_CACHE_HOME names one)")
+
+
+def cache_folders() -> Iterator[Path]:
+    """All that `cache_folder` may be, the first it is."""
     for place in _places():
         with suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -330,8 +342,7 @@ def cache_folder() -> Path:
                 if made.st_uid == os.geteuid() and stat.S_ISDIR(made.st_mode):
                     place.chmod(0o700)  # made under a umask that lets a group write
             if _own(place) and os.access(place, os.W_OK | os.X_OK):
-                return place
-    raise OSError(errno.EACCES, "no folder for a cache can be written (XDG_CACHE_HOME names one)")
+                yield place
 
 
 def _places() -> Iterator[Path]:

@@ -264,17 +264,14 @@ def library() -> Any:
     ZIPPER_NATIVE=0."""
     if os.environ.get("ZIPPER_NATIVE") == "0":
         return None
-    compiler = [
-        *shlex.split(os.environ.get("CXX", "c++")),
-        *FLAGS,
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
-    ]
+    asked = os.environ.get("CXX") or "c++", os.environ.get("CXXFLAGS", "")
     try:
-        return _load(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
+        compiler, flags = map(shlex.split, asked)
+        return _load([*compiler, *FLAGS, *flags])
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            "The compiled step could not be built, decoding goes by torch and takes about twice as "
+            "The compiled step could not be had, decoding goes by torch and takes about twice as "
             f"long: {said.strip()[-500:]} Install a C++ compiler with OpenMP (CXX names another "
             "than c++), or set ZIPPER_NATIVE=0 to do without.",
             stacklevel=2,
@@ -294,31 +291,57 @@ def _load(compiler: Sequence[str]) -> Any:
     name = hashlib.sha256(
         "\0".join([*compiler, machine, SOURCE.read_text(encoding="utf-8")]).encode()
     ).hexdigest()[:16]
-    built = files.cached(f"step-{name}.so")
-    if built is not None:
-        with contextlib.suppress(OSError):  # damaged: it is built anew
+    for built in files.every_cached(f"step-{name}.so"):
+        with contextlib.suppress(OSError):
+            if _whole(built):
+                return _declared(ctypes.CDLL(str(built)))
+    refused = list[str]()
+    for home in files.cache_folders():
+        built = _build(compiler, home / f"step-{name}.so")
+        try:
             return _declared(ctypes.CDLL(str(built)))
-    home = files.cache_folder()
-    with tempfile.TemporaryDirectory(dir=home) as folder:  # others may build it at the same time
-        part = Path(folder) / f"step-{name}.so"
+        except OSError as error:
+            refused.append(str(error))
+    files.cache_folder()  # raises where there is none
+    raise OSError(
+        f"it was built, and cannot be loaded: {'; '.join(refused)}. Where programs may not be run "
+        "from the cache (noexec), XDG_CACHE_HOME names another place."
+    )
+
+
+def _build(compiler: Sequence[str], place: Path) -> Path:
+    """Compiles the step to a file that ends in its own hash."""
+    # Others may build it at the same time.
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        part = Path(folder) / place.name
         subprocess.run(
             [*compiler, str(SOURCE), "-o", str(part)], capture_output=True, text=True, check=True
         )
+        with part.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest)
         part.chmod(0o700)
         files.flush(part)
-        built = part.replace(home / part.name)
-    return _declared(ctypes.CDLL(str(built)))
+        return part.replace(place)
+
+
+def _whole(built: Path) -> bool:
+    """Whether a file is what was built: of a damaged one the system loads a part and dies."""
+    content = built.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _declared(loaded: Any) -> Any:
     """With what its functions take and give."""
-    loaded.zipper_step.argtypes, loaded.zipper_step.restype = [POINTER(Call)], None
-    loaded.zipper_read.argtypes, loaded.zipper_read.restype = (
-        [POINTER(Unread), c_int32, c_int32],
-        None,
-    )
-    loaded.zipper_product.argtypes, loaded.zipper_product.restype = (
-        [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p],
-        None,
-    )
+    loaded.zipper_step.argtypes = [POINTER(Call)]
+    loaded.zipper_read.argtypes = [POINTER(Unread), c_int32, c_int32]
+    loaded.zipper_product.argtypes = [POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p]
+    for function in (loaded.zipper_step, loaded.zipper_read, loaded.zipper_product):
+        function.restype, function.errcheck = c_int32, _check_memory
     return loaded
+
+
+def _check_memory(lacking: int, *_: Any) -> None:
+    if lacking:
+        raise MemoryError("There is no memory left for a step of decoding.")

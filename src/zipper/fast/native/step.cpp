@@ -14,12 +14,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -360,9 +363,12 @@ struct Buffer {  // memory that is only ever written anew, from the start of a l
   ~Buffer() { free(data); }
   float* grow(size_t wanted) {
     if (wanted > size) {
+      const size_t larger = wanted + wanted / 2;
       free(data);
-      size = wanted + wanted / 2;
-      data = (float*)aligned_alloc(LINE, (size * sizeof(float) / LINE + 1) * LINE);
+      size = 0;
+      data = (float*)aligned_alloc(LINE, (larger * sizeof(float) / LINE + 1) * LINE);
+      if (!data) throw std::bad_alloc();  // out of a parallel region it ends the process, and says so
+      size = larger;
     }
     return data;
   }
@@ -796,7 +802,9 @@ std::vector<Piece> pieces_of(const Call& c) {
 
 }  // namespace
 
-extern "C" void zipper_step(const Call* call) {
+// What Python calls gives 1 where there is no memory for what the threads share.
+
+EXPORT int32_t zipper_step(const Call* call) try {
   const Call& c = *call;
   static thread_local Shared all;  // memory that is asked for anew at every step costs more than the step's small parts
   size_t mixed = 0, attended = 0, inner = 0, added = c.width, laid = c.n_spoken ? laid_size(c.head, 1) : 0;
@@ -843,9 +851,12 @@ extern "C" void zipper_step(const Call* call) {
       multiply(me, c.head, laid, c.n_spoken, [&](int t, int j, float y) { c.logits[(int64_t)t * c.head.out + j] = y; });
     }
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
-extern "C" void zipper_read(const Unread* unread, int32_t n, int32_t threads) {
+EXPORT int32_t zipper_read(const Unread* unread, int32_t n, int32_t threads) try {
   static thread_local Shared all;
   for (int i = 0; i < n; i++) {
     const Link& l = *unread[i].link;
@@ -862,10 +873,13 @@ extern "C" void zipper_read(const Unread* unread, int32_t n, int32_t threads) {
     Member me{team, omp_get_thread_num(), omp_get_num_threads(), own};
     for (int i = 0; i < n; i++) (unread[i].link->half ? run_unread<uint16_t> : run_unread<float>)(unread[i], shared, me);
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 // y = m x, of tokens, the bias included. x: tokens, in. y: tokens, out.
-extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tokens, int32_t threads, float* y) {
+EXPORT int32_t zipper_product(const Matrix* matrix, const float* x, int32_t tokens, int32_t threads, float* y) try {
   const Matrix& m = *matrix;
   static thread_local Shared all;
   all.laid.grow(laid_size(m, tokens));
@@ -878,4 +892,7 @@ extern "C" void zipper_product(const Matrix* matrix, const float* x, int32_t tok
     auto laid = lay_out(me, shared, m, tokens, [&](int t, float*) { return x + (int64_t)t * m.in; });
     multiply(me, m, laid, tokens, [&](int t, int j, float number) { y[(int64_t)t * m.out + j] = number; });
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
