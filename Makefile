@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # A machine with a GPU has its own torch; nothing is installed for it.
 GPU_PYTHON = $(shell $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null && echo $(PYTHON) || ls $(BIN)/python 2>/dev/null || echo $(PYTHON))
 
-.PHONY: help setup demo check format slow kill-test matrix upgrade docs report real people pairwise reuse record gpu clean
+.PHONY: help setup demo check format slow kill-test matrix upgrade docs report real people pairwise reuse choices record gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -62,7 +62,7 @@ report: setup  ## docs/results.md, and beside it results.html with figures, from
 real: setup  ## zips of real data in DATA beside what they are compared with; hours (SHARE=0.2, SETS="motion digits"), then docs/modalities.md
 	$(BIN)/python tools/modalities.py $(SETS) --data $(DATA) $(if $(SHARE),--share $(SHARE))
 
-people pairwise reuse: setup  ## studies on people's words and digits, DATA of the originals (people: ENCODER too); an hour each
+people pairwise reuse choices: setup  ## studies on people's words and digits, DATA of the originals (people: ENCODER too); an hour each
 	$(BIN)/python tools/studies.py $@ --data $(DATA) $(if $(ENCODER),--encoder $(ENCODER)) $(if $(SHARE),--share $(SHARE))
 
 record: setup  ## what `zipper bench` compares a machine with, cut from benchmarks/results

@@ -1,5 +1,6 @@
 """The studies on people's words, each beside one expanded decoder (`make people`, `make pairwise`),
-and what a tower that is there is worth (`make reuse`); see zipper_lab.people, .pairwise and .reuse.
+what a tower that is there is worth (`make reuse`), and whether a model answers in the modality that
+was asked for (`make choices`); see zipper_lab.people, .pairwise, .reuse and .choices.
 
 Writes benchmarks/results/STUDY_2cpu_YYYYMM.json and .md; what is trained already stays.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zipper.saving.files import write_json
-from zipper_lab import pairwise, people, reuse
+from zipper_lab import choices, pairwise, people, reuse
 
 ROOT = Path(__file__).parents[1]
 EXPANDED = '"expanded": one decoder with every id in its vocabulary and as many parameters'
@@ -20,7 +21,8 @@ HEADS = {
 
 Eighteen words, said by people that no part of the training heard: digits by two speakers of
 free-spoken-digit-dataset (CC BY-SA 4.0), eight words by seven of DSPSpeech-20 (MIT). All models
-first learn from a synthesiser alone. "zip": links and speech tower learn; "links": the links alone;
+first have pairs of a synthesiser alone; their codebook and speech towers have heard the people of
+the training too, unpaired. "zip": links and speech tower learn; "links": the links alone;
 "lora": links and an adapter of the speech tower; {EXPANDED}. Mean
 over seeds (least to most); numbers of one run have a 95 % interval. What is said is drawn at
 temperature 0.7 and heard by logistic regression on units. The best of a run is taken by the loss on
@@ -45,6 +47,15 @@ not fit the new tower are born again. The share of digits that are right on new 
 people, by classifiers of real ones; one seed. What is made of a text is greedy, one answer for each
 digit, so that its shares come in tenths.
 """,
+    "choices": """# Who answers?
+
+A request names a digit and how it is wanted: written, said or drawn. It is read, or heard from a
+synthesiser; the model chooses which of three towers answers (text; people's voices,
+free-spoken-digit-dataset, CC BY-SA 4.0; pictures of scikit-learn, BSD) and when it is over. 300
+requests: of each digit and way a wording that no training had, in voices that no training heard.
+Digits are judged by classifiers of real ones, what is made is drawn at temperature 0.7. Mean over
+seeds (least to most); numbers of one run have a 95 % interval.
+""",
 }
 
 
@@ -66,7 +77,7 @@ def main() -> None:
         told = people.run(given.data, given.encoder, output, given.share)
         page = people.markdown(told)
     else:
-        study: Any = {"pairwise": pairwise, "reuse": reuse}[given.study]
+        study: Any = {"pairwise": pairwise, "reuse": reuse, "choices": choices}[given.study]
         told = study.run(given.data, output, given.share)
         page = study.markdown(told)
     asked = ["git", "rev-parse", "--short", "HEAD"]

@@ -22,7 +22,6 @@ from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.saving.files import read_json, write_json
 from zipper.training import TrainConfig
-from zipper.training.building import build
 from zipper_lab import real, real_judges
 from zipper_lab.people import few
 
@@ -128,7 +127,7 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
     for seed in SEEDS:
         plans = recipes(folder, output, seed, share)
         for name, plan in plans.items():
-            real.trained(plan, _build(name, plans))
+            real.trained(plan, real.maker(name, plans))
         for arm, triples in product(ARMS, (None, *TRIPLES)):
             if arm == DEEP and triples is not None:
                 continue
@@ -137,7 +136,7 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
                 after = met(after, folder, output, triples, share)
             if (name := Path(after.output).name) in told:
                 continue
-            pipeline = Pipeline.from_pretrained(real.trained(after, _build(arm, plans)))
+            pipeline = Pipeline.from_pretrained(real.trained(after, real.maker(arm, plans)))
             if triples is None and arm != EXPANDED:
                 closed(pipeline.zip)
             tasks = AT_ONCE if triples is not None else AT_ONCE + WRITTEN + SILENT
@@ -145,10 +144,6 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
             write_json(place, told)
             print(f"-- {name}: {told[name]}", flush=True)
     return told
-
-
-def _build(name: str, plans: Mapping[str, TrainConfig]) -> Any:
-    return real.expansion(plans[ZIP]) if name == EXPANDED else build
 
 
 def markdown(told: Mapping[str, Any]) -> str:

@@ -31,7 +31,6 @@ from zipper.sampling import Sampling
 from zipper.saving.files import read_json, write_json
 from zipper.strand import Segment
 from zipper.training import TrainConfig, train
-from zipper.training.building import build
 from zipper_lab import real
 from zipper_lab.corpora import prose, words
 from zipper_lab.demo import SPEECH_TOWER, TEXT_TOWER
@@ -277,7 +276,7 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
     prepare(data, encoder, folder)
     plans = recipes(folder, output, share)
     for name, config in plans.items():
-        real.trained(config, _build(name, plans))
+        real.trained(config, real.maker(name, plans))
     place = output / "measured.json"
     told: dict[str, Any] = read_json(place) if place.is_file() else {}
     every = manifests.manifest(folder / "train.jsonl")
@@ -293,18 +292,13 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
         name = Path(config.output).name
         if name in told:
             continue
-        made = train(config, resume=True, build=_build(base, plans))
+        made = train(config, resume=True, build=real.maker(base, plans))
         told[name] = tested(made, rows, ear)
         if (arm, pairs, seed) == (ZIP, 0, 0):
-            told["shifted"] = shifted(made, data, rows[:: max(1, len(rows) // SHIFTED)])
+            told["shifted"] = shifted(made, data, real.spread(rows, SHIFTED))
         write_json(place, told)
         print(f"-- {name}: {told[name]['asr']}", flush=True)
     return told
-
-
-def _build(name: str, plans: Mapping[str, TrainConfig]) -> Any:
-    """What makes the model of a recipe."""
-    return real.expansion(plans[ZIP]) if name == EXPANDED else build
 
 
 def markdown(told: Mapping[str, Any]) -> str:

@@ -303,6 +303,11 @@ def expansion(zipped: TrainConfig) -> Extend:
     return Extend(TEXT, others, sum(p.numel() for p in model.parameters()))
 
 
+def maker(arm: str, recipes: Mapping[str, TrainConfig]) -> Build:
+    """What makes the model of an arm: beside its zip the expanded decoder, else a zip or tower."""
+    return expansion(recipes[ZIP]) if arm == EXPANDED else build
+
+
 def trained(config: TrainConfig, build: Build = build) -> Path:
     """The model of a run: of one at its end as it lies there, else after training, which goes on
     where it was killed. A model alone says nothing: the best so far is saved all along."""
@@ -419,7 +424,7 @@ def run(
     place = output / "measured.json"
     told: dict[str, dict[str, Any]] = read_json(place) if place.is_file() else {}
     for part, config in recipes.items():
-        model = trained(config, expansion(zipped) if part == EXPANDED else build)
+        model = trained(config, maker(part, recipes))
         if part not in which:
             continue
         pipeline = Pipeline.from_pretrained(model)

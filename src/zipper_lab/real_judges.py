@@ -23,7 +23,6 @@ from jaxtyping import Float
 from zipper.audio.sound import Audio, Mel, read
 from zipper.data import manifests
 from zipper.environment import extra
-from zipper.errors import ZipperError
 from zipper.measurement import Labelling
 from zipper.modality import Scores
 from zipper.modality.signal import Series
@@ -43,23 +42,6 @@ class Judge(Protocol):
 
     def judge(self, wanted: Sequence[Row], made: Sequence[Any]) -> Found:
         """By name of the metric, a number for each sample; 1 is best."""
-
-
-def bounds(
-    judge: Judge, rows: Sequence[Row], real: Sequence[Any], seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """What a judge gives on average to the real answers ("oracle") and to the real answer of
-    another row, drawn by `seed` ("floor"). Raises ZipperError for fewer than two rows."""
-    if len(rows) < 2:
-        raise ZipperError(f"{len(rows)} rows were given; bounds need at least two.")
-    places = [*range(len(rows))]
-    random.Random(seed).shuffle(places)
-    other: list[Any] = [None] * len(rows)
-    for place, following in zip(places, places[1:] + places[:1], strict=True):
-        other[place] = real[following]
-    return {
-        name: means(judge.judge(rows, some)) for name, some in (("oracle", real), ("floor", other))
-    }
 
 
 @final
@@ -85,15 +67,6 @@ class Scored:
     def labels(self, made: Sequence[Any], rows: Sequence[Row]) -> list[tuple[str, str]]:
         """See `zipper.measurement.Labelling`; none where the judge takes nothing for anything."""
         return [*self.by.labels(made, rows)] if isinstance(self.by, Labelling) else []
-
-
-def means(found: Found) -> dict[str, float]:
-    """The mean of each metric over the samples that have a number; NaN where none has."""
-    means = dict[str, float]()
-    for name, values in found.items():
-        told = [value for value in values if not np.isnan(value)]
-        means[name] = float(np.mean(told)) if told else float("nan")
-    return means
 
 
 # --- words
@@ -515,12 +488,6 @@ class Missions:
             "true": [float(self._simulator.fulfils(row, said)) for row, said in pairs],
             "exact": [float(row["text"] == said) for row, said in pairs],
         }
-
-
-def chance(row: Row, seed: int = 0) -> str:
-    """As many random actions as the bot took: the floor of a simulator."""
-    drawn = random.Random(f"{seed} {row['id']}")
-    return " ".join(drawn.choices(babyai.ACTIONS[:5], k=len(str(row["actions"]).split())))
 
 
 def _instruction(mission: str) -> Any:

@@ -11,7 +11,7 @@ import math
 import random
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +55,38 @@ def zipped(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 # --- originals
+
+
+def bounds(
+    judge: real_judges.Judge, rows: Sequence[Mapping[str, Any]], real: Sequence[Any], seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """What a judge gives on average to the real answers ("oracle") and to the real answer of
+    another row, drawn by `seed` ("floor"). Raises ZipperError for fewer than two rows."""
+    if len(rows) < 2:
+        raise ZipperError(f"{len(rows)} rows were given; bounds need at least two.")
+    places = [*range(len(rows))]
+    random.Random(seed).shuffle(places)
+    other: list[Any] = [None] * len(rows)
+    for place, following in zip(places, places[1:] + places[:1], strict=True):
+        other[place] = real[following]
+    return {
+        name: means(judge.judge(rows, some)) for name, some in (("oracle", real), ("floor", other))
+    }
+
+
+def means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each metric over the samples that have a number; NaN where none has."""
+    means = dict[str, float]()
+    for name, values in found.items():
+        told = [value for value in values if not np.isnan(value)]
+        means[name] = float(np.mean(told)) if told else float("nan")
+    return means
+
+
+def chance(row: Mapping[str, Any], seed: int = 0) -> str:
+    """As many random actions as the bot took: the floor of a simulator."""
+    drawn = random.Random(f"{seed} {row['id']}")
+    return " ".join(drawn.choices(babyai.ACTIONS[:5], k=len(str(row["actions"]).split())))
 
 
 def test_an_archive_reads_like_the_folder_it_was_made_of(tmp_path: Path) -> None:
@@ -198,10 +230,10 @@ def test_the_judge_of_pictures_beats_its_floor(pictures: Path) -> None:
     pytest.importorskip("sklearn")
     judge = real_judges.Pictures.trained(pictures)
     rows = manifest(pictures / "test.jsonl")
-    found = real_judges.bounds(judge, rows, real_judges.pictures(pictures, rows))
+    found = bounds(judge, rows, real_judges.pictures(pictures, rows))
     assert found["oracle"]["category"] > 0.95 > found["floor"]["category"] + 0.2
     assert found["oracle"]["name"] > found["floor"]["name"] + 0.1
-    texts = real_judges.bounds(real_judges.Names(), rows, [row["text"] for row in rows])
+    texts = bounds(real_judges.Names(), rows, [row["text"] for row in rows])
     assert texts["oracle"] == {"exact": 1.0, "words": 1.0, "category": 1.0}
     assert texts["floor"]["exact"] < 0.5
 
@@ -303,7 +335,7 @@ def test_the_judge_of_motion_beats_its_floor_on_people_it_never_felt(motions: Pa
     pytest.importorskip("sklearn")
     judge = real_judges.Motion.trained(motions)
     rows = manifest(motions / "test.jsonl")
-    found = real_judges.bounds(judge, rows, [row["motion"]["values"] for row in rows])
+    found = bounds(judge, rows, [row["motion"]["values"] for row in rows])
     for metric, oracle in found["oracle"].items():
         assert oracle > 0.8 > found["floor"][metric]
     nothing = judge.judge(rows[:2], [np.zeros((0, 6)), np.zeros((10, 6))])
@@ -394,13 +426,13 @@ def test_the_bot_fulfils_its_missions_and_chance_does_not() -> None:
     ]
     assert len(rows) == 18
     judge = real_judges.Simulator()
-    found = real_judges.bounds(judge, rows, [row["actions"] for row in rows])
+    found = bounds(judge, rows, [row["actions"] for row in rows])
     assert found["oracle"] == {"success": 1.0, "short": 1.0}
     assert found["floor"]["success"] < 0.5
-    drawn = judge.judge(rows, [real_judges.chance(row) for row in rows])
-    assert real_judges.means(drawn)["success"] < 0.5
+    drawn = judge.judge(rows, [chance(row) for row in rows])
+    assert means(drawn)["success"] < 0.5
     assert judge.judge(rows[:1], ["sing"]) == {"success": [0.0], "short": [0.0]}
-    told = real_judges.bounds(real_judges.Missions(), rows, [row["text"] for row in rows])
+    told = bounds(real_judges.Missions(), rows, [row["text"] for row in rows])
     assert told["oracle"] == {"true": 1.0, "exact": 1.0}
     assert told["floor"]["true"] < 0.5
     assert real_judges.Missions().judge(rows[:1], ["sing a song"])["true"] == [0.0]
@@ -450,7 +482,7 @@ def test_molecules_of_one_scaffold_are_in_one_part(tmp_path: Path) -> None:
     assert any(row["molecule"] == "C/C=C\\CC" for row in told)
     alone = {molecules.canonical(r["molecule"]) for r in manifest(tmp_path / "out/unpaired.jsonl")}
     assert alone == {row["molecule"] for row in parts["train"]}
-    found = real_judges.bounds(real_judges.Chemistry(), told, [row["molecule"] for row in told])
+    found = bounds(real_judges.Chemistry(), told, [row["molecule"] for row in told])
     assert found["oracle"] == {"valid": 1.0, "exact": 1.0, "alike": 1.0}
     assert found["floor"]["valid"] == 1.0 > found["floor"]["alike"] + 0.3
     made = real_judges.Chemistry().judge(told[:2], ["C1CC", ""])
@@ -604,15 +636,15 @@ def test_a_fasta_of_another_form_is_one_sentence(
 def test_the_judge_of_proteins_finds_kin_and_knows_a_copy(families: Path) -> None:
     judge = real_judges.Proteins.trained(families)
     known, test = manifest(families / "known.jsonl"), manifest(families / "test.jsonl")
-    found = real_judges.bounds(judge, known, [row["protein"] for row in known])
+    found = bounds(judge, known, [row["protein"] for row in known])
     assert found["oracle"]["name"] > 0.9 > found["floor"]["name"] + 0.3
     assert 0.2 < found["oracle"]["new"] < 0.8
     true = [row["protein"] for row in test]
-    held = real_judges.means(judge.judge(test, true))
+    held = means(judge.judge(test, true))
     assert held["new"] > 0.8 and held["name"] < 0.6  # one of its two words: no kin were seen
     assert held["real"] > 0.9
     made = judge.judge(test, [real_judges.shuffled(one) for one in true])
-    assert real_judges.means(made)["real"] < 0.2
+    assert means(made)["real"] < 0.2
     assert judge.judge(test[:1], [true[0][:9] * 12])["real"] == [0.0]  # in circles
     trained = manifest(families / "train.jsonl")[:2]
     copied = judge.judge(trained, [row["protein"] for row in trained])
@@ -673,7 +705,7 @@ def test_the_judges_of_digits_beat_their_floors(spoken: Path) -> None:
         real_judges.sounds(spoken, rows),
         [row["text"] for row in rows],
     ):
-        found = real_judges.bounds(judge, rows, made)
+        found = bounds(judge, rows, made)
         assert found["oracle"]["digit"] > 0.9 > found["floor"]["digit"] + 0.5
     assert judge.digit("two three") == judge.digit("") == -1
 
@@ -683,8 +715,8 @@ def test_the_judges_of_digits_beat_their_floors(spoken: Path) -> None:
 
 def test_bounds_need_two_rows_and_a_number_that_is_none_counts_for_nothing() -> None:
     with pytest.raises(ZipperError, match="at least two"):
-        real_judges.bounds(real_judges.Words(), [{"text": "a"}], ["a"])
-    assert real_judges.means({"one": [1.0, float("nan")]}) == {"one": 1.0}
+        bounds(real_judges.Words(), [{"text": "a"}], ["a"])
+    assert means({"one": [1.0, float("nan")]}) == {"one": 1.0}
 
     class Half:
         """Knows only the first sample."""
