@@ -26,6 +26,7 @@ from zipper.data import manifests
 from zipper.link import LinkConfig
 from zipper.modality.encoder import EncoderUnits
 from zipper.modality.text import Text
+from zipper.saving.files import write_json
 from zipper.training import TrainConfig, train
 from zipper_lab import demo
 from zipper_lab.corpora import english
@@ -204,14 +205,15 @@ def stage(name: str, folder: Path, output: Path, seconds: float) -> None:
         each = pace(config)
         left = seconds * STAGES[name][0] - (time.monotonic() - began)
         steps = max(LEAST, int(0.94 * left / each))
-        kept.write_text(json.dumps({"steps": steps, "seconds_a_step": each, "rows": []}))
+        write_json(kept, {"steps": steps, "seconds_a_step": each, "rows": []})
     plan = json.loads(kept.read_text())
     steps, every = plan["steps"], max(1, plan["steps"] // 8)
 
     def told(row: dict[str, Any]) -> None:
         short = {k: v for k, v in row.items() if not k.startswith(("grad/", "gate/", "branch/"))}
-        plan["rows"].append(short)
-        kept.write_text(json.dumps(plan | {"seconds": round(time.monotonic() - began, 1)}))
+        # A run that goes on tells again what its checkpoint had not seen.
+        plan["rows"] = [one for one in plan["rows"] if one["step"] < row["step"]] + [short]
+        write_json(kept, plan | {"seconds": round(time.monotonic() - began, 1)})
 
     log_every = max(1, steps // 40)
     config = replace(config, steps=steps, eval_every=every, save_every=every, log_every=log_every)

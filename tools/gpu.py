@@ -575,9 +575,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = min(given.limit or size.limit_s, 540.0)
     only = [name for name in given.only.split(",") if name]
     wanted = [part for part in planned(size) if not only or part[0] in only or part[2].name in only]
-    if not wanted:
+    if unknown := {*only} - {name for part in wanted for name in (part[0], part[2].name)}:
         parser.error(
-            f"there is no section in {given.only!r}; there are "
+            f"there is no section {sorted(unknown)[0]!r}; there are "
             f"{', '.join(section.name for section in SECTIONS)}"
         )
     command = [

@@ -26,7 +26,7 @@ the training too, unpaired. "zip": links and speech tower learn; "links": the li
 "lora": links and an adapter of the speech tower; {EXPANDED}. Mean
 over seeds (least to most); numbers of one run have a 95 % interval. What is said is drawn at
 temperature 0.7 and heard by logistic regression on units. The best of a run is taken by the loss on
-other takes of the training's people, for all arms alike.
+other takes of the training's people, for all arms alike. Intervals are over clips, not people.
 """,
     "pairwise": f"""# More than two from pairs alone?
 
