@@ -7,6 +7,8 @@ BIN := .venv/bin
 # Two busy processes whose OpenMP threads spin are seven times slower than two that sleep (docs/log.md).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 3000
+# What is imported is compiled once, not by every process that a test starts (a quarter of its start), and nothing else is.
+export PYTHONDONTWRITEBYTECODE :=
 # Nothing here needs the hub; without this a missing file is retried for half a minute.
 export HF_HUB_OFFLINE := 1
 
@@ -23,8 +25,6 @@ setup: .venv/installed  ## .venv with everything; runs again only when pyproject
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e ".[dev,speech,image,train,lora,data,serve]" -c constraints.txt
-	@# pip compiles in one process. Files of others that are no Python of this version are theirs.
-	$(BIN)/python -m compileall -qq -j $(WORKERS) .venv/lib || true
 	touch $@
 
 demo: setup  ## align a new zip on the built-in corpus and report to runs/demo
