@@ -301,6 +301,26 @@ def test_where_programs_may_not_be_run_from_the_cache_it_is_run_from_another_pla
 
 
 @needs_compiler
+def test_what_was_built_wants_no_compiler_and_another_cpu_has_its_own(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor: 0\nflags : fpu avx2\nprocessor: 1\nflags : fpu avx2\n")
+    monkeypatch.setattr(native, "CPU", told)
+    assert native.library() is not None
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        native.library.cache_clear()
+        assert native.library() is not None and not recwarn.list
+    told.write_text("processor: 0\nflags : fpu avx2 avx512f\n")
+    native.library.cache_clear()
+    assert native.library() is not None and len([*small.iterdir()]) == 2
+    monkeypatch.setattr(native, "CPU", tmp_path / "nowhere")  # the compiler knows
+    native.library.cache_clear()
+    assert native.library() is not None and len([*small.iterdir()]) == 3
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("environment", "loads"),
     [

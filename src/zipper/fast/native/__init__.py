@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import mmap
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PANEL = 32
 #: Bytes of memory that weights are laid out in at once, of a large page, of a line of the cache.
 CHUNK, LARGE, LINE = 64 << 20, 2 << 20, 64
+CPU = Path("/proc/cpuinfo")
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = (
     "-std=gnu++17 -O3 -march=native -fopenmp -fno-math-errno -ffp-contract=off -shared -fPIC -w"
@@ -281,16 +283,9 @@ def library() -> Any:
 
 def _load(compiler: Sequence[str]) -> Any:
     """From the cache, under a name made of all that decides what is compiled: source, compiler,
-    flags and what this CPU can do."""
-    machine = subprocess.run(
-        [*compiler, "-dM", "-E", "-x", "c++", os.devnull],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    name = hashlib.sha256(
-        "\0".join([*compiler, machine, SOURCE.read_text(encoding="utf-8")]).encode()
-    ).hexdigest()[:16]
+    flags and what this CPU can do. What lies there wants no compiler."""
+    decides = [*compiler, _machine(compiler), SOURCE.read_text(encoding="utf-8")]
+    name = hashlib.sha256("\0".join(decides).encode()).hexdigest()[:16]
     for built in files.every_cached(f"step-{name}.so"):
         with contextlib.suppress(OSError):
             if _whole(built):
@@ -307,6 +302,16 @@ def _load(compiler: Sequence[str]) -> Any:
         f"it was built, and cannot be loaded: {'; '.join(refused)}. Where programs may not be run "
         "from the cache (noexec), XDG_CACHE_HOME names another place."
     )
+
+
+def _machine(compiler: Sequence[str]) -> str:
+    """What this CPU can do: as Linux tells it, elsewhere as the compiler does."""
+    with contextlib.suppress(OSError):
+        told = re.findall(r"(?m)^(?:flags|Features|CPU part)\s*:.*$", CPU.read_text())
+        if told:
+            return "\n".join(sorted({*told}))
+    asked = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
 
 def _build(compiler: Sequence[str], place: Path) -> Path:
