@@ -21,6 +21,7 @@ from zipper.data import layouts, manifests
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
+from zipper.saving import files
 from zipper.strand import Produced, Segment
 
 LIMITS = {"text": 8, "speech": 8}
@@ -335,3 +336,13 @@ def test_an_output_of_another_part_limit_codebook_or_tower_is_not_gone_on_with(
     other.zip.config = replace(other.zip.config, towers=other.zip.config.towers | {"text": text})
     with pytest.raises(ZipperError, match="another model"):
         run_batch(other, rows, task, out, part=(1, 2), limits=LIMITS)
+
+
+def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
+    with (
+        files.held_file(tmp_path / "out.jsonl"),
+        pytest.raises(ZipperError, match="is in use: another process writes it"),
+        files.held_file(tmp_path / "out.jsonl"),
+    ):
+        pass
+    assert not [*tmp_path.iterdir()]

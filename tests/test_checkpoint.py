@@ -757,18 +757,26 @@ def test_the_manifest_is_flushed_last_and_before_the_folder_takes_its_place(
     assert order[1:] == ["manifest.", temporary.name[:9], "place"]
 
 
-def test_saving_again_replaces_every_file_and_leaves_nothing_beside_it(
+def test_saving_again_replaces_its_own_files_and_leaves_those_of_others(
     world: World, saved: Path
 ) -> None:
     pipeline = Pipeline.from_pretrained(saved)
     with torch.no_grad():
         for p in pipeline.model.links.parameters():
             p += 1
-    (saved / "notes.txt").write_text("of the old one")
+    listed = checkpoint.read_json(saved / checkpoint.MANIFEST)["files"]
+    mine = ["notes.txt", ".git/HEAD"]
+    for name in mine:
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text("mine")
+    (saved / "link").symlink_to("notes.txt")
     pipeline.save_pretrained(saved)
+    assert checkpoint.read_json(saved / checkpoint.MANIFEST)["files"].keys() == listed.keys()
+    assert (saved / "link").is_symlink() and all(
+        (saved / name).read_text() == "mine" for name in mine
+    )
     again = Pipeline.from_pretrained(saved).model.state_dict()
     assert all(torch.equal(again[name], p) for name, p in pipeline.model.state_dict().items())
-    assert not (saved / "notes.txt").exists()
     assert [path.name for path in saved.parent.iterdir()] == ["copy"]
 
 
@@ -777,12 +785,18 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
-    for name in ("thesis", "file"):
+    (tmp_path / "web app").mkdir()
+    (tmp_path / "web app" / "manifest.json").write_text('{"name": "my web app"}')
+    for name in ("thesis", "file", "web app"):
         with pytest.raises(
             ZipperError, match=rf"{name} exists and holds something else than a saved model"
         ):
             model.save_pretrained(tmp_path / name)
-    assert files(tmp_path) == {"thesis/chapter.tex": b"years of work", "file": b"a file"}
+    assert files(tmp_path) == {
+        "thesis/chapter.tex": b"years of work",
+        "file": b"a file",
+        "web app/manifest.json": b'{"name": "my web app"}',
+    }
     (tmp_path / "empty").mkdir()
     model.save_pretrained(tmp_path / "empty")
     checkpoint.check(tmp_path / "empty")

@@ -213,7 +213,11 @@ def test_wrong_usage_is_exit_code_2(zipper: Zipper, arguments: tuple[str, ...]) 
         (("units", "a.wav", "-o", "a.wav"), "would lose it"),
         (("units", "b.wav", "a.wav", "-o", "./a.wav"), "would lose it"),
         (("units", "rows.jsonl", "-o", "rows.jsonl"), "is a file, a folder"),
-        (("units", "a.wav", "-o", "u.jsonl", "--split", "train"), "--split is for a corpus"),
+        (("units", "a.wav", "-o", "u.jsonl", "--text", "."), "are for a corpus"),
+        (
+            ("units", "a.wav", "-o", "u.jsonl", "--split", "train"),
+            "--split, --text and --modality are for a corpus",
+        ),
         (("evaluate", "MODEL", "rows.jsonl", "-o", "rows.jsonl"), "would lose it"),
         (("evaluate", "MODEL", "rows.jsonl", "-o", "rows.html"), "end in .json"),
         (("evaluate", "MODEL", "rows.jsonl", "--robust"), "are for the built-in corpus"),
@@ -935,10 +939,11 @@ def test_home_is_understood_in_every_path(
     tiny.sound(tmp_path / "c" / "a.wav", seconds=0.2)
     shutil.copytree(world.folder, tmp_path / "world")
     (tmp_path / "m.jsonl").write_text('{"text": "call", "speech": "~/c/a.wav"}\n')
-    modalities = ("--units", "~/world/speech", "--text", "~/world/text", "--workers", "1")
+    codes = ("--units", "~/world/speech", "--workers", "1")
+    modalities = (*codes, "--text", "~/world/text")
     for arguments in (
         ("units", "sounds:~/c", "-o", "~/u1", *modalities),
-        ("units", "~/c", "~/c/a.wav", "-o", "~/u2.jsonl", *modalities),
+        ("units", "~/c", "~/c/a.wav", "-o", "~/u2.jsonl", *codes),
         ("units", "~/m.jsonl", "-o", "~/u3", *modalities),
         (
             "swap",
@@ -1275,3 +1280,41 @@ def test_run_knows_what_a_plan_makes_before_it_is_made(
     assert answer.code == 0
     answer = zipper(*asked, "text@2", "--guidance", "2")
     assert answer.code == 2 and "this plan names no other" in answer.err
+
+
+def test_what_a_plan_makes_does_not_lie_where_it_reads(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    tiny.sound(tmp_path / "out" / "1-speech.wav", seconds=0.5)
+    before = (tmp_path / "out" / "1-speech.wav").read_bytes()
+    asked = ("run", "--given", "speech=out/1-speech.wav", "--outputs", "text,speech", "-o", "out")
+    assert "would lose it" in refused(zipper(*asked, "--model", world.zip))
+    assert (tmp_path / "out" / "1-speech.wav").read_bytes() == before
+
+
+def test_units_write_over_their_own_list_and_no_other(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
+    tiny.sound(tmp_path / "a.wav", seconds=0.2)
+    asked = ("units", "a.wav", "-o", "rows.jsonl", "--units", world.folder / "speech")
+    mine = '{"id": "a", "text": "call anna", "speech": "a.wav"}\n'
+    (tmp_path / "rows.jsonl").write_text(mine)
+    assert "rows.jsonl is there, and is no list of units" in refused(zipper(*asked))
+    assert (tmp_path / "rows.jsonl").read_text() == mine
+    (tmp_path / "rows.jsonl").unlink()
+    for _ in range(2):
+        assert zipper(*asked).code == 0
+
+
+def test_a_tower_that_was_allowed_is_not_the_one_that_was_pinned(
+    zipper: Zipper, world: World, tmp_path: Path
+) -> None:
+    other = tiny.tower(tiny.text())
+    with torch.no_grad():
+        next(other.parameters()).add_(0.5)
+    other.save(tmp_path / "other")
+    asked = ("verify", world.zip, "--only", "frozen text", "--tower", "text=other")
+    answer = zipper(*asked, "--allow-mismatch")
+    assert answer.code == 1 and answer.out.startswith("BROKEN  frozen text is its base")
+    assert zipper(*asked[:4]).code == 0

@@ -483,8 +483,10 @@ def test_a_run_is_finished_at_its_last_step_and_where_it_stopped(
     config = world.config(tmp_path, steps=2)
     assert not finished(config)  # nothing is there
     shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
-    assert not finished(config) and finished(dataclasses.replace(config, steps=1))
-    told_otherwise(tmp_path, lambda said: said.update(stopped=True))
+    assert not finished(config)
+    told_otherwise(tmp_path, lambda said: said.update(step=2))
+    assert finished(config)
+    told_otherwise(tmp_path, lambda said: said.update(step=1, stopped=True))
     assert finished(config)
 
 
@@ -1262,7 +1264,7 @@ def test_a_run_that_could_not_be_saved_is_refused_before_its_first_step(
     steps: list[int] = []
     with pytest.raises(
         ZipperError,
-        match=r"tokenizer.json has more than \d+ bytes|holds something else than a saved model",
+        match=r"tokenizer.json has more than \d+ bytes|model is of no run, and would be lost",
     ):
         train(project.config(tmp_path / "run"), report=lambda row: steps.append(row["step"]))
     assert not steps and not (tmp_path / "run" / "checkpoints").exists()
@@ -1538,3 +1540,33 @@ def test_rows_of_just_the_least_and_just_the_most_ids_are_kept() -> None:
         part = whole.within(least, most)
         assert part.lengths.tolist() == wanted
         assert [whole.lengths[n] for n in part.numbers or ()] == wanted
+
+
+def test_a_run_writes_over_no_model_and_nothing_of_others(tmp_path: Path) -> None:
+    config = tiny.world(tmp_path / "world").config(tmp_path / "run", steps=1)
+    train(config)
+    model = tmp_path / "run" / "model"
+    before = sorted(path.name for path in model.iterdir())
+    with pytest.raises(ZipperError, match="is a saved model; a run wants a folder of its own"):
+        train(dataclasses.replace(config, output=str(model)))
+    assert sorted(path.name for path in model.iterdir()) == before
+    for name in ("metrics.jsonl", "model/thesis.txt"):
+        mine = tmp_path / name.partition(".")[0].replace("/", " ") / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        output = mine.parents[name.count("/")]
+        with pytest.raises(ZipperError, match="is of no run, and would be lost"):
+            train(dataclasses.replace(config, output=str(output)))
+        assert mine.read_text() == "mine" and not (output / "config.json").exists()
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(tmp_path: Path) -> None:
+    config = tiny.world(tmp_path / "world").config(tmp_path / "run", steps=3, eval_every=3)
+
+    def kill(row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(config, log_every=1), report=kill)
+    with pytest.warns(UserWarning, match="has no checkpoint yet: the run begins anew"):
+        train(config, resume=True)

@@ -26,7 +26,7 @@ from zipper.modality.pinned import content_hash
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.saving.files import as_json, read_json, saving, write_json
+from zipper.saving.files import as_json, held_file, read_json, saving, write_json
 from zipper.strand import Produced, Segment
 from zipper.tasks import Task, content, fields_of, lanes
 
@@ -80,6 +80,26 @@ def run_batch(
                 f"The task names {name!r}; this model has {sorted(pipeline.modalities)}."
             )
     sampling = sampling or Sampling()
+    data, output = data.expanduser(), output.expanduser()
+    with held_file(output):
+        return _run(pipeline, data, task, output, rows, part, sampling, limits, told, ids, least)
+
+
+def _run(
+    pipeline: Pipeline,
+    data: Path,
+    task: Task,
+    output: Path,
+    rows: int,
+    part: tuple[int, int],
+    sampling: Sampling,
+    limits: Limits | None,
+    told: Callable[[Counts], None] | None,
+    ids: bool,
+    least: float,
+) -> Counts:
+    """`run_batch` of an output that nobody else writes."""
+    first, parts = part
     own = {"ids": ids, "least": least}
     _same(pipeline, data, task, output, part, sampling, limits, own)
     there = _there(output)
@@ -275,7 +295,7 @@ def _same(
         "task": str(task),
         "part": list(part),
         "model": {name: towers[name].digest for name in sorted(towers)},
-        "zip": _added(pipeline.model),
+        "zip": _added(pipeline.held),
         "modalities": {name: one.fingerprint for name, one in pipeline.modalities.items()},
         "sampling": repr(sampling),
         "limits": dict(limits or {}),

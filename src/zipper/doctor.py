@@ -171,7 +171,11 @@ def _compiler() -> tuple[str, str, str]:
     """Whether the step that decoding takes on a CPU is compiled."""
     from zipper.fast import native
 
-    name = shlex.split(os.environ.get("CXX", "c++"))[0]
+    asked = os.environ.get("CXX") or "c++"
+    try:
+        name = shlex.split(asked)[0]
+    except ValueError as error:
+        return "broken", f"CXX is {asked!r}: {error}", "Mend it, or leave it out."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         library = native.library()

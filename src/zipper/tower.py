@@ -185,9 +185,10 @@ class Tower(nn.Module):
         local = folder.is_dir() or isinstance(source, Path) or hub.names_a_path(source)
         if local and not (folder / "config.json").is_file():
             problem = "has no config.json" if folder.is_dir() else "does not exist"
+            inside = sorted(folder.glob("towers/*/config.json"))
+            what = f"such as {inside[0].parent}" if inside else "or a hub id like gpt2"
             raise ZipperError(
-                f"The folder {folder} {problem}. Give one written by save_pretrained, or a hub id "
-                "like gpt2."
+                f"The folder {folder} {problem}. Give one written by save_pretrained, {what}."
             )
         where = f"the folder {folder}" if local else f"the hub id {source}"
         # Resolved once, so that all files are of one commit; transformers no longer says which one

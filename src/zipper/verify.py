@@ -61,20 +61,25 @@ class Check:
 
 @torch.inference_mode()
 def verify(
-    model: Zipper, seed: int = 0, bases: Mapping[str, TowerSource] | None = None, only: str = ""
+    model: Zipper,
+    seed: int = 0,
+    bases: Mapping[str, TowerSource] | None = None,
+    only: str = "",
+    pinned: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Try preservation, leaks, packing, cached decoding and closed segments on random ids; the
     model is not changed.
 
     bases: where the bases of frozen towers lie: the tensors that differ are named, and a tower is
     held against its base also where it was turned into a smaller dtype than it was pinned in, which
-    changes its hash. only: try the promises that begin with this. Raises ZipperError where a tower
-    can read too few tokens to be tried, and where no promise begins with `only`.
+    changes its hash. only: try the promises that begin with this. pinned: the hashes of towers as
+    the zip was saved with them, where loading allowed others (default its own). Raises ZipperError
+    where a tower can read too few tokens to be tried, and where no promise begins with `only`.
     """
     training = model.training
     model.eval()
     try:
-        promises = _promises(model, _Trial.of(model, seed), bases or {})
+        promises = _promises(model, _Trial.of(model, seed), bases or {}, pinned or {})
         chosen = {name: measure for name, measure in promises.items() if name.startswith(only)}
         if not chosen:
             raise ZipperError(
@@ -87,7 +92,10 @@ def verify(
 
 
 def _promises(
-    model: Zipper, trial: "_Trial", bases: Mapping[str, TowerSource]
+    model: Zipper,
+    trial: "_Trial",
+    bases: Mapping[str, TowerSource],
+    pinned: Mapping[str, str],
 ) -> dict[str, Callable[[], Found]]:
     """What there is to try of this model, by what it promises."""
     tries: dict[str, Callable[[], Found]] = {}
@@ -103,7 +111,10 @@ def _promises(
         if not tower.train and (
             name in bases or torch.promote_types(dtype, getattr(torch, tower.dtype)) == dtype
         ):
-            tries[f"frozen {name} is its base"] = partial(_frozen, model, name, bases.get(name))
+            wanted = pinned.get(name, tower.digest)
+            tries[f"frozen {name} is its base"] = partial(
+                _frozen, model, name, bases.get(name), wanted
+            )
     for order in permutations(model.towers):
         at = f"order {' '.join(order)}"
         tries[f"every produced segment is closed, {at}"] = partial(_closed, trial, order)
@@ -369,13 +380,10 @@ def _weightless() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _frozen(model: Zipper, name: str, base: TowerSource | None) -> Found:
+def _frozen(model: Zipper, name: str, base: TowerSource | None, pinned: str) -> Found:
     """What is frozen has the content that the zip pins, in the precision in which it was pinned; a
     base tells what differs."""
-    pinned, dtype = (
-        model.config.towers[name].digest,
-        getattr(torch, model.config.towers[name].dtype),
-    )
+    dtype = getattr(torch, model.config.towers[name].dtype)
     if base is None:
         found = model.pin(name, dtype)
         return found == pinned, f"hash {found[:12]}, pinned {pinned[:12]}"

@@ -30,6 +30,9 @@ ANSWER = "|".join(requests.WORDINGS)
 READ, HEARD = CHOICES = f"asked:text -> {ANSWER}", f"heard:speech -> {ANSWER}"
 #: What is learnt: both, and to write down what is heard.
 TASKS = {READ: 0.35, HEARD: 0.45, "heard:speech -> asked:text": 0.2}
+#: What the text tower learns alone, as one does that follows instructions: frozen, it can answer a
+#: text by a text no better than before.
+ALONE = {"-> text": 0.5, "asked:text -> reply:text": 0.5}
 LIMIT = 300  # requests that are tested
 SAMPLING = Sampling(temperature=0.7)
 ROWS = 16  # side by side
@@ -38,9 +41,10 @@ ROWS = 16  # side by side
 def recipes(folder: Path, output: Path, seed: int, share: float = 1.0) -> dict[str, TrainConfig]:
     """The towers, which all seeds share, and the zip: those of digits, with links between speech
     and pictures too."""
-    dev = str(folder / requests.NUMBERS / "dev.jsonl")
-    *towers, zipped = real.runs("digits", folder, output, share).values()
-    found = {Path(tower.output).name: replace(tower, dev=dev) for tower in towers}
+    dev, texts = str(folder / requests.NUMBERS / "dev.jsonl"), str(folder / real.LAST)
+    text, *towers, zipped = real.runs("digits", folder, output, share).values()
+    found = {real.TEXT: replace(text, tasks=ALONE, dev=texts)}
+    found |= {Path(tower.output).name: replace(tower, dev=dev) for tower in towers}
     found[real.ZIP] = replace(
         zipped,
         output=str(output / f"{real.ZIP}-{seed}"),

@@ -421,12 +421,12 @@ def prune(
     them."""
     from zipper import surgery
     from zipper.pipeline import Pipeline
-    from zipper.saving import checkpoint
+    from zipper.saving import hub
 
     if (below is None) == (not links):
         raise typer.BadParameter("give one of --below and --links")
     absent(output)
-    record = checkpoint.load(model)[1]
+    record = hub.record(model)
     bases = named("--tower", towers)
     whole = Pipeline.from_pretrained(model, bases)
     raw, measured = _rows(whole, data, rows)

@@ -384,7 +384,7 @@ def _mp3(file: io.BufferedIOBase, start: int, end: int, where: str) -> Opened:
             f"{where} is damaged, or joined from two of different kinds, after "
             f"{there * seconds:.2f} s. Fetch or export it again."
         )
-    head = _at(file, start, first.size)
+    head = _at(file, start, first.size).ljust(first.info + 12, b"\0")  # it may be cut short
     xing = head[first.info : first.info + 4] in (b"Xing", b"Info")
     told = (
         int.from_bytes(head[first.info + 8 : first.info + 12], "big")

@@ -38,7 +38,7 @@ CANCELLED = 0.1
 WRITABLE = (".wav", ".flac", ".ogg", ".mp3")
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)  # arrays are neither equal nor unequal
 class Audio:
     """One channel of sound: `samples` float32, finite, in [-1, 1] by custom; `rate_hz` samples per
     second, 8,000 to 192,000."""

@@ -48,6 +48,11 @@ def show(
     from zipper.training import history
 
     if model and (Path(model) / history.METRICS).is_file():
+        if towers or allow_mismatch:
+            raise ZipperError(
+                f"--tower and --allow-mismatch are for a model, and {model} is a run. Leave them "
+                "out, or name its model."
+            )
         _show_run(Path(model), output, as_json)
         return
     if output:
@@ -89,6 +94,7 @@ def verify(
 
     from zipper.model import Zipper
     from zipper.pipeline import PINS
+    from zipper.saving import checkpoint
     from zipper.verify import verify as run_verification
 
     folder = _folder(model)
@@ -97,7 +103,9 @@ def verify(
     else:  # a model that was saved without modalities has promises too
         bases = named("--tower", towers)
         zipped = Zipper.from_pretrained(folder, bases, torch.float32, allow_mismatch)
-    checks = run_verification(zipped, only=only)
+    pins = checkpoint.read_json(folder / checkpoint.CONFIG)["config"]["towers"]
+    pinned = {name: tower["digest"] for name, tower in pins.items()}
+    checks = run_verification(zipped, only=only, pinned=pinned)
     if as_json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,10 +114,13 @@ def units(
     place: layouts.Source = source[0] if corpus else [Path(path) for path in source]
     policy = extraction.Policy(bad, most_bad)
     _check_units(corpus, source, output, units, fit, takes)
-    if split and not corpus:
-        raise ZipperError("--split is for a corpus, and sound files were given. Leave it out.")
+    if not corpus and (split or text or modality):
+        raise ZipperError(
+            "--split, --text and --modality are for a corpus, and sound files were given. Leave "
+            "them out."
+        )
     if fit and units:
-        _fitted(place, fit, policy).save(units)
+        _fitted(place, fit, policy, limit).save(units)
     beside = output.with_name(f".{output.name}.parts")  # what a killed run goes on from
     folder = output if corpus else beside
     fresh = not folder.exists()
@@ -142,7 +146,7 @@ def units(
     bad_list = output / rows.BAD
     if not corpus:
         bad_list = _manifest(found, folder, output, bool(counts["bad"]))
-        shutil.rmtree(beside)
+        shutil.rmtree(beside, ignore_errors=True)
     _tell_units(counts, output, bad_list, speed[-1], "samples" if corpus else "files", as_json)
 
 
@@ -167,6 +171,10 @@ def _check_units(
         writable(output / "units")
     else:
         writable(output, source)
+        if output.exists() and output.stat().st_size and not _of_units(output):
+            raise ZipperError(
+                f"{output} is there, and is no list of units. Choose another file, or move it."
+            )
     if not fit:
         return
     if corpus:
@@ -182,6 +190,17 @@ def _check_units(
             "folder."
         )
     writable(units / SpeechUnits.CONFIG)
+
+
+def _of_units(output: Path) -> bool:
+    """Whether a manifest is one that this command has written."""
+    from zipper.data import manifests
+    from zipper.data.layouts import SPEECH
+
+    try:
+        return manifests.manifest(output, 1)[0].keys() == {"id", SPEECH, "duration"}
+    except ZipperError:
+        return False
 
 
 def _modalities(
@@ -201,13 +220,13 @@ def _modalities(
     return found
 
 
-def _fitted(source: Any, codes: int, policy: Any) -> Any:
-    """A codebook of so many codes for the sound of a source; what cannot be read is left out where
-    the policy says so."""
+def _fitted(source: Any, codes: int, policy: Any, limit: int | None) -> Any:
+    """A codebook of so many codes for the sound of a source, or of its first `limit` samples; what
+    cannot be read is left out where the policy says so."""
     from zipper.data import layouts
     from zipper.modality.speech import SpeechUnits
 
-    found = layouts.samples(source)
+    found = islice(layouts.samples(source), limit)
     paths = [sample.folder / sample.row[layouts.SPEECH] for sample in found]
     return SpeechUnits.fitted(paths, codes, bad=policy.bad)
 
@@ -219,6 +238,7 @@ def _manifest(found: Any, folder: Path, output: Path, bad: bool) -> Path:
     from zipper.data.layouts import SPEECH
 
     bad_list = output.with_suffix(".bad.jsonl")
+    bad_list.unlink(missing_ok=True)  # of the time before
     if bad:
         manifests.write(bad_list, manifests.manifest(folder / rows.BAD))
     each = zip(range(len(found)), found, found.seconds.tolist(), strict=True)
@@ -302,7 +322,12 @@ def fit(
     if example:
         absent(example)
         example.mkdir(parents=True)
-        suits = f"zipper fit {kind} {example}/manifest.jsonl {found.example(example)}".rstrip()
+        try:
+            settings_said = found.example(example)
+        except ZipperError:
+            example.rmdir()
+            raise
+        suits = f"zipper fit {kind} {example}/manifest.jsonl {settings_said}".rstrip()
         print(f"{example}: an example of {kind}. Go on: {suits} -o {example}-fitted")
         return
     if getattr(found, "modelled", False) and data and not model:
@@ -546,14 +571,14 @@ def swap(
     from zipper import modality as modalities
     from zipper import surgery
     from zipper.pipeline import Pipeline
-    from zipper.saving import checkpoint
+    from zipper.saving import hub
 
     new_towers = named("swap", tower)
     means = _means(tokens or [])
     absent(output)
     folders = named("--modality", modality)
     new_modalities = {name: modalities.load(folder) for name, folder in folders.items()}
-    record = checkpoint.load(model)[1]
+    record = hub.record(model)
     old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
     new, report = surgery.swap_pipeline(old, new_towers, new_modalities, train or [], means)
     told = dataclasses.asdict(report)
@@ -600,7 +625,7 @@ def add(
     from zipper import growth, surgery
     from zipper import modality as modalities
     from zipper.pipeline import Pipeline
-    from zipper.saving import checkpoint
+    from zipper.saving import hub
 
     ((name, source),) = named("add", [tower]).items()
     ((whose, folder),) = named("--modality", [modality]).items()
@@ -615,7 +640,7 @@ def add(
             "out."
         )
     absent(output)
-    record = checkpoint.load(model)[1]
+    record = hub.record(model)
     old = Pipeline.from_pretrained(model, named("--tower", towers), dtype=None)
     given = modalities.load(folder)
     new = growth.add_pipeline(
@@ -720,7 +745,7 @@ def push(
         folder = model
         if include or towers:
             kind = Pipeline if (model / checkpoint.PINS).is_file() else Zipper
-            record = checkpoint.load(model)[1]
+            record = hub.record(model)
             loaded = kind.from_pretrained(model, named("--tower", towers), dtype=None)
             folder = Path(place) / "zip"
             inside = [*(include or []), *loaded.inside(model)]

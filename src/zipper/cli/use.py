@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,7 +135,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per segment")] = False,
 ) -> None:
     """Any order of modalities in and out."""
-    from zipper.generation import planned
+    from zipper.generation import Request, planned
     from zipper.modality import whole
     from zipper.tasks import among
 
@@ -157,7 +157,9 @@ def run(
             raise ZipperError(
                 f"This plan produces {filed[0]}. Pass -o FOLDER to say where its files go."
             )
-        writable(output / f"0-{filed[0]}{kinds[filed[0]].suffix}")
+        read = [s.content for s in segments if s.tower in kinds and kinds[s.tower].suffix]
+        for number, name in product(range(Request.most if chosen else len(produced)), filed):
+            writable(output / f"{number}-{name}{kinds[name].suffix}", read)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
     for number, segment in enumerate(pipe.run(segments, names, sampling=how)):
         content = _written(segment, kinds[segment.tower], number, output)
@@ -259,7 +261,7 @@ def serve(
 
     if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
         print(f"zipper: {host} is open to others, and no --api-key was given", file=sys.stderr)
-    name = Path(model).name if model else "zipper"
+    name = (Path(model).absolute().name if model else "") or "zipper"
     served = app.serve(pipe, rows, queue, api_key, name=name)
     print(f"{name} on http://{host}:{port}: {', '.join(pipe.modalities)}", flush=True)
     if not check:

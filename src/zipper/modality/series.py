@@ -356,7 +356,8 @@ def _timed(table: _Table, given: Any) -> Series:
         if given is None:
             raise ZipperError(
                 "Nothing says its rate. Add a column 'time' in seconds (of two steps at least), or "
-                "name it in the row as {'path': ..., 'rate_hz': 50}."
+                "name it in the row as {'path': ..., 'rate_hz': 50}. (A modality's own rate_hz is "
+                "that to which it converts.)"
             )
         return Series(values, given, table.channels, table.units)
     rate, at = _rate(times)

@@ -114,6 +114,7 @@ def whole(folder: Path, prove: Callable[[Path], Any] | None = None) -> Iterator[
                 seal(temporary)
                 if prove is not None:
                     proven(temporary, folder, prove)
+                _carry(folder, temporary)
                 flush(temporary / MANIFEST)
                 flush(temporary)
                 _place(temporary, folder)
@@ -164,15 +165,35 @@ def proven(temporary: Path, folder: Path, prove: Callable[[Path], Any]) -> None:
 
 def _check_free(folder: Path) -> None:
     """A ZipperError for a place that holds what is none of ours."""
-    if (
-        folder.exists()
-        and not (folder / MANIFEST).is_file()
-        and (folder.is_file() or any(folder.iterdir()))
-    ):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not _named_in(folder / MANIFEST):
         raise ZipperError(
             f"{folder} exists and holds something else than a saved model. Choose another folder "
             "or empty it."
         )
+
+
+def _carry(folder: Path, temporary: Path) -> None:
+    """What somebody put beside the files of a saved folder (git does) stays beside the new ones."""
+    known = {name.partition("/")[0] for name in _named_in(folder / MANIFEST)} | {MANIFEST, CARD}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        place = temporary / path.name
+        if path.name in known or place.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, place, symlinks=True)
+        else:
+            shutil.copy2(path, place, follow_symlinks=False)
+
+
+def _named_in(manifest: Path) -> set[str]:
+    """The files that a manifest of ours names; none where it is no such."""
+    try:
+        found = json.loads(manifest.read_bytes())["files"]
+        return {*found} if CONFIG in found else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def seal(folder: Path) -> None:

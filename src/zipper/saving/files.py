@@ -180,6 +180,27 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """Hold a file that this process goes on writing, by one beside it. Raises ZipperError where
+    another process that lives does, or where nothing can be written there."""
+    beside = path.with_name(f".{_fitting_name(path.name)}.held")
+    with ExitStack() as stack:
+        with saving(path, "Nothing was written.", "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(_locked(beside, wait=False))
+            except BlockingIOError:
+                raise ZipperError(
+                    f"{path} is in use: another process writes it. Wait for it, end it or choose "
+                    "another file."
+                ) from None
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)  # while it is held: whoever waits sees that it is gone
+
+
 def _fitting_name(name: str) -> str:
     """A name that bears an ending more; of one that is as long as can be, its hash."""
     content = os.fsencode(name)

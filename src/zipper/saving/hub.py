@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from zipper.errors import ZipperError
 from zipper.saving import checkpoint, files
@@ -94,6 +95,12 @@ def fetch(source: str | Path, revision: str | None = None) -> Local:
     return Local(place, _root(place), str(source), place.name)
 
 
+def record(source: str | Path) -> dict[str, Any]:
+    """What was noted of the making of a zip, in a folder or on the hub; its files are checked."""
+    local = fetch(source)
+    return checkpoint.load(local.folder, local.root)[1]
+
+
 def commit(repo: str, revision: str | None = None) -> str:
     """The commit hash of a model on the hub at a branch, tag or commit; offline, the one in the
     cache.
@@ -143,7 +150,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for name, tower in checkpoint.load(folder, _root(folder))[0]["towers"].items():
         if not tower["source"].startswith("towers/") and names_a_path(tower["source"]):
             raise ZipperError(

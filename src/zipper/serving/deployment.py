@@ -28,7 +28,8 @@ def deployment(
 ) -> Any:
     """An application for `ray.serve.run`. model: a folder that every node has, or a hub id; "" is
     the shipped one. replicas: fewest and most; one more is started when each has more requests
-    than `rows`. cpus, gpus: of each. The rest is that of `zipper.serving.app.serve`.
+    than `rows`. cpus, gpus: of each; with a GPU the model lies there. The rest is that of
+    `zipper.serving.app.serve`.
 
     Raises a ZipperError for numbers of replicas that are none.
     """
@@ -39,7 +40,10 @@ def deployment(
 
     def built() -> Any:
         """In a replica."""
-        return app.serve(Pipeline.from_pretrained(model or None), rows, queue, key, caps, name)
+        pipeline = Pipeline.from_pretrained(model or None)
+        if gpus:
+            pipeline.model.to("cuda")
+        return app.serve(pipeline, rows, queue, key, caps, name)
 
     return serve.deployment(
         serve.ingress(built)(),

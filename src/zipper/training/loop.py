@@ -53,6 +53,7 @@ from zipper.training.resume import (
     Progress,
     agreed,
     changing,
+    checkpoints,
     course_of,
     forget,
     frozen_sources,
@@ -135,6 +136,26 @@ def train(
         return _train(config, resume, report, build, accelerator)
 
 
+def _check_place(folder: Path, resume: bool) -> None:
+    """Raises a ZipperError for an output that holds something else than a run, or one that is not
+    to be gone on with."""
+    if (folder / checkpoint.MANIFEST).exists():
+        raise ZipperError(f"{folder} is a saved model; a run wants a folder of its own.")
+    if (folder / "config.json").exists():
+        if not resume:
+            raise ZipperError(
+                f"{folder} holds a run already. Pass --resume to go on with it, or choose another "
+                "output."
+            )
+        return
+    for name in ("metrics.jsonl", "checkpoints", "model"):
+        if (folder / name).exists():
+            raise ZipperError(
+                f"{folder / name} is of no run, and would be lost. Move it, or choose another "
+                "output."
+            )
+
+
 def _train(
     config: TrainConfig,
     resume: bool,
@@ -156,11 +177,9 @@ def _train(
             f"batch is {config.batch}; {accelerator.num_processes} processes need at least one "
             f"sample each, in each of {config.accumulate} micro-batches."
         )
-    if not resume and (folder / "config.json").exists():
-        raise ZipperError(
-            f"{folder} holds a run already. Pass --resume to go on with it, or choose another "
-            "output."
-        )
+    _check_place(folder, resume)
+    if (folder / "config.json").exists() and not checkpoints(folder):
+        warnings.warn(f"{folder} has no checkpoint yet: the run begins anew.", stacklevel=3)
     modalities = {name: load_modality(Path(path)) for name, path in config.modalities.items()}
     tasks = {name: Task.parse(name) for name in config.tasks}
     sources, policy = weights(config), Policy(config.bad, config.most_bad)
@@ -210,17 +229,17 @@ def _train(
         progress.best, progress.since_best = math.inf, 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        # What the end needs is tried before anything is written.
+        if progress.step < config.steps and not progress.stopped:
+            Pipeline(complete, modalities).rehearse(
+                folder / "model", record_of(config, build, progress, {})
+            )
         with saving(folder, "The checkpoints in it are as they were."):
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(
                 folder / "config.json", dataclasses.asdict(config) | dict(build.course)
             )
             forget(folder, progress.step)
-        # What the end needs is tried before the first step.
-        if progress.step < config.steps and not progress.stopped:
-            Pipeline(complete, modalities).rehearse(
-                folder / "model", record_of(config, build, progress, {})
-            )
     accelerator.init_trackers(folder.name)
 
     def evaluate() -> dict[str, float]:

@@ -6,7 +6,7 @@ no model.
 """
 
 import random
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ WORDINGS = {
     "speech": ("say {}", "read {} out", "pronounce {}", "tell me {}", "say the word {}"),
     "image": ("draw {}", "paint {}", "sketch {}", "make a picture of {}", "draw the number {}"),
 }
+#: What a text tower that follows instructions says behind a request, alone.
+REPLIES = {"text": "{}", "speech": "you hear {}", "image": "here is a picture of {}"}
 UNHEARD = 2  # voices of the synthesiser that are in the test alone
 ROUNDS = {"train": 1, "dev": 1, "test": 2}  # requests for each recording
 NUMBERS = "digits"  # the folder of what `digits.write` makes
@@ -29,11 +31,12 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
     """Manifests train.jsonl, dev.jsonl, test.jsonl, unpaired_speech.jsonl, unpaired_image.jsonl and
     texts.jsonl, and the sounds and pictures that they name.
 
-    Rows hold a request as "asked:text" and "heard:speech", its answer under the tower that was
-    asked for and no other, and for judges "way", that tower, and "digit". In the test no wording
-    was trained on beside that digit, nor was the voice that asks; the recordings that answer are
-    new takes of known people. data: the folder that holds the recordings. Raises as `digits.write`
-    does, and MissingExtra without the synthesiser.
+    texts.jsonl holds "text", a request, the same as "asked:text", and "reply:text". Other rows hold
+    a request as "asked:text" and "heard:speech", its answer under the tower that was asked for and
+    no other, and for judges "way", that tower, and "digit". In the test no wording was trained on
+    beside that digit, nor was the voice that asks; the recordings that answer are new takes of
+    known people. data: the folder that holds the recordings. Raises as `digits.write` does, and
+    MissingExtra without the synthesiser.
     """
     digits.write(data, folder / NUMBERS, seed)
     chance = random.Random(f"requests {seed}")
@@ -52,8 +55,11 @@ def write(data: Path, folder: Path, seed: int = 0) -> None:
         rows = manifests.manifest(folder / NUMBERS / f"unpaired_{tower}.jsonl")
         there = [row | {tower: f"{NUMBERS}/{row[tower]}"} for row in rows]
         manifests.write(folder / f"unpaired_{tower}.jsonl", there + more)
-    texts = [*digits.WORDS, *chain.from_iterable(wordings("train", seed).values())]
-    manifests.write(folder / "texts.jsonl", [{"text": text} for text in texts])
+    texts = list[dict[str, str]]()
+    for (way, number), some in wordings("train", seed).items():
+        reply = REPLIES[way].format(digits.WORDS[number])
+        texts += [{"text": said, "asked:text": said, "reply:text": reply} for said in some]
+    manifests.write(folder / "texts.jsonl", texts)
 
 
 def wordings(held: str, seed: int = 0) -> dict[tuple[str, int], list[str]]:

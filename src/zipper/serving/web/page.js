@@ -129,6 +129,7 @@ function recorder(button, growing, heard) {
     }
     tell(null);
     parts = [];
+    button.disabled = true; // until the microphone is there: a second one would stay open
     try {
       live = await sound.record((part) => parts.push(part));
       paint();
@@ -136,6 +137,8 @@ function recorder(button, growing, heard) {
       label.textContent = "Stop";
     } catch (error) {
       tell(`The microphone cannot be used: ${error.message}`);
+    } finally {
+      button.disabled = false;
     }
   };
 }
@@ -403,9 +406,9 @@ function compose() {
     const row = make("div", { className: "row wrap" }, label, input);
     const take = async (file) => {
       try {
-        segment.content = suffix === ".csv" ? series(await file.text()) : await sound.base64(file);
+        segment.content = await sound.base64(file);
         about.textContent = file.name ?? "recorded here";
-        show(shown, suffix, file, segment.content);
+        show(shown, suffix, file, suffix === ".csv" ? await file.text() : null);
       } catch (error) {
         tell(error);
       }
@@ -444,23 +447,18 @@ function compose() {
   };
 }
 
-/** A series from CSV: a column "time" in seconds says its rate. */
+/** A series from CSV, to be drawn; what it means the server says. */
 function series(text) {
   const [head, ...rows] = text.trim().split(/\r?\n/).map((line) => line.split(","));
   const numbers = rows.map((row) => row.map(Number));
-  const time = head.findIndex((name) => /^time\b/i.test(name.trim()));
+  const time = head.findIndex((name) => /^time\s*(\[s\])?$/i.test(name.trim()));
   if (!numbers.length || numbers.flat().some(Number.isNaN)) {
     throw new Error("This is no table of numbers with a line of names above them.");
   }
   const kept = head.map((_, i) => i).filter((i) => i !== time);
-  const parts = kept.map((i) => /^\s*(.*?)\s*(?:\[(.*)\])?\s*$/.exec(head[i]));
-  const last = numbers.length - 1;
-  const rate = time < 0 || !last ? {} : { rate_hz: last / (numbers[last][time] - numbers[0][time]) };
   return {
     values: numbers.map((row) => kept.map((i) => row[i])),
-    channels: parts.map((part) => part[1]),
-    units: parts.map((part) => part[2] ?? ""),
-    ...rate,
+    channels: kept.map((i) => head[i].replace(/\[.*\]\s*$/, "").trim()),
   };
 }
 
@@ -608,7 +606,7 @@ function show(place, suffix, file, content, player) {
   } else if (suffix === ".png") {
     place.replaceChildren(make("img", { src: url, alt: "A picture" }));
   } else if (suffix === ".csv") {
-    const { channels, values } = typeof content === "string" ? series(content) : content;
+    const { channels, values } = series(content);
     const canvas = make("canvas");
     place.replaceChildren(make("div", { className: "picture" }, canvas));
     draw.lines(canvas, { names: channels, rows: values });
