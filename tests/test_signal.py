@@ -271,7 +271,7 @@ def test_values_in_a_row_are_read() -> None:
     [
         (3, "was given; give the path"),
         (None, "was given"),
-        (b"a,b", "was given"),
+        (b"a,b", "Nothing says its rate"),
         ("", "was given"),
         ({}, "was given"),
         ({"path": 3}, "was given"),
@@ -764,3 +764,15 @@ def test_hidden_files_are_fitted_to_by_nobody(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert fitting.values_of(tmp_path, "signal") == [tmp_path / "a.csv"]
+
+
+def test_the_content_of_a_file_is_read_as_the_file_is(tmp_path: Path) -> None:
+    content = b"time [s],ax [g],ay\n0.00,1,2\n0.02,3,4\n0.04,5,6\n"
+    (tmp_path / "a.csv").write_bytes(content)
+    read, there = (series.opened(one, tmp_path, None) for one in (content, "a.csv"))
+    assert np.array_equal(read.values, there.values) and read.values.shape == (3, 2)
+    assert (read.rate_hz, read.channels, read.units) == (50.0, ("ax", "ay"), ("g", ""))
+    assert (there.rate_hz, there.channels, there.units) == (50.0, ("ax", "ay"), ("g", ""))
+    for wrong in (b"time [ms],a\n0,1\n20,2\n", b"a,b\n0,1\n", b"time,a\n0,\n1,2\n", b"\x89PNG"):
+        with pytest.raises(ZipperError):
+            series.opened(wrong, tmp_path, None)

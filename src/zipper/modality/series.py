@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -32,8 +32,8 @@ LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1e-9, 1e9  # one step in 30 years, and radar
 RATES = {"rate_hz": (LOWEST_RATE_HZ, HIGHEST_RATE_HZ)}  # what a file may say
 #: What stands for a series, in words.
 TAKES = (
-    'the path of a CSV, NPY or Parquet file, a piece of one as {"path", "start", "stop"} in '
-    'seconds, {"values", "rate_hz", "channels"}, or a list of steps'
+    'the path of a CSV, NPY or Parquet file, the bytes of a CSV, a piece of a file as {"path", '
+    '"start", "stop"} in seconds, {"values", "rate_hz", "channels"}, or a list of steps'
 )
 #: Relative: rates that are nearer are one. A time column in text is rounded, and clocks of sensors
 #: are worse.
@@ -290,6 +290,8 @@ def opened(value: Any, folder: Path, own: Any) -> Series:
             _Side, {key: value[key] for key in value if key != "values"}, "this series", RATES
         )
         found = Series(value["values"], side.rate_hz, side.channels, side.units)
+    elif isinstance(value, bytes):
+        found = _timed(_csv(io.BytesIO(value), len(value)), None)
     elif path_of(value) is not None:
         found = _piece(value, folder)
     else:
@@ -327,7 +329,7 @@ def _piece(value: Any, folder: Path) -> Series:
 
 def _file(path: Path, rate_hz: Any) -> Series:
     """The series of a file; rate_hz: what the row says of it, if anything."""
-    readers = {".csv": _csv, ".parquet": _parquet}
+    readers = {".csv": _csv_file, ".parquet": _parquet}
     ending = path.suffix.lower()
     if ending not in (".npy", *readers):
         raise ZipperError(f"{path} is no series by its ending. Give .csv, .npy or .parquet.")
@@ -398,41 +400,45 @@ def _rate(times: Float64[np.ndarray, " time"]) -> tuple[float, int | None]:
     return 1 / mean, int(off.argmax()) + 1 if off.max() > STEPS_OFF else None
 
 
-def _csv(path: Path) -> _Table:
+def _csv_file(path: Path) -> _Table:
+    with path.open("rb") as file:
+        return _csv(file, path.stat().st_size)
+
+
+def _csv(file: BinaryIO, size: int) -> _Table:
     """CSV with a header; nothing is kept but its numbers."""
-    if path.stat().st_size > MOST_CSV_BYTES:
+    if size > MOST_CSV_BYTES:
         raise ZipperError(
             f"it has more than {MOST_CSV_BYTES:,} bytes. Cut it into pieces, or write Parquet."
         )
     numbers, times = array("f"), array("d")
-    with path.open("rb") as file:
-        rows = csv.reader(_bounded(file), strict=True)
-        try:
-            head = next(rows, [])
-            if len(head) == 1 and {*head[0]} & {";", "\t"}:
+    rows = csv.reader(_bounded(file), strict=True)
+    try:
+        head = next(rows, [])
+        if len(head) == 1 and {*head[0]} & {";", "\t"}:
+            raise ZipperError(
+                f"its header {head[0]!r:.80} is one cell, below which is no number. Part cells "
+                "by commas, and write decimal points."
+            )
+        channels, units, at = _columns(head)
+        for row in rows:
+            if len(row) != len(head):
+                if not row:
+                    continue
                 raise ZipperError(
-                    f"its header {head[0]!r:.80} is one cell, below which is no number. Part cells "
-                    "by commas, and write decimal points."
+                    f"line {rows.line_num} has {len(row)} cells, and the header {len(head)}."
                 )
-            channels, units, at = _columns(head)
-            for row in rows:
-                if len(row) != len(head):
-                    if not row:
-                        continue
-                    raise ZipperError(
-                        f"line {rows.line_num} has {len(row)} cells, and the header {len(head)}."
-                    )
-                found = _cells(row, head, rows.line_num)
-                if at is not None:
-                    times.append(found.pop(at))
-                numbers.extend(found)
-                if len(numbers) + 2 * len(times) > MOST_NUMBERS:  # a time has 64 bits
-                    raise ZipperError(
-                        f"it has more than {MOST_NUMBERS:,} numbers, which are not read at once. "
-                        "Cut it into pieces."
-                    )
-        except csv.Error as error:
-            raise ZipperError(f"line {rows.line_num} is no CSV: {error}.") from error
+            found = _cells(row, head, rows.line_num)
+            if at is not None:
+                times.append(found.pop(at))
+            numbers.extend(found)
+            if len(numbers) + 2 * len(times) > MOST_NUMBERS:  # a time has 64 bits
+                raise ZipperError(
+                    f"it has more than {MOST_NUMBERS:,} numbers, which are not read at once. "
+                    "Cut it into pieces."
+                )
+    except csv.Error as error:
+        raise ZipperError(f"line {rows.line_num} is no CSV: {error}.") from error
     values = np.asarray(numbers, np.float32).reshape(-1, len(channels))  # without a copy
     return _Table(values, channels, units, None if at is None else np.asarray(times, np.float64))
 
