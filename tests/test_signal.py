@@ -271,7 +271,7 @@ def test_values_in_a_row_are_read() -> None:
     [
         (3, "was given; give the path"),
         (None, "was given"),
-        (b"a,b", "Nothing says its rate"),
+        (b"a,b", "no steps, only a header"),
         ("", "was given"),
         ({}, "was given"),
         ({"path": 3}, "was given"),
