@@ -167,7 +167,9 @@ def _check_free(folder: Path) -> None:
     """A ZipperError for a place that holds what is none of ours."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not _named_in(folder / MANIFEST):
+    # A damaged manifest is no reason to keep a damaged model.
+    damaged = (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
+    if not _named_in(folder / MANIFEST) and not damaged:
         raise ZipperError(
             f"{folder} exists and holds something else than a saved model. Choose another folder "
             "or empty it."
