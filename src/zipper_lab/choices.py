@@ -84,10 +84,11 @@ def run(data: Path, output: Path, share: float = 1.0, limit: int = LIMIT) -> dic
 def tested(
     pipeline: Pipeline, samples: Sequence[Sample], judge: real_judges.Digits
 ) -> dict[str, Any]:
-    """By task: how often one answer came, of the tower that was asked for ("chosen"), of which the
-    digit is right ("free"), and the digits under plans that name the tower ("forced"), each as a
-    share with its 95 % interval; "forced" and "free" also by tower; and what was taken for what,
-    every choice of the true answers counted ("confusion")."""
+    """By task, shares with their 95 % intervals: of all choices behind true segments those whose
+    likeliest is right ("likeliest"; "confusion": what was taken for what); of answers that are
+    drawn, choices too, those of one segment of the tower that was asked for ("chosen") and those
+    whose digit is right as well ("free"); and of the digits under plans that name the tower
+    ("forced"). The last three also by tower ("by")."""
     ways = [sample.row["way"] for sample in samples]
     rows = [manifests.encode(s.row, pipeline.modalities, s.folder, s.where) for s in samples]
     found: dict[str, Any] = {}
@@ -109,6 +110,7 @@ def tested(
             for way in requests.WORDINGS
         }
         shares = {which: _share(hits) for which, hits in right.items()}
+        shares["likeliest"] = vars(measured.metrics["right choice"]["model"])
         found[name] = {"by": by, "confusion": measured.confusion, **shares}
     return found
 
@@ -146,8 +148,9 @@ def markdown(told: dict[str, Any]) -> str:
     """What `run` measured."""
     lines = ["| | asked in text | asked by voice |", "|---|---|---|"]
     shown: dict[str, tuple[str, ...]] = {
-        "the tower that was asked for, and then over": ("chosen",),
-        "and the digit is right": ("free",),
+        "the likeliest choice is right: who answers, and that it is over": ("likeliest",),
+        "drawn at temperature 0.7: the tower that was asked for, and then over": ("chosen",),
+        "and its digit is right": ("free",),
         "the digit, by a plan that names the tower": ("forced",),
     }
     for way in requests.WORDINGS:

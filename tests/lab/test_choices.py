@@ -55,7 +55,7 @@ def _voice(row: dict[str, Any]) -> str:
 
 def test_the_page_tells_seeds_apart_from_an_interval() -> None:
     number = {"value": 0.98, "low": 0.96, "high": 0.99}
-    shares = dict.fromkeys(("chosen", "free", "forced"), number)
+    shares = dict.fromkeys(("chosen", "free", "forced", "likeliest"), number)
     by = {way: {"free": 0.9, "forced": 1.0, "chosen": 1.0} for way in requests.WORDINGS}
     one = {key: {**shares, "by": by} for key in choices.CHOICES}
     page = choices.markdown({"zip-0": one})
@@ -79,4 +79,4 @@ def test_the_study_in_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         found = told["zip-0"][task]
         assert 0 <= found["free"]["value"] <= found["chosen"]["value"] <= 1
         assert {*found["confusion"]} == {*requests.WORDINGS, ""}
-    assert choices.markdown(told).count("\n") == 10
+    assert choices.markdown(told).count("\n") == 11
