@@ -367,7 +367,7 @@ struct Buffer {  // memory that is only ever written anew, from the start of a l
       free(data);
       size = 0;
       data = (float*)aligned_alloc(LINE, (larger * sizeof(float) / LINE + 1) * LINE);
-      if (!data) throw std::bad_alloc();  // out of a parallel region it ends the process, and says so
+      if (!data) throw std::bad_alloc();  // thrown within a parallel region it ends the process, and says so
       size = larger;
     }
     return data;
