@@ -2,7 +2,10 @@
 data replaced by tiny ones."""
 
 import dataclasses
+import json
+import re
 import runpy
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import tiny
 import torch
 from tiny import World
 
+from zipper.cli import main
 from zipper.data import manifests as data
 from zipper.tasks import Task
 from zipper.training import TrainConfig, train
@@ -103,3 +107,28 @@ def test_recipes_write_into_folders_of_their_own(
     monkeypatch.chdir(tmp_path)
     outputs = [runpy.run_path(str(path))["config"]().output for path in RECIPES]
     assert len(set(outputs)) == len(outputs)
+
+
+def test_the_page_about_files_of_ones_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    for shown in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        (tmp_path / shown.split()[1]).write_text(shown)
+    (tmp_path / "clips").mkdir()
+    pairs = []
+    for n, row in enumerate(tiny.pairs(12)):
+        name = f"clips/a{n}.wav"
+        tiny.sound(tmp_path / name, seconds=0.4, seed=n)
+        pairs.append({"id": f"a{n}", "text": row["text"], "speech": name})
+    for name, fields in {"texts": ["text"], "sounds": ["speech"], "pairs": [], "dev": []}.items():
+        rows = [{field: row[field] for field in fields or row} for row in pairs]
+        data.write(tmp_path / f"{name}.jsonl", rows)
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in commands.splitlines():
+        said = shlex.split(line.replace("merges=300", "merges=5").replace("codes=256", "codes=8"))
+        few = ["--set", "steps=2"] if said[1] in ("pretrain", "train") else []
+        assert main([*said[1:], *few]) == 0, line
+    assert json.loads((tmp_path / "runs/zip/config.json").read_text())["steps"] == 2
+    assert "ok      frozen text is its base" in capsys.readouterr().out
