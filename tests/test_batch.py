@@ -21,7 +21,6 @@ from zipper.data import layouts, manifests
 from zipper.errors import ZipperError
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.saving import files
 from zipper.strand import Produced, Segment
 
 LIMITS = {"text": 8, "speech": 8}
@@ -338,11 +337,12 @@ def test_an_output_of_another_part_limit_codebook_or_tower_is_not_gone_on_with(
         run_batch(other, rows, task, out, part=(1, 2), limits=LIMITS)
 
 
-def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
-    with (
-        files.held_file(tmp_path / "out.jsonl"),
-        pytest.raises(ZipperError, match="is in use: another process writes it"),
-        files.held_file(tmp_path / "out.jsonl"),
-    ):
-        pass
-    assert not [*tmp_path.iterdir()]
+def test_two_runs_do_not_write_one_output(pipe: Pipeline, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "out.jsonl"
+
+    def meanwhile(counts: Counts) -> None:
+        with pytest.raises(ZipperError, match="is in use: another process writes it"):
+            run_batch(pipe, rows, "text -> text", out, limits=LIMITS)
+
+    run_batch(pipe, rows, "text -> text", out, limits=LIMITS, told=meanwhile)
+    assert len(read(out)) == 10 and not [*out.parent.glob(".*.held")]

@@ -787,7 +787,9 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
     (tmp_path / "file").write_text("a file")
     (tmp_path / "web app").mkdir()
     (tmp_path / "web app" / "manifest.json").write_text('{"name": "my web app"}')
-    for name in ("thesis", "file", "web app"):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "manifest.json").write_text('{"files": {"index.html": {}}}')
+    for name in ("thesis", "file", "web app", "files"):
         with pytest.raises(
             ZipperError, match=rf"{name} exists and holds something else than a saved model"
         ):
@@ -796,6 +798,7 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
         "thesis/chapter.tex": b"years of work",
         "file": b"a file",
         "web app/manifest.json": b'{"name": "my web app"}',
+        "files/manifest.json": b'{"files": {"index.html": {}}}',
     }
     (tmp_path / "empty").mkdir()
     model.save_pretrained(tmp_path / "empty")

@@ -1291,6 +1291,10 @@ def test_what_a_plan_makes_does_not_lie_where_it_reads(
     asked = ("run", "--given", "speech=out/1-speech.wav", "--outputs", "text,speech", "-o", "out")
     assert "would lose it" in refused(zipper(*asked, "--model", world.zip))
     assert (tmp_path / "out" / "1-speech.wav").read_bytes() == before
+    (tmp_path / "out" / "1-speech.wav").rename(tmp_path / "out" / "0-speech.wav")
+    asked = ("run", "--given", "speech=out/0-speech.wav", "--outputs", "text,speech", "-o", "out")
+    assert zipper(*asked, "--model", world.zip).code == 0
+    assert (tmp_path / "out" / "0-speech.wav").read_bytes() == before
 
 
 def test_units_write_over_their_own_list_and_no_other(
@@ -1305,6 +1309,10 @@ def test_units_write_over_their_own_list_and_no_other(
     (tmp_path / "rows.jsonl").unlink()
     for _ in range(2):
         assert zipper(*asked).code == 0
+    (tmp_path / "b.wav").write_bytes(b"no sound")
+    assert zipper("units", "b.wav", *asked[1:], "--bad", "skip", "--most-bad", "1").code == 0
+    assert (tmp_path / "rows.bad.jsonl").is_file()
+    assert zipper(*asked).code == 0 and not (tmp_path / "rows.bad.jsonl").exists()
 
 
 def test_a_tower_that_was_allowed_is_not_the_one_that_was_pinned(
@@ -1318,3 +1326,39 @@ def test_a_tower_that_was_allowed_is_not_the_one_that_was_pinned(
     answer = zipper(*asked, "--allow-mismatch")
     assert answer.code == 1 and answer.out.startswith("BROKEN  frozen text is its base")
     assert zipper(*asked[:4]).code == 0
+
+
+def test_a_kind_without_an_example_leaves_no_folder(zipper: Zipper, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert "has no example" in refused(zipper("fit", "text", "--example", "shown"))
+        assert not (tmp_path / "shown").exists()
+
+
+def test_a_run_has_no_towers_of_elsewhere(zipper: Zipper, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    answer = zipper("show", tmp_path, "--tower", "text=nowhere")
+    assert "are for a model" in refused(answer)
+
+
+def test_a_model_is_served_by_the_name_of_its_folder(
+    zipper: Zipper, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    monkeypatch.chdir(world.zip)
+    answer = zipper("serve", ".", "--check")
+    assert answer.code == 0 and answer.out.startswith(f"{world.zip.name} on http://")
+
+
+def test_few_sounds_fit_a_codebook_where_few_are_asked_for(
+    zipper: Zipper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[int] = []
+
+    def counted(paths: Any, *given: Any, **more: Any) -> Any:
+        fitted.append(len([*paths]))
+        return tiny.units()
+
+    monkeypatch.setattr(SpeechUnits, "fitted", counted)
+    sounds = [tiny.sound(tmp_path / f"{n}.wav", seconds=0.2).name for n in range(3)]
+    asked = ("units", *sounds, "-o", "u.jsonl", "--units", "codes", "--fit", "8", "--limit", "1")
+    assert zipper(*asked).code == 0 and fitted == [1]

@@ -109,3 +109,12 @@ def test_a_file_that_would_take_long_to_look_through_is_refused(
     monkeypatch.setattr(containers, "MOST_CHUNKS", 1)
     with pytest.raises(ZipperError, match=r"a.wav has more than 1 chunks before its sound"):
         opened(io.BytesIO(encoded("WAV")), "a.wav")
+
+
+def test_an_mp3_that_was_cut_in_its_first_frame_is_one_sentence() -> None:
+    whole = encoded("MP3")
+    for most in range(1, 60):
+        try:
+            opened(io.BytesIO(whole[:most]), "a.mp3")
+        except ZipperError:
+            continue

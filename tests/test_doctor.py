@@ -120,6 +120,9 @@ def test_a_compiler_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_pa
     finally:
         native.library.cache_clear()
     assert found.state == "broken" and "no OpenMP here" in found.said
+    monkeypatch.setenv("CXX", "'c++")
+    found = doctor._checked("compiler", doctor._compiler)
+    assert found.state == "broken" and "CXX cannot be read: No closing quotation" in found.said
 
 
 def test_a_broken_promise_and_a_crash_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,9 @@ def test_a_machine_without_a_gpu_is_told_so_and_unknown_sections_are_refused(
     assert "there are limits, tests, decode" in capsys.readouterr().err and not [
         *tmp_path.iterdir()
     ]
+    with pytest.raises(SystemExit):
+        gpu.main(["--size", "tiny", "--only", "decode,decod", "--output", str(tmp_path)])
+    assert "there is no section 'decod'" in capsys.readouterr().err
 
 
 def test_word_edits_are_the_least() -> None:

@@ -66,7 +66,7 @@ ORDER = """
     zipper_lab.corpora.originals
     zipper_lab.corpora.emoji zipper_lab.corpora.motion zipper_lab.corpora.babyai
     zipper_lab.corpora.molecules zipper_lab.corpora.proteins zipper_lab.corpora.digits
-    zipper_lab.corpora.words zipper_lab.corpora.requests
+    zipper_lab.corpora.words zipper_lab.corpora.asked
     zipper_lab.corpora
     zipper_lab.real_judges
     zipper_lab.report zipper_lab.results zipper_lab.demo zipper_lab.experiments zipper_lab.real

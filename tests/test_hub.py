@@ -306,6 +306,11 @@ def test_every_file_lies_under_the_root_that_is_named(standin: StandIn, whole: P
     assert all(path.is_relative_to(found.root) for path in real)
     assert hub.fetch(found.folder) == hub.Local(found.folder, found.root)
     assert hub.fetch(str(whole)) == hub.Local(whole, whole.resolve())
+    assert hub.record(found.folder) == hub.record("me/my-zip") == checkpoint.load(whole)[1]
+    made = whole.with_name("swapped")
+    tower = whole / "towers" / "text"
+    asked = ["swap", str(found.folder), f"text={tower}", "-o", str(made)]
+    assert main(asked) == 0 and (made / checkpoint.CONFIG).is_file()
 
 
 def test_each_revision_is_its_own_zip(standin: StandIn, whole: Path, tmp_path: Path) -> None:

@@ -571,3 +571,17 @@ def test_a_short_command_imports_little_when_it_is_given_for_the_second_time(
         assert "send forty two oranges to vienna" in lines
         little = [line for line in lines if line.endswith("[]")]
         assert little == (["speak []", "transcribe []", "show []"] if proved else []), ended.stdout
+
+
+def test_a_record_that_cannot_be_written_harms_no_loading(place: Place) -> None:
+    """Of a kind of numbers that the header's reader does not know."""
+    file = place.world.folder / "text" / "tower" / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    head, tensors = json.loads(content[8 : 8 + size]), content[8 + size :]
+    head["model.extra"] = {"dtype": "U16", "shape": [2]}
+    head["model.extra"]["data_offsets"] = [len(tensors), len(tensors) + 4]
+    told = json.dumps(head).encode()
+    file.write_bytes(len(told).to_bytes(8, "little") + told + tensors + bytes(4))
+    for _ in range(2):
+        assert not recalled(Pipeline.from_pretrained(place.zip))

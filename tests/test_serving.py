@@ -15,8 +15,9 @@ import time
 import wave
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1222,3 +1223,25 @@ def test_a_model_without_a_tower_called_text_says_so(tmp_path: Path) -> None:
         told = found.said("call", "wav")
         assert told.status_code == 422
         assert told.json()["error"]["code"] == "no_such_modality"
+
+
+def test_a_replica_with_a_gpu_has_its_model_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it shows without either: by names of Ray that stand in, and a device by a note."""
+    made: list[Any] = []
+    ray, serve = ModuleType("ray"), ModuleType("ray.serve")
+    for module in (ray, serve):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    chain = SimpleNamespace(bind=lambda: "bound")
+    monkeypatch.setattr(serve, "ingress", lambda build: lambda: made.append(build()), raising=False)
+    monkeypatch.setattr(
+        serve, "deployment", lambda *_, **how: made.append(how) or chain, raising=False
+    )
+    deployment = pytest.importorskip("zipper.serving.deployment")
+    devices: list[str] = []
+    monkeypatch.setattr(Zipper, "to", lambda self, device: devices.append(device))
+    monkeypatch.setattr(deployment.app, "serve", lambda pipeline, *_: type(pipeline).__name__)
+    assert deployment.deployment(gpus=1.0) == "bound" and devices == ["cuda"]
+    assert made[0] == "Pipeline" and made[1]["ray_actor_options"]["num_gpus"] == 1.0
+    deployment.deployment()
+    assert devices == ["cuda"]

@@ -1550,6 +1550,10 @@ def test_a_run_writes_over_no_model_and_nothing_of_others(tmp_path: Path) -> Non
     with pytest.raises(ZipperError, match="is a saved model; a run wants a folder of its own"):
         train(dataclasses.replace(config, output=str(model)))
     assert sorted(path.name for path in model.iterdir()) == before
+    tower = tmp_path / "world" / "text" / "tower"
+    for resume in (True, False):
+        with pytest.raises(ZipperError, match=r"holds a config\.json of no run"):
+            train(dataclasses.replace(config, output=str(tower)), resume=resume)
     for name in ("metrics.jsonl", "model/thesis.txt"):
         mine = tmp_path / name.partition(".")[0].replace("/", " ") / name
         mine.parent.mkdir(parents=True)

@@ -103,8 +103,9 @@ def measure(
     sounds = [audio.read(rows.parent / row["speech"]) for row in lines]
     kept: dict[str, Any] = json.loads(found.read_text()) if found.is_file() else {}
     ears = recognisers.all_named(judges)
-    if other := [n for n, told in kept.items() if {*told["by"]} < {ear.name for ear in ears}]:
-        raise ZipperError(f"{found} has {other[0]!r} by fewer judges. Give another file.")
+    for name, told in kept.items():
+        if missing := {ear.name for ear in ears} - {*told["by"]}:
+            raise ZipperError(f"{found} has {name!r} not by {min(missing)}. Give another file.")
     for name, make in systems(given, sounds):
         if name in kept:
             continue

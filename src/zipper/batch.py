@@ -82,48 +82,30 @@ def run_batch(
     sampling = sampling or Sampling()
     data, output = data.expanduser(), output.expanduser()
     with held_file(output):
-        return _run(pipeline, data, task, output, rows, part, sampling, limits, told, ids, least)
-
-
-def _run(
-    pipeline: Pipeline,
-    data: Path,
-    task: Task,
-    output: Path,
-    rows: int,
-    part: tuple[int, int],
-    sampling: Sampling,
-    limits: Limits | None,
-    told: Callable[[Counts], None] | None,
-    ids: bool,
-    least: float,
-) -> Counts:
-    """`run_batch` of an output that nobody else writes."""
-    first, parts = part
-    own = {"ids": ids, "least": least}
-    _same(pipeline, data, task, output, part, sampling, limits, own)
-    there = _there(output)
-    mine = [
-        (number, sample)
-        for number, sample in enumerate(manifests.samples(data))
-        if number % parts == first - 1
-    ]
-    before = {number for number, _ in mine} & there.keys()
-    refused = sum(there[number] for number in before)
-    counts = Counts(len(mine), len(before) - refused, refused, len(before))
-    left = ((number, sample) for number, sample in mine if number not in before)
-    for number, sample, found in _answers(pipeline, left, task, rows, sampling, limits):
-        if least and not isinstance(found, ZipperError):
-            found = _sure(found, least)
-        with _writing(output):
-            line = _line(pipeline, number, sample, found, None if ids else output)
-            with output.open("a", encoding="utf-8") as file:
-                file.write(as_json(line) + "\n")
-        wrong = "error" in line
-        counts = replace(counts, done=counts.done + (not wrong), refused=counts.refused + wrong)
-        if told is not None:
-            told(counts)
-    return counts
+        own = {"ids": ids, "least": least}
+        _same(pipeline, data, task, output, part, sampling, limits, own)
+        there = _there(output)
+        mine = [
+            (number, sample)
+            for number, sample in enumerate(manifests.samples(data))
+            if number % parts == first - 1
+        ]
+        before = {number for number, _ in mine} & there.keys()
+        refused = sum(there[number] for number in before)
+        counts = Counts(len(mine), len(before) - refused, refused, len(before))
+        left = ((number, sample) for number, sample in mine if number not in before)
+        for number, sample, found in _answers(pipeline, left, task, rows, sampling, limits):
+            if least and not isinstance(found, ZipperError):
+                found = _sure(found, least)
+            with _writing(output):
+                line = _line(pipeline, number, sample, found, None if ids else output)
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(as_json(line) + "\n")
+            wrong = "error" in line
+            counts = replace(counts, done=counts.done + (not wrong), refused=counts.refused + wrong)
+            if told is not None:
+                told(counts)
+        return counts
 
 
 Found = list[Produced] | ZipperError

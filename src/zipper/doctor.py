@@ -7,7 +7,6 @@ transformers are imported only where they are examined, since they may be what i
 
 import dataclasses
 import os
-import shlex
 import shutil
 import tempfile
 import warnings
@@ -171,11 +170,10 @@ def _compiler() -> tuple[str, str, str]:
     """Whether the step that decoding takes on a CPU is compiled."""
     from zipper.fast import native
 
-    asked = os.environ.get("CXX") or "c++"
     try:
-        name = shlex.split(asked)[0]
+        name = native.compiler()[0]
     except ValueError as error:
-        return "broken", f"CXX is {asked!r}: {error}", "Mend it, or leave it out."
+        return "broken", f"CXX cannot be read: {error}", "Mend it, or leave it out."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         library = native.library()

@@ -109,7 +109,7 @@ def rebuilt(
     model: Zipper, config: ZipperConfig, others: Mapping[str, Tower], seed: int = 0
 ) -> Zipper:
     """A zip of another configuration on the towers of this one, but `others`: those that learn are
-    copy_into, frozen ones are the same objects. What lies between towers is newborn."""
+    copied, frozen ones are the same objects. What lies between towers is newborn."""
     towers: dict[str, Tower] = {}
     for name, held in model.towers.items():
         assert isinstance(held, Tower)

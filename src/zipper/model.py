@@ -213,8 +213,8 @@ class Zipper(nn.Module):
                 f"The outputs {absent} read nothing here; the input has tokens for "
                 f"{sorted(names)} only."
             )
-        if len({strand.ids.shape[0] for strand in strands.values()}) > 1:
-            rows = {name: strand.ids.shape[0] for name, strand in strands.items()}
+        rows = {name: len(strand.ids) for name, strand in strands.items()}
+        if len({*rows.values()}) > 1:
             raise ZipperError(
                 f"The towers have {rows} rows; each row is one sample of all of them."
             )

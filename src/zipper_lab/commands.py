@@ -50,6 +50,10 @@ Judges = Annotated[
 ]
 
 
+#: Of the demo: pairs, steps, utterances of its test; utterances that `evaluate` takes of its own.
+PAIRS, STEPS, TEST, EVALUATED = 8000, 900, 200, 300
+
+
 def _judges(sources: Sequence[str] | None) -> tuple[Any, list[Any]]:
     """The pipeline that judges by units, where one was named, and those that hear sound."""
     from zipper.pipeline import Pipeline
@@ -79,12 +83,12 @@ def demo(
     ] = False,
     pairs: Annotated[
         int, typer.Option(parser=count, help="aligned pairs to render and train on")
-    ] = 8000,
+    ] = PAIRS,
     steps: Annotated[
         int,
         typer.Option(parser=count, help="alignment steps; 900 fit ten minutes on two cores"),
-    ] = 900,
-    test: Annotated[int, typer.Option(parser=count, help="test utterances")] = 200,
+    ] = STEPS,
+    test: Annotated[int, typer.Option(parser=count, help="test utterances")] = TEST,
     modality: Annotated[
         Literal["images", "motion", "actions", "molecules", "proteins", "digits"] | None,
         typer.Option(help="zip real data instead: towers, zip and pages, in minutes"),
@@ -102,8 +106,8 @@ def demo(
     from zipper.saving.files import held
     from zipper_lab.demo import demo as run_demo
 
-    others_given = from_scratch or as_json or judge or (pairs, steps, test) != (8000, 900, 200)
-    if modality and others_given:
+    spoken = from_scratch or as_json or judge or (pairs, steps, test) != (PAIRS, STEPS, TEST)
+    if modality and spoken:
         raise ZipperError(
             "--from-scratch, --pairs, --steps, --test, --judge and --json are for spoken commands, "
             f"and --modality {modality} was given. Leave them out."
@@ -192,7 +196,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="of DATA's floor and intervals")] = 0,
     test: Annotated[
         int, typer.Option(parser=count, help="utterances of the built-in test part")
-    ] = 300,
+    ] = EVALUATED,
     task: Annotated[
         Literal["asr", "tts", "both"], typer.Option(help="speech to text, text to speech")
     ] = "both",
@@ -222,12 +226,9 @@ def evaluate(
         for written in output, _page(output):
             writable(written, [data] if data else [])
     named_model = model or source
-    _check_options(data, tasks, limit, by, seed)
-    if data and (robust or test != 300 or task != "both"):
-        raise ZipperError(
-            "--robust, --test and --task are for the built-in corpus, and DATA was given. Leave "
-            "them out."
-        )
+    _check_options(
+        data, bool(tasks or by or limit or seed), robust or test != EVALUATED or task != "both"
+    )
     if data:
         pipe = pipeline(named_model, towers, allow_mismatch)
         _measure(pipe, data, tasks, limit, by, judge, seed, output, as_json)
@@ -247,13 +248,17 @@ def _page(results: Path) -> Path:
 
 def _check_options(
     data: Path | None,
-    tasks: Sequence[str] | None,
-    limit: int | None,
-    by: Sequence[str] | None,
-    seed: int,
+    of_data: bool,
+    built_in: bool,
 ) -> None:
-    """Raises a ZipperError for options that would say nothing."""
-    if data is None and (tasks or by or limit is not None or seed):
+    """Raises a ZipperError for options that would say nothing: those of DATA without it, those of
+    the built-in corpus with it."""
+    if data and built_in:
+        raise ZipperError(
+            "--robust, --test and --task are for the built-in corpus, and DATA was given. Leave "
+            "them out."
+        )
+    if data is None and of_data:
         raise ZipperError(
             "--of, --by, --limit and --seed are for rows of DATA. Give some, or leave them out."
         )

@@ -105,7 +105,7 @@ def tested(
     by = {tower: {"digit": real_judges.Scored(judge)} for tower in (SPEECH, IMAGE, real.TEXT)}
     found: dict[str, dict[str, Any]] = {}
     for test in ("test", "known"):
-        samples = real.spread([*manifests.samples(folder / f"{test}.jsonl")], limit)
+        samples = real.evenly([*manifests.samples(folder / f"{test}.jsonl")], limit)
         some = [s._replace(row={**s.row, "silent:text": ""}) for s in samples]
         for one in measurement.measure(pipeline, some, tasks, judges=by):
             if one.tower != real.TEXT:

@@ -221,7 +221,7 @@ def tested(
     for name, source in product(right, (words.DIGITS, words.WORDS)):
         some = [hit for hit, row in _both(right[name], rows) if row["source"] == source]
         if some:
-            found.setdefault(name, {})[source] = _rate(np.array(some, float))
+            found.setdefault(name, {})[source] = rate(np.array(some, float))
     return found
 
 
@@ -233,7 +233,8 @@ def _same(heard: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]
     return [word == row["text"] for word, row in _both(heard, rows)]
 
 
-def _rate(hits: Float[np.ndarray, " rows"]) -> dict[str, float]:
+def rate(hits: Float[np.ndarray, " rows"]) -> dict[str, float]:
+    """A share of rows, with its 95 % interval."""
     low, high = statistics.bootstrap(lambda some: some.mean(axis=-1), hits)
     return {"value": float(hits.mean()), "low": low, "high": high, "rows": len(hits)}
 
@@ -253,7 +254,7 @@ def shifted(
         ]
         made = pipeline.generate([[Segment("speech", ids)] for ids in heard], ["text"], Sampling())
         said = [text.decode(written.content) for (written,) in made]
-        found[name] = _rate(np.array(_same(said, rows), float))
+        found[name] = rate(np.array(_same(said, rows), float))
     return found
 
 
@@ -262,7 +263,7 @@ def spread(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, A
     found: list[Mapping[str, Any]] = []
     for source in (words.DIGITS, words.WORDS):
         some = [row for row in rows if row["source"] == source]
-        found += real.spread(some, limit)
+        found += real.evenly(some, limit)
     return found
 
 
@@ -295,7 +296,7 @@ def run(data: Path, encoder: str, output: Path, share: float = 1.0) -> dict[str,
         made = train(config, resume=True, build=real.maker(base, plans))
         told[name] = tested(made, rows, ear)
         if (arm, pairs, seed) == (ZIP, 0, 0):
-            told["shifted"] = shifted(made, data, real.spread(rows, SHIFTED))
+            told["shifted"] = shifted(made, data, real.evenly(rows, SHIFTED))
         write_json(place, told)
         print(f"-- {name}: {told[name]['asr']}", flush=True)
     return told
@@ -317,7 +318,7 @@ def markdown(told: Mapping[str, Any]) -> str:
             cells = []
             for arm in ARMS:
                 runs = [told.get(f"{arm}-{pairs}-{seed}") for seed in SEEDS]
-                cells.append(_over([one[task][source] for one in runs if one]))
+                cells.append(over([one[task][source] for one in runs if one]))
             lines.append(f"| {pairs or 'all'} | {' | '.join(cells)} |")
         lines.append("")
     if "shifted" in told:
@@ -330,7 +331,7 @@ def _percent(rate: Mapping[str, float]) -> str:
     return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
-def _over(rates: Sequence[Mapping[str, float]]) -> str:
+def over(rates: Sequence[Mapping[str, float]]) -> str:
     """Of several runs their mean, least and most; of one its interval."""
     if len(rates) < 2:
         return _percent(rates[0]) if rates else "-"

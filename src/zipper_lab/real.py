@@ -388,13 +388,13 @@ def measured(
     chosen = named(name)
     found = {}
     for test in chosen.tests:
-        samples = spread([*manifests.samples(folder / f"{test}.jsonl")], limit)
+        samples = evenly([*manifests.samples(folder / f"{test}.jsonl")], limit)
         tasks = [*chosen.tasks, *chosen.also]
         found[test] = measurement.measure(pipeline, samples, tasks, judges=by)
     return found
 
 
-def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+def evenly(rows: Sequence[T], limit: int | None) -> list[T]:
     """At most so many rows, evenly over all: manifests are in the order of classes and people."""
     most = len(rows) if limit is None else min(limit, len(rows))
     return [rows[number * len(rows) // most] for number in range(most)]

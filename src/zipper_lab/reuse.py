@@ -175,7 +175,7 @@ def tested(pipeline: Pipeline, folder: Path, judges: Mapping[str, Any], limit: i
         if others[niche] in niches:
             tasks.append(f"{niche} -> {real.TEXT}, {others[niche]}")
         by = {tower: {"digit": real_judges.Scored(judges[tower])} for tower in (*niches, real.TEXT)}
-        for one in measurement.measure(pipeline, real.spread(samples, limit), tasks, judges=by):
+        for one in measurement.measure(pipeline, real.evenly(samples, limit), tasks, judges=by):
             if one.tower == one.task.split()[-1]:  # what is made last
                 rates = {name: vars(rate) for name, rate in one.metrics["digit: digit"].items()}
                 found[one.task] = rates | {"nats": one.nats}

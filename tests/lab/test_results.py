@@ -473,6 +473,8 @@ def test_any_part_of_the_cells_makes_a_report(tmp_path: Path) -> None:
 
 
 def test_a_result_that_lacks_something_or_compares_other_sentences_is_an_error() -> None:
+    with pytest.raises(ZipperError, match=r"Result 0 is \{\}; it has no cell and scores"):
+        results.tables({**run(), "results": [{}]})
     with pytest.raises(ZipperError, match="lack command, commit"):
         results.tables(
             {"results": [], "preset": "cpu", "versions": {}, "machine": "", "core_hours": 0.0}

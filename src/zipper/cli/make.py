@@ -323,11 +323,11 @@ def fit(
         absent(example)
         example.mkdir(parents=True)
         try:
-            settings_said = found.example(example)
+            how = found.example(example)
         except ZipperError:
             example.rmdir()
             raise
-        suits = f"zipper fit {kind} {example}/manifest.jsonl {settings_said}".rstrip()
+        suits = f"zipper fit {kind} {example}/manifest.jsonl {how}".rstrip()
         print(f"{example}: an example of {kind}. Go on: {suits} -o {example}-fitted")
         return
     if getattr(found, "modelled", False) and data and not model:

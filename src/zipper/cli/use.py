@@ -158,8 +158,10 @@ def run(
                 f"This plan produces {filed[0]}. Pass -o FOLDER to say where its files go."
             )
         read = [s.content for s in segments if s.tower in kinds and kinds[s.tower].suffix]
-        for number, name in product(range(Request.most if chosen else len(produced)), filed):
-            writable(output / f"{number}-{name}{kinds[name].suffix}", read)
+        most = range(len(produced) + Request.most)  # a choice may be several segments
+        for number, name in product(most, {*filed}) if chosen else enumerate(produced):
+            if name in filed:
+                writable(output / f"{number}-{name}{kinds[name].suffix}", read)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
     for number, segment in enumerate(pipe.run(segments, names, sampling=how)):
         content = _written(segment, kinds[segment.tower], number, output)

@@ -167,9 +167,9 @@ def _check_free(folder: Path) -> None:
     """A ZipperError for a place that holds what is none of ours."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    # A damaged manifest is no reason to keep a damaged model.
-    damaged = (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
-    if not _named_in(folder / MANIFEST) and not damaged:
+    # One of both may be damaged or lost.
+    listed, config = _named_in(folder / MANIFEST), (folder / CONFIG).is_file()
+    if not (folder / MANIFEST).is_file() or not (listed or config):
         raise ZipperError(
             f"{folder} exists and holds something else than a saved model. Choose another folder "
             "or empty it."
@@ -183,10 +183,15 @@ def _carry(folder: Path, temporary: Path) -> None:
         place = temporary / path.name
         if path.name in known or place.exists():
             continue
+        copies = [place]
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, place, symlinks=True)
+            copies += inside(place)
         else:
             shutil.copy2(path, place, follow_symlinks=False)
+        for copy in copies:
+            if not copy.is_symlink():
+                flush(copy)
 
 
 def _named_in(manifest: Path) -> set[str]:

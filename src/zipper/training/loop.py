@@ -142,6 +142,8 @@ def _check_place(folder: Path, resume: bool) -> None:
     if (folder / checkpoint.MANIFEST).exists():
         raise ZipperError(f"{folder} is a saved model; a run wants a folder of its own.")
     if (folder / "config.json").exists():
+        if "tasks" not in checkpoint.read_json(folder / "config.json"):
+            raise ZipperError(f"{folder} holds a config.json of no run. Choose another output.")
         if not resume:
             raise ZipperError(
                 f"{folder} holds a run already. Pass --resume to go on with it, or choose another "

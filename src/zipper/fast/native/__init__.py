@@ -260,16 +260,19 @@ def product(matrix: Matrix, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tok
     return y
 
 
+def compiler() -> list[str]:
+    """The command of the C++ compiler. Raises ValueError for an open quote in CXX."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
 @cache
 def library() -> Any:
     """The compiled code, or None and a warning where it cannot be had; None without one if
     ZIPPER_NATIVE=0."""
     if os.environ.get("ZIPPER_NATIVE") == "0":
         return None
-    asked = os.environ.get("CXX") or "c++", os.environ.get("CXXFLAGS", "")
     try:
-        compiler, flags = map(shlex.split, asked)
-        return _load([*compiler, *FLAGS, *flags])
+        return _load([*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))])
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
@@ -297,7 +300,8 @@ def _load(compiler: Sequence[str]) -> Any:
             return _declared(ctypes.CDLL(str(built)))
         except OSError as error:
             refused.append(str(error))
-    files.cache_folder()  # raises where there is none
+    if not refused:
+        files.cache_folder()  # raises: there is none
     raise OSError(
         f"it was built, and cannot be loaded: {'; '.join(refused)}. Where programs may not be run "
         "from the cache (noexec), XDG_CACHE_HOME names another place."
