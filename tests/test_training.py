@@ -302,21 +302,37 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     checkpoint.check(tmp_path / "checkpoints" / "step-0000014")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
-    world: World, unbroken: Path, tmp_path: Path, workers: int
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts; a process in the background of a script does not hear it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+)
+def test_a_signal_saves_a_checkpoint_and_ends_with_its_number(
+    world: World,
+    unbroken: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    workers: int,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = world.config(tmp_path, **RESUMED, workers=workers)
 
     def ask(row: Mapping[str, Any], step: int) -> None:
-        """All processes of the run, as a scheduler does."""
+        """All processes of the run, as a scheduler and a terminal do."""
         children = multiprocessing.active_children()
         assert len(children) == workers
         if row["step"] == step:
             for pid in (*(child.pid for child in children), os.getpid()):
-                os.kill(pid or 0, signal.SIGTERM)
+                os.kill(pid or 0, number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     for step in (3, 10):  # the second run of a process hears it as well
         # Nobody takes a half-trained model for a whole one.
         with pytest.raises(SystemExit) as stopped:
@@ -326,14 +342,31 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_its_number(
                 report=functools.partial(ask, step=step),
             )
         assert isinstance(stopped.value, Stopped)
-        assert stopped.value.code == 128 + signal.SIGTERM
+        assert stopped.value.code == 128 + number
+        said = capfd.readouterr().err
+        assert f"by {number.name}; go on with resume" in said
+        assert ("Ctrl-C again ends at once" in said) == (number == signal.SIGINT)
         assert sorted((tmp_path / "checkpoints").iterdir())[-1].name in (
             f"step-{step:07d}",
             f"step-{step + 1:07d}",
         )
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
     train(config, resume=True)
     assert same(tmp_path, unbroken)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_interrupts_and_what_others_hear_stays_theirs() -> None:
+    with pytest.raises(KeyboardInterrupt), loop.asked_to_stop() as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    with loop.asked_to_stop() as came:
+        signal.raise_signal(signal.SIGINT)
+    assert came == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_sigterm_in_the_last_step_changes_nothing(world: World, tmp_path: Path) -> None:

@@ -391,7 +391,9 @@ def _clear(run: Path) -> None:
     """Takes away the run of an earlier demo. Raises a ZipperError for what is no run."""
     if not run.exists():
         return
-    if not (run / "config.json").is_file() and any(run.iterdir()):
+    config = run / "config.json"
+    ours = config.is_file() and "tasks" in checkpoint.read_json(config)
+    if not ours and any(run.iterdir()):
         raise ZipperError(f"{run} is there and is no run. Choose another --output, or move it.")
     shutil.rmtree(run)
 

@@ -154,24 +154,31 @@ def test_what_is_learnt_is_heard_disturbed_and_said_clean(
     assert np.isclose(sum(configs[0].tasks.values()), 1)
 
 
+class Reached(Exception):
+    """A demo came as far as its work."""
+
+
 def test_a_demo_takes_away_its_own_run_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reached(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Reached
 
     monkeypatch.setattr(demo, "_shipped", reached)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ZipperError, match="run is there and is no run"):
-        demo.demo(tmp_path)
-    assert (tmp_path / "run" / "thesis.txt").is_file()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    config = tmp_path / "run" / "config.json"
+    for _ in range(2):  # without one, and with one of others
+        with pytest.raises(ZipperError, match="run is there and is no run"):
+            demo.demo(tmp_path)
+        assert (tmp_path / "run" / "thesis.txt").is_file()
+        config.write_text("{}")
+    config.write_text('{"tasks": {}}')
     (tmp_path / "dev.jsonl").write_text('{"text": "mine"}\n')
     with pytest.raises(ZipperError, match=r"dev\.jsonl is of no demo"):
         demo.demo(tmp_path)
     assert (tmp_path / "run").exists()
     (tmp_path / "dev.jsonl").write_text('{"text": "ours", "template": "call"}\n')
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Reached):
         demo.demo(tmp_path)
     assert not (tmp_path / "run").exists()

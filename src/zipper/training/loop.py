@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -72,11 +74,11 @@ CLOCK = ("tokens_per_s", "matmul_share", "started", "seconds")
 
 @final
 class Stopped(SystemExit):
-    """SIGTERM came; the run is saved and goes on with resume. Not caught, it ends the process with
-    143, as shells know it."""
+    """SIGTERM or Ctrl-C came; the run is saved and goes on with resume. Not caught, it ends the
+    process with 143 or 130, as shells know it."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
 
 
 class Objective(nn.Module):
@@ -111,8 +113,8 @@ def train(
 
     resume: go on from the newest whole checkpoint in `output`, if there is one. report: called with
     every metrics row.
-    build: makes the model, by default a zip. SIGTERM lets the step end, saves a checkpoint and
-    raises Stopped. Raises ZipperError for a recipe or data that do not fit, and where the
+    build: makes the model, by default a zip. SIGTERM, or Ctrl-C once, lets the step end, saves a
+    checkpoint and raises Stopped. Raises ZipperError for a recipe or data that do not fit, and where the
     checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files
     count by content).
     """
@@ -300,7 +302,7 @@ def _train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    with bar, sigterm() as came, contextlib.closing(drawn(reads, progress.step)) as coming:
+    with bar, asked_to_stop() as came, contextlib.closing(drawn(reads, progress.step)) as coming:
         while progress.step < config.steps and not progress.stopped and not stop:
             step = progress.step
             torch.manual_seed(mixed_seed(config.seed, step, accelerator.process_index))
@@ -403,9 +405,11 @@ def _train(
                     write=accelerator.is_main_process,
                 )
         stop = bool(stop) and progress.step < config.steps and not progress.stopped
+        by = signal.Signals(came[0] if came else signal.SIGTERM)  # another process may have heard
         if stop and accelerator.is_main_process:
             bar.write(
-                f"Stopped at step {progress.step} by SIGTERM; go on with resume.", file=sys.stderr
+                f"Stopped at step {progress.step} by {by.name}; go on with resume.",
+                file=sys.stderr,
             )
     accelerator.wait_for_everyone()
     if not stop and not (folder / "model").is_dir():  # no dev loss was a number
@@ -417,7 +421,7 @@ def _train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if stop:
-        raise Stopped
+        raise Stopped(by)
     return Pipeline.from_pretrained(folder / "model", frozen_sources(model))
 
 
@@ -516,7 +520,8 @@ def _as_it_is(read: Any) -> Any:
 
 def _undisturbed(worker: int) -> None:
     """Whoever asks a group of processes to end means the run, which ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def gates(model: Any) -> dict[str, float]:
@@ -616,15 +621,29 @@ def record_of(
 
 
 @contextmanager
-def sigterm() -> Iterator[list[int]]:
-    """A list that is not empty once SIGTERM has come. Only a main thread can hear signals;
-    elsewhere it stays empty."""
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list of the signals that came: SIGTERM, or the first Ctrl-C; another interrupts as ever.
+    Only a main thread can hear signals; elsewhere it stays empty."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if number in came:
+                signal.default_int_handler(number, frame)
+            # No stream can be written to from a handler.
+            os.write(2, b"\nThe step ends and is saved. Ctrl-C again ends at once.\n")
+        came.append(number)
+
+    before: dict[int, Any] = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nobody else hears it
+        before[signal.SIGINT] = signal.default_int_handler
     try:
+        for number in before:
+            signal.signal(number, ask)
         yield came
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
