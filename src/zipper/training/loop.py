@@ -113,10 +113,11 @@ def train(
 
     resume: go on from the newest whole checkpoint in `output`, if there is one. report: called with
     every metrics row.
-    build: makes the model, by default a zip. SIGTERM, or Ctrl-C once, lets the step end, saves a
-    checkpoint and raises Stopped. Raises ZipperError for a recipe or data that do not fit, and where the
-    checkpoint is of a run with other numbers, steps or data in its recipe (all but FREE; files
-    count by content).
+    build: makes the model, by default a zip.
+
+    SIGTERM, or Ctrl-C once, lets the step end, saves a checkpoint and raises Stopped. Raises
+    ZipperError for a recipe or data that do not fit, and where the checkpoint is of a run with
+    other numbers, steps or data in its recipe (all but FREE; files count by content).
     """
     accelerate = extra("accelerate")
     if "tensorboard" in config.trackers:
