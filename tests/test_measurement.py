@@ -112,6 +112,22 @@ def test_a_judge_is_asked_of_every_system_with_the_rows(pipe: Pipeline) -> None:
     assert found[0].metrics["eye: same first"]["oracle"].value == 1
 
 
+def test_a_number_that_no_answer_has_is_none_and_not_zero(pipe: Pipeline, tmp_path: Path) -> None:
+    def judge(wanted: Sequence[Any], made: Sequence[Any], raw: Sequence[Any]) -> measurement.Scores:
+        true = list(made) == list(wanted)
+        return {"near": [(1.0, float(true))] * len(made), "never": [(0.0, 0.0)] * len(made)}
+
+    found = measurement.measure(
+        pipe, manifest(tmp_path, rows()), ["text -> level"], judges={"level": {"eye": judge}}
+    )
+    assert found[0].metrics["eye: near"].keys() == {"oracle"}
+    assert "eye: never" not in found[0].metrics
+    (line,) = [line for line in measurement.text(found).splitlines() if "near" in line]
+    assert line.split()[2:] == "none has one 1 (1 to 1) none has one".split()
+    measurement.write(tmp_path / "page.html", found, "levels")
+    assert "none has one" in (tmp_path / "page.html").read_text()
+
+
 def test_a_judge_is_found_by_its_name(pipe: Pipeline) -> None:
     rows_told = [{"text": "call anna now"}, {"text": "call"}]
     said = measurement.judge("words")(["", ""], ["call anna", "send"], rows_told)

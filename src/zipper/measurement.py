@@ -82,10 +82,11 @@ class Shown:
 class Measured:
     """What was measured of one produced segment of a task.
 
-    metrics: name -> system -> number. nats: -log p of the wanted ids and their end, a token, given
-    all before. ended: the share of segments that ended by themselves. confusion: of a choice, how
-    often which tower ("" = it was over) was right, and which was chosen; its nats are those of a
-    choice, its floor is the commonest. tables: the model's answers where there are few right ones
+    metrics: name -> system -> number; a system of whose answers none has one is left out.
+    nats: -log p of the wanted ids and their end, a token, given all before. ended: the share of
+    segments that ended by themselves. confusion: of a choice, how often which tower ("" = it was
+    over) was right, and which was chosen; its nats are those of a choice, its floor is the
+    commonest. tables: the model's answers where there are few right ones
     ("answers"), and what judges that label took them for, by their names.
     """
 
@@ -248,7 +249,8 @@ def _measured(
                 said = judge(true, made[system], raw)
                 scores |= {f"{name}: {metric}": pairs for metric, pairs in said.items()}
             for metric, pairs in scores.items():
-                metrics.setdefault(metric, {})[system] = _number(pairs, seed)
+                if any(below for _, below in pairs):
+                    metrics.setdefault(metric, {})[system] = _number(pairs, seed)
         shown = [
             Shown(
                 str(samples[n].row.get("id", n)),
@@ -403,7 +405,7 @@ def text(found: Sequence[Measured]) -> str:
         head = f"{one.task}: {one.rows} rows, {one.nats:.3f} nats a token, {one.ended:.1%} ended"
         lines += [head, f"  {'':26}" + "".join(f"{system:>30}" for system in SYSTEMS)]
         for name, systems in one.metrics.items():
-            cells = [_cell(systems[system]) for system in SYSTEMS]
+            cells = [_cell(systems.get(system)) for system in SYSTEMS]
             lines.append(f"  {name:26}" + "".join(f"{cell:>30}" for cell in cells))
         for wanted, chosen in one.confusion.items():
             said = ", ".join(f"{name or 'over'} {count}" for name, count in chosen.items())
@@ -412,7 +414,9 @@ def text(found: Sequence[Measured]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _cell(number: Number) -> str:
+def _cell(number: Number | None) -> str:
+    if number is None:
+        return "none has one"
     return f"{number.value:.4g} ({number.low:.4g} to {number.high:.4g})"
 
 
@@ -423,7 +427,7 @@ def write(path: Path, found: Sequence[Measured], title: str, about: str = "") ->
         {
             "one": one,
             "rows": [
-                (name, [_cell(systems[system]) for system in SYSTEMS])
+                (name, [_cell(systems.get(system)) for system in SYSTEMS])
                 for name, systems in one.metrics.items()
             ],
             "tables": [

@@ -468,8 +468,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             each = {arm: found[arm][test][place] for arm in used}
             one = each[ZIP]
             for metric, systems in one["metrics"].items():
-                said = [_said(each[arm]["metrics"][metric]["model"]) for arm in used]
-                said += [_said(systems[system]) for system in ("oracle", "floor")]
+                said = [_said(each[arm]["metrics"].get(metric, {}).get("model")) for arm in used]
+                said += [_said(systems.get(system)) for system in ("oracle", "floor")]
                 about = [f"{test}, {one['rows']} rows", one["task"], metric]
                 lines.append(f"| {' | '.join(about + said)} |")
             nats = [f"{each[arm]['nats']:.3f}" for arm in used]
@@ -494,7 +494,9 @@ def summary(name: str, output: Path) -> str:
     return f"{chosen.about} Pairs: {counted}. {'; '.join(sizes)}."
 
 
-def _said(number: Mapping[str, float]) -> str:
+def _said(number: Mapping[str, float] | None) -> str:
+    if number is None:  # none of the answers has one
+        return "none"
     return f"{number['value']:.3g} ({number['low']:.3g} to {number['high']:.3g})"
 
 
