@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from zipper import modality
+from zipper.audio import disturbance
 from zipper.audio.sound import Audio
 from zipper.cli import main
 from zipper.errors import ZipperError
@@ -56,6 +57,13 @@ def saved(name: str, folder: Path) -> Path:
                 tensor.add_(0.1 * torch.randn_like(tensor))
     model.save_pretrained(folder / name)
     return folder / name
+
+
+def test_noise_that_goes_on_and_on_is_something_silence_is_not(tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved("EncodecModel", tmp_path))
+    assert not codec.says_nothing(disturbance.nothing(0, 1.0, kind="noise"))
+    assert codec.says_nothing(Audio(np.zeros(100, np.float32), 16_000))
+    assert codec.says_nothing(Audio(np.zeros(0, np.float32), 16_000))
 
 
 def sound(seconds: float = 0.3, rate_hz: int = 16_000) -> Audio:

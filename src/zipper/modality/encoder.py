@@ -36,7 +36,7 @@ from zipper.modality.renderer import (
 )
 from zipper.modality.renderer import STEPS as RENDERER_STEPS
 from zipper.modality.renderer import fitted as fitted_renderer
-from zipper.modality.sound import Sound
+from zipper.modality.sound import Spoken
 from zipper.saving import hub
 from zipper.saving.files import (
     parse,
@@ -85,7 +85,7 @@ class EncoderUnitsConfig:
 
 
 @final
-class EncoderUnits(Sound):
+class EncoderUnits(Spoken):
     """Sound <-> units. Ids 0 .. K-1 are units, K begins and K+1 ends a segment.
 
     Merged units lose how long each of them lasts: the vocoder guesses it. Every sound is encoded by
@@ -153,7 +153,7 @@ class EncoderUnits(Sound):
         voice: Any = None,
         steps: int = RENDERER_STEPS,
     ) -> "EncoderUnits":
-        """Units for sounds like these (`Sound.read` says what may stand for one).
+        """Units for sounds like these (`Spoken.read` says what may stand for one).
 
         encoder: one of ENCODERS by hub id or folder, with safetensors, or in memory. normalise:
         None does what its preprocessor_config.json says, and normalises where it has none.

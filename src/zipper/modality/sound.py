@@ -92,14 +92,23 @@ class Sound(Kind):
 
     @staticmethod
     def says_nothing(raw: Audio) -> bool:
-        """Whether this is silence, or a noise that goes on and on: speech swings more."""
-        return raw.swing_db < SWING_DB
+        """Whether it is silence, to the sample: of rain there may be something to say."""
+        return not raw.samples.any()
 
     def scores(self, wanted: Sequence[Audio], made: Sequence[Audio]) -> Scores:
         """How far the length is off, as a share of the one wanted: without a recogniser nothing
         else of two sounds is comparable."""
         pairs = zip(wanted, made, strict=True)
         return {"length": [(abs(a.seconds - b.seconds), a.seconds) for a, b in pairs]}
+
+
+class Spoken(Sound):
+    """A kind whose sounds are people who speak."""
+
+    @staticmethod
+    def says_nothing(raw: Audio) -> bool:
+        """Whether this is silence, or a noise that goes on and on: speech swings more."""
+        return raw.swing_db < SWING_DB
 
 
 def names_a_sound(value: Any) -> bool:

@@ -21,7 +21,7 @@ from zipper.audio.sound import HIGHEST_RATE_HZ, LONGEST_S, LOWEST_RATE_HZ, Audio
 from zipper.errors import ZipperError
 from zipper.modality.codebook import BATCH as BATCH
 from zipper.modality.codebook import kmeans, load_codebook, nearest, save_codebook, stacked
-from zipper.modality.sound import SWING_DB, Sound
+from zipper.modality.sound import SWING_DB, Spoken
 from zipper.saving.files import parse, place, read_json, write_json
 
 #: What a file may ask for: (least, most).
@@ -78,7 +78,7 @@ class UnitsConfig:
         return self.mel.rate_hz / self.mel.hop / self.stack
 
 
-class SpeechUnits(Sound):
+class SpeechUnits(Spoken):
     """Sound <-> codes. Ids 0 .. K-1 are codes, K begins and K+1 ends a segment, K+2 .. name the
     voices in `voices`."""
 
@@ -124,12 +124,12 @@ class SpeechUnits(Sound):
     def fitted(
         cls, values: Sequence[Any], codes: int = 256, seed: int = 0, bad: str = "error"
     ) -> "SpeechUnits":
-        """Units for sounds like these (`Sound.read` says what may stand for one).
+        """Units for sounds like these (`Spoken.read` says what may stand for one).
 
         bad: "skip" leaves out what cannot be read. Raises a ZipperError for what is no sound, and
         for too little of it.
         """
-        config, reader = UnitsConfig(fitted_on=f"{len(values)} sounds"), Sound()
+        config, reader = UnitsConfig(fitted_on=f"{len(values)} sounds"), Spoken()
         mels = []
         for value in tqdm(values, desc="log-mel", unit="sound", disable=None):
             try:
