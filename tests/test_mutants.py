@@ -368,9 +368,10 @@ def mutated(owner: Any, name: str, old: str, new: str) -> Callable[..., Any]:
     return namespace[name]
 
 
-def broken() -> str | None:
-    """The first law that does not hold."""
-    for law in LAWS:
+def broken(owner: Any) -> str | None:
+    """The first law that does not hold; those of generation first where that is what changed."""
+    reads = owner in (reading._Group, reading.Stepwise)
+    for law in reversed(LAWS) if reads else LAWS:
         try:
             law()
         except Exception:
@@ -388,4 +389,4 @@ def test_a_law_breaks_for_the_mutant(fault: str, monkeypatch: pytest.MonkeyPatch
     zips()
     owner, name, _, _ = MUTANTS[fault]
     monkeypatch.setattr(owner, name, mutated(*MUTANTS[fault]))
-    assert broken(), "nobody noticed"
+    assert broken(owner), "nobody noticed"

@@ -784,6 +784,8 @@ def test_what_was_written_in_part_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of manifests the last is the one that says so."""
+    for name, value in {"TAKES": 6, "ROUNDS": 1}.items():
+        monkeypatch.setattr(digits, name, value)
     digits.say(tmp_path / "said")
     written = digits.manifests.write
 
