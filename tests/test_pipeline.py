@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from tiny import World
+from torch import Tensor
 
 from zipper import pipeline as pipelines
 from zipper.audio import sound as audio
@@ -226,6 +227,47 @@ def test_what_is_drawn_depends_on_the_seed(pipe: Pipeline) -> None:
 
 
 # --- saving
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [["text"], ["speech", "text"], ["text@2 + speech"]],
+    ids=" ".join,
+)
+def test_the_score_of_what_was_produced_is_its_own(
+    pipe: Pipeline, outputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, begun = Zipper.unembed, {name: ends.begin for name, ends in pipe.model.ends().items()}
+
+    def trained(model: Zipper, tower: str, hidden: Tensor) -> Tensor:
+        """As one that has learnt that no segment begins within one."""
+        return heads(model, tower, hidden).index_fill(2, torch.tensor(begun[tower]), -99.0)
+
+    monkeypatch.setattr(Zipper, "unembed", trained)
+    given, limits = [Segment("speech", [3, 4, 5])], dict.fromkeys(begun, 24)
+    made = [
+        pipe.model.generate(given, outputs, Sampling(temperature=2.0, seed=n), limits)
+        for n in range(12)
+    ]
+    ended = [each for each in made if all(segment.ended for segment in each)]
+    assert len({len(each[0].content) for each in ended}) > 1
+    wanted = [sum(segment.score for segment in each) for each in ended]
+    assert pipe.score(given, ended) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_answers_are_scored_alike_in_any_company_and_nothing_is_learnt(
+    pipe: Pipeline, clip: Path
+) -> None:
+    words = ["call", "call anna", "send forty two oranges", ""]
+    answers = [Segment("text", word) for word in words]
+    found = pipe.score([Segment("speech", clip)], answers)
+    alone = [pipe.score([Segment("speech", clip)], [answer])[0] for answer in answers]
+    assert found == pytest.approx(alone, abs=1e-4)
+    assert found[2] < found[0] < 0
+    assert not pipe.model.training and not any(p.grad is not None for p in pipe.model.parameters())
+    assert pipe.score([Segment("speech", clip)], []) == []
+    with pytest.raises(ZipperError, match="holds the id 9999"):
+        pipe.score([Segment("text", "call")], [Segment("speech", [9999])])
 
 
 def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """-log p(target) over a large vocabulary, a few logits at a time. Nothing here knows what
 towers are made of."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from zipper.strand import NO_CHOICE, Batch
+from zipper.strand import NO_CHOICE, Batch, Segment, Target, collate
 
 #: Most logits made at once, 128 MB in float32. Up to here the loss is computed in one piece.
 MOST = 1 << 25
@@ -90,6 +90,39 @@ def per_token(losses: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Ba
         count += sum(float(weight.clamp(min=0).sum()) for weight in batch.weights.values())
         count += sum(int((came >= 0).sum()) for came in batch.choices.values())
     return total / count
+
+
+@torch.no_grad()
+def scores(model: Any, samples: Sequence[Sequence[Segment]], rows: int = 16) -> list[list[float]]:
+    """log p in nats of each target of each sample: of its ids and its end, all before it given. So
+    `Produced.score` says it of what was generated, where the begin id, of which a trained model
+    thinks nothing, is ruled out.
+
+    rows: so many samples are read at once, of like length; a sample's company changes no more than
+    the rounding.
+    """
+    found: list[list[float]] = [[] for _ in samples]
+    order = sorted(range(len(samples)), key=lambda n: sum(len(s.content) for s in samples[n]))
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    for start in range(0, len(order), rows):
+        some = order[start : start + rows]
+        batch = collate([samples[n] for n in some], model.ends()).to(device)
+        wanted = {name: weight != 0 for name, weight in batch.weights.items() if weight.any()}
+        hidden = model.hidden(batch.strands, tuple(wanted))
+        each = {name: torch.zeros(where.shape) for name, where in wanted.items()}
+        for name, where in wanted.items():
+            said = model.nll(name, hidden[name][where][None], batch.targets[name][where][None])
+            each[name][where.cpu()] = -said[0].cpu()
+        for row, number in enumerate(some):
+            slot = dict.fromkeys(batch.strands, 0)
+            for segment in samples[number]:
+                tower, begun = segment.tower, slot[segment.tower]
+                slot[tower] += len(segment.content) + 2
+                if isinstance(segment, Target) and segment.weight:
+                    found[number].append(float(each[tower][row, begun : slot[tower] - 1].sum()))
+    model.train(training)
+    return found
 
 
 def _whole(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import entry_points
 from itertools import chain, permutations
 from pathlib import Path
@@ -26,13 +25,13 @@ from zipper.environment import extra
 from zipper.errors import ZipperError
 from zipper.generation import Request
 from zipper.junctions import known
-from zipper.loss import batch_losses, per_token
+from zipper.loss import scores
 from zipper.modality import Kind, Scores, is_ids, whole
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
 from zipper.saving.files import place
 from zipper.statistics import bootstrap
-from zipper.strand import Segment, Target, collate
+from zipper.strand import Segment, collate
 from zipper.tasks import Task, content, lanes, tower_of
 
 SYSTEMS = ("model", "oracle", "floor")
@@ -324,30 +323,10 @@ def _answers(
 
 def _nats(model: Any, task: Task, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[float]:
     """-log p of the ids of each produced segment and its end, a token, all before it given."""
-    model.eval()
-    found = []
-    # By their lengths in this task: what else a row holds must not change how batches are padded.
-    samples = sorted(map(task.segments, rows), key=lambda some: sum(len(s.content) for s in some))
-    device = next(model.parameters()).device
-    for number in range(-len(task.segments_produced), 0):
-        some = [_only(number, sample) for sample in samples]
-        batches = (
-            collate(some[start : start + BATCH], model.ends()).to(device)
-            for start in range(0, len(some), BATCH)
-        )
-        with torch.inference_mode():
-            found.append(per_token(partial(batch_losses, model), batches))
-    return found
-
-
-def _only(which: int, segments: Sequence[Segment]) -> list[Segment]:
-    """A sample in which one segment has a loss, counted from the end."""
-    found: list[Segment] = []
-    for number, segment in enumerate(segments):
-        if isinstance(segment, Target):
-            weight = float(number == len(segments) + which)
-            segment = replace(segment, weight=weight)
-        found.append(segment)
+    samples, many = [*map(task.segments, rows)], len(task.segments_produced)
+    said = np.array([each[-many:] for each in scores(model, samples, BATCH)])
+    read = np.array([[len(s.content) + 1 for s in sample[-many:]] for sample in samples])
+    found: list[float] = (-said.sum(0) / read.sum(0)).tolist()
     return found
 
 

@@ -18,6 +18,7 @@ from zipper.errors import Mismatch, ZipperError
 from zipper.fast import fastest
 from zipper.fast import recall as proofs
 from zipper.generation import Engine, Limits, Request, planned
+from zipper.loss import scores
 from zipper.modality import Modality, is_ids, register, whole
 from zipper.modality import load as load_modality
 from zipper.modality import save as save_modality
@@ -29,7 +30,7 @@ from zipper.saving import checkpoint, hub
 from zipper.saving.card import Told, card
 from zipper.saving.files import place
 from zipper.saving.zips import TowerSource
-from zipper.strand import Produced, Segment
+from zipper.strand import Produced, Segment, Target
 from zipper.tasks import Task, among
 from zipper.tower import precision
 
@@ -50,7 +51,7 @@ class Transcript:
     """What was said in a sound, "" where nothing was.
 
     confidence: the probability that the model gave to the tokens of the text and to its end, in the
-    geometric mean; 1 where the sound alone tells that nobody speaks (`Sound.says_nothing`).
+    geometric mean; 1 where the sound alone tells that nobody speaks (`Kind.says_nothing`).
     """
 
     text: str
@@ -284,6 +285,28 @@ class Pipeline:
         limits = self._limits(limits)
         return self.engine(ROWS).generate(prompts, outputs, sampling, limits, numbers)
 
+    def score(
+        self, given: Sequence[Segment], answers: Sequence[Segment | Sequence[Segment]]
+    ) -> list[float]:
+        """How likely each answer is behind what is given: the log-probabilities (nats) of its ids
+        and its end, summed, as `Produced.score` of one that was produced to its end. So the model
+        tells which of some words a picture shows, or which of some takes says a sentence best.
+
+        given, answers: as for `run`; an answer is a segment, or several in order. Long answers are
+        less likely than short ones: divide by the number of ids where that should not count.
+        Raises a ZipperError for what the model cannot read.
+        """
+
+        def ids(segment: Segment) -> Segment:
+            return self._encoded(self._read(segment))
+
+        before, samples = [*map(ids, given)], list[list[Segment]]()
+        for answer in answers:
+            parts = map(ids, [answer] if isinstance(answer, Segment) else answer)
+            samples.append([*before, *(_wanted(part) for part in parts)])
+            self.model.check(samples[-1])
+        return [sum(each) for each in scores(self.model, samples, ROWS)]
+
     def asked(
         self,
         segments: Sequence[Segment],
@@ -450,6 +473,11 @@ class Pipeline:
             replace(part, content=self._modality(part.tower).decode(part.content))
             for part in produced
         ]
+
+
+def _wanted(part: Segment) -> Target:
+    pace: dict[str, Any] = {key: getattr(part, key) for key in ("beside", "stride", "delay")}
+    return Target(part.tower, part.content, **pace)
 
 
 def check_pinned(name: str, source: str | Path, modality: Modality) -> None:

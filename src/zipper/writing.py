@@ -62,7 +62,13 @@ class Written:
     def segment(self) -> Produced:
         """As `generate` returns it."""
         return Produced(
-            self.tower, list(self.ids), ended=self.stop == "end", score=sum(self.logprobs, 0.0)
+            self.tower,
+            list(self.ids),
+            self.stop == "end",
+            sum(self.logprobs, 0.0),
+            beside=self.beside,
+            stride=self.stride,
+            delay=self.delay,
         )
 
 
