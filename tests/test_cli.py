@@ -26,6 +26,7 @@ from zipper.audio.sound import Audio
 from zipper.data import manifests as data
 from zipper.modality.speech import SpeechUnits
 from zipper.pipeline import Pipeline
+from zipper.sampling import Sampling
 from zipper.strand import Segment
 from zipper.verify import Check
 from zipper_lab.commands import _page
@@ -449,6 +450,12 @@ def test_speak_writes_the_sound(zipper: Zipper, world: World, tmp_path: Path) ->
     )
     assert answer.code == 0
     assert answer.out.startswith("out.flac: ")
+    drawn = "--takes 3 --temperature 2 --seed 5".split()
+    assert zipper("speak", "call", "-o", "best.wav", "--model", world.zip, *drawn).code == 0
+    how = Sampling(temperature=2.0, seed=5)
+    best = Pipeline.from_pretrained(world.zip).speak("call", sampling=how, takes=3)
+    kept = audio.read(tmp_path / "best.wav")
+    np.testing.assert_allclose(kept.samples, best.samples, atol=1e-4)
 
 
 def test_run_takes_and_makes_any_order(zipper: Zipper, world: World, tmp_path: Path) -> None:
@@ -753,6 +760,8 @@ def test_bad_sound_is_refused(
             ("speak", "call", "-o", "out.wav", "--voice", "alto"),
             "these units have no voice 'alto'. Take one of low, high",
         ),
+        (("speak", "call", "-o", "out.wav", "--takes", "2"), "2 takes were asked for. Give 1 or"),
+        (("run", "--given", "text=call", "--outputs", "text", "--takes", "2"), "2 takes were"),
         (("speak", "call 42", "-o", "out.wav"), "this tokenizer cannot write 2 4 in 'call 42'"),
         (("speak", "call " * 99, "-o", "out.wav"), "'text' would read"),
         (("speak", "call", "-o", "out.xyz"), "End its name in one of .wav"),

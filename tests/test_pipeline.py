@@ -270,6 +270,25 @@ def test_answers_are_scored_alike_in_any_company_and_nothing_is_learnt(
         pipe.score([Segment("text", "call")], [Segment("speech", [9999])])
 
 
+def test_of_several_takes_the_one_is_kept_that_tells_best_what_was_given(pipe: Pipeline) -> None:
+    given, how = [Segment("text", "call anna")], Sampling(temperature=2.0, seed=3)
+    prompt = pipe._prompt(given)
+    assert prompt is not None
+    made = pipe.generate([prompt] * 5, ["speech"], how)
+    told = [pipe.score(one, prompt)[0] for one in made]
+    best = told.index(max(told))
+    assert len({tuple(one[0].content) for one in made}) == 5
+    kept = pipe.run(given, ["speech"], how, takes=5)[0]
+    assert kept.score == made[best][0].score
+    said = pipe.speak("call anna", sampling=how, takes=5)
+    assert np.array_equal(said.samples, tiny.units().decode(made[best][0].content).samples)
+    silence = Segment("speech", Audio(np.zeros(8_000, np.float32), 16_000))
+    assert pipe.run([silence], ["text"], how, takes=5)[0].content == ""
+    for takes, sampling in ((0, how), (2, None), (2, Sampling())):
+        with pytest.raises(ZipperError, match=rf"{takes} takes were asked for. Give 1 or more"):
+            pipe.run(given, ["speech"], sampling, takes=takes)
+
+
 def test_saved_and_loaded_it_does_the_same(pipe: Pipeline, clip: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "again", include=["text"], record={"steps": 3})
     again = Pipeline.from_pretrained(tmp_path / "again")

@@ -239,15 +239,32 @@ class Pipeline:
         outputs: Sequence[str | Segment],
         sampling: Sampling | None = None,
         limits: Limits | None = None,
+        takes: int = 1,
     ) -> list[Produced]:
         """Read raw segments (what `Kind.read` of their modality takes: text as str; sound as
         Audio, path or the bytes of a file), produce one raw segment per item of `outputs`, in that
         order.
 
         A produced segment with ended=False hit its cap. limits: {tower: most tokens}; default
-        derived from the input.
+        derived from the input. takes: so many are drawn, each with a seed of its own, and the one
+        is kept behind which what was given is likeliest: where a model has learnt both ways, it
+        hears what it has said. Raises a ZipperError for several takes without a temperature, which
+        are all alike.
         """
-        return self.run_batch([segments], outputs, sampling, limits)[0]
+        if takes == 1:
+            return self.run_batch([segments], outputs, sampling, limits)[0]
+        if takes < 1 or sampling is None or not sampling.temperature:
+            raise ZipperError(
+                f"{takes} takes were asked for. Give 1 or more, and a temperature for several: "
+                "the likeliest tokens are the same each time."
+            )
+        prompt, plan = self._prompt(segments), self._plan(outputs)
+        if prompt is None:
+            return self.run_batch([segments], outputs, sampling, limits)[0]
+        made = self.generate([prompt] * takes, plan, sampling, limits)
+        again = [[*one, *map(_wanted, prompt)] for one in made]
+        told = [sum(each) for each in scores(self.model, again, ROWS)]
+        return self._decoded(made[told.index(max(told))])
 
     def run_batch(
         self,
@@ -345,11 +362,17 @@ class Pipeline:
         produced = max(1, len(written.content) + written.ended)
         return Transcript(text.decode(written.content), math.exp(written.score / produced))
 
-    def speak(self, text: str, voice: str | None = None, sampling: Sampling | None = None) -> Audio:
+    def speak(
+        self,
+        text: str,
+        voice: str | None = None,
+        sampling: Sampling | None = None,
+        takes: int = 1,
+    ) -> Audio:
         """Text to speech. voice: one of `modalities["speech"].voices`; None lets the model choose.
-        Raises a ZipperError for a text in which there is nothing to say."""
+        takes: see `run`. Raises a ZipperError for a text in which there is nothing to say."""
         outputs = [self.voice(voice)]
-        speech = self.run([self.to_say(text)], outputs, sampling)[0].content
+        speech = self.run([self.to_say(text)], outputs, sampling, takes=takes)[0].content
         assert isinstance(speech, Audio)
         return speech
 

@@ -31,6 +31,10 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token")]
 TopK = Annotated[int, typer.Option(help="keep the k likeliest tokens; 0 keeps all")]
 TopP = Annotated[float, typer.Option(help="keep the smallest set of this probability")]
 Seed = Annotated[int, typer.Option(help="of what is drawn")]
+Takes = Annotated[
+    int,
+    typer.Option(help="draw so many, keep the one that tells best what was given (--temperature)"),
+]
 Guidance = Annotated[
     float,
     typer.Option(
@@ -86,6 +90,7 @@ def speak(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     guidance: Guidance = 1.0,
+    takes: Takes = 1,
     model: Model = None,
     towers: Bases = None,
     allow_mismatch: AllowMismatch = False,
@@ -97,7 +102,7 @@ def speak(
     sound.check_writable(output)
     pipe = pipeline(model, towers, allow_mismatch)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
-    said = pipe.run([pipe.to_say(text)], outputs=[pipe.voice(voice)], sampling=how)[0]
+    said = pipe.run([pipe.to_say(text)], [pipe.voice(voice)], how, takes=takes)[0]
     sound.write(output, said.content)
     seconds = round(len(said.content.samples) / said.content.rate_hz, 2)
     if as_json:
@@ -129,6 +134,7 @@ def run(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     guidance: Guidance = 1.0,
+    takes: Takes = 1,
     model: Model = None,
     towers: Bases = None,
     allow_mismatch: AllowMismatch = False,
@@ -163,7 +169,7 @@ def run(
             if name in filed:
                 writable(output / f"{number}-{name}{kinds[name].suffix}", read)
     how = _sampling(temperature, top_k, top_p, seed, guidance)
-    for number, segment in enumerate(pipe.run(segments, names, sampling=how)):
+    for number, segment in enumerate(pipe.run(segments, names, how, takes=takes)):
         content = _written(segment, kinds[segment.tower], number, output)
         if as_json:
             print(json.dumps({segment.tower: content, "ended": segment.ended}))
