@@ -255,7 +255,7 @@ def test_the_score_of_what_was_produced_is_its_own(
     assert pipe.score(given, ended) == pytest.approx(wanted, abs=1e-3)
 
 
-def test_answers_are_scored_alike_in_any_company_and_nothing_is_learnt(
+def test_answers_are_scored_alike_in_any_company_and_while_a_model_learns(
     pipe: Pipeline, clip: Path
 ) -> None:
     words = ["call", "call anna", "send forty two oranges", ""]
