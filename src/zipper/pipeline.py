@@ -251,17 +251,16 @@ class Pipeline:
         hears what it has said. Raises a ZipperError for several takes without a temperature, which
         are all alike.
         """
-        if takes == 1:
-            return self.run_batch([segments], outputs, sampling, limits)[0]
-        if takes < 1 or sampling is None or not sampling.temperature:
+        how = sampling or Sampling()
+        if takes < 1 or (takes > 1 and not how.temperature):
             raise ZipperError(
                 f"{takes} takes were asked for. Give 1 or more, and a temperature for several: "
                 "the likeliest tokens are the same each time."
             )
-        prompt, plan = self._prompt(segments), self._plan(outputs)
+        prompt = self._prompt(segments) if takes > 1 else None
         if prompt is None:
-            return self.run_batch([segments], outputs, sampling, limits)[0]
-        made = self.generate([prompt] * takes, plan, sampling, limits)
+            return self.run_batch([segments], outputs, how, limits)[0]
+        made = self.generate([prompt] * takes, self._plan(outputs), how, limits)
         again = [[*one, *map(_wanted, prompt)] for one in made]
         told = [sum(each) for each in scores(self.model, again, ROWS)]
         return self._decoded(made[told.index(max(told))])
