@@ -1,6 +1,7 @@
 """Model cards: every fact in one is a fact of the zip, the hub can read it, and its code runs."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -197,6 +198,28 @@ def test_what_was_pruned_or_adapted_is_said(world: World, tmp_path: Path) -> Non
     assert "1 links at 1 junctions" in text
     assert "Pruned: `0:text>speech`." in text
     assert tables(text)["Towers"][0][3] == "frozen, with a trained adapter"
+
+
+def test_what_a_run_says_stays_in_its_cell(world: World, tmp_path: Path) -> None:
+    model, task = Zipper.from_pretrained(world.zip), "text -> text|speech"
+    run = {"recipe": {"steps": 3, "tasks": {task: 1.0}}, "step": 2, "dev": {task: 0.5}}
+    model.save_pretrained(tmp_path / "zip", record=run)
+    rows = (tmp_path / "zip" / "README.md").read_text().splitlines()
+    (row,) = (row for row in rows if row.startswith("| dev loss"))
+    assert row == "| dev loss, text -> text\\|speech | 0.5000 |"
+
+
+def test_a_record_that_is_only_half_that_of_a_run_is_none(world: World, tmp_path: Path) -> None:
+    model = Zipper.from_pretrained(world.zip)
+    model.save_pretrained(tmp_path / "zip", record={"recipe": {"steps": 3}, "step": 2})
+    assert "Training" not in tables((tmp_path / "zip" / "README.md").read_text())
+
+
+def test_a_loss_that_is_no_number_is_told_as_none(world: World, tmp_path: Path) -> None:
+    run = {"recipe": {"steps": 3}, "step": 2, "dev": {"text -> speech": math.inf}}
+    Zipper.from_pretrained(world.zip).save_pretrained(tmp_path / "zip", record=run)
+    training = dict(tables((tmp_path / "zip" / "README.md").read_text())["Training"])
+    assert training["dev loss, text -> speech"] == "not finite"
 
 
 def test_a_folder_without_a_zip_has_no_card(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import World
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zipper.config import TowerConfig
 from zipper.errors import ZipperError
@@ -242,6 +242,42 @@ def test_a_base_that_is_nowhere_is_named_with_all_that_helps(world: World, tmp_p
     } - ({"README.md"} if before["README.md"] == after["README.md"] else set())
 
 
+def test_a_base_that_was_pinned_anew_is_found_when_both_are_moved(
+    world: World, tmp_path: Path
+) -> None:
+    place = project(world, tmp_path / "project")
+    (place / "towers").rename(place / "bases")
+    zips.repin(place / "runs" / "a" / "zip", {"text": place / "bases" / "text"})
+    moved = place.rename(tmp_path / "moved")
+    assert source(moved / "runs" / "a" / "zip") == moved / "bases" / "text"
+
+
+def test_a_base_is_loaded_in_the_precision_in_which_it_was_pinned(tmp_path: Path) -> None:
+    model = tiny.tower(tiny.text()).model.bfloat16()
+    model.save_pretrained(tmp_path / "half")
+    model.float().save_pretrained(tmp_path / "whole")
+    towers = {"text": tmp_path / "half", "speech": tiny.tower(tiny.units())}
+    born = Zipper.from_towers(towers, train=("speech",), link=LinkConfig(head_width=16))
+    born.save_pretrained(tmp_path / "zip")
+    again = Zipper.from_pretrained(tmp_path / "zip", towers={"text": tmp_path / "whole"})
+    assert again.tower("text").dtype == torch.bfloat16
+
+
+def test_what_is_taken_along_is_pinned_in_the_precision_that_it_has(
+    world: World, tmp_path: Path
+) -> None:
+    model = Zipper.from_pretrained(world.zip, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "zip", include=["text"])
+    assert Zipper.from_pretrained(tmp_path / "zip").tower("text").dtype == torch.bfloat16
+
+
+def test_a_model_in_memory_keeps_its_precision_whatever_the_zip_is_loaded_in(world: World) -> None:
+    given = Zipper.from_pretrained(world.zip).tower("text")
+    again = Zipper.from_pretrained(world.zip, towers={"text": given}, dtype="bfloat16")
+    assert given.dtype == torch.float32 and again.tower("text") is given
+    assert again.tower("speech").dtype == torch.bfloat16
+
+
 def test_pins_of_older_zips_hold(world: World, saved: Path) -> None:
     config = json.loads((saved / "zipper.json").read_text())
     assert config["config"]["towers"]["text"].pop("relative")
@@ -321,6 +357,33 @@ def test_a_tower_with_odd_settings_is_saved_without_them_and_loaded(
     assert not any(
         key in written for key in ("auto_map", "custom_generate", "experts_implementation")
     )
+
+
+def test_one_tower_of_several_may_be_in_double_precision(tmp_path: Path) -> None:
+    model = trained(lambda m: m.double())
+    model.save_pretrained(tmp_path / "zip")
+    again = Zipper.from_pretrained(tmp_path / "zip")
+    assert again.tower("text").dtype == torch.float64 != again.tower("speech").dtype
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_a_save_leaves_a_model_its_own_settings_of_generation(tmp_path: Path) -> None:
+    model = trained(ODD["sampling without sampling"])
+    own = model.tower("text").generation_config
+    model.save_pretrained(tmp_path / "zip")
+    assert model.tower("text").generation_config is own and own.temperature == 0.5
+
+
+def test_parameters_whose_numbers_do_not_lie_in_a_row_are_saved_as_well(
+    world: World, tmp_path: Path
+) -> None:
+    model = Zipper.from_pretrained(world.zip)
+    weight = model.links["0:text>speech"].query.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    model.save_pretrained(tmp_path / "zip")
+    again = Zipper.from_pretrained(tmp_path / "zip")
+    assert torch.equal(again.links["0:text>speech"].query.weight, weight)
 
 
 class Own(LlamaForCausalLM):
@@ -646,6 +709,134 @@ def test_what_is_no_saved_model_is_refused_in_a_sentence(tmp_path: Path) -> None
         Zipper.from_pretrained(tmp_path)
 
 
+def described(folder: Path, name: str, **changes: Any) -> None:
+    """Change what a JSON file of a folder says, on purpose: with a manifest that fits."""
+    data = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(data | changes))
+    checkpoint.seal(folder)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "auto_map",
+        "custom_generate",
+        "transformers_weights",
+        "attn_implementation",
+        "_experts_implementation",
+        "quantization_config",
+        "compression_config",
+    ],
+)
+def test_a_setting_by_which_code_or_files_come_in_is_refused_wherever_it_stands(
+    saved: Path, key: str
+) -> None:
+    described(saved, "towers/speech/config.json", more=[{"deep": {key: "x"}}])
+    with pytest.raises(ZipperError, match=rf"sets '{key}', by which other code or files come in"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_layers", -20_000), ("max_depth", 10_001), ("size", -(2**60))]
+)
+def test_a_number_that_no_model_has_is_refused(saved: Path, key: str, value: int) -> None:
+    described(saved, "towers/speech/config.json", **{key: value})
+    with pytest.raises(ZipperError, match=rf"sets '{key}' to {value}, which no model has"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("source", ["../outside", "towers/../..", "a\nb", "towers/text", None])
+def test_a_tower_that_comes_from_where_none_may_is_refused(saved: Path, source: Any) -> None:
+    config = json.loads((saved / "zipper.json").read_text())["config"]
+    config["towers"]["speech"]["source"] = source
+    described(saved, "zipper.json", config=config)
+    with pytest.raises(ZipperError, match=r"the tower 'speech' (comes from|lies in)"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("zipper.json", {"record": [1]}, "reads format 1"),
+        ("modalities.json", {"text": "0" * 63}, "should hold one hash for each"),
+        ("modalities.json", {"text": None}, "should hold one hash for each"),
+    ],
+)
+def test_a_record_and_pins_are_what_they_should_be(
+    saved: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    described(saved, name, **changes)
+    with pytest.raises(ZipperError, match=message):
+        checkpoint.load(saved)
+
+
+def test_a_tokenizer_may_say_so_much_of_each_token_and_no_more(saved: Path) -> None:
+    path, most = saved / "modalities/text/tokenizer.json", 1_000_000 + 500 * tiny.text().vocabulary
+    content = path.read_bytes()
+    path.write_bytes(content.ljust(most))
+    checkpoint.seal(saved)
+    checkpoint.load(saved)
+    path.write_bytes(content.ljust(most + 1))
+    checkpoint.seal(saved)
+    with pytest.raises(ZipperError, match=rf"tokenizer.json has more than {most} bytes"):
+        checkpoint.load(saved)
+
+
+def test_other_tensors_than_those_of_a_tower_are_refused(saved: Path) -> None:
+    path = saved / "towers/speech/model.safetensors"
+    tensors, name = load_file(path), "model.norm.weight"
+    for changed, message in (
+        ({key: tensor for key, tensor in tensors.items() if key != name}, "differs in"),
+        (tensors | {name: tensors[name].long()}, "norm.weight is of type I64, .* wants torch"),
+    ):
+        save_file(changed, path, {"format": "pt"})
+        checkpoint.seal(saved)
+        with pytest.raises(ZipperError, match=message):
+            checkpoint.load(saved)
+
+
+def test_a_tensor_that_lies_in_two_files_is_refused(tmp_path: Path) -> None:
+    entry = checkpoint.Entry("F32", (1,), 0, 4)
+    shards = {"model-00001-of-00002.safetensors": {"x": entry}}
+    index = tmp_path / checkpoint.INDEX
+    index.write_text(
+        json.dumps({"weight_map": dict.fromkeys("x", "model-00002-of-00002.safetensors")})
+    )
+    with pytest.raises(ZipperError, match="does not say which file holds which tensor"):
+        checkpoint._held(tmp_path, shards | {"model-00002-of-00002.safetensors": {"x": entry}})
+
+
+def test_a_file_that_is_a_link_to_elsewhere_and_a_folder_that_is_one_are_refused(
+    saved: Path,
+) -> None:
+    outside = saved.rename(saved.with_name("outside"))
+    shutil.copytree(outside, saved)
+    (saved / "zip.safetensors").unlink()
+    (saved / "zip.safetensors").symlink_to(outside / "zip.safetensors")
+    with pytest.raises(ZipperError, match=r"zip.safetensors is a link to .* outside its folder"):
+        checkpoint.load(saved)
+    (outside / "towers" / "speech").rename(outside / "stuff")
+    (outside / "towers" / "speech").symlink_to("../stuff")
+    with pytest.raises(ZipperError, match=r"towers/speech is not in manifest.json"):
+        checkpoint.load(outside)
+
+
+def test_a_tower_that_wants_large_tables_which_no_file_holds_cannot_learn() -> None:
+    config = AutoConfig.for_model(
+        "gpt_neo",
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
+        attention_types=[[["global"], 1]],
+        vocab_size=20,
+        max_position_embeddings=16_384,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ZipperError, match=r"asks for \d+ bytes of tables that no file holds"):
+        checkpoint.check_tower(model, model.state_dict())
+
+
 # --- writing
 
 
@@ -805,6 +996,148 @@ def test_a_foreign_folder_or_file_is_never_replaced(world: World, tmp_path: Path
     checkpoint.check(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("lost", ["manifest.json", "zipper.json"])
+def test_a_damaged_model_may_be_saved_over_and_nothing_of_it_stays(saved: Path, lost: str) -> None:
+    pipeline = Pipeline.from_pretrained(saved)
+    (saved / "notes.txt").write_text("mine")
+    if lost == "manifest.json":
+        (saved / lost).write_text("{")
+    else:
+        (saved / lost).unlink()
+    pipeline.zip.save_pretrained(saved)
+    Zipper.from_pretrained(saved)
+    assert not (saved / "modalities").exists() and not (saved / "modalities.json").exists()
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+def test_links_beside_a_model_stay_links_and_nothing_beside_it_becomes_a_part_of_it(
+    world: World, saved: Path
+) -> None:
+    pipeline, base = Pipeline.from_pretrained(saved), world.folder / "text" / "tower"
+    listed = checkpoint.read_json(saved / checkpoint.MANIFEST)["files"].keys()
+    (saved / "plots").mkdir()
+    (saved / "notes.txt").write_text("mine")
+    links = {saved / "last": "notes.txt", saved / "plots" / "gone": "nowhere"}
+    for link, target in links.items():
+        link.symlink_to(target)
+    for again in (
+        lambda: pipeline.save_pretrained(saved),
+        lambda: zips.repin(saved, {"text": base}),
+    ):
+        again()
+        assert {link: os.readlink(link) for link in links} == links
+        assert checkpoint.read_json(saved / checkpoint.MANIFEST)["files"].keys() == listed
+    (saved / "notes.txt").write_text("edited")
+    Pipeline.from_pretrained(saved)
+
+
+def test_what_people_put_beside_a_model_is_flushed_before_the_old_folder_goes(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, flushed = Pipeline.from_pretrained(saved), set()
+    (saved / "plots").mkdir()
+    (saved / "plots" / "loss.png").write_text("mine")
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.add(path.name))
+    pipeline.save_pretrained(saved)
+    assert {"plots", "loss.png"} <= flushed
+
+
+def test_who_may_read_the_place_may_read_what_is_saved_there(tmp_path: Path) -> None:
+    with checkpoint.whole(tmp_path / "model") as temporary:
+        checkpoint.write_json(temporary / checkpoint.CONFIG, {})
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_file_that_was_not_written_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    message = r"model was not saved, for it could not be loaded again: .*/model/zipper.json is not"
+    with (
+        pytest.raises(ZipperError, match=message),
+        checkpoint.whole(tmp_path / "model", checkpoint.examine) as temporary,
+    ):
+        checkpoint.write_json(temporary / "other.json", {})
+
+
+def test_a_rehearsal_for_a_foreign_folder_is_refused_as_the_save_would_be(
+    saved: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ZipperError, match=r"thesis exists and holds something else"):
+        Pipeline.from_pretrained(saved).rehearse(tmp_path / "thesis")
+    assert files(tmp_path / "thesis") == {"chapter.tex": b"years of work"}
+
+
+def test_a_model_whose_removal_was_killed_does_not_come_back(saved: Path) -> None:
+    gone = saved.with_name(".copy.zipper-gone.x1y2z3w4")
+    gone.mkdir()
+    saved.rename(gone / saved.name)
+    checkpoint.clean(gone.parent)
+    assert os.listdir(gone.parent) == []
+
+
+def test_nothing_is_deleted_before_the_disk_knows_what_is_in_its_place(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, order = saved.with_name(".copy.zipper-old.x1y2z3w4"), []
+    old.mkdir()
+    saved.rename(old / saved.name)
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            order.append(name)
+            return real(*given, **more)
+
+        return call
+
+    for module, name in ((checkpoint, "flush"), (os, "rename"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    checkpoint.clean(saved.parent)
+    assert order == ["flush", "rename", "flush", "rmtree"]
+    assert os.listdir(saved.parent) == ["copy"]
+
+
+def test_folders_that_a_save_makes_are_flushed_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(checkpoint, "flush", flushed.append)
+    with checkpoint.whole(tmp_path / "runs" / "a" / "model") as temporary:
+        checkpoint.write_json(temporary / checkpoint.CONFIG, {})
+    assert flushed[:2] == [tmp_path, tmp_path / "runs"]
+
+
+def test_what_somebody_elses_save_left_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, real = tmp_path / ".a.zipper-new.x1y2z3w4", os.open
+    theirs.mkdir()
+
+    def closed(path: Any, *options: Any, **more: Any) -> int:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", closed)
+    with checkpoint.whole(tmp_path / "model") as temporary:
+        checkpoint.write_json(temporary / checkpoint.CONFIG, {})
+    assert {*os.listdir(tmp_path)} == {theirs.name, "model"}
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def closed(path: Any) -> Any:
+        if path == os.fspath(saved / "towers"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        [*checkpoint.inside(saved)]
+
+
 # --- which of several is taken
 
 
@@ -842,6 +1175,22 @@ def test_none_is_taken_instead_of_one_that_cannot_be_read(
         match=rf"{saved} cannot be read: .*Input/output error. It may be whole, so none before it",
     ):
         checkpoint.newest([older, saved])
+
+
+def test_one_that_goes_away_while_it_is_read_is_passed_over(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = Path(shutil.copytree(saved, saved.parent / "older"))
+    real = checkpoint.sha256
+
+    def gone(path: Path) -> str:
+        if path.is_relative_to(saved):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", gone)
+    with pytest.warns(UserWarning, match="Skipping a checkpoint that is not whole"):
+        assert checkpoint.newest([older, saved]) == older
 
 
 def test_a_model_that_is_removed_is_gone_with_one_rename(

@@ -260,3 +260,72 @@ def test_the_new_tower_has_the_usual_length_and_the_projection_that_were_given()
     assert new.config.inputs["image"] == {} and {*new.inputs} == {"text", "speech"}
     key = next(key for key in new.config.links if key[1:] == ("image", "text"))
     assert new.link(*key).position_scale == 7.5 / new.config.towers["text"].tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shows": {"text": 0}, "links": [("image", 1, "text", 1)]}, "Give one"),
+        ({"every": 0}, "every is 0; an interval is a number of blocks, at least 1"),
+        ({"every": 9}, "of 3 blocks has no junction with an old one at every=9"),
+        ({"partners": ["video"]}, "partners names the tower 'video'"),
+        ({"shows": {"video": 0}}, "shows names the tower 'video'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+    ],
+)
+def test_what_does_not_fit_a_new_tower_is_refused_in_a_sentence(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ZipperError, match=said):
+        add(zipped(OLD), "image", image(), ends=ENDS["image"], **options)
+
+
+def test_a_zip_that_grows_twice_keeps_what_was_frozen_and_what_had_its_own_shape() -> None:
+    once = add(zipped(OLD), "image", image(), ends=ENDS["image"], link=NARROW)
+    other = Tower(tiny_tower("llama", 9, 16, 3, 20))
+    twice = add(once, "second", other, ends=(0, 1), freeze=False)
+    assert twice.config.frozen_links == once.config.frozen_links != ()
+    assert twice.config.kept == once.config.kept == ("speech", "text")
+    assert once.config.shapes.items() <= twice.config.shapes.items() and once.config.shapes
+    held = twice.state_dict()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in once.state_dict().items())
+
+
+def test_a_new_tower_is_named_by_where_it_lay_when_it_was_given(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    new = add(Zipper.from_pretrained(world.zip), "second", "text/tower")
+    assert new.config.towers["second"].source == str(world.folder / "text" / "tower")
+
+
+def test_a_new_tower_with_another_codebook_than_it_was_trained_with_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    pipe = Pipeline.from_pretrained(world.zip)
+    tower = world.zip / "towers" / "speech"
+    with pytest.raises(ZipperError, match="another tokenizer or codebook"):
+        add_pipeline(pipe, "second", tower, tiny.units(seed=1))
+    assert add_pipeline(pipe, "second", tower, tiny.units()).modalities.keys() == {
+        "text",
+        "speech",
+        "second",
+    }
+
+
+def test_growing_draws_nothing_from_the_numbers_of_the_program() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    add(zipped(OLD), "image", image(), ends=ENDS["image"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_heads_that_choose_go_along_to_the_bit() -> None:
+    old, numbers = zipped(OLD), torch.Generator().manual_seed(0)
+    old.choose(["speech", "text"])
+    with torch.no_grad():
+        for parameter in old.choosers.parameters():
+            parameter.normal_(generator=numbers)
+    held = add(old, "image", image(), ends=ENDS["image"]).choosers.state_dict()
+    own = old.choosers.state_dict()
+    assert own and all(torch.equal(tensor, held[name]) for name, tensor in own.items())

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import tiny
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from tiny import World
 
 from zipper.cli import main
@@ -313,6 +313,12 @@ def test_every_file_lies_under_the_root_that_is_named(standin: StandIn, whole: P
     assert main(asked) == 0 and (made / checkpoint.CONFIG).is_file()
 
 
+def test_a_zip_in_the_cache_may_be_linked_to(standin: StandIn, whole: Path, tmp_path: Path) -> None:
+    hub.push(whole, "me/my-zip")
+    (tmp_path / "mine").symlink_to(hub.fetch("me/my-zip").folder)
+    assert torch.equal(logits(tmp_path / "mine"), logits(whole))
+
+
 def test_each_revision_is_its_own_zip(standin: StandIn, whole: Path, tmp_path: Path) -> None:
     first = hub.push(whole, "me/my-zip").rpartition("/")[2]
     second = hub.push(changed(whole, tmp_path / "second"), "me/my-zip").rpartition("/")[2]
@@ -395,6 +401,83 @@ def test_the_card_goes_up_as_it_was_edited_and_names_the_repository(
         hub.fetch("me/my-zip").folder / "README.md"
     ).read_text() == '# Ours\npipe = Pipeline.from_pretrained("me/my-zip")\n'
     assert (folder / "README.md").read_text() == '# Ours\npipe = Pipeline.from_pretrained(".")\n'
+
+
+def test_a_branch_is_pushed_to_again_and_keeps_nothing_of_the_zip_before(
+    standin: StandIn, whole: Path
+) -> None:
+    hub.push(whole, "me/my-zip", revision="trial")
+    repo = standin.repos["me/my-zip"]
+    now = repo.commits[repo.branches["trial"]]
+    repo.commit("trial", {**now, "modalities/video/old.json": b"{}"})
+    hub.push(whole, "me/my-zip", revision="trial")
+    assert repo.commits[repo.branches["trial"]] == now
+    assert repo.commits[repo.branches["main"]].keys() == {".gitattributes"}
+
+
+def test_a_repository_is_private_and_a_commit_named_as_was_asked(
+    standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def noted(real: Any) -> Any:
+        def call(*given: Any, **options: Any) -> Any:
+            asked.update(options)
+            return real(*given, **options)
+
+        return call
+
+    for name in ("create_repo", "create_commit"):
+        monkeypatch.setattr(HfApi, name, noted(getattr(HfApi, name)))
+    hub.push(whole, "me/mine", private=True, message="The first")
+    assert (asked["private"], asked["commit_message"]) == (True, "The first")
+    hub.push(whole, "me/ours")
+    assert asked["private"] is None
+
+
+def test_a_token_that_is_given_goes_before_that_of_the_user(
+    standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "/me/my-zip/commit/" in hub.push(whole, "me/my-zip", token=TOKEN)
+
+
+def test_a_repository_without_an_owner_is_the_users_and_the_card_says_so(
+    standin: StandIn, whole: Path
+) -> None:
+    hub.push(whole, "my-zip")
+    assert contents(hub.fetch("me/my-zip").folder) == uploaded(whole, "me/my-zip")
+
+
+def test_a_folder_without_a_card_leaves_that_of_the_repository(
+    standin: StandIn, whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "zip"))
+    hub.push(folder, "me/my-zip")
+    (folder / "README.md").unlink()
+    hub.push(folder, "me/my-zip")
+    assert contents(hub.fetch("me/my-zip").folder) == uploaded(whole, "me/my-zip")
+
+
+def test_a_card_that_is_no_text_is_refused_before_a_repository_is_made(
+    standin: StandIn, whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "zip"))
+    (folder / "README.md").write_bytes("Ein Chor f\u00fcr Z\u00fcrich".encode("latin-1"))
+    with pytest.raises(
+        ZipperError, match=r"README.md is no UTF-8 .*at byte 10\). Save it as UTF-8"
+    ):
+        hub.push(folder, "me/my-zip")
+    assert "me/my-zip" not in standin.repos
+
+
+def test_a_zip_in_the_cache_and_one_at_home_are_pushed_as_they_are_named(
+    standin: StandIn, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(whole.parent))
+    hub.push(f"~/{whole.name}", "me/first")
+    hub.push(hub.fetch("me/first").folder, "me/second")
+    assert torch.equal(logits("me/second"), logits(whole))
 
 
 def test_the_command_line_pushes_and_says_where_it_is(
@@ -614,6 +697,48 @@ def test_a_zip_finds_its_base_at_the_commit_it_was_built_on(
         ZipperError, match=r"hub has no repository me/nothing, or none that you may use"
     ):
         hub.commit("me/nothing")
+
+
+def test_another_base_is_not_looked_for_at_the_commit_of_the_first(
+    standin: StandIn, world: World, tmp_path: Path
+) -> None:
+    api, files = HfApi(endpoint=standin.url, token=TOKEN), contents(world.folder / "text" / "tower")
+    for number, name in enumerate(("me/tower", "me/copy")):
+        api.create_repo(name)
+        more = {"README.md": b"a copy"} if number else {}
+        changes = [CommitOperationAdd(file, content) for file, content in (files | more).items()]
+        api.create_commit(name, changes, commit_message="a tower")
+    speech = world.folder / "speech" / "tower"
+    model = Zipper.from_towers({"text": "me/tower", "speech": speech}, train=["speech"])
+    model.save_pretrained(tmp_path / "zip")
+    again = Zipper.from_pretrained(tmp_path / "zip", towers={"text": "me/copy"})
+    pin = again.config.towers["text"]
+    assert (pin.source, pin.revision) == ("me/copy", hub.commit("me/copy"))
+    assert pin.revision != model.config.towers["text"].revision
+
+
+def test_a_tower_that_is_not_in_the_cache_is_not_asked_for(standin: StandIn) -> None:
+    api = HfApi(endpoint=standin.url, token=TOKEN)
+    api.create_repo("me/tower")
+    change = CommitOperationAdd("config.json", b"{}")
+    commit = api.create_commit("me/tower", [change], commit_message="a tower").oid
+    asked = [*standin.asked]
+    with pytest.raises(errors.LocalEntryNotFoundError):
+        hub.tower("me/tower", commit)
+    assert standin.asked == asked
+    hub.commit("me/tower")
+    assert hub.tower("me/tower", commit).name == commit
+
+
+def test_a_path_is_a_folder_whatever_it_is_called_and_a_link_what_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub.as_folder(Path("me/zip")) == tmp_path / "me" / "zip"
+    assert hub.as_folder("me/zip") is None
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert hub.absolute("link") == str(tmp_path / "real")
 
 
 @pytest.mark.parametrize("source", ["./zip", "../zip", "~/zip", "/zip", "a/b/c", "runs/zip"])

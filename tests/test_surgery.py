@@ -2,6 +2,7 @@
 every promise of a zip."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -683,6 +684,8 @@ def test_what_is_born_again_beside_a_new_tower_learns_though_it_was_frozen() -> 
 
 def test_what_is_born_again_is_drawn_from_the_seed() -> None:
     old = zipped(TWO)
+    with pytest.raises(ZipperError, match=r"seed is 0.5"):
+        swap(old, {"text": tiny_tower("llama", 7, width=24)}, seed=0.5)
     made = [swap(old, {"text": tiny_tower("llama", 7, width=24)}, seed=n)[0] for n in (3, 3, 4)]
     one, again, other = (model.link(0, "speech", "text").query.weight for model in made)
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -701,3 +704,91 @@ def test_junctions_of_a_grown_zip_move_with_the_depths_at_which_they_stand() -> 
                 assert new.fused(key) == round(old.fused(was) / LAYERS["text"] * layers)
             if key.source == "text":
                 assert new.shown(key) == round(old.shown(was) / LAYERS["text"] * layers)
+
+
+def test_a_tower_stays_fused_in_front_of_its_first_block() -> None:
+    links = [("speech", 2, "text", 0), ("speech", 3, "text", 1), ("text", 0, "speech", 1)]
+    with pytest.warns(UserWarning, match="before the first block"):
+        old = zipped(TWO, links=links)
+        same = tiny_tower("llama", SEED["text"], WIDTH["text"], LAYERS["text"], VOCABULARY["text"])
+        new, _ = swap(old, {"text": same})
+        deeper, _ = swap(old, {"text": tiny_tower("llama", 7, layers=10)})
+        flat, _ = swap(old, {"text": tiny_tower("llama", 7, layers=1)})
+    assert new.config.junctions == old.config.junctions and bits(new) == bits(old)
+    assert [junction.get("text") for junction in deeper.config.junctions] == [0, 2, None]
+    assert [junction.get("text") for junction in flat.config.junctions] == [0, None]
+
+
+def test_where_a_tower_is_shown_keeps_its_share_of_the_depth() -> None:
+    old = zipped(TWO, links=[("text", 1, "speech", 1), ("text", 5, "speech", 2)])
+    for layers, shown in ((10, [2, 10]), (2, [1, 2])):
+        new, _ = swap(old, {"text": tiny_tower("llama", 7, layers=layers)})
+        assert new.config.shows is not None
+        assert [where["text"] for where in new.config.shows] == shown
+
+
+def test_links_of_their_own_shape_keep_it_when_a_tower_is_swapped() -> None:
+    narrow = LinkConfig(head_width=4)
+    grown = add(zipped(TWO), "image", tiny_tower("llama", 8, 16, 3, 20), ends=(0, 1), link=narrow)
+    new, report = swap(grown, {"text": tiny_tower("llama", 7, width=24, layers=3)})
+    assert {fate.name for fate in report.fates} > {""}
+    named = {str(key): key for key in new.config.links}
+    shaped = {name for name, key in named.items() if "image" in key[1:]}
+    assert new.config.shapes == dict.fromkeys(shaped, grown.config.shapes.popitem()[1])
+
+
+def test_the_ends_of_a_segment_stay_only_for_a_relative_with_as_many_ids() -> None:
+    old, own = zipped(TWO), (0, 1)
+    assert ENDS["text"] != own
+    stranger = tiny_tower("llama", 99, WIDTH["text"], LAYERS["text"], VOCABULARY["text"])
+    more = tiny_tower("llama", SEED["text"], WIDTH["text"], LAYERS["text"], VOCABULARY["text"])
+    more.resize_token_embeddings(VOCABULARY["text"] + 3, mean_resizing=False)
+    for tower, ends in ((relative("text"), ENDS["text"]), (stranger, own), (more, own)):
+        new, report = swap(old, {"text": tower})
+        assert report.towers["text"].related is (tower is not stranger)
+        assert new.ends()["text"] == ends
+
+
+def test_a_report_says_what_the_new_tower_cannot_take_over() -> None:
+    said = "mean tokens per segment were counted with the old vocabulary"
+    tower = tiny_tower("llama", 7, vocabulary=29)
+    assert said in swap(zipped(TWO), {"text": tower})[1].text()
+    assert said not in swap(zipped(TWO), {"text": tower}, tokens={"text": 2.0})[1].text()
+    report = swap(zipped(TWO), {"text": relative("text")})[1]
+    assert said not in report.text() and "adapter" not in report.text()
+    change = report.towers["text"]
+    adapted = dataclasses.replace(change, before=dataclasses.replace(change.before, lora={"r": 4}))
+    report = dataclasses.replace(report, towers={"text": adapted})
+    assert "the adapter of the old tower is gone with it" in report.text()
+
+
+def test_what_is_born_again_has_the_precision_of_what_was_there() -> None:
+    old = zipped(TWO)
+    for parts in (old.links, old.inputs):
+        parts.to(torch.bfloat16)
+    new, _ = swap(old, {"text": tiny_tower("llama", 7)})
+    for parts in (new.links, new.inputs):
+        assert {p.dtype for p in parts.parameters()} == {torch.bfloat16}
+
+
+def test_what_comes_out_is_in_the_mode_of_what_went_in() -> None:
+    for mode in True, False:
+        old = zipped(TWO).train(mode)
+        for new in (swap(old, {"text": relative("text")})[0], prune(old, ["0:text>speech"])):
+            assert new.training is mode and new.links["0:speech>text"].training is mode
+
+
+def test_a_new_tower_is_named_by_where_it_lay_when_it_was_given(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    new, _ = swap(Zipper.from_pretrained(world.zip), {"text": "text/tower"})
+    assert new.config.towers["text"].source == str(world.folder / "text" / "tower")
+
+
+def test_links_of_a_pruned_zip_are_worth_what_they_are_worth_there() -> None:
+    model = prune(zipped(TWO), ["1:text>speech"])
+    samples = batches(model, [{"text": [3, 4], "speech": [5, 6, 7]}])
+    without = losses(prune(model, ["0:text>speech"]), samples)
+    worth = sum(without.values()) - sum(losses(model, samples).values())
+    assert costs(model, samples)["0:text>speech"] == pytest.approx(worth, abs=1e-5)

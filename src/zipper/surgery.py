@@ -432,18 +432,19 @@ def _grafted(
 
 def _moved(junctions: Sequence[Junction], changes: Mapping[str, Change]) -> list[Junction]:
     """Junctions at the same share of each new depth: depths that differ still do, in their order,
-    and none is behind the last block. Where a tower has too few blocks it leaves some, evenly.
+    none is behind the last block, and what is in front of the first stays there. Where a tower has
+    too few blocks it leaves some, evenly.
     """
     moved = [dict(junction) for junction in junctions]
     for name, change in changes.items():
-        depths = sorted({junction[name] for junction in junctions if name in junction})
+        depths = sorted({junction[name] for junction in junctions if junction.get(name)})
         room = change.after.layers - 1
         fits = min(len(depths), room)
         staying = {round(i * (len(depths) - 1) / max(1, fits - 1)) for i in range(fits)}
-        places: dict[int, int] = {}
+        places = {0: 0}
         for left, i in zip(reversed(range(fits)), sorted(staying), strict=True):
             share = round(depths[i] / change.before.layers * change.after.layers)
-            places[depths[i]] = min(max(share, max(places.values(), default=0) + 1), room - left)
+            places[depths[i]] = min(max(share, max(places.values()) + 1), room - left)
         for junction in moved:
             if name in junction and junction[name] in places:
                 junction[name] = places[junction[name]]

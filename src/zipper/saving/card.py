@@ -213,7 +213,11 @@ def _training(record: Mapping[str, Any]) -> str:
     ]
     return _table(
         ("", ""),
-        rows + [(f"dev loss, {task}", f"{loss:.4f}") for task, loss in record["dev"].items()],
+        rows
+        + [
+            (f"dev loss, {task}", "not finite" if loss is None else f"{loss:.4f}")
+            for task, loss in record["dev"].items()
+        ],
     )
 
 

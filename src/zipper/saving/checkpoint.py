@@ -60,6 +60,8 @@ CONFIG, TENSORS, MANIFEST, PINS, CARD = (
     "README.md",
 )
 
+#: What lies at the top of a saved folder, also of one whose manifest is lost.
+FILES = (CONFIG, TENSORS, MANIFEST, PINS, CARD, "towers", "modalities")
 INDEX = "model.safetensors.index.json"
 SIZES = ("width", "layers", "vocabulary")
 
@@ -178,7 +180,7 @@ def _check_free(folder: Path) -> None:
 
 def _carry(folder: Path, temporary: Path) -> None:
     """What somebody put beside the files of a saved folder (git does) stays beside the new ones."""
-    known = {name.partition("/")[0] for name in _named_in(folder / MANIFEST)} | {MANIFEST, CARD}
+    known = {name.partition("/")[0] for name in (*FILES, *_named_in(folder / MANIFEST))}
     for path in folder.iterdir() if folder.is_dir() else ():
         place = temporary / path.name
         if path.name in known or place.exists():

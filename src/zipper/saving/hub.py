@@ -160,6 +160,12 @@ def push(
             )
     files = {checkpoint.MANIFEST, *checkpoint.read_json(folder / checkpoint.MANIFEST)["files"]}
     card = folder / checkpoint.CARD
+    try:
+        about = card.read_text(encoding="utf-8") if card.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ZipperError(
+            f"{card} is no UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
     api = HfApi(token=token)
     with _in_words(repo, revision):
         # None: as the owner's settings say.
@@ -177,10 +183,8 @@ def push(
         changes += [
             CommitOperationDelete(name) for name in there if name not in (*files, card.name)
         ]
-        if card.is_file():
-            text = card.read_text(encoding="utf-8").replace(
-                'from_pretrained(".")', f"from_pretrained({json.dumps(repo)})"
-            )
+        if about:
+            text = about.replace('from_pretrained(".")', f"from_pretrained({json.dumps(repo)})")
             changes.append(CommitOperationAdd(card.name, text.encode()))
         # Not upload_folder: it may cut an upload into several commits.
         return api.create_commit(
@@ -190,9 +194,9 @@ def push(
 
 def _root(folder: Path) -> Path:
     """What lies in <cache>/models--*/snapshots/<commit> may be anywhere in <cache>."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     cached = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
-    return (folder.parents[2] if cached else folder).resolve()
+    return folder.parents[2] if cached else folder
 
 
 @contextmanager

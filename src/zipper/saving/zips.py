@@ -178,11 +178,17 @@ def repin(folder: Path, towers: Mapping[str, str | Path]) -> None:
     """Write into a saved zip where frozen towers lie now, {name: folder or hub id}; everything else
     stays as it is."""
     saved = checkpoint.read_json(folder / checkpoint.CONFIG)
+    listed = checkpoint.read_json(folder / checkpoint.MANIFEST)["files"]
+    own = {checkpoint.CARD, *(name.partition("/")[0] for name in listed)}
+
+    def others(place: str, names: list[str]) -> set[str]:  # `whole` takes them along
+        return {*names} - own if Path(place) == folder else set()
+
     with checkpoint.whole(folder, checkpoint.examine) as temporary:
         for name, source in towers.items():
             place = {"source": hub.absolute(source), "relative": _relative(str(source), temporary)}
             saved["config"]["towers"][name] |= place
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        shutil.copytree(folder, temporary, ignore=others, dirs_exist_ok=True)
         checkpoint.write_json(temporary / checkpoint.CONFIG, saved)
 
 
