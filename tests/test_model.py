@@ -4,9 +4,10 @@ itself in other layouts."""
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from laws import (
 )
 from torch import Tensor, nn
 
+from zipper import model as models
 from zipper.composition import compose
 from zipper.config import ZipperConfig
 from zipper.errors import ZipperError
@@ -740,6 +742,29 @@ def test_a_tower_that_learnt_nothing_still_lies_where_it_lay(tmp_path: Path) -> 
     towers = {name: tmp_path / name for name in ("text", "speech")}
     model = Zipper.from_towers(towers, train=["speech"], link=SMALL)
     assert model.learn().config.towers["speech"].source == str(tmp_path / "speech")
+
+
+def test_calibration_takes_some_rows_at_a_time_and_comes_to_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strands = lay([number(draw(random.Random(seed), list(THREE), 6)) for seed in range(21)])
+    seen, found = list[int](), list[dict[str, Tensor]]()
+    taps = Zipper.taps
+
+    def noted(model: Zipper, some: Mapping[str, Strand]) -> Any:
+        seen.append(max(len(strand.ids) for strand in some.values()))
+        return taps(model, some)
+
+    monkeypatch.setattr(Zipper, "taps", noted)
+    for rows in (64, 5):
+        monkeypatch.setattr(models, "CALIBRATED", rows)
+        model = zipped(THREE)
+        model.calibrate(strands)
+        white = {n: p for n, p in model.state_dict().items() if "whiten.weight" in n}
+        found.append({name: p.T @ p for name, p in white.items()})  # a direction has two signs
+    assert seen == [21, 5, 5, 5, 5, 1] and found[0]
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_one_model_as_two_towers_cannot_learn_as_one_of_them() -> None:

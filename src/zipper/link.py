@@ -276,9 +276,18 @@ class Link(nn.Module):
             self.feedforward_gate = nn.Parameter(torch.tensor([float(config.gate_init)]))
 
     @torch.no_grad()
-    def calibrate(self, source: Float[Tensor, "tokens source_width"]) -> None:
-        """Whiten what the projection reads, from typical source states; the link goes on computing
-        the same function.
+    def moments(
+        self, source: Float[Tensor, "tokens source_width"]
+    ) -> Float[Tensor, "moments moments"]:
+        """For `calibrate`: the products of what is read of source states, with a 1 behind each,
+        summed over tokens. Those of several pieces add up."""
+        x = F.pad(self.source_norm(source.to(self.key.weight)).double(), (0, 1), value=1.0)
+        return x.T @ x
+
+    @torch.no_grad()
+    def calibrate(self, moments: Float[Tensor, "moments moments"]) -> None:
+        """Whiten what the projection reads, from the moments of typical source states; the link
+        goes on computing the same function.
 
         A frozen LM keeps words that mean the same to it (the digits, say) close together; along
         those directions a link learns many times slower than along others (docs/log.md). A fixed
@@ -296,16 +305,17 @@ class Link(nn.Module):
                 replace(self.config, whiten=True),
                 _identity(first.in_features).to(first.weight),
             )
-        x = self.source_norm(source.to(self.key.weight)).double()
-        variance, directions = torch.linalg.eigh(torch.cov(x.T))
+        count, mean = moments[-1, -1], moments[-1, :-1] / moments[-1, -1]
+        products = moments[:-1, :-1] - count * torch.outer(mean, mean)
+        variance, directions = torch.linalg.eigh(products / (count - 1))
         deviation = (variance.clamp(min=0) + 1e-3 * variance.mean()).sqrt()
         # projection(whiten(x)) stays what it is: the old map in the coordinates of the new one.
         old_weight, old_bias = self.whiten.weight.double(), self.whiten.bias.double()
         weight, bias = first.weight.double(), first.bias.double()
-        first.bias.copy_(bias + weight @ (old_bias + old_weight @ x.mean(0)))
+        first.bias.copy_(bias + weight @ (old_bias + old_weight @ mean))
         first.weight.copy_(weight @ old_weight @ directions * deviation)
         self.whiten.weight.copy_((directions / deviation).T)
-        self.whiten.bias.copy_(-(directions / deviation).T @ x.mean(0))
+        self.whiten.bias.copy_(-(directions / deviation).T @ mean)
 
     def read(
         self,

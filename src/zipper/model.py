@@ -37,6 +37,7 @@ from zipper.strand import Ends, Produced, Segment, Strand
 from zipper.tower import PreTrainedModel, Tower, precision
 
 Preset = Literal["default", "paper"]
+CALIBRATED = 64  # rows at once, of which links are given states
 
 
 class Zipper(nn.Module):
@@ -231,8 +232,8 @@ class Zipper(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, strands: Mapping[str, Strand]) -> None:
-        """Give every link typical states of its source to whiten (`Link.calibrate`); the model's
-        function does not change."""
+        """Give every link typical states of its source to whiten (`Link.calibrate`), some rows at
+        a time; the model's function does not change."""
         learn = [key for key in self.config.links if str(key) not in self.config.frozen_links]
         linked = chain.from_iterable((key.source, key.target) for key in learn)
         if absent := sorted({*linked} - strands.keys()):
@@ -240,12 +241,16 @@ class Zipper(nn.Module):
                 f"Links were to be calibrated without tokens of {absent}, which they join. Give "
                 "samples of all these towers at once."
             )
-        taps = self.taps(strands)
-        shapes = {}
-        for key in self.config.links:
-            if str(key) not in self.config.frozen_links:  # one that is stays what it is, to the bit
-                self.link(*key).calibrate(taps[key].source[strands[key.source].document >= 0])
-            shapes[str(key)] = self.link(*key).config
+        moments: dict[LinkKey, Tensor] = {}
+        for rows in torch.arange(max(len(s.ids) for s in strands.values())).split(CALIBRATED):
+            some = {name: strand.select(rows).narrowed() for name, strand in strands.items()}
+            taps = self.taps(some)
+            for key in learn:  # those that are frozen stay what they are, to the bit
+                read = taps[key].source[some[key.source].document >= 0]
+                moments[key] = moments.get(key, 0.0) + self.link(*key).moments(read)
+        for key in learn:
+            self.link(*key).calibrate(moments[key])
+        shapes = {str(key): self.link(*key).config for key in self.config.links}
         whitened = dataclasses.replace(self.config.link, whiten=True)
         own = {
             name: dataclasses.replace(self.config.link_of(LinkKey.of(name)), whiten=shape.whiten)

@@ -186,6 +186,11 @@ class Strand:
         """These rows, in this order."""
         return Strand(*(column[rows] for column in self.columns))
 
+    def narrowed(self) -> "Strand":
+        """Without the slots that are padding in all rows, unless all are."""
+        read = (self.document >= 0).any(0)
+        return Strand(*(column[:, read] for column in self.columns)) if read.any() else self
+
     def followed(self, later: "Strand") -> "Strand":
         """This strand and behind it another of as many rows."""
         pairs = zip(self.columns, later.columns, strict=True)

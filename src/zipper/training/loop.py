@@ -210,8 +210,8 @@ def _train(
         looked_at = chain.from_iterable(part.rows[:most] for part in parts)
         each = product(tasks.values(), looked_at)
         samples = [task.segments(row) for task, row in each if task.fits(row)]
-        # Two thousand samples take two minutes of a CPU (docs/log.md); a model that is to be cut
-        # may be larger than one device.
+        # It takes long on a CPU (docs/log.md), but a model that is to be cut may be larger than one
+        # device.
         where = torch.device("cpu") if cut else accelerator.device
         model.to(where)
         with torch.no_grad():
