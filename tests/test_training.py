@@ -747,6 +747,27 @@ def test_micro_batches_are_the_batch_cut_into_pieces(world: World, tmp_path: Pat
             ), name
 
 
+def test_dev_is_read_in_pieces_as_large_as_those_that_are_learnt(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, whole = list[int](), loop.collate
+
+    def noted(samples: Any, ends: Any, **how: Any) -> Any:
+        if how:
+            read.append(len(samples))
+        return whole(samples, ends, **how)
+
+    monkeypatch.setattr(loop, "collate", noted)
+    for accumulate, rows in ((1, 8), (4, 2)):
+        read.clear()
+        output = tmp_path / str(accumulate)
+        train(world.config(output, steps=1, batch=8, accumulate=accumulate))
+        assert max(read) == rows
+    found = [metrics(tmp_path / name)[-1] for name in ("1", "4")]
+    for key in (f"dev/{ASR}", f"dev/{TTS}"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-4)
+
+
 def test_what_is_computed_again_in_the_backward_pass_is_the_same_to_the_last_bit(
     world: World, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -599,13 +599,14 @@ def mean_loss(
 ) -> float:
     """Nats per target token of a task on rows, over all its towers."""
     ranked = sorted(rows, key=lambda row: sum(map(len, row.values())))
+    at_once = max(1, config.batch // config.accumulate)
     batches = (
         collate(
-            [task.segments(row) for row in ranked[start : start + config.batch]],
+            [task.segments(row) for row in ranked[start : start + at_once]],
             objective.model.ends(),
             company=task.company,
         ).to(device)
-        for start in range(0, len(ranked), config.batch)
+        for start in range(0, len(ranked), at_once)
     )
     return per_token(lambda batch: objective([batch]), batches)
 
