@@ -57,6 +57,18 @@ def test_samples_beyond_one_are_scaled_not_cut(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_peak_to_either_side_is_scaled_not_cut(tmp_path: Path, sign: int) -> None:
+    samples = np.zeros(8_000, np.float32)
+    samples[1_000], samples[2_000] = 4 * sign, -sign
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    heard = audio.read(tmp_path / "a.wav").samples
+    assert heard[[1_000, 2_000]].tolist() == [sign, -sign / 4]
+    audio.write(tmp_path / "b.wav", Audio(samples, 16_000))
+    written = audio.read(tmp_path / "b.wav").samples
+    assert written[[1_000, 2_000]] == pytest.approx([sign, -sign / 4], abs=1e-4)
+
+
 def test_resampling_keeps_the_tone_and_the_length() -> None:
     sound = tone(1000, rate_hz=44_100).resample(16_000)
     assert (sound.rate_hz, sound.seconds) == (16_000, pytest.approx(0.5, abs=1e-3))

@@ -1,6 +1,7 @@
 """Sound as the codes of a neural codec: whole frames, in order, and nothing else."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from zipper.audio.sound import Audio
 from zipper.cli import main
 from zipper.errors import ZipperError
 from zipper.modality.codec import Codec
+from zipper.modality.sound import Sound
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "EncodecModel": {
-        "target_bandwidths": [1.5, 3.0],
+        "target_bandwidths": [0.75, 3.0],
         "hidden_size": 16,
         "num_filters": 4,
         "codebook_size": 32,
@@ -110,3 +112,55 @@ def test_what_no_codec_can_read_is_an_error(tmp_path: Path) -> None:
         codec.encode(Audio(np.full(4_000, np.nan, np.float32), 16_000))
     with pytest.raises(ZipperError, match="1 to 3"):
         Codec(codec.model, 4)
+
+
+def test_a_codec_that_cuts_or_scales_sound_is_refused(tmp_path: Path) -> None:
+    folder = saved("EncodecModel", tmp_path)
+    for wrong in ({"normalize": True}, {"chunk_length_s": 1.0, "overlap": 0.01}):
+        model = transformers.EncodecModel.from_pretrained(folder)
+        for key, value in wrong.items():
+            setattr(model.config, key, value)
+        with pytest.raises(ZipperError, match="An Encodec that cuts sound into pieces, scales it"):
+            Codec.from_pretrained(model)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_codes_are_those_of_the_codec_at_its_own_rate(name: str, tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved(name, tmp_path), codebooks=3)
+    given = sound(rate_hz=8_000)
+    samples = torch.from_numpy(given.resample(codec.rate_hz).samples)[None, None]
+    model = getattr(transformers, name).from_pretrained(tmp_path / name).eval()
+    most = {"bandwidth": 3.0} if name == "EncodecModel" else {}
+    with torch.no_grad():
+        codes = model.encode(samples, **most).audio_codes
+    first = codes.reshape(-1, codes.shape[-1])[:3] + 32 * torch.arange(3)[:, None]
+    assert codec.encode(given) == first.T.flatten().tolist()
+
+
+def test_a_codec_of_other_weights_is_another_one(tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(saved("DacModel", tmp_path))
+    model = transformers.DacModel.from_pretrained(tmp_path / "DacModel")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    other = Codec.from_pretrained(model)
+    assert other.fingerprint != codec.fingerprint
+    codec.save(tmp_path / "one")
+    other.save(tmp_path / "other")
+    (tmp_path / "one" / Codec.CONFIG).replace(tmp_path / "other" / Codec.CONFIG)
+    with pytest.raises(ZipperError, match=r"holds another codec than its codec\.json describes"):
+        Codec.load(tmp_path / "other")
+
+
+def test_a_length_is_off_by_a_share_of_the_one_wanted() -> None:
+    ((off, wanted),) = Sound().scores([sound(0.2)], [sound(0.3)])["length"]
+    assert (off, wanted) == (pytest.approx(0.1), 0.2)
+
+
+def test_what_is_tracked_stays_within_one() -> None:
+    heard: list[Any] = []
+    writer = SimpleNamespace(add_audio=lambda *given, **rate: heard.append((*given, rate)))
+    Sound().track(writer, "a", Audio(np.array([2, -2, 0.5], np.float32), 16_000), 3)
+    Sound().track(writer, "a", Audio(np.zeros(0, np.float32), 16_000), 4)
+    ((name, samples, step, rate),) = heard
+    assert (name, samples.tolist(), step) == ("a", [[1.0, -1.0, 0.5]], 3)
+    assert rate == {"sample_rate": 16_000}

@@ -118,3 +118,50 @@ def test_an_mp3_that_was_cut_in_its_first_frame_is_one_sentence() -> None:
             opened(io.BytesIO(whole[:most]), "a.mp3")
         except ZipperError:
             continue
+
+
+def test_a_tag_with_a_foot_is_passed_over() -> None:
+    tag = b"ID3\x04\0\x10\0\0\0\x05" + b"title" + b"3DI\x04\0\x10\0\0\0\x05"
+    assert opened(io.BytesIO(tag + encoded("FLAC")), "a.flac").frames == 16_000
+
+
+def test_an_au_says_its_length_in_either_order() -> None:
+    for endian, begin in (("BIG", b".snd"), ("LITTLE", b"dns.")):
+        out = io.BytesIO()
+        samples = np.zeros(1_000, np.float32)
+        soundfile.write(out, samples, 16_000, "PCM_16", format="AU", endian=endian)
+        content = out.getvalue()
+        assert content[:4] == begin
+        opened(io.BytesIO(content), "a.au")
+        with pytest.raises(ZipperError, match=r"speaks of 2,000 bytes of sound, 1,000 are there"):
+            opened(io.BytesIO(content[:-1_000]), "a.au")
+
+
+def test_an_mp3_of_fraunhofer_says_its_frames() -> None:
+    whole = encoded("MP3")
+    start = containers._first_frame(io.BytesIO(whole), 0)
+    assert start is not None
+    head = bytes((whole[start], whole[start + 1] | 1, 0xE0 | whole[start + 2] & 0x0C))
+    head += whole[start + 3 : start + 4]
+    first = containers._frame(head)
+    assert first is not None
+
+    def with_frames(told: int) -> bytes:
+        said = head + bytes(32) + b"VBRI" + bytes(10) + told.to_bytes(4, "big")
+        return said.ljust(first.size, b"\0") + whole[start:]
+
+    opened(io.BytesIO(with_frames(20)), "a.mp3")
+    with pytest.raises(ZipperError, match=r"a\.mp3 was cut short: its header speaks of"):
+        opened(io.BytesIO(with_frames(20_000)), "a.mp3")
+
+
+def test_a_wav_says_its_length_in_either_order() -> None:
+    for endian, begin in (("LITTLE", b"RIFF"), ("BIG", b"RIFX")):
+        out = io.BytesIO()
+        samples = np.zeros(1_000, np.float32)
+        soundfile.write(out, samples, 16_000, "PCM_16", format="WAV", endian=endian)
+        content = out.getvalue()
+        assert content[:4] == begin
+        opened(io.BytesIO(content), "a.wav")
+        with pytest.raises(ZipperError, match=r"speaks of 2,000 bytes of sound, 1,000 are there"):
+            opened(io.BytesIO(content[:-1_000]), "a.wav")

@@ -27,6 +27,7 @@ from zipper.model import Zipper
 from zipper.testing import tiny_tower
 
 Pillow = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 pytest.importorskip("sklearn")
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -225,6 +226,64 @@ def test_what_is_transparent_is_white_and_a_camera_is_held_upright(colour: Image
     assert np.array_equal(np.asarray(read), np.rot90(half, -1))
 
 
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_camera_is_held_upright_however_it_was_turned(number: int, colour: Image) -> None:
+    exif = Pillow.Exif()
+    exif[0x0112] = number
+    content = png(Pillow.fromarray(noise(1, (16, 8, 3))), exif=exif.tobytes())
+    with Pillow.open(io.BytesIO(content)) as picture:
+        wanted = np.asarray(ImageOps.exif_transpose(picture))
+    assert np.array_equal(np.asarray(colour.read(content)), wanted)
+
+
+def test_a_colour_of_a_palette_that_is_transparent_is_white(colour: Image) -> None:
+    picture = Pillow.new("P", (16, 16), 3)
+    picture.putpalette([255, 0, 0] * 256)
+    assert (np.asarray(colour.read(png(picture)))[..., 1] == 0).all()
+    assert (np.asarray(colour.read(png(picture, transparency=3))) == 255).all()
+
+
+def test_a_large_picture_is_shrunk_to_no_less_than_twice_the_size(colour: Image) -> None:
+    wide = colour.read(np.zeros((1_000, 5_000), np.uint8))
+    assert wide.width * wide.height < 100_000 and min(wide.size) >= 2 * 16
+    small = colour.read(np.zeros((100, 500), np.uint8))
+    assert small.size == (500, 100)
+
+
+def shades(**settings: Any) -> Image:
+    """Grey pictures of 8x8 pixels whose codes are their pixels."""
+    config = ImageConfig(8, 8, 1, "colours", 1, **settings)
+    return Image(config, np.arange(256, dtype=np.float32)[:, None])
+
+
+def test_a_squashed_picture_is_resized_by_its_filter_and_has_no_border() -> None:
+    pixels = noise(2, (24, 16))
+    for name in ("lanczos", "bilinear"):
+        how = Pillow.Resampling[name.upper()]
+        wanted = np.asarray(Pillow.fromarray(pixels).resize((8, 8), how))
+        assert shades(fit="squash", filter=name).encode(pixels) == wanted.ravel().tolist()
+
+
+def test_how_pictures_were_fitted_is_how_they_are_read() -> None:
+    image = Image.fitted(
+        [noise(seed) for seed in range(4)], 8, size=(8, 16), fit="squash", first_frame=True
+    )
+    assert (image.config.height, image.config.width) == (8, 16)
+    assert (image.config.fit, image.config.first_frame) == ("squash", True)
+    assert image.about()["ids"] == "8 a picture, row by row"
+
+
+def test_an_error_of_pixels_is_that_of_pixels_from_0_to_1() -> None:
+    black, white = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8)
+    assert shades().scores([black], [white]) == {"mse": [(64.0, 64.0)]}
+
+
+def test_only_kinds_of_files_that_are_named_are_opened(colour: Image) -> None:
+    for kind in ("PCX", "TGA", "ICO"):
+        with pytest.raises(ZipperError, match="is no picture that can be read"):
+            colour.read(png(Pillow.fromarray(noise()), kind))
+
+
 def test_a_picture_of_one_pixel_and_a_long_one_are_fitted(colour: Image) -> None:
     config = ImageConfig(16, 16, 1, patch=4)
     image = Image(config, np.array([[0] * 16, [255] * 16], np.float32))
@@ -393,6 +452,18 @@ def test_a_vq_model_reads_draws_and_is_kept(name: str, vq: dict[str, Path], tmp_
         drawn = np.asarray(again.decode(ids))
         assert drawn.shape == (16, 16, 3) and len(np.unique(drawn)) > 8
         assert (np.asarray(again.decode(ids[:8]))[2:] == 255).all()
+
+
+def test_a_vq_model_has_its_pixels_normalised_as_it_was_told(vq: dict[str, Path]) -> None:
+    image = Image.from_model(vq["JanusVQVAE"], (16, 16), mean=0.25, std=0.75)
+    model = transformers.JanusVQVAE.from_pretrained(vq["JanusVQVAE"]).eval()
+    given = torch.tensor((noise() / 255 - 0.25) / 0.75, dtype=torch.float32)
+    with torch.no_grad():
+        ids = model.encode(given.permute(2, 0, 1)[None]).image_tokens.reshape(1, -1)
+        drawn = model.decode(ids)[0]
+    assert image.encode(noise()) == ids[0].tolist()
+    wanted = ((drawn * 0.75 + 0.25) * 255).clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(image.decode(ids[0].tolist())) - wanted).max() < 1
 
 
 def test_another_model_or_size_or_a_damaged_one_is_refused(

@@ -28,7 +28,7 @@ from zipper.audio.sound import Audio
 from zipper.pipeline import Pipeline
 from zipper.serving import process, sounds
 from zipper.serving.bodies import Caps
-from zipper.serving.realtime import RATE_HZ
+from zipper.serving.realtime import AT_ONCE, RATE_HZ
 
 PART = 4800  # bytes: a tenth of a second
 
@@ -461,3 +461,103 @@ def test_a_response_that_was_refused_for_its_options_can_be_asked_for_again(
             assert line.until("response.done")[-1]["response"]["status"] == "failed"
         line.say("response.create", response={"output_modalities": ["audio"]})
         assert line.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_a_response_reads_what_was_not_read_and_tells_why_it_ended(
+    served: Served, pipe: Pipeline
+) -> None:
+    said = {"type": "message", "content": [{"type": "input_text", "text": SENTENCE}]}
+    with Line(served) as line:
+        line.say("session.update", session={"max_output_tokens": 9})
+        assert line.until("session.updated")[-1]["session"]["max_output_tokens"] == 9
+        line.say("conversation.item.create", item=said)
+        line.say("response.create", response={"metadata": {"a": "b"}})
+        done = line.until("response.done")[-1]["response"]
+        assert (done["status"], done["metadata"]) == ("incomplete", {"a": "b"})
+        read = len(pipe.modalities["text"].encode(SENTENCE))
+        usage = {"input_tokens": read, "output_tokens": 9, "total_tokens": read + 9}
+        assert done["usage"] == usage
+        line.say("response.create")
+        assert line.read()["error"]["code"] == "empty"
+
+
+def test_a_setting_that_is_not_named_stays(served: Served, pipe: Pipeline) -> None:
+    with Line(served) as line:
+        spoken = {"voice": pipe.units.voices[1]}
+        line.say("session.update", session={"audio": {"output": spoken}})
+        line.say("session.update", session={"audio": {"input": {"transcription": {}}}})
+        line.until("session.updated")
+        audio = line.until("session.updated")[-1]["session"]["audio"]
+        assert audio["output"]["voice"] == spoken["voice"]
+        assert audio["input"]["transcription"] == {}
+
+
+def test_an_item_of_sound_is_heard(served: Served, pipe: Pipeline, spoken: bytes) -> None:
+    part = {"type": "input_audio", "audio": base64.b64encode(spoken).decode()}
+    heard = Audio(np.frombuffer(spoken, "<i2").astype(np.float32) / 32768, RATE_HZ)
+    with Line(served) as line:
+        line.say("conversation.item.create", item={"content": [part]})
+        line.say("response.create", response={"output_modalities": ["text"]})
+        (item,) = line.until("response.done")[-1]["response"]["output"]
+        assert item["content"][0]["text"] == pipe.transcribe(heard)
+
+
+def test_so_many_transcriptions_run_at_once_and_none_waits_for_a_response(
+    pipe: Pipeline, spoken: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zipper.generation import Engine
+
+    step, goes_on = Engine.step, threading.Event()
+    monkeypatch.setattr(Engine, "step", lambda self: goes_on.wait(30) and step(self))
+    with serving(pipe, caps=Caps(segments=2)) as small, Line(small) as line:
+        audio = {"input": {"transcription": {}}}
+        line.say("session.update", session={"type": "transcription", "audio": audio})
+        line.until("session.updated")
+        for _ in range(AT_ONCE):
+            line.speak(spoken)
+            line.until("conversation.item.done")
+        line.speak(spoken)
+        assert line.read()["error"]["code"] == "busy"
+        goes_on.set()
+        for _ in range(AT_ONCE):
+            assert line.until(f"{WRITTEN}.completed")[-1]["transcript"]
+        line.say("response.create")
+        assert line.read()["error"]["code"] == "empty"
+
+
+def test_a_transcription_that_fails_is_told(pipe: Pipeline, spoken: bytes) -> None:
+    with serving(pipe, rows=1, queue=0) as narrow, Line(narrow) as line:
+        line.say("session.update", session={"audio": {"input": {"transcription": {}}}})
+        line.until("session.updated")
+        narrow.worker.enter()
+        line.speak(spoken)
+        assert line.until(f"{WRITTEN}.failed")[-1]["error"]["code"] == "busy"
+        narrow.worker.leave()
+
+
+def test_a_line_of_a_browser_is_opened_and_one_that_sends_bytes_is_closed(served: Served) -> None:
+    with Line(served, subprotocols=["realtime"]) as line:
+        assert line.socket.subprotocol == "realtime"
+        line.socket.send(b"bytes")
+        with pytest.raises(ConnectionClosed) as closed:
+            line.read()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1003
+
+
+def test_what_a_response_leaves_out_is_the_session_s(served: Served, pipe: Pipeline) -> None:
+    said = {"type": "message", "content": [{"type": "input_text", "text": "call anna"}]}
+    one, other = pipe.units.voices[:2]
+
+    def sound(line: Line, **asked: Any) -> str:
+        line.say("conversation.item.create", item=said)
+        line.say("response.create", response=asked)
+        events = line.until("response.done")
+        return "".join(event["delta"] for event in of("response.output_audio.delta", events))
+
+    with Line(served) as line:
+        line.say("session.update", session={"audio": {"output": {"voice": one}}})
+        line.until("session.updated")
+        plain = sound(line)
+        assert sound(line, audio={"output": {"format": {"type": "audio/pcm"}}}) == plain
+        assert sound(line, audio={"output": {"voice": other}}) != plain
+        assert sound(line, audio=None) == plain

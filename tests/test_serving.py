@@ -16,6 +16,7 @@ import wave
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.machinery import ModuleSpec
+from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ import tiny
 from PIL import Image
 from tiny import sound
 
+from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.generation import Engine, Request, Token
@@ -42,9 +44,10 @@ from zipper.link import LinkConfig
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline
 from zipper.sampling import Sampling
-from zipper.serving import app, page, process, sounds, transcription
+from zipper.serving import app, looking, page, process, sounds, transcription
 from zipper.serving import worker as worker_module
 from zipper.serving.bodies import Caps
+from zipper.serving.gauges import Gauges
 from zipper.serving.looking import looks
 from zipper.serving.refusals import Busy, Refused, Stopping
 from zipper.serving.service import Service
@@ -175,6 +178,18 @@ def test_a_streamed_transcription_is_the_same_in_parts(served: Served, spoken: b
     assert done["type"] == "transcript.text.done"
 
 
+def test_words_behind_a_pause_are_told_when_they_are_heard(served: Served, spoken: bytes) -> None:
+    heard = audio.read(spoken)
+    late = Audio(np.pad(heard.samples, (heard.rate_hz, 0)), heard.rate_hz)
+    plain, later = (
+        served.transcribe(content, response_format="verbose_json").json()["words"]
+        for content in (spoken, sounds.content(late, "wav"))
+    )
+    assert [word["word"] for word in later] == [word["word"] for word in plain]
+    moved = [after["start"] - before["start"] for after, before in zip(later, plain, strict=True)]
+    assert moved == pytest.approx([1.0] * len(plain), abs=0.1)
+
+
 def test_where_nothing_is_said_the_text_is_empty(served: Served) -> None:
     silence = sounds.content(Audio(np.zeros(16_000, np.float32), 16_000), "wav")
     assert served.transcribe(silence).json() == {"text": ""}
@@ -200,6 +215,35 @@ def test_speech_is_what_the_pipeline_says(served: Served, pipe: Pipeline) -> Non
         wav = served.said(SENTENCE, "wav", voice=voice).content
         assert wav == sounds.header(offline.rate_hz) + streamed
         assert pipe.transcribe(wav) == SENTENCE, "zipper reads a wav whose length is unknown"
+
+
+def test_speech_is_drawn_by_its_seed(served: Served) -> None:
+    one, again, other = (
+        served.said("call anna", "pcm", temperature=1.0, seed=seed).content for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
+def test_speech_is_mp3_unless_another_format_is_asked_for(served: Served) -> None:
+    answer = served.post("/v1/audio/speech", json={"input": "call anna"})
+    assert answer.headers["content-type"] == "audio/mpeg"
+    raw = served.said("call anna", "pcm")
+    assert raw.headers["content-type"] == "audio/pcm;rate=16000;channels=1"
+
+
+def test_the_head_of_a_streamed_wav_is_that_of_a_whole_one_but_for_lengths() -> None:
+    whole = sounds.content(Audio(np.full(8, 0.5, np.float32), 22_050), "wav")
+    head = sounds.header(22_050)
+    assert (head[:4], head[8:40]) == (whole[:4], whole[8:40])
+    assert head[4:8] == head[40:] == b"\xff" * 4
+
+
+def test_samples_beyond_one_are_cut_in_a_stream_and_scaled_in_a_file() -> None:
+    sound = Audio(np.array([1, -1, 4, -4, 0.5] * 100, np.float32), 16_000)
+    raw = np.frombuffer(sounds.pcm(sound), "<i2")[:5].tolist()
+    assert raw == [32_767, -32_767, 32_767, -32_767, 16_384]
+    scaled = audio.read(sounds.content(sound, "flac")).samples[:5]
+    assert scaled == pytest.approx([0.25, -0.25, 1, -1, 0.125], abs=1e-4)
 
 
 def test_sound_comes_while_it_is_made(served: Served) -> None:
@@ -234,6 +278,22 @@ def test_run_is_what_the_pipeline_runs(served: Served, pipe: Pipeline, spoken: b
         assert file.getnframes() == len(first.content.samples)
     ids = [{"tower": "text", "content": pipe.modalities["text"].encode("call anna")}]
     assert served.post("/v1/run", json={"given": ids, "outputs": ["speech"]}).status_code == 200
+
+
+def test_ids_are_given_and_begun_with_as_they_are(served: Served, pipe: Pipeline) -> None:
+    ids = pipe.modalities["text"].encode("call anna")
+    text = {"tower": "text", "content": ids}
+    wanted = {"given": [text], "outputs": [text], "limits": {"text": 20}, "explain": True}
+    told = served.post("/v1/run", json=wanted).json()
+    assert told["produced"][0]["ids"][: len(ids)] == ids
+    assert told["produced"][0]["content"].startswith("call anna") and told["clocks"] == [None]
+
+
+def test_json_is_known_by_its_type_whatever_stands_behind_it(served: Served) -> None:
+    content = json.dumps({"outputs": ["text"], "limits": {"text": 1}}).encode()
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        answer = served.post("/v1/run", content=content, headers={"content-type": kind})
+        assert answer.status_code == 200
 
 
 def test_a_choice_is_the_model_s_and_one_that_has_learnt_none_says_so(served: Served) -> None:
@@ -292,7 +352,9 @@ def test_a_streamed_run_is_the_same_in_parts_and_says_what_it_looked_at(
     assert whole["clocks"] == [None]
 
 
-def test_a_look_is_what_the_model_looked_at(pipe: Pipeline) -> None:
+def test_a_look_is_what_the_model_looked_at(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against attention over the two segments alone, as `words.spans` has it."""
     given = [Segment("text", pipe.modalities["text"].encode("call anna"))]
     (answer,) = pipe.engine().run([Request(given, ["speech", "text"])])
@@ -302,6 +364,8 @@ def test_a_look_is_what_the_model_looked_at(pipe: Pipeline) -> None:
     alone = attention(pipe.model, strands, "text", "speech")[: len(answer.written[0].ids), 1:-1]
     assert torch.allclose(found[0].weights, alone, atol=1e-6)
     assert looks(object(), answer.request, answer.written) == []
+    monkeypatch.setattr(looking, "MOST_CELLS", 100)
+    assert looks(pipe.model, answer.request, answer.written) == []
 
 
 def test_the_page_names_no_other_place_and_tells_what_is_frozen(
@@ -321,6 +385,9 @@ def test_the_page_names_no_other_place_and_tells_what_is_frozen(
         "a place on this machine"
     )
     is_refused(served.client.get("/v1/models/other"), 404, "no_such_model")
+    headers = served.client.get("/").headers
+    told = (headers["x-content-type-options"], headers["referrer-policy"])
+    assert told == ("nosniff", "no-referrer")
 
 
 def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes) -> None:
@@ -347,6 +414,72 @@ def test_chat_takes_sound_and_text_and_gives_both(served: Served, spoken: bytes)
     message = served.post("/v1/chat/completions", json=said).json()["choices"][0]["message"]
     assert message["content"] is None
     assert served.transcribe(base64.b64decode(message["audio"]["data"])).json()["text"] == SENTENCE
+
+
+def test_a_chat_tells_its_text_beside_its_sound_whatever_comes_first(
+    served: Served, spoken: bytes
+) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
+    wanted = {"messages": [{"role": "user", "content": [part]}], "audio": {"format": "pcm16"}}
+    wanted |= {"modalities": ["audio", "text"]}
+    whole = served.post("/v1/chat/completions", json=wanted).json()
+    (choice,), usage = whole["choices"], whole["usage"]
+    assert choice["message"]["content"] is None and choice["finish_reason"] == "stop"
+    assert choice["message"]["audio"]["transcript"] == SENTENCE
+    assert usage["prompt_tokens"] > 10 and usage["completion_tokens"] > 10
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    chunks = events(served.post("/v1/chat/completions", json=wanted | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    said = [delta["audio"].get("transcript", "") for delta in deltas if "audio" in delta]
+    assert "".join(said) == SENTENCE
+    few = served.post("/v1/chat/completions", json=wanted | {"max_completion_tokens": 2}).json()
+    assert few["choices"][0]["finish_reason"] == "length", "only the sound is whole"
+    assert 0 < len(few["choices"][0]["message"]["audio"]["transcript"]) < len(SENTENCE)
+
+
+def test_a_chat_is_drawn_from_no_more_than_top_p(served: Served, spoken: bytes) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(spoken).decode()}}
+    wanted = {"messages": [{"role": "user", "content": [part]}], "temperature": 9.0, "seed": 1}
+    told = [
+        served.post("/v1/chat/completions", json=wanted | {"top_p": top_p}).json()["choices"][0]
+        for top_p in (1e-6, 1.0)
+    ]
+    assert told[0]["message"]["content"] == SENTENCE != told[1]["message"]["content"]
+
+
+def test_what_no_chat_can_do_is_refused_by_its_name(served: Served) -> None:
+    sent = {"messages": [{"role": "user", "content": "call anna"}]}
+    names = (
+        "tools functions logit_bias presence_penalty frequency_penalty min_p limits prediction "
+        "tool_choice function_call response_format repetition_penalty guidance best_of top_k"
+    )
+    for name in names.split():
+        answer = served.post("/v1/chat/completions", json=sent | {name: [3]})
+        is_refused(answer, 400, "unsupported")
+        assert name in answer.json()["error"]["message"]
+    for wrong in ({}, {"logprobs": True, "temperature": 1.0}):
+        asked = sent | {"top_logprobs": 1} | wrong
+        is_refused(served.post("/v1/chat/completions", json=asked), 400, "unsupported")
+
+
+def test_what_goes_wrong_in_a_stream_is_told_in_it(
+    pipe: Pipeline, spoken: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = Engine.step, count()
+    monkeypatch.setattr(Engine, "step", lambda self: step(self) if next(steps) % 6 < 5 else 1 / 0)
+    coded = base64.b64encode(spoken).decode()
+    part = {"type": "input_audio", "input_audio": {"data": coded}}
+    chat = {"messages": [{"role": "user", "content": [part]}], "stream": True}
+    run = {"given": [{"tower": "speech", "content": coded}], "outputs": ["text"], "stream": True}
+    with serving(pipe) as broken:
+        for answer in (
+            broken.transcribe(spoken, stream="true"),
+            broken.post("/v1/chat/completions", json=chat),
+            broken.post("/v1/run", json=run),
+        ):
+            *parts, last = events(answer)
+            assert answer.status_code == 200 and parts
+            assert last["error"]["code"] == "internal"
 
 
 def test_a_chat_ends_before_a_stop_and_none_of_it_is_sent(served: Served, spoken: bytes) -> None:
@@ -511,6 +644,33 @@ def test_what_is_told_of_the_server(served: Served) -> None:
         is_refused(get(path), 404, "no_such_route")
 
 
+def test_what_is_counted_is_what_was_made_and_refused(served: Served) -> None:
+    def counted() -> list[float]:
+        told = dict(re.findall(r"^(zipper_\S+) (\S+)$", served.client.get("/metrics").text, re.M))
+        names = ('zipper_tokens_total{tower="speech"}',)
+        names += ('zipper_first_token_seconds_count{tower="speech"}',)
+        names += ('zipper_refusals_total{code="no_such_route",status="404"}',)
+        return [float(told.get(name, 0)) for name in names]
+
+    before = counted()
+    given = [{"tower": "text", "content": SENTENCE}]
+    wanted = {"given": given, "outputs": ["speech"], "limits": {"speech": 20}}
+    (made,) = served.post("/v1/run", json=wanted).json()["produced"]
+    assert len(made["ids"]) == 20
+    is_refused(served.client.get("/nowhere"), 404, "no_such_route")
+    after = counted()
+    assert [now - then for now, then in zip(after, before, strict=True)] == [20, 1, 1]
+
+
+def test_tokens_are_counted_by_their_tower() -> None:
+    gauges = Gauges()
+    for tower, tokens in (("speech", 3), ("text", 2), ("speech", 1)):
+        gauges.made(tower, tokens)
+    told = gauges.text().decode()
+    assert 'zipper_tokens_total{tower="speech"} 4.0' in told
+    assert 'zipper_tokens_total{tower="text"} 2.0' in told
+
+
 def test_the_official_client_unchanged(served: Served, spoken: bytes) -> None:
     openai = pytest.importorskip("openai", reason="the client is not installed")
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
@@ -587,6 +747,12 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
         ("/v1/run", {"json": {"outputs": ["text"] * 17}}, 422, "too_many_segments"),
         (
             "/v1/run",
+            {"json": {"outputs": ["text"], "given": [{"tower": "text", "content": "a"}] * 17}},
+            422,
+            "too_many_segments",
+        ),
+        (
+            "/v1/run",
             {"json": {"outputs": ["text"], "limits": {"text": 10**9}}},
             422,
             "too_many_tokens",
@@ -648,6 +814,12 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
         ),
         (
             "/v1/chat/completions",
+            {"json": {"messages": [{"role": "user", "content": "hi"}], "n": 2}},
+            422,
+            "bad_request",
+        ),
+        (
+            "/v1/chat/completions",
             {"json": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0}},
             422,
             "bad_request",
@@ -670,6 +842,18 @@ def test_clients_side_by_side_share_steps_and_get_the_offline_answers(
             {"files": {"file": b"x"}, "data": {"response_format": "pdf"}},
             400,
             "unsupported_format",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"response_format": "srt", "stream": "true"}},
+            400,
+            "unsupported_format",
+        ),
+        (
+            "/v1/audio/transcriptions",
+            {"files": {"file": b"x"}, "data": {"temperature": "0.5"}},
+            400,
+            "unsupported",
         ),
         (
             "/v1/audio/transcriptions",
@@ -774,6 +958,38 @@ def test_words_become_lines_that_can_be_read() -> None:
     assert " ".join(line.text for line in lines) == " ".join(word["word"] for word in long)
     assert transcription.cues([{"word": "a"}, {"word": "b"}], 2.0) == [(0.0, 2.0, "a b")]
     assert transcription.cues([], 2.0) == []
+    assert transcription.cues(said((0.0, 0.4), (0.5, 2.3)), 2.0) == [(0.0, 2.0, "w0 w1")]
+    words = [{"word": "w" * 20, "start": n / 10, "end": n / 10 + 0.1} for n in range(9)]
+    assert [len(line.text) for line in transcription.cues(words, 1.0)] == [83, 83, 20]
+    assert transcription._clock(3723.4567, ",") == "01:02:03,457"
+
+
+def test_a_refusal_says_its_kind_how_to_be_let_in_and_when_to_come_again() -> None:
+    told = {401: "authentication_error", 403: "invalid_request_error", 429: "rate_limit_error"}
+    told |= {422: "invalid_request_error", 500: "server_error", 503: "server_error"}
+    for status, kind in told.items():
+        refused = Refused(status, "code", "message")
+        assert refused.shape["error"]["type"] == kind
+        again = [("Retry-After", "1")] if status in (429, 503) else []
+        basic = ("WWW-Authenticate", 'Basic realm="zipper"')
+        assert refused.headers == (
+            [("WWW-Authenticate", "Bearer"), basic] if status == 401 else again
+        )
+
+
+def test_a_key_may_hold_any_sign() -> None:
+    for key in (b"se:cret", b"a=b", b"with space"):
+        assert app._given(b"Basic " + base64.b64encode(b"anybody:" + key)) == key
+        assert app._given(b"bearer  " + key) == key
+    for nothing in (b"", b"Basic", b"Basic ?", b"Digest a", b"Bearer"):
+        assert app._given(nothing) == b""
+
+
+def test_a_model_whose_name_has_a_stroke_is_told_of(pipe: Pipeline) -> None:
+    with serving(pipe, name="ours/small") as served:
+        for name in ("ours/small", "ours%2Fsmall"):
+            assert served.client.get(f"/v1/models/{name}").json()["id"] == "ours/small"
+        is_refused(served.client.get("/v1/models/ours/large"), 404, "no_such_model")
 
 
 def test_nobody_elses_page_is_let_in(served: Served) -> None:
@@ -816,6 +1032,11 @@ def test_bodies_that_are_too_large_are_refused_before_they_are_here(pipe: Pipeli
 def test_sound_that_lasts_too_long_is_refused(pipe: Pipeline, spoken: bytes) -> None:
     with serving(pipe, caps=Caps(seconds=1.0)) as short:
         is_refused(short.transcribe(spoken), 413, "too_long")
+    given = [{"tower": "speech", "content": base64.b64encode(spoken).decode()}] * 2
+    with serving(pipe, caps=Caps(seconds=3.0)) as longer:
+        wanted = {"given": given, "outputs": ["text"]}
+        is_refused(longer.post("/v1/run", json=wanted), 413, "too_long")
+        assert longer.transcribe(spoken).status_code == 200
 
 
 def test_a_slow_upload_is_cut(pipe: Pipeline) -> None:
@@ -1240,8 +1461,16 @@ def test_a_replica_with_a_gpu_has_its_model_there(monkeypatch: pytest.MonkeyPatc
     deployment = pytest.importorskip("zipper.serving.deployment")
     devices: list[str] = []
     monkeypatch.setattr(Zipper, "to", lambda self, device: devices.append(device))
-    monkeypatch.setattr(deployment.app, "serve", lambda pipeline, *_: type(pipeline).__name__)
+    given: list[Any] = []
+    monkeypatch.setattr(
+        deployment.app, "serve", lambda pipe, *how: given.append(how) or type(pipe).__name__
+    )
     assert deployment.deployment(gpus=1.0) == "bound" and devices == ["cuda"]
     assert made[0] == "Pipeline" and made[1]["ray_actor_options"]["num_gpus"] == 1.0
-    deployment.deployment()
-    assert devices == ["cuda"]
+    caps = Caps(tokens=5)
+    deployment.deployment("", (2, 3), 4, 5, "secret", caps, "mine")
+    assert devices == ["cuda"] and given[-1] == (4, 5, "secret", caps, "mine")
+    assert made[-1]["max_ongoing_requests"] == 9
+    scaled = made[-1]["autoscaling_config"]
+    told = [scaled[name] for name in ("min_replicas", "max_replicas", "target_ongoing_requests")]
+    assert told == [2, 3, 4]

@@ -338,6 +338,21 @@ def test_pieces_are_counted_from_the_first_step(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rest.values, series.values[75:])
 
 
+def test_a_row_that_says_another_rate_than_its_array_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((4, 1), np.float32))
+    (tmp_path / "a.json").write_text('{"rate_hz": 50, "channels": ["ax"]}')
+    assert PATCHES.read({"path": "a.npy", "rate_hz": 50}, tmp_path).rate_hz == 50
+    with pytest.raises(ZipperError, match=r"a\.json says 50 Hz, and its row 60"):
+        PATCHES.read({"path": "a.npy", "rate_hz": 60}, tmp_path)
+
+
+def test_the_files_of_an_array_are_itself_and_its_json(tmp_path: Path) -> None:
+    for named in ("a.npy", {"path": "a.npy", "start": 1}):
+        assert PATCHES.files(named, tmp_path) == [tmp_path / "a.npy", tmp_path / "a.json"]
+    assert PATCHES.files("a.csv", tmp_path) == [tmp_path / "a.csv"]
+    assert PATCHES.files([[1.0, 2.0]], tmp_path) == []
+
+
 def test_arrays_have_a_json_beside_them(tmp_path: Path) -> None:
     series = walk(2)
     np.save(tmp_path / "a.npy", series.values)
@@ -433,6 +448,13 @@ def test_times_that_are_rounded_or_late_are_even(tmp_path: Path) -> None:
     found = PATCHES.read("a.csv", tmp_path)
     assert abs(found.rate_hz - 104) < 0.05 and found.values[:, 0].tolist() == [*range(200)]
     assert (found.channels, found.units) == (("ax",), ("m/s2",))
+
+
+def test_a_step_that_is_there_twice_is_no_even_time(tmp_path: Path) -> None:
+    times = [*range(50), 49.2, *range(50, 99)]
+    (tmp_path / "a.csv").write_text("time,ax\n" + "\n".join(f"{time},1" for time in times))
+    with pytest.raises(ZipperError, match=r"not even: from step 49 to 50 are 0\.2"):
+        PATCHES.read("a.csv", tmp_path)
 
 
 def test_uneven_times_are_made_even_where_the_row_says_the_rate(tmp_path: Path) -> None:

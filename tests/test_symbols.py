@@ -209,6 +209,30 @@ def test_symbols_are_found_in_strings_and_files(tmp_path: Path) -> None:
         Symbols.fitted(files, split="words")
 
 
+@pytest.mark.parametrize("ending", ["fasta", "fa", "faa", "fna", "FNA"])
+def test_names_and_remarks_of_fasta_are_no_symbols(ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{ending}").write_text(">xyz\n;remark\nAC\nGT\n")
+    assert Symbols.fitted([tmp_path / f"a.{ending}"]).symbols == tuple("ACGT")
+
+
+def test_the_letters_of_proteins_and_dna_are_those_of_their_ids() -> None:
+    letters = "ACDEFGHIKLMNPQRSTVWYXBZUOJ"
+    assert Symbols.protein().encode(letters) == [*range(26)]
+    assert Symbols.dna().encode("ACGTN") == [*range(5)]
+
+
+def test_data_that_no_memory_would_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(symbols, "MOST_LINE", 10)
+    (tmp_path / "a.txt").write_text("abc\n" + "d" * 10 + "\n")
+    with pytest.raises(ZipperError, match=r"a\.txt has a line of more than 10 bytes"):
+        Symbols.fitted([tmp_path / "a.txt"])
+    monkeypatch.setattr(symbols, "MOST_SYMBOLS", 3)
+    with pytest.raises(ZipperError, match="more than 30 different symbols"):
+        Symbols.fitted(["".join(map(chr, range(100, 131)))], unknown="?", most=3)
+
+
 def test_the_rarest_are_left_out_if_asked_for() -> None:
     kept = Symbols.fitted(["aaabbc", "d"], unknown="?", most=2)
     assert kept.symbols == ("a", "b") and kept.decode(kept.encode("abcd")) == "ab??"

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from zipper import modality
 from zipper.errors import ZipperError
 from zipper.modality import Modality
+from zipper.modality import text as text_module
 from zipper.modality.text import Text
 
 LINES = [
@@ -126,6 +127,37 @@ def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
         assert back.fingerprint == TEXT.fingerprint
         assert (back.begin, back.end, back.vocabulary) == (TEXT.begin, TEXT.end, TEXT.vocabulary)
         assert back.encode(LINES[0]) == TEXT.encode(LINES[0])
+
+
+def test_whatever_changes_ids_changes_the_fingerprint() -> None:
+    ends = [("<s>", "</s>"), ("</s>", "<s>"), (None, "</s>")]
+    made = [Text(TEXT.definition, *tokens) for tokens in ends]
+    made.append(Text.train(["another"]))
+    assert len({text.fingerprint for text in made}) == 4
+
+
+def test_a_tokenizer_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TEXT.save(tmp_path)
+    monkeypatch.setattr(text_module, "MOST_BYTES", 1_000)
+    with pytest.raises(ZipperError, match=r"tokenizer\.json has more than 1000 bytes"):
+        Text.load(tmp_path)
+
+
+def test_a_tokenizer_that_pads_or_cuts_does_neither_here() -> None:
+    tokenizer = Tokenizer.from_str(TEXT.definition)
+    tokenizer.enable_padding(length=50)
+    tokenizer.enable_truncation(2)
+    assert Text(tokenizer.to_str(), "<s>", "</s>").encode("call anna") == TEXT.encode("call anna")
+
+
+def test_the_unknown_token_of_a_unigram_is_never_written_in_silence() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.0)]
+    text = Text(Tokenizer(models.Unigram(pieces, unk_id=0)).to_str(), None, "</s>")
+    assert text.encode("ab") == [2, 3]
+    with pytest.raises(ZipperError, match="cannot write z in"):
+        text.encode("abz")
 
 
 def test_a_folder_is_loaded_without_transformers(tmp_path: Path) -> None:

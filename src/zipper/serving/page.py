@@ -49,7 +49,7 @@ def add(app: FastAPI, service: Service) -> None:
         return JSONResponse(await found.told())
 
     app.add_api_route(
-        "/v1/models/{name}",
+        "/v1/models/{name:path}",
         model,
         summary="What the model is: towers, links, gates, what is frozen and its proof.",
     )

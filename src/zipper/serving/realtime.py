@@ -301,7 +301,8 @@ class _Talk:
         ticket = None
         try:
             await self._send("response.created", response=told)
-            audio = wanted.audio or session.audio
+            own = wanted.model_dump(include={"audio"}, exclude_unset=True).get("audio") or {}
+            audio = Sound.model_validate(_merged(session.audio.model_dump(), own))
             spoken = modality == "audio"
             output = voice(self._service, audio.output.voice) if spoken else "text"
             limits = None if most == "inf" else {"speech" if spoken else "text": int(most)}
