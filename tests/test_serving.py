@@ -5,6 +5,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -1298,6 +1299,23 @@ def test_logs_carry_no_content(
 
 
 # --- the worker alone
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_the_engine_comes_behind_what_answers(pipe: Pipeline) -> None:
+    found: list[int] = []
+
+    def engine() -> Engine:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return pipe.engine(1)
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    worker = Worker(engine, rows=1)
+    worker.start()
+    worker.stop()
+    assert worker.join(30)
+    assert found == [min(19, own + 5)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 def test_a_step_that_fails_ends_what_runs_and_the_next_request_is_answered(

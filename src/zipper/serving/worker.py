@@ -7,6 +7,8 @@ go out some at a time: a fifth of this thread's time went into waking others for
 """
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +24,7 @@ from zipper.generation import Answer, Engine, Request, Token, Written
 from zipper.serving.refusals import Busy, Stopping
 
 EVERY_S = 0.02  # between two wakes of whoever waits for the tokens of a stream, the first at once
+ASIDE = 5  # steps of niceness by which the engine's threads come behind the others
 
 #: Told what was made: (tower, tokens).
 Counted = Callable[[str, int], None]
@@ -187,6 +190,7 @@ class Worker:
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
+        _step_aside()
         try:
             self._run()
         except Exception as error:  # no engine can be made: nobody waits for one
@@ -257,3 +261,14 @@ class Worker:
         ticket.answer = None
         self.leave()
         ticket.settle(outcome)
+
+
+def _step_aside() -> None:
+    """This thread and those that it begins come behind the others of the process: a server that
+    computes with all cores still answers, and refuses what is too much. Linux alone knows the
+    priorities of threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        now = os.getpriority(os.PRIO_PROCESS, thread)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, now + ASIDE))
