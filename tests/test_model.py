@@ -767,6 +767,14 @@ def test_calibration_takes_some_rows_at_a_time_and_comes_to_the_same(
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_links_are_calibrated_where_their_towers_are(cuda: torch.device) -> None:
+    model = zipped(LLAMAS).to(cuda)
+    samples = [[Segment("text", [3 + n, 4]), Segment("speech", [5, n + 2])] for n in range(9)]
+    model.calibrate(collate(samples, model.ends()).to(cuda).strands)
+    white = [p for name, p in model.state_dict().items() if "whiten" in name]
+    assert white and all(p.device == cuda and p.isfinite().all() for p in white)
+
+
 def test_one_model_as_two_towers_cannot_learn_as_one_of_them() -> None:
     both = tiny_tower("llama")
     Zipper.from_towers({"text": both, "speech": both})

@@ -103,25 +103,34 @@ def scores(model: Any, samples: Sequence[Sequence[Segment]], rows: int = 16) -> 
     """
     found: list[list[float]] = [[] for _ in samples]
     order = sorted(range(len(samples)), key=lambda n: sum(len(s.content) for s in samples[n]))
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
     model.eval()
-    for start in range(0, len(order), rows):
-        some = order[start : start + rows]
-        batch = collate([samples[n] for n in some], model.ends()).to(device)
-        wanted = {name: weight != 0 for name, weight in batch.weights.items() if weight.any()}
-        hidden = model.hidden(batch.strands, tuple(wanted))
-        each = {name: torch.zeros(where.shape) for name, where in wanted.items()}
-        for name, where in wanted.items():
-            said = model.nll(name, hidden[name][where][None], batch.targets[name][where][None])
-            each[name][where.cpu()] = -said[0].cpu()
-        for row, number in enumerate(some):
-            slot = dict.fromkeys(batch.strands, 0)
-            for segment in samples[number]:
-                tower, begun = segment.tower, slot[segment.tower]
-                slot[tower] += len(segment.content) + 2
-                if isinstance(segment, Target) and segment.weight:
-                    found[number].append(float(each[tower][row, begun : slot[tower] - 1].sum()))
-    model.train(training)
+    try:
+        for start in range(0, len(order), rows):
+            some = order[start : start + rows]
+            for number, each in zip(some, _scores(model, [samples[n] for n in some]), strict=True):
+                found[number] = each
+    finally:
+        model.train(training)
+    return found
+
+
+def _scores(model: Any, samples: Sequence[Sequence[Segment]]) -> list[list[float]]:
+    batch = collate(samples, model.ends()).to(next(model.parameters()).device)
+    wanted = {name: weight != 0 for name, weight in batch.weights.items() if weight.any()}
+    hidden = model.hidden(batch.strands, tuple(wanted))
+    each = {name: torch.zeros(where.shape) for name, where in wanted.items()}
+    for name, where in wanted.items():
+        said = model.nll(name, hidden[name][where][None], batch.targets[name][where][None])
+        each[name][where.cpu()] = -said[0].cpu()
+    found: list[list[float]] = [[] for _ in samples]
+    for row, sample in enumerate(samples):
+        slot = dict.fromkeys(batch.strands, 0)
+        for segment in sample:
+            tower, begun = segment.tower, slot[segment.tower]
+            slot[tower] += len(segment.content) + 2
+            if isinstance(segment, Target) and segment.weight:
+                found[row].append(float(each[tower][row, begun : slot[tower] - 1].sum()))
     return found
 
 

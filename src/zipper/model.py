@@ -242,7 +242,8 @@ class Zipper(nn.Module):
                 "samples of all these towers at once."
             )
         moments: dict[LinkKey, Tensor] = {}
-        for rows in torch.arange(max(len(s.ids) for s in strands.values())).split(CALIBRATED):
+        every = next(iter(strands.values())).ids
+        for rows in torch.arange(len(every), device=every.device).split(CALIBRATED):
             some = {name: strand.select(rows).narrowed() for name, strand in strands.items()}
             taps = self.taps(some)
             for key in learn:  # those that are frozen stay what they are, to the bit

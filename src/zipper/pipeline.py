@@ -498,8 +498,9 @@ class Pipeline:
 
 
 def _wanted(part: Segment) -> Target:
-    pace: dict[str, Any] = {key: getattr(part, key) for key in ("beside", "stride", "delay")}
-    return Target(part.tower, part.content, **pace)
+    return Target(
+        part.tower, part.content, beside=part.beside, stride=part.stride, delay=part.delay
+    )
 
 
 def check_pinned(name: str, source: str | Path, modality: Modality) -> None:

@@ -34,6 +34,7 @@ from zipper.sampling import Sampling
 from zipper.saving import checkpoint
 from zipper.strand import Produced, Segment, collate
 from zipper.training import TrainConfig, train
+from zipper.training.resume import is_run
 from zipper.workers import spread
 from zipper_lab import report
 from zipper_lab.corpora import commands as corpus
@@ -391,9 +392,7 @@ def _clear(run: Path) -> None:
     """Takes away the run of an earlier demo. Raises a ZipperError for what is no run."""
     if not run.exists():
         return
-    config = run / "config.json"
-    ours = config.is_file() and "tasks" in checkpoint.read_json(config)
-    if not ours and any(run.iterdir()):
+    if not is_run(run) and any(run.iterdir()):
         raise ZipperError(f"{run} is there and is no run. Choose another --output, or move it.")
     shutil.rmtree(run)
 

@@ -61,7 +61,7 @@ CONFIG, TENSORS, MANIFEST, PINS, CARD = (
 )
 
 #: What lies at the top of a saved folder, also of one whose manifest is lost.
-FILES = (CONFIG, TENSORS, MANIFEST, PINS, CARD, "towers", "modalities")
+TOP = (CONFIG, TENSORS, MANIFEST, PINS, CARD, "towers", "modalities")
 INDEX = "model.safetensors.index.json"
 SIZES = ("width", "layers", "vocabulary")
 
@@ -180,7 +180,7 @@ def _check_free(folder: Path) -> None:
 
 def _carry(folder: Path, temporary: Path) -> None:
     """What somebody put beside the files of a saved folder (git does) stays beside the new ones."""
-    known = {name.partition("/")[0] for name in (*FILES, *_named_in(folder / MANIFEST))}
+    known = {name.partition("/")[0] for name in (*TOP, *_named_in(folder / MANIFEST))}
     for path in folder.iterdir() if folder.is_dir() else ():
         place = temporary / path.name
         if path.name in known or place.exists():

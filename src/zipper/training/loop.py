@@ -59,6 +59,7 @@ from zipper.training.resume import (
     course_of,
     forget,
     frozen_sources,
+    is_run,
     kept,
     restore,
     save,
@@ -145,7 +146,7 @@ def _check_place(folder: Path, resume: bool) -> None:
     if (folder / checkpoint.MANIFEST).exists():
         raise ZipperError(f"{folder} is a saved model; a run wants a folder of its own.")
     if (folder / "config.json").exists():
-        if "tasks" not in checkpoint.read_json(folder / "config.json"):
+        if not is_run(folder):
             raise ZipperError(f"{folder} holds a config.json of no run. Choose another output.")
         if not resume:
             raise ZipperError(

@@ -156,6 +156,12 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:07d}"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run's recipe lies there. Raises ZipperError for a config.json that is no JSON."""
+    path = folder / "config.json"
+    return path.is_file() and "tasks" in checkpoint.read_json(path)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
     return sorted((folder / "checkpoints").glob("step-*"), key=_age)
