@@ -767,6 +767,23 @@ def test_calibration_takes_some_rows_at_a_time_and_comes_to_the_same(
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_one_tower_alone_are_calibrated_among_others(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of like length stand together, so that some rows at a time may be of one tower."""
+    rows = [[Segment("text", [3 + n, 4])] for n in range(4)]
+    rows += [[Segment("text", [3 + n, 4, 5]), Segment("speech", [5, n])] for n in range(2, 12)]
+    found = []
+    for at_once in (64, 2):
+        monkeypatch.setattr(models, "CALIBRATED", at_once)
+        model = zipped({"text": "llama", "speech": family})
+        model.calibrate(collate(rows, model.ends()).strands)
+        link = model.link(0, "text", "speech")
+        found.append(link.whiten.weight.T @ link.whiten.weight)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3 * float(found[0].max()))
+
+
 def test_links_are_calibrated_where_their_towers_are(cuda: torch.device) -> None:
     model = zipped(LLAMAS).to(cuda)
     samples = [[Segment("text", [3 + n, 4]), Segment("speech", [5, n + 2])] for n in range(9)]

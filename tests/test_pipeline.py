@@ -18,13 +18,16 @@ from zipper.audio import sound as audio
 from zipper.audio.sound import Audio
 from zipper.errors import ZipperError
 from zipper.fast.reader import Fused
+from zipper.link import LinkConfig
+from zipper.loss import scores
 from zipper.modality.text import Text
 from zipper.model import Zipper
 from zipper.pipeline import Pipeline, Transcript
 from zipper.reading import Stepwise
 from zipper.sampling import Sampling
 from zipper.saving import checkpoint
-from zipper.strand import Segment, collate
+from zipper.strand import Segment, Target, collate
+from zipper.testing import tiny_tower
 from zipper.tower import Tower
 
 
@@ -264,10 +267,30 @@ def test_answers_are_scored_alike_in_any_company_and_while_a_model_learns(
     alone = [pipe.score([Segment("speech", clip)], [answer])[0] for answer in answers]
     assert found == pytest.approx(alone, abs=1e-4)
     assert found[2] < found[0] < 0
-    assert not pipe.model.training and not any(p.grad is not None for p in pipe.model.parameters())
+    pipe.model.train()
+    assert pipe.score([Segment("speech", clip)], answers) == pytest.approx(found, abs=1e-4)
+    assert pipe.model.training
+    pipe.model.eval()
     assert pipe.score([Segment("speech", clip)], []) == []
     with pytest.raises(ZipperError, match="holds the id 9999"):
         pipe.score([Segment("text", "call")], [Segment("speech", [9999])])
+
+
+def test_nothing_is_dropped_in_a_score_while_a_model_learns() -> None:
+    towers = {name: tiny_tower("llama") for name in ("text", "speech")}
+    link = LinkConfig(head_width=8, dropout=0.9, gate_init=1.0)
+    model = Zipper.from_towers(towers, link=link, ends=dict.fromkeys(towers, (1, 2))).train()
+    sample = [Segment("speech", [3, 4]), Target("text", [5, 6])]
+    learning = [one for (one,) in scores(model, [sample] * 20)]
+    ((alone,),) = scores(model.eval(), [sample])
+    assert learning == pytest.approx([alone] * 20)
+
+
+def test_what_is_given_has_no_score(pipe: Pipeline) -> None:
+    given = [Segment("speech", [3, 4]), Target("text", [5, 6], 0.0)]
+    (whole,) = scores(pipe.model, [[*given, Target("text", [7])]])
+    (alone,) = scores(pipe.model, [[*given[:1], Segment("text", [5, 6]), Target("text", [7])]])
+    assert len(whole) == 1 and whole == pytest.approx(alone)
 
 
 def test_of_several_takes_the_one_is_kept_that_tells_best_what_was_given(pipe: Pipeline) -> None:

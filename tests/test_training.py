@@ -1,6 +1,7 @@
 """Training: it learns, it harms no frozen tower, it can be killed anywhere, and every number in it
 is what its name says."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -551,6 +552,23 @@ def test_an_error_in_a_worker_ends_the_workers(world: World, tmp_path: Path) -> 
     for child in left:  # else this process would not end either
         child.kill()
     assert not left, kept.traceback
+
+
+class Counted(Steps):
+    def __getitem__(self, step: int) -> Any:
+        return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_go_on_when_their_run_is_asked_to_end(
+    world: World, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = world.config(tmp_path, workers=2, steps=40)
+    with contextlib.closing(drawn(Counted((), {}, config, {}), 0)) as coming:
+        first = [next(coming), next(coming)]  # one of each: both have begun
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, number)
+        assert [*first, *coming] == [*range(40)]
 
 
 def test_what_no_packed_row_has_room_for_is_said_before_the_first_step(

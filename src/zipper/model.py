@@ -242,8 +242,7 @@ class Zipper(nn.Module):
                 "samples of all these towers at once."
             )
         moments: dict[LinkKey, Tensor] = {}
-        every = next(iter(strands.values())).ids
-        for rows in torch.arange(len(every), device=every.device).split(CALIBRATED):
+        for rows in torch.arange(len(next(iter(strands.values())).ids)).split(CALIBRATED):
             some = {name: strand.select(rows).narrowed() for name, strand in strands.items()}
             taps = self.taps(some)
             for key in learn:  # those that are frozen stay what they are, to the bit
